@@ -1,0 +1,119 @@
+"""What the commands take, one dataclass each; the docstring under a field is its `--help`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+SFC_MODES = ("paper", "reference", "normalized")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How records become batches; shared by training, evaluation and scoring."""
+
+    image_root: Path | None = None
+    """Folder that relative `img_path`s start from. Default: the folder of the JSONL file."""
+    max_length: int | None = None
+    """Tokens of one prompt with its images plus one response. Default: what the checkpoint says."""
+    max_tiles: int | None = None
+    """Most tiles an image is cut into, without the thumbnail. Default: what the checkpoint says."""
+    tokens_per_micro_batch: int = 16_384
+    """Work of one forward, in tokens after sharing: tokens + gathered keys / 8 + image tokens."""
+    check_records: int = 100_000
+    """Records checked before anything runs (syntax, fields, images, lengths); 0 checks none."""
+    check: bool = False
+    """Decode every image when checking. Sets of under 10,000 images are always decoded."""
+
+
+@dataclass(frozen=True)
+class TrainConfig(DataConfig):
+    """Train a reward model on preference pairs: standard, or shortcut-aware with `--robust`.
+
+    Without `--data` it makes (or finds in the cache) one synthetic environment of coloured shapes, trains the tiny
+    checkpoint that comes with the package on it, and tests on all environments.
+    """
+
+    robust: bool = False
+    """Train a text-only proxy beside the model and up-weight the pairs on which it fails."""
+    data: tuple[str, ...] = ()
+    """JSONL files of preferences, pairwise or K-wise. Default: a shapes environment."""
+    eval: tuple[str, ...] = ()
+    """Test sets from the training distribution, NAME=FILE."""
+    eval_ood: tuple[str, ...] = ()
+    """Test sets from other distributions, NAME=FILE; the o.o.d. accuracy is their mean."""
+    model: Path | None = None
+    """Local folder of an InternVL checkpoint in transformers' format. Default: the tiny one."""
+    proxy_model: Path | None = None
+    """Checkpoint whose language model the proxy starts from, with the same tokenizer. Default: `--model`."""
+    output_dir: Path | None = None
+    """Run folder. Default: runs/standard or runs/robust."""
+    environment: str = "opening"
+    """Shapes environment to train on when there is no `--data`: opening, length or hedging."""
+    sfc_mode: Literal["paper", "reference", "normalized"] = "paper"
+    """Weight of a pair: L_t / (L + L_t), the reference implementation's, or divided by its mean."""
+    epochs: float = 1.0
+    """Passes over the data."""
+    max_steps: int | None = None
+    """Stop after this many optimizer steps."""
+    lr: float | None = None
+    """Peak learning rate. Default: 1e-5, 5e-4 for the tiny checkpoint."""
+    warmup_ratio: float = 0.1
+    """Share of the training in which the learning rate rises; after it, a cosine to zero."""
+    weight_decay: float = 0.05
+    """AdamW weight decay."""
+    beta2: float = 0.98
+    """AdamW second moment decay."""
+    max_grad_norm: float = 1.0
+    """Gradient norm that each branch is clipped to."""
+    tokens_per_batch: int | None = None
+    """Work of one optimizer step over all ranks, in the units of `--tokens-per-micro-batch`.
+    Default: 131,072 (about 128 pairs), 6,144 for the tiny checkpoint."""
+    overlong: Literal["skip", "truncate", "error"] = "skip"
+    """A response that does not fit: drop its pairs and count them, cut it, or stop."""
+    skip_bad: bool = False
+    """Skip records that cannot be used, listed in skipped.jsonl, instead of stopping."""
+    freeze_llm: bool = False
+    """Do not train the language model."""
+    freeze_backbone: bool = True
+    """Do not train the vision tower."""
+    freeze_mlp: bool = False
+    """Do not train the projector."""
+    eval_every: int | None = None
+    """Evaluate every so many steps; always at the end."""
+    num_workers: int | None = None
+    """Processes a rank that decode, tile and pack; 0 does it in the training process.
+    Default: 4 with a GPU, 0 without, where they would take the cores that train."""
+    seed: int = 0
+    """Seed of the score head and of the order of the records."""
+
+
+@dataclass(frozen=True)
+class ScoreConfig(DataConfig):
+    """Score every response of a JSONL with a trained reward model, on Ray actors, in input order."""
+
+    model: Path = Path("runs/robust/final")
+    """Folder of the reward model, such as runs/NAME/final."""
+    data: Path = Path("records.jsonl")
+    """JSONL of records; every response of any record form is scored."""
+    out: Path = Path("scores.jsonl")
+    """Rows id, record, response_index, prompt, img_path, response, score, truncated."""
+    actors: int | None = None
+    """Scoring processes. Default: one a GPU, or one a two CPUs."""
+    gpus_per_actor: float | None = None
+    """GPUs of an actor. Default: 1 where there are any."""
+    address: str | None = None
+    """Ray cluster to join. Default: start one on this machine."""
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Train standard and robust on every shapes environment and test each on all of them."""
+
+    output_dir: Path = Path("runs/study")
+    """Folder of all runs and of the table."""
+    seeds: int = 1
+    """Trainings of each method on each environment."""
+    quick: bool = False
+    """One seed; the default of `--seeds`, said aloud."""
+    jobs: int = 2
+    """Trainings at a time, with the CPU threads divided among them."""

@@ -1,0 +1,147 @@
+"""Records to samples: groups encoded as token keys, images sized from their headers, tiles decoded when packed."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from mmrm_fast.images import ImageError, Tiling, image_size, load_tiles
+from mmrm_fast.prompt import Encoded, PromptEncoder, PromptError, without_images
+from mmrm_fast.records import Group, Pair, RecordError, RecordFile
+
+KEYS_PER_TOKEN = 8  # gathered keys and values that cost about as much as one token
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One group ready to be packed, all but the pixels."""
+
+    group: Group
+    tiles_per_image: tuple[int, ...]
+    main: Encoded
+    text: Encoded | None = None  # the same group as the text-only proxy sees it
+
+    @property
+    def num_tokens_unshared(self) -> int:
+        """Tokens of all sequences, as if nothing were shared."""
+        return sum(map(len, self.main.sequences))
+
+    def cost(self, tokens_per_tile: int) -> int:
+        """Work in tokens after sharing: tokens + gathered keys / `KEYS_PER_TOKEN` + image tokens encoded."""
+        prefix = self.main.prefix_length
+        tokens = prefix + sum(len(sequence) - prefix for sequence in self.main.sequences)
+        keys = prefix + self.num_tokens_unshared
+        return tokens + keys // KEYS_PER_TOKEN + sum(self.tiles_per_image) * tokens_per_tile
+
+
+class GroupDataset:
+    """The records of one or several files as samples, `dataset[i]`.
+
+    Args:
+        files: record files, concatenated.
+        encoder: the checkpoint's prompt encoder.
+        tiling: how its images become tiles.
+        overlong: a response that does not fit into the encoder's `max_length`: `skip` drops the pairs with it,
+            `truncate` cuts it, `error` raises.
+        with_text: also encode the text-only proxy's sequences.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[RecordFile],
+        encoder: PromptEncoder,
+        tiling: Tiling,
+        *,
+        overlong: str = "truncate",
+        with_text: bool = False,
+    ):
+        self.files, self.encoder, self.tiling = tuple(files), encoder, tiling
+        self.overlong, self.with_text = overlong, with_text
+        self.edges = np.cumsum([0, *map(len, self.files)])
+
+    def __len__(self) -> int:
+        return int(self.edges[-1])
+
+    def __getitem__(self, index: int) -> Sample:
+        """Encode record `index`. Raises `RecordError`."""
+        file = int(np.searchsorted(self.edges, index, side="right")) - 1
+        return self.encode(self.files[file].group(int(index - self.edges[file])))
+
+    def encode(self, group: Group) -> Sample:
+        """Encode one group. Raises `RecordError` naming the field that cannot be encoded."""
+        try:
+            tiles_per_image = tuple(self.tiling.num_tiles(*image_size(path)) for path in group.images)
+            sample = self.encode_sized(group, tiles_per_image)
+        except ImageError as error:
+            raise RecordError(group.source, "img_path", str(error)) from None
+        except PromptError as error:
+            raise RecordError(group.source, error.field, str(error)) from None
+        if self.overlong == "truncate" or not any(sample.main.truncated):
+            return sample
+        return self.without_overlong(sample)
+
+    def encode_sized(self, group: Group, tiles_per_image: tuple[int, ...]) -> Sample:
+        """Encode one group whose images have `tiles_per_image` tiles."""
+        main = self.encoder.encode(group.prompt, group.responses, tiles_per_image)
+        text = None
+        if self.with_text:
+            text = self.encoder.encode(without_images(group.prompt, len(group.images)), group.responses)
+        return Sample(group, tiles_per_image, main, text)
+
+    def without_overlong(self, sample: Sample) -> Sample:
+        """Drop the pairs whose response was cut; raise where the policy is `error` or no pair is left."""
+        group, cut = sample.group, sample.main.truncated
+        pairs = tuple(pair for pair in group.pairs if not (cut[pair.chosen] or cut[pair.rejected]))
+        if self.overlong == "error" or not pairs:
+            field = f"response {cut.index(True)}"
+            reason = f"does not fit into --max-length {self.encoder.max_length} behind its prompt"
+            raise RecordError(group.source, field, reason)
+        return self.encode_sized(only_paired(replace(group, pairs=pairs)), sample.tiles_per_image)
+
+    def load(self, sample: Sample) -> list[np.ndarray]:
+        """Decode a sample's images: uint8 `[I, S, S, 3]` each. Raises `RecordError`."""
+        try:
+            return [load_tiles(path, self.tiling) for path in sample.group.images]
+        except ImageError as error:
+            raise RecordError(sample.group.source, "img_path", str(error)) from None
+
+
+class PreferenceDataset(GroupDataset):
+    """Groups for training and evaluation: responses that are in no pair are left out."""
+
+    def encode(self, group: Group) -> Sample:
+        return super().encode(only_paired(group))
+
+
+def only_paired(group: Group) -> Group:
+    """The group without the responses that no pair names."""
+    kept = sorted({index for pair in group.pairs for index in (pair.chosen, pair.rejected)})
+    if len(kept) == len(group.responses):
+        return group
+    place = {old: new for new, old in enumerate(kept)}
+    return replace(
+        group,
+        responses=tuple(group.responses[index] for index in kept),
+        pairs=tuple(Pair(place[pair.chosen], place[pair.rejected], pair.margin) for pair in group.pairs),
+        truth=None if group.truth is None else tuple(group.truth[index] for index in kept),
+    )
+
+
+def check(
+    dataset: GroupDataset, indices: Iterable[int], *, decode: bool, progress: Callable = iter
+) -> list[RecordError]:
+    """Every record among `indices` that cannot be used: syntax, fields, images, lengths.
+
+    Args:
+        decode: also decode the images (otherwise only their headers are read).
+        progress: wraps the iteration, such as a progress bar.
+    """
+    errors = []
+    for index in progress(indices):
+        try:
+            sample = dataset[index]
+            if decode:
+                dataset.load(sample)
+        except RecordError as error:
+            errors.append(error)
+    return errors

@@ -1,0 +1,103 @@
+"""Accuracy of rewards on preference pairs, of the main model and of the text-only proxy, and what ties them."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mmrm_fast.dataset import Sample
+from mmrm_fast.model import RewardModel
+from mmrm_fast.packing import Packed
+
+
+@dataclass(frozen=True)
+class PairRow:
+    """One evaluated pair: margins are r(chosen) - r(rejected)."""
+
+    record: int  # position of its record in the file
+    source: str  # file and line
+    chosen: int
+    rejected: int
+    margin: float
+    proxy_margin: float | None
+    truth: float | None  # true quality of chosen minus that of rejected
+
+
+def pair_rows(sample: Sample, rewards: list[float], proxy_rewards: list[float] | None) -> Iterable[PairRow]:
+    """The rows of one sample, from the rewards of its responses."""
+    truth = sample.group.truth
+    for pair in sample.group.pairs:
+        chosen, rejected = pair.chosen, pair.rejected
+        yield PairRow(
+            sample.group.record,
+            sample.group.source,
+            chosen,
+            rejected,
+            rewards[chosen] - rewards[rejected],
+            None if proxy_rewards is None else proxy_rewards[chosen] - proxy_rewards[rejected],
+            None if truth is None else truth[chosen] - truth[rejected],
+        )
+
+
+@torch.inference_mode()
+def batch_rows(model: RewardModel, proxy: RewardModel | None, packed: Packed, device: torch.device) -> list[PairRow]:
+    """Rows of one packed batch, scored by the main model and, where there is one, the proxy."""
+    batch = packed.batch
+    count = sum(batch.num_responses)
+    rewards = model(batch.main.to(device), batch.tiles.to(device))[:count].tolist()
+    proxy_rewards = None if proxy is None else proxy(batch.text.to(device))[:count].tolist()
+    rows, first = [], 0
+    for sample, number in zip(packed.samples, batch.num_responses, strict=True):
+        own = slice(first, first + number)
+        rows.extend(pair_rows(sample, rewards[own], proxy_rewards and proxy_rewards[own]))
+        first += number
+    return rows
+
+
+def accuracy(margins: np.ndarray) -> float:
+    """Share of positive margins, a tie counting half; NaN of none."""
+    return float(np.mean((margins > 0) + 0.5 * (margins == 0))) if len(margins) else float("nan")
+
+
+def shortcut_failure_degradation(margins: np.ndarray, proxy_margins: np.ndarray) -> float:
+    """SFD: accuracy where the text-only proxy is right minus accuracy where it is wrong (ties in neither).
+
+    Our reading of Li et al., arXiv 2503.03122; NaN where the proxy is always right or always wrong.
+    """
+    return accuracy(margins[proxy_margins > 0]) - accuracy(margins[proxy_margins < 0])
+
+
+def summarize(rows: list[PairRow]) -> dict[str, float]:
+    """The figures of one test set.
+
+    `accuracy` is against the labels. Where the data knows the truth, `truth_accuracy` is against it. With a proxy,
+    `proxy_accuracy` (labels), `proxy_truth_accuracy` and `sfd` (against the truth where known, else the labels).
+    """
+    margins = np.array([row.margin for row in rows])
+    figures = {"pairs": len(rows), "accuracy": accuracy(margins)}
+    judged, sign = slice(None), np.ones(len(rows))
+    if rows and all(row.truth is not None for row in rows):
+        sign = np.sign([row.truth for row in rows])
+        judged = sign != 0
+        figures["truth_accuracy"] = accuracy((margins * sign)[judged])
+    if rows and rows[0].proxy_margin is not None:
+        proxy = np.array([row.proxy_margin for row in rows])
+        figures["proxy_accuracy"] = accuracy(proxy)
+        figures["proxy_truth_accuracy"] = accuracy((proxy * sign)[judged])
+        figures["sfd"] = shortcut_failure_degradation((margins * sign)[judged], (proxy * sign)[judged])
+    return figures
+
+
+def write_rows(path: Path, rows: list[PairRow]) -> None:
+    """Write evaluated pairs as JSON lines."""
+    with open(path, "w") as file:
+        file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
+
+
+def read_rows(path: Path) -> list[PairRow]:
+    """Read what `write_rows` wrote."""
+    with open(path) as file:
+        return [PairRow(**json.loads(line)) for line in file]

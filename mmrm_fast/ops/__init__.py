@@ -1,0 +1,1 @@
+"""Fused operators, one file an op: schema, reference, fake, autograd, public function."""

@@ -1,0 +1,197 @@
+"""`trie_attention`: causal attention over a packed forest of token tries.
+
+Each node's queries are its own tokens, its keys its ancestors' tokens and its own, gathered by `kv_index`.
+One op with its own backward, so that gathered keys and values are never kept: only q, k, v, out and the
+log-sum-exp are. On CUDA it is flash-attn's variable-length kernel with `cu_seqlens_q != cu_seqlens_k`; elsewhere
+the CPU flash kernel, node by node.
+
+Shapes: T packed tokens, K gathered keys, N nodes, H query heads, G key/value heads, E head size.
+"""
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+library = torch.library.Library("mmrm_fast", "FRAGMENT")
+PLAN = "Tensor cu_seqlens_q, Tensor kv_index, Tensor cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, float scale"
+library.define(f"trie_attention_fwd(Tensor q, Tensor k, Tensor v, {PLAN}) -> (Tensor, Tensor)")
+library.define(
+    f"trie_attention_bwd(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {PLAN})"
+    " -> (Tensor, Tensor, Tensor)"
+)
+
+
+def trie_attention_ref(
+    q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, cu_seqlens_q, kv_index, cu_seqlens_k, scale
+) -> Tensor:
+    """What the op means: softmax attention per node, masked bottom-right, in plain differentiable torch."""
+    outputs = [q_THE[:0]]
+    repeat = q_THE.shape[1] // k_TGE.shape[1]
+    for rows, index in nodes(cu_seqlens_q, kv_index, cu_seqlens_k):
+        q = q_THE[rows]
+        k, v = (x[index].repeat_interleave(repeat, dim=1) for x in (k_TGE, v_TGE))
+        scores = torch.einsum("qhe,khe->hqk", q, k) * scale
+        visible = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(len(k) - len(q))
+        weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+        outputs.append(torch.einsum("hqk,khe->qhe", weights, v))
+    return torch.cat(outputs)
+
+
+def nodes(cu_seqlens_q: Tensor, kv_index: Tensor, cu_seqlens_k: Tensor):
+    """Each node's packed rows as a slice and its keys' packed indices [keys]."""
+    q_edges, k_edges = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for node in range(len(q_edges) - 1):
+        yield slice(q_edges[node], q_edges[node + 1]), kv_index[k_edges[node] : k_edges[node + 1]]
+
+
+def causal_mask(num_queries: int, num_keys: int, like: Tensor) -> Tensor | None:
+    """Additive bottom-right causal mask [queries, keys] in `like`'s dtype; None where `is_causal` says it."""
+    if num_queries == num_keys:
+        return None
+    hidden = torch.ones(num_queries, num_keys, dtype=torch.bool).triu(num_keys - num_queries + 1)
+    return torch.zeros(num_queries, num_keys, dtype=like.dtype).masked_fill_(hidden, float("-inf"))
+
+
+def heads_first(x: Tensor) -> Tensor:
+    """[tokens, heads, E] -> [1, heads, tokens, E], a view."""
+    return x.transpose(0, 1).unsqueeze(0)
+
+
+def trie_attention_fwd_cpu(q, k, v, cu_seqlens_q, kv_index, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale):
+    """Output [T, H, E] and log-sum-exp [H, T] (fp32; float64 for float64), node by node."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    for rows, index in nodes(cu_seqlens_q, kv_index, cu_seqlens_k):
+        mask = causal_mask(rows.stop - rows.start, len(index), q)
+        node_out, node_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            heads_first(q[rows]),
+            heads_first(k[index]),
+            heads_first(v[index]),
+            0.0,
+            mask is None,
+            attn_mask=mask,
+            scale=scale,
+        )
+        out[rows] = node_out[0].transpose(0, 1)
+        lse[:, rows] = node_lse[0]
+    return out, lse
+
+
+def trie_attention_bwd_cpu(
+    grad, q, k, v, out, lse, cu_seqlens_q, kv_index, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale
+):
+    """dq, dk, dv; gradients of shared keys and values are summed over nodes in fp32 (float64 for float64)."""
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    dk, dv = (torch.zeros(x.shape, dtype=lse.dtype) for x in (k, v))
+    for rows, index in nodes(cu_seqlens_q, kv_index, cu_seqlens_k):
+        mask = causal_mask(rows.stop - rows.start, len(index), q)
+        node_dq, node_dk, node_dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *map(heads_first, (grad[rows], q[rows], k[index], v[index], out[rows])),
+            lse[None, :, rows].contiguous(), 0.0, mask is None, attn_mask=mask, scale=scale,
+        )  # fmt: skip
+        dq[rows] = node_dq[0].transpose(0, 1)
+        dk.index_add_(0, index, node_dk[0].transpose(0, 1).to(dk.dtype))
+        dv.index_add_(0, index, node_dv[0].transpose(0, 1).to(dv.dtype))
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def trie_attention_fwd_cuda(q, k, v, cu_seqlens_q, kv_index, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale):
+    """flash-attn's variable-length forward on gathered keys and values."""
+    out, lse, _, _ = flash_attn()._flash_attn_varlen_forward(
+        q.contiguous(), k[kv_index], v[kv_index], cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        0.0, scale, causal=True,
+    )  # fmt: skip
+    return out, lse
+
+
+def trie_attention_bwd_cuda(
+    grad, q, k, v, out, lse, cu_seqlens_q, kv_index, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale
+):
+    """flash-attn's variable-length backward, then an fp32 sum of each key's gradients over the nodes."""
+    q, gathered_k, gathered_v = q.contiguous(), k[kv_index], v[kv_index]
+    dq, node_dk, node_dv = torch.empty_like(q), torch.empty_like(gathered_k), torch.empty_like(gathered_v)
+    flash_attn()._flash_attn_varlen_backward(
+        grad.contiguous(), q, gathered_k, gathered_v, out, lse, dq, node_dk, node_dv, cu_seqlens_q, cu_seqlens_k,
+        max_seqlen_q, max_seqlen_k, 0.0, scale, True, -1, -1, 0.0, None, torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
+    dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
+    dk.index_add_(0, kv_index, node_dk.float())
+    dv.index_add_(0, kv_index, node_dv.float())
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def flash_attn():
+    """flash-attn's module of low-level functions, or a clear error."""
+    if find_spec("flash_attn") is None:
+        raise RuntimeError("attention on CUDA needs flash-attn: pip install 'mmrm_fast[cuda]'")
+    from flash_attn import flash_attn_interface
+
+    return flash_attn_interface
+
+
+for name, device, function in (
+    ("trie_attention_fwd", "CPU", trie_attention_fwd_cpu),
+    ("trie_attention_bwd", "CPU", trie_attention_bwd_cpu),
+    ("trie_attention_fwd", "CUDA", trie_attention_fwd_cuda),
+    ("trie_attention_bwd", "CUDA", trie_attention_bwd_cuda),
+):
+    library.impl(name, function, device)
+
+
+@torch.library.register_fake("mmrm_fast::trie_attention_fwd", lib=library)
+def _(q, k, v, cu_seqlens_q, kv_index, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale):
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=lse_dtype)
+
+
+@torch.library.register_fake("mmrm_fast::trie_attention_bwd", lib=library)
+def _(grad, q, k, v, out, lse, cu_seqlens_q, kv_index, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def save_for_backward(ctx, inputs, output):
+    q, k, v, cu_seqlens_q, kv_index, cu_seqlens_k, *ctx.scalars = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, kv_index, cu_seqlens_k)
+    ctx.mark_non_differentiable(output[1])
+
+
+def backward(ctx, grad, _):
+    grads = torch.ops.mmrm_fast.trie_attention_bwd(grad, *ctx.saved_tensors, *ctx.scalars)
+    return *grads, *[None] * 6
+
+
+torch.library.register_autograd("mmrm_fast::trie_attention_fwd", backward, setup_context=save_for_backward, lib=library)
+
+
+def trie_attention(
+    q_THE: Tensor,
+    k_TGE: Tensor,
+    v_TGE: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    kv_index: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+) -> Tensor:
+    """Attention of every packed token over its ancestors in the trie and itself.
+
+    Args:
+        q_THE: queries [T, H, E]; k_TGE, v_TGE: keys and values [T, G, E], H a multiple of G, one dtype
+            (fp32, float64, bf16, fp16; on CUDA bf16 or fp16).
+        cu_seqlens_q, cu_seqlens_k: [N + 1] int32, edges of the nodes' queries and gathered keys.
+        kv_index: [K] int64, packed index of every gathered key, ancestors first.
+        max_seqlen_q, max_seqlen_k: longest node in queries and in keys.
+        scale: factor on the dot products, usually E ** -0.5.
+
+    Returns:
+        [T, H, E] in q's dtype; softmax and the sums of shared gradients in fp32 (float64 for float64).
+    """
+    if q_THE.shape[1] % k_TGE.shape[1]:
+        raise ValueError(f"{q_THE.shape[1]} query heads are not a multiple of {k_TGE.shape[1]} key/value heads")
+    out, _ = torch.ops.mmrm_fast.trie_attention_fwd(
+        q_THE, k_TGE, v_TGE, cu_seqlens_q, kv_index, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale
+    )
+    return out

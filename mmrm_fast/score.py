@@ -1,0 +1,106 @@
+"""Batch scoring: a JSONL of records through Ray actors, each a `Scorer`, to a JSONL of scores in input order."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import ray
+from ray.util import ActorPool
+from tqdm import tqdm
+
+from mmrm_fast.config import ScoreConfig
+from mmrm_fast.records import RecordError, RecordFile, iter_groups
+from mmrm_fast.scorer import Scored, Scorer
+
+RECORDS_PER_TASK = 64
+EXIT_SOME_FAILED = 3
+
+
+class ScoringActor:
+    """A process that reads its own records, so that neither text nor pixels pass through the driver."""
+
+    def __init__(self, config: ScoreConfig):
+        self.file = RecordFile(config.data, config.image_root)
+        self.scorer = Scorer.from_pretrained(
+            config.model,
+            max_length=config.max_length,
+            max_tiles=config.max_tiles,
+            tokens_per_micro_batch=config.tokens_per_micro_batch,
+        )
+
+    def score(self, records: range) -> list[Scored | RecordError]:
+        """Score the records at these positions of the file."""
+        return self.scorer.score_groups(list(iter_groups(self.file, records)))
+
+
+def score(config: ScoreConfig) -> int:
+    """Score every record of `config.data`; returns the exit status, 3 when any record failed.
+
+    Failed records are listed in `<out>.errors.jsonl` and printed; every other record's responses are in `out`.
+    """
+    file = RecordFile(config.data, config.image_root)
+    for folder in (config.model, config.out.parent):
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: no such folder")
+    errors: list[RecordError] = []
+    unfinished = config.out.with_name(config.out.name + ".unfinished")
+    with open(unfinished, "w") as rows, tqdm(total=len(file), unit=" records", desc="scoring") as bar:
+        for results in scored_chunks(config, len(file)):
+            for result in results:
+                if isinstance(result, Scored):
+                    rows.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in score_rows(result))
+                else:
+                    errors.append(result)
+            bar.update(len(results))
+            bar.set_postfix(failed=len(errors))
+    os.replace(unfinished, config.out)
+    return report(config.out, len(file), errors)
+
+
+def scored_chunks(config: ScoreConfig, num_records: int) -> Iterator[list[Scored | RecordError]]:
+    """Results of the records in order, computed on a pool of actors."""
+    ray.init(address=config.address, log_to_driver=False, include_dashboard=False, logging_level="ERROR")
+    try:
+        gpus = config.gpus_per_actor
+        if gpus is None:
+            gpus = 1 if ray.cluster_resources().get("GPU") else 0
+        cpus = 1 if gpus else min(2, os.cpu_count() or 1)
+        available = ray.cluster_resources()
+        count = config.actors or int(max(1, available["GPU"] // gpus if gpus else available["CPU"] // cpus))
+        actor = ray.remote(num_cpus=cpus if config.actors is None else 0, num_gpus=gpus, max_restarts=2)(ScoringActor)
+        pool = ActorPool([actor.remote(config) for _ in range(count)])
+        chunks = [range(at, min(at + RECORDS_PER_TASK, num_records)) for at in range(0, num_records, RECORDS_PER_TASK)]
+        yield from pool.map(lambda actor, records: actor.score.remote(records), chunks)
+    finally:
+        ray.shutdown()
+
+
+def score_rows(scored: Scored) -> Iterator[dict]:
+    """One row a response."""
+    group = scored.group
+    for index, response in enumerate(group.responses):
+        yield {
+            "id": group.id,
+            "record": group.record,
+            "response_index": index,
+            "prompt": group.prompt,
+            "img_path": group.img_path,
+            "response": response,
+            "score": scored.rewards[index],
+            "truncated": scored.truncated[index],
+        }
+
+
+def report(out: Path, num_records: int, errors: list[RecordError]) -> int:
+    """Write and print the failed records; the exit status."""
+    listing = out.with_name(out.name + ".errors.jsonl")
+    listing.unlink(missing_ok=True)
+    print(f"{num_records - len(errors)} of {num_records} records scored: {out}")
+    if not errors:
+        return 0
+    with open(listing, "w") as file:
+        file.writelines(json.dumps({"source": e.source, "field": e.field, "reason": e.reason}) + "\n" for e in errors)
+    print(f"{len(errors)} records failed, listed in {listing}:")
+    print("\n".join(map(str, errors[:50])))
+    return EXIT_SOME_FAILED

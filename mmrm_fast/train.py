@@ -1,0 +1,411 @@
+"""Training: JSONL of preferences in, `runs/NAME/` with metrics, evaluation and the reward model out."""
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from mmrm_fast import __version__, sharding
+from mmrm_fast.config import TrainConfig
+from mmrm_fast.dataset import PreferenceDataset, check
+from mmrm_fast.evaluate import PairRow, batch_rows, summarize, write_rows
+from mmrm_fast.loss import StepAccumulator, preference_loss
+from mmrm_fast.model import RewardModel
+from mmrm_fast.packing import MicroBatch, Packer, schedule
+from mmrm_fast.records import RecordError, RecordFile
+from mmrm_fast.shapes import ENVIRONMENTS, ShapesConfig, make_environments
+from mmrm_fast.weights import Checkpoint, load_checkpoint, save_checkpoint
+
+TINY_CHECKPOINT = Path(__file__).parent / "assets" / "shapes-internvl"
+TINY = {"lr": 5e-4, "tokens_per_batch": 6_144, "tokens_per_micro_batch": 6_144}
+DEFAULTS = {"lr": 1e-5, "tokens_per_batch": 131_072}
+ALWAYS_DECODED = 10_000
+MAX_LISTED = 50
+
+
+class InputErrors(ValueError):
+    """Records that cannot be used, listed with file, line, field and reason."""
+
+    def __init__(self, errors: list[RecordError], remedy: str):
+        listed = [str(error) for error in errors[:MAX_LISTED]]
+        if len(errors) > MAX_LISTED:
+            listed.append(f"... and {len(errors) - MAX_LISTED} more")
+        super().__init__("\n".join([f"{len(errors)} records cannot be used:", *listed, remedy]))
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """A named test file: of the training distribution (`iid`), of another (`ood`), or a `probe` of a shortcut."""
+
+    name: str
+    kind: str
+    path: Path
+
+
+def train(config: TrainConfig) -> Path:
+    """Train, evaluate and save; returns the run folder. Called once on every rank."""
+    with sharding.ranks() as device:
+        config, eval_sets = with_defaults(config)
+        return Trainer(config, eval_sets, device).run()
+
+
+def with_defaults(config: TrainConfig) -> tuple[TrainConfig, list[EvalSet]]:
+    """The config with every default filled in, and the test sets."""
+    if not config.data and config.model is not None:
+        raise ValueError("--model without --data: give the JSONL to train on")
+    eval_sets = [*named_sets(config.eval, "iid"), *named_sets(config.eval_ood, "ood")]
+    if not config.data:
+        if sharding.rank() == 0:
+            shapes_environments()
+        sharding.barrier()
+        folders = shapes_environments()
+        config = replace(config, data=(str(folders[config.environment] / "train.jsonl"),))
+        eval_sets = eval_sets or shapes_sets(folders, config.environment)
+    model = config.model or TINY_CHECKPOINT
+    filled = TINY if model == TINY_CHECKPOINT else DEFAULTS
+    filled = {name: value for name, value in filled.items() if getattr(config, name) is None}
+    if model == TINY_CHECKPOINT:
+        filled["tokens_per_micro_batch"] = min(config.tokens_per_micro_batch, TINY["tokens_per_micro_batch"])
+    output_dir = config.output_dir or Path("runs") / ("robust" if config.robust else "standard")
+    return replace(config, model=model, output_dir=output_dir, **filled), eval_sets
+
+
+def named_sets(specs: tuple[str, ...], kind: str) -> list[EvalSet]:
+    """Parse NAME=FILE."""
+    sets = []
+    for spec in specs:
+        name, found, path = spec.partition("=")
+        if not found or not name or not path:
+            raise ValueError(f"{spec!r}: test sets are given as NAME=FILE")
+        sets.append(EvalSet(name, kind, Path(path)))
+    return sets
+
+
+def shapes_environments() -> dict[str, Path]:
+    """The default shapes environments, made once into the user's cache folder (by the caller's rank 0)."""
+    config = ShapesConfig()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmrm_fast"
+    folder = cache / f"shapes-{hashlib.sha256(repr((__version__, config)).encode()).hexdigest()[:12]}"
+    if not folder.exists():
+        make_environments(folder, config)
+    return {name: folder / name for name in ENVIRONMENTS}
+
+
+def shapes_sets(folders: dict[str, Path], trained: str) -> list[EvalSet]:
+    """The trained environment's own test sets, and the i.i.d. tests of the others as o.o.d."""
+    own = folders[trained]
+    sets = [EvalSet("iid", "iid", own / "iid.jsonl")]
+    sets += [EvalSet(name, "ood", folders[name] / "iid.jsonl") for name in folders if name != trained]
+    return sets + [EvalSet(name, "probe", own / f"{name}.jsonl") for name in ("neutral", "reversed")]
+
+
+class Trainer:
+    """One training run on one rank."""
+
+    def __init__(self, config: TrainConfig, eval_sets: list[EvalSet], device: torch.device):
+        self.config, self.eval_sets, self.device = config, eval_sets, device
+        self.is_main = sharding.rank() == 0
+        torch.manual_seed(config.seed)
+        self.main = self.load(config.model)
+        self.proxy = self.load(config.proxy_model or config.model) if config.robust else None
+        self.dataset = self.open(config.data, config.overlong)
+        self.eval_datasets = [self.open((eval_set.path,), "truncate") for eval_set in eval_sets]
+        self.skipped: list[RecordError] = []
+        self.check_inputs()
+        self.models = self.shard_models()
+        self.optimizer = make_optimizer(self.models, config)
+        self.totals = StepAccumulator(device)
+        self.step = 0
+
+    def load(self, folder: Path) -> Checkpoint:
+        """Load a checkpoint with this run's limits."""
+        return load_checkpoint(folder, max_length=self.config.max_length, max_tiles=self.config.max_tiles)
+
+    def open(self, paths: tuple[str | Path, ...], overlong: str) -> PreferenceDataset:
+        """The preference records of some files, encoded for both branches."""
+        files = [RecordFile(path, self.config.image_root, need_pairs=True) for path in paths]
+        encoder, tiling = self.main.prompt_encoder(), self.main.tiling
+        return PreferenceDataset(files, encoder, tiling, overlong=overlong, with_text=self.config.robust)
+
+    def check_inputs(self) -> None:
+        """Check the records of every file, divided over the ranks; raise all errors at once unless `skip_bad`."""
+        errors = []
+        for dataset in [self.dataset, *self.eval_datasets]:
+            count = min(len(dataset), self.config.check_records)
+            decode = self.config.check or len(dataset) < ALWAYS_DECODED
+            mine = range(sharding.rank(), count, sharding.num_ranks())
+            errors += check(dataset, mine, decode=decode, progress=self.progress_bar("checking records"))
+            if not len(dataset):
+                raise ValueError(f"{dataset.files[0].path}: no records")
+        errors = sharding.gather_lists(errors)
+        if errors and not self.config.skip_bad:
+            raise InputErrors(errors, "mend them, or pass --skip-bad to leave them out")
+
+    def progress_bar(self, description: str):
+        """A tqdm wrapper that only the first rank shows."""
+        return lambda items: tqdm(items, desc=description, leave=False, delay=2, disable=not self.is_main)
+
+    def shard_models(self) -> list[RewardModel]:
+        """Freeze, sharding, device: the main model and, when robust, the proxy."""
+        config, models = self.config, [self.main.model]
+        freeze(self.main.model, llm=config.freeze_llm, backbone=config.freeze_backbone, mlp=config.freeze_mlp)
+        if self.proxy:
+            models.append(self.proxy.model.drop_vision())
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        return [sharding.shard(model, self.device, compute_dtype=dtype) for model in models]
+
+    def run(self) -> Path:
+        """The whole run."""
+        folder = self.config.output_dir
+        if self.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2, default=str) + "\n")
+            (folder / "metrics.jsonl").unlink(missing_ok=True)
+        self.train_steps()
+        results = self.evaluate(save_to=folder)
+        self.save(folder, results)
+        return folder
+
+    def train_steps(self) -> None:
+        """Every optimizer step, with a progress bar over the records."""
+        config = self.config
+        total = int(config.epochs * len(self.dataset))
+        bar = tqdm(total=total, unit=" records", disable=not self.is_main, desc="training", smoothing=0.1)
+        consumed, started = 0, time.perf_counter()
+        for packed in self.loader(self.dataset, self.epochs(total)):
+            self.accumulate(packed)
+            if not packed.ends_step:
+                continue
+            share = self.share(consumed, packed.consumed, total)
+            row = {"step": self.step + 1, **self.optimizer_step(share), "seconds": time.perf_counter() - started}
+            bar.update(packed.consumed - consumed)
+            consumed, started = packed.consumed, time.perf_counter()
+            self.step += 1
+            self.log(row, bar)
+            if self.step == config.max_steps:
+                break
+            if config.eval_every and self.step % config.eval_every == 0:
+                self.log_evaluation(self.evaluate(), bar)
+        bar.close()
+        if not self.step:
+            raise ValueError(f"{', '.join(map(str, config.data))}: no pair to train on")
+
+    def epochs(self, total: int) -> np.ndarray:
+        """The order of the records over all epochs, int64 [total]."""
+        count = len(self.dataset)
+        orders = [
+            np.random.default_rng((self.config.seed, epoch)).permutation(count) for epoch in range(-(-total // count))
+        ]
+        return np.concatenate(orders)[:total]
+
+    def loader(self, dataset: PreferenceDataset, order: np.ndarray, *, training: bool = True) -> Iterator:
+        """This rank's packed micro-batches over `order`, prepared by worker processes."""
+        config = self.config
+        micro_batches = schedule(
+            dataset,
+            order,
+            tokens_per_batch=config.tokens_per_batch if training else EVERYTHING,
+            tokens_per_micro_batch=config.tokens_per_micro_batch,
+            on_error=self.skip,
+            rank=sharding.rank(),
+            num_ranks=sharding.num_ranks(),
+        )
+        packer = Packer(dataset, with_text=config.robust)
+        workers = config.num_workers
+        if workers is None:
+            workers = 4 if self.device.type == "cuda" else 0
+        return iter(DataLoader(packer, sampler=Endless(micro_batches), batch_size=None, num_workers=workers))
+
+    def skip(self, error: RecordError) -> None:
+        """A record that cannot be used: remember it, or stop."""
+        if not self.config.skip_bad:
+            raise InputErrors([error], "mend it, or pass --skip-bad to leave such records out")
+        self.skipped.append(error)
+
+    def share(self, before: int, after: int, total: int) -> float:
+        """How far the training is, 0 to 1, in the middle of a step."""
+        by_records = (before + after) / 2 / total
+        return max(by_records, (self.step + 0.5) / self.config.max_steps) if self.config.max_steps else by_records
+
+    def accumulate(self, packed) -> None:
+        """Forward and backward of one micro-batch, gradients as sums over pairs."""
+        batch = packed.batch.to(self.device)
+        rewards = self.models[0](batch.main, batch.tiles)
+        proxy_rewards = self.models[1](batch.text) if self.proxy else None
+        loss = preference_loss(rewards, proxy_rewards, batch, sfc_mode=self.config.sfc_mode)
+        (loss.main + loss.proxy if self.proxy else loss.main).backward()
+        self.totals.add(loss, packed.batch, len(packed.errors))
+        self.skipped += packed.errors
+
+    def optimizer_step(self, share: float) -> dict[str, float]:
+        """Scale, clip and apply the accumulated gradients; the step's metrics."""
+        config = self.config
+        totals = self.totals.totals(sharding.all_sum)
+        if totals.sums["errors"] and not config.skip_bad:
+            raise InputErrors(sharding.gather_lists(self.skipped), "mend them, or pass --skip-bad to leave them out")
+        metrics = totals.metrics()
+        if not math.isfinite(metrics["loss"]):
+            raise FloatingPointError(f"step {self.step + 1}: the loss is {metrics['loss']}; lower --lr")
+        metrics["lr"] = config.lr * lr_factor(share, config.warmup_ratio)
+        for group in self.optimizer.param_groups:
+            group["lr"] = metrics["lr"]
+        scales = totals.gradient_scales(config.sfc_mode if config.robust else "standard")
+        for name, model, scale in zip(("grad_norm", "proxy_grad_norm"), self.models, scales, strict=False):
+            metrics[name] = scale_and_clip(model, scale, config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return metrics
+
+    def log(self, row: dict, bar: tqdm) -> None:
+        """One row of metrics.jsonl and the progress bar's figures."""
+        if not self.is_main:
+            return
+        row["sharing"] = row["tokens_unshared"] / max(row["tokens"], 1)
+        row["tokens_per_second"] = row["tokens"] / row["seconds"]
+        append_json(self.config.output_dir / "metrics.jsonl", row)
+        shown = {"loss": row["loss"], "acc": row["accuracy"], "sfc": row["sfc_mean"], "sharing": row["sharing"]}
+        if not self.config.robust:
+            shown.pop("sfc")
+        figures = [f"{name} {value:.3f}" for name, value in shown.items()]
+        bar.set_postfix_str(", ".join([*figures, f"{row['tokens_per_second']:,.0f} tok/s"]))
+
+    def evaluate(self, save_to: Path | None = None) -> dict[str, dict]:
+        """The figures of every test set; with `save_to` also its pairs, in eval-NAME.jsonl."""
+        results = {}
+        for eval_set, dataset in zip(self.eval_sets, self.eval_datasets, strict=True):
+            rows = self.evaluate_one(dataset, eval_set.name)
+            results[eval_set.name] = {"kind": eval_set.kind, **summarize(rows)}
+            if save_to and self.is_main:
+                write_rows(save_to / f"eval-{eval_set.name}.jsonl", rows)
+        return results
+
+    def evaluate_one(self, dataset: PreferenceDataset, name: str) -> list[PairRow]:
+        """Every pair of a test set, on every rank, in the order of the file."""
+        for model in self.models:
+            model.eval()
+        proxy = self.models[1] if self.proxy else None
+        batches = self.loader(dataset, np.arange(len(dataset)), training=False)
+        rows = []
+        for packed in self.progress_bar(f"evaluating {name}")(batches):
+            rows += batch_rows(self.models[0], proxy, packed, self.device)
+            self.skipped += packed.errors
+        for model in self.models:
+            model.train()
+        return sorted(sharding.gather_lists(rows), key=lambda row: (row.record, row.chosen, row.rejected))
+
+    def log_evaluation(self, results: dict[str, dict], bar: tqdm) -> None:
+        """One row of evaluations.jsonl and a line above the progress bar."""
+        if self.is_main:
+            append_json(self.config.output_dir / "evaluations.jsonl", {"step": self.step, "sets": results})
+            judged = (f"{name} {judged_accuracy(figures):.1%}" for name, figures in results.items())
+            bar.write(f"step {self.step}: " + ", ".join(judged))
+
+    def save(self, folder: Path, results: dict[str, dict]) -> None:
+        """Write final/ (and proxy/), results.json and skipped.jsonl, and print the table."""
+        skipped = sharding.gather_lists(self.skipped)
+        states = [sharding.full_state(model) for model in self.models]
+        if not self.is_main:
+            return
+        for name, checkpoint, state in zip(("final", "proxy"), (self.main, self.proxy), states, strict=False):
+            save_checkpoint(folder / name, checkpoint, state)
+        (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        with open(folder / "skipped.jsonl", "w") as file:
+            file.writelines(
+                json.dumps({"source": e.source, "field": e.field, "reason": e.reason}) + "\n" for e in skipped
+            )
+        console = Console()
+        if results:
+            console.print(results_table(results))
+        if skipped:
+            console.print(f"{len(skipped)} records skipped, listed in {folder / 'skipped.jsonl'}")
+        print(f"Score with it:\n  python scripts/score.py --model {folder / 'final'} --data in.jsonl --out out.jsonl")
+
+
+EVERYTHING = 1 << 62
+
+
+class Endless:
+    """An iterator of micro-batches as a sampler of unknown length."""
+
+    def __init__(self, micro_batches: Iterator[MicroBatch]):
+        self.micro_batches = micro_batches
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return self.micro_batches
+
+
+def freeze(model: RewardModel, *, llm: bool, backbone: bool, mlp: bool) -> None:
+    """Take parts out of the training."""
+    parts = {"language_model": llm, "vision_tower": backbone, "multi_modal_projector": mlp}
+    for name, frozen in parts.items():
+        getattr(model.model, name).requires_grad_(not frozen)
+
+
+def make_optimizer(models: list[RewardModel], config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over all branches; biases and norms do not decay."""
+    trained = [p for model in models for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2))
+
+
+def lr_factor(share: float, warmup_ratio: float) -> float:
+    """Learning rate over its peak: linear warm-up, then half a cosine to zero."""
+    if share < warmup_ratio:
+        return share / warmup_ratio
+    return 0.5 * (1 + math.cos(math.pi * (share - warmup_ratio) / (1 - warmup_ratio)))
+
+
+def scale_and_clip(model: RewardModel, scale: float, max_norm: float) -> float:
+    """Multiply a branch's gradients by `scale`, clip them to `max_norm`; their norm before clipping."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = float(sharding.full_value(torch.nn.utils.get_total_norm(grads))) * scale
+    torch._foreach_mul_(grads, scale * min(1.0, max_norm / (norm + 1e-6)))
+    return norm
+
+
+def judged_accuracy(figures: dict) -> float:
+    """Accuracy against the truth where the data knows it, else against the labels."""
+    return figures.get("truth_accuracy", figures["accuracy"])
+
+
+def results_table(results: dict[str, dict]) -> Table:
+    """Accuracies of the main model and of the text-only proxy, by test set, and the o.o.d. mean."""
+    table = Table(title="Accuracy (%)")
+    for column in ("test set", "kind", "pairs", "labels", "truth", "proxy (text only)", "SFD"):
+        table.add_column(column, justify="left" if column in ("test set", "kind") else "right")
+    for name, figures in results.items():
+        keys = ("accuracy", "truth_accuracy", "proxy_accuracy", "sfd")
+        cells = (percent(figures.get(key)) for key in keys)
+        table.add_row(name, figures["kind"], str(figures["pairs"]), *cells)
+    ood = [figures for figures in results.values() if figures["kind"] == "ood"]
+    if ood:
+        keys = ("accuracy", "truth_accuracy", "proxy_accuracy", "sfd")
+        means = (percent(np.mean([f[key] for f in ood]) if all(key in f for f in ood) else None) for key in keys)
+        table.add_section()
+        table.add_row("mean", "ood", str(sum(f["pairs"] for f in ood)), *means)
+    return table
+
+
+def percent(value: float | None) -> str:
+    """A share as a percentage, a dash where there is none."""
+    return "-" if value is None or math.isnan(value) else f"{100 * value:.1f}"
+
+
+def append_json(path: Path, row: dict) -> None:
+    """Append one JSON line."""
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")

@@ -1,0 +1,135 @@
+"""Shared pieces: a small random InternVL, a tokenizer trained on the spot, pictures and records."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import (
+    InternVLConfig,
+    InternVLModel,
+    InternVLVisionConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+from mmrm_fast.images import NORMALIZATION, Tiling
+from mmrm_fast.model import RewardModel
+from mmrm_fast.weights import Checkpoint
+
+TOKENS_PER_TILE = 4
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+)
+SPECIAL = ["<pad>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"]
+CORPUS = ["What is in the picture? There are two red circles on the left.", "user assistant system\n", "I think so."]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A byte-level BPE with ChatML, as native InternVL checkpoints have it."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        CORPUS * 20, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=SPECIAL)
+    )
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<pad>")
+    wrapped.add_special_tokens({"additional_special_tokens": SPECIAL[1:]})
+    wrapped.chat_template = CHATML
+    return wrapped
+
+
+def tiny_backbone(vocab_size: int, image_token_id: int, *, text: str = "qwen2", dtype=torch.float32) -> InternVLModel:
+    """A random InternVL of two layers each: 56-pixel tiles of 4 tokens, grouped key/value heads."""
+    config_type = {"qwen2": Qwen2Config, "llama": LlamaConfig}[text]
+    text_config = config_type(
+        vocab_size=vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, max_position_embeddings=4096,
+    )  # fmt: skip
+    vision_config = InternVLVisionConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32, image_size=56, patch_size=14,
+        attention_bias=True,
+    )  # fmt: skip
+    config = InternVLConfig(
+        vision_config=vision_config, text_config=text_config, image_token_id=image_token_id,
+        image_seq_length=TOKENS_PER_TILE,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = InternVLModel(config)
+    for name, parameter in model.named_parameters():  # large enough that attention is not uniform
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.3 if "embed" in name else parameter.shape[-1] ** -0.5)
+    return exact_norms(model.double()) if dtype == torch.float64 else model.to(dtype)
+
+
+class ExactRMSNorm(torch.nn.Module):
+    """RMSNorm in its input's dtype: transformers' own computes in fp32, which would hide errors below 1e-7."""
+
+    def __init__(self, norm: torch.nn.Module):
+        super().__init__()
+        self.weight, self.epsilon = norm.weight, norm.variance_epsilon
+
+    def forward(self, x):
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.epsilon)
+
+
+def exact_norms(model: torch.nn.Module) -> torch.nn.Module:
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if type(child).__name__.endswith("RMSNorm"):
+                setattr(parent, name, ExactRMSNorm(child))
+    return model
+
+
+@pytest.fixture
+def make_checkpoint(tokenizer):
+    """Build a `Checkpoint` of a tiny random reward model."""
+
+    def make(*, text="qwen2", dtype=torch.float32, max_length=512, max_tiles=6) -> Checkpoint:
+        backbone = tiny_backbone(
+            len(tokenizer), tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"), text=text, dtype=dtype
+        )
+        return Checkpoint(
+            model=RewardModel(backbone, *NORMALIZATION["imagenet"]),
+            tokenizer=tokenizer,
+            tiling=Tiling(56, 1, max_tiles),
+            tokens_per_tile=TOKENS_PER_TILE,
+            max_length=max_length,
+            is_reward_model=True,
+        )
+
+    return make
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Paths of five pictures of different sizes: 1, 3, 7, 5 and 2 tiles with the thumbnail."""
+    rng = np.random.default_rng(0)
+    paths = {}
+    for name, size in {"square": (60, 60), "wide": (120, 60), "photo": (180, 120), "tall": (60, 240)}.items():
+        path = tmp_path / f"{name}.png"
+        Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), np.uint8)).save(path)
+        paths[name] = str(path)
+    return paths
+
+
+@pytest.fixture
+def write_jsonl(tmp_path):
+    """Write records (or raw lines) to a JSONL file and return its path."""
+
+    def write(records, name="records.jsonl"):
+        path = tmp_path / name
+        lines = [record if isinstance(record, str) else json.dumps(record, ensure_ascii=False) for record in records]
+        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        return path
+
+    return write

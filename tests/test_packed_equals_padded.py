@@ -1,0 +1,132 @@
+"""The core promise: the packed path gives the rewards and gradients of a plain padded forward of the same model."""
+
+import copy
+
+import pytest
+import torch
+
+from mmrm_fast.dataset import PreferenceDataset
+from mmrm_fast.loss import preference_loss
+from mmrm_fast.model import normalize
+from mmrm_fast.packing import MicroBatch, Packer
+from mmrm_fast.records import Group, Pair
+
+GRADIENT_BOUNDS = {torch.float64: (1e-9, 1e-12), torch.float32: (1e-4, 1e-7)}
+REWARD_BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-5}
+SHARED = "The picture was taken on a sunny day in the park and it shows several things, among them "
+
+
+def pairwise(prompt, images, chosen, rejected):
+    return Group("test", 0, None, prompt, None, tuple(images), (chosen, rejected), (Pair(0, 1),))
+
+
+def kwise(prompt, images, *responses):
+    pairs = tuple(Pair(i, j) for i in range(len(responses)) for j in range(i + 1, len(responses)))
+    return Group("test", 0, None, prompt, None, tuple(images), responses, pairs)
+
+
+def batches(pictures):
+    """Groups by the kind of batch that they make."""
+    wide, photo, tall = pictures["wide"], pictures["photo"], pictures["tall"]
+    return {
+        "pairwise": [pairwise("What is this?", [wide], "two red circles", "I think so."), pairwise("", [photo], "a", "")],
+        "k-wise": [kwise("What is in the picture?", [tall], "one", "two red", "I think", SHARED + "two", SHARED + "nothing")],
+        "text-only": [pairwise("Where is it? " * 12, [], "on the left", "on the right"), pairwise("Why?", [], "so", "no")],
+        "multi-tile and text-only mixed": [
+            pairwise("Describe it.", [photo], "left", "right"),
+            pairwise("Where is the picture?", [], "on the left of it", "on the right"),
+            kwise("<image>\nand <image>: the same?", [tall, wide], "yes", "no", "I think so."),
+        ],
+        "duplicate image": [
+            pairwise("What is this?", [photo], "two red circles", "three"),
+            pairwise("What is this?", [photo], "two blue circles", "two red circles"),
+            pairwise("And this?", [photo, photo], "the same", "the same"),
+        ],
+    }  # fmt: skip
+
+
+def pack_groups(checkpoint, groups):
+    dataset = PreferenceDataset([], checkpoint.prompt_encoder(), checkpoint.tiling, with_text=True)
+    samples = tuple(dataset.encode(group) for group in groups)
+    packed = Packer(dataset, with_text=True)[MicroBatch(samples)]
+    return dataset, samples, packed
+
+
+def padded_rewards(model, sequences, tiles, image_token_id):
+    """One right-padded batch through transformers' own model: every sequence carries its own pixels."""
+    length = max(map(len, sequences))
+    ids = torch.zeros(len(sequences), length, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(torch.from_numpy(sequence) for sequence in sequences):
+        ids[row, : len(sequence)] = sequence.where(sequence >= 0, image_token_id)
+        mask[row, : len(sequence)] = 1
+    pixels = None
+    if len(tiles):
+        pixels = normalize(torch.cat(tiles), model.pixel_mean, model.pixel_std, model.model.dtype)
+    hidden = model.model(input_ids=ids, attention_mask=mask, pixel_values=pixels, use_cache=False).last_hidden_state
+    last = mask.sum(1) - 1
+    return hidden[torch.arange(len(sequences)), last].to(model.score.weight.dtype) @ model.score.weight[0]
+
+
+def plain(model):
+    """The same weights with transformers' own attention."""
+    twin = copy.deepcopy(model)
+    twin.model.language_model.set_attn_implementation("sdpa")
+    return twin
+
+
+def robust_loss(main, proxy, batch):
+    """Mean SFC-weighted loss, from the formula."""
+    m, b = (rewards[batch.pairs.chosen] - rewards[batch.pairs.rejected] for rewards in (main, proxy))
+    loss, proxy_loss = (-torch.nn.functional.logsigmoid(x) for x in (m, b))
+    weight = ((5e-8 + proxy_loss) / (1e-7 + loss + proxy_loss)).detach()
+    return (weight * loss).mean() + proxy_loss.mean()
+
+
+def gradient_error(model, reference, bounds):
+    """Largest excess of a parameter's gradient error over its bound, as a share of the bound."""
+    relative, floor = bounds
+    grads = {
+        name: (p.grad, q.grad) for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True)
+    }
+    scale = max(g0.norm() for _, g0 in grads.values() if g0 is not None)
+    worst = 0.0
+    for name, (g, g0) in grads.items():
+        assert (g is None) == (g0 is None) or max(x.norm() for x in (g, g0) if x is not None) == 0, name
+        if g is not None and g0 is not None:
+            worst = max(worst, float((g - g0).norm() / (relative * g0.norm() + floor * scale)))
+    return worst
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("text", ["qwen2", "llama"])
+@pytest.mark.parametrize("kind", list(batches(dict.fromkeys(("wide", "photo", "tall", "square"), ""))))
+def test_packed_equals_padded(make_checkpoint, pictures, kind, text, dtype):
+    checkpoint = make_checkpoint(text=text, dtype=dtype)
+    proxy = make_checkpoint(text=text, dtype=dtype).model.drop_vision()
+    dataset, samples, packed = pack_groups(checkpoint, batches(pictures)[kind])
+    batch = packed.batch
+    reference, reference_proxy = plain(checkpoint.model), plain(proxy)
+
+    main_rewards = checkpoint.model(batch.main, batch.tiles)
+    proxy_rewards = proxy(batch.text)
+    loss = preference_loss(main_rewards, proxy_rewards, batch, sfc_mode="paper")
+    ((loss.main + loss.proxy) / len(batch.pairs.chosen)).backward()
+
+    tiles = [torch.from_numpy(t) for s in samples for _ in s.main.sequences for t in dataset.load(s)]
+    image_token = checkpoint.model.model.config.image_token_id
+    expected = padded_rewards(reference, [q for s in samples for q in s.main.sequences], tiles, image_token)
+    expected_proxy = padded_rewards(reference_proxy, [q for s in samples for q in s.text.sequences], [], image_token)
+    robust_loss(expected, expected_proxy, batch).backward()
+
+    for rewards, wanted in ((main_rewards, expected), (proxy_rewards, expected_proxy)):
+        assert (rewards - wanted).abs().max() <= REWARD_BOUNDS[dtype] * wanted.abs().max()
+    assert gradient_error(checkpoint.model, reference, GRADIENT_BOUNDS[dtype]) <= 1
+    assert gradient_error(proxy, reference_proxy, GRADIENT_BOUNDS[dtype]) <= 1
+
+
+def test_sharing_saves_tokens(make_checkpoint, pictures):
+    _, _, packed = pack_groups(make_checkpoint(), batches(pictures)["duplicate image"])
+    plan = packed.batch.main
+    assert len(plan.source_T) < 0.55 * plan.num_tokens_unshared
+    assert len(packed.batch.tiles) == 7  # three records, one picture of 3 x 2 tiles and its thumbnail
