@@ -20,6 +20,7 @@ class Sample:
     tiles_per_image: tuple[int, ...]
     main: Encoded
     text: Encoded | None = None  # the same group as the text-only proxy sees it
+    dropped: tuple[RecordError, ...] = ()  # one note a response whose pairs were left out
 
     @property
     def num_tokens_unshared(self) -> int:
@@ -89,14 +90,15 @@ class GroupDataset:
         return Sample(group, tiles_per_image, main, text)
 
     def without_overlong(self, sample: Sample) -> Sample:
-        """Drop the pairs whose response was cut; raise where the policy is `error` or no pair is left."""
+        """Drop the pairs whose response was cut, each noted in `dropped`; raise where the policy is `error`."""
         group, cut = sample.group, sample.main.truncated
+        reason = f"does not fit into --max-length {self.encoder.max_length} behind its prompt"
+        notes = tuple(RecordError(group.source, f"response {i}", reason) for i, is_cut in enumerate(cut) if is_cut)
+        if self.overlong == "error":
+            raise notes[0]
         pairs = tuple(pair for pair in group.pairs if not (cut[pair.chosen] or cut[pair.rejected]))
-        if self.overlong == "error" or not pairs:
-            field = f"response {cut.index(True)}"
-            reason = f"does not fit into --max-length {self.encoder.max_length} behind its prompt"
-            raise RecordError(group.source, field, reason)
-        return self.encode_sized(only_paired(replace(group, pairs=pairs)), sample.tiles_per_image)
+        fitting = self.encode_sized(only_paired(replace(group, pairs=pairs)), sample.tiles_per_image)
+        return replace(fitting, dropped=notes)
 
     def load(self, sample: Sample) -> list[np.ndarray]:
         """Decode a sample's images: uint8 `[I, S, S, 3]` each. Raises `RecordError`."""

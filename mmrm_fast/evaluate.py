@@ -1,16 +1,38 @@
 """Accuracy of rewards on preference pairs, of the main model and of the text-only proxy, and what ties them."""
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from rich.table import Table
 
 from mmrm_fast.dataset import Sample
 from mmrm_fast.model import RewardModel
 from mmrm_fast.packing import Packed
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """A named test file: of the training distribution (`iid`), of another (`ood`), or a `probe` of a shortcut."""
+
+    name: str
+    kind: str
+    path: Path
+
+
+def named_sets(specs: tuple[str, ...], kind: str) -> list[EvalSet]:
+    """Parse NAME=FILE."""
+    sets = []
+    for spec in specs:
+        name, found, path = spec.partition("=")
+        if not found or not name or not path:
+            raise ValueError(f"{spec!r}: test sets are given as NAME=FILE")
+        sets.append(EvalSet(name, kind, Path(path)))
+    return sets
 
 
 @dataclass(frozen=True)
@@ -101,3 +123,31 @@ def read_rows(path: Path) -> list[PairRow]:
     """Read what `write_rows` wrote."""
     with open(path) as file:
         return [PairRow(**json.loads(line)) for line in file]
+
+
+def judged_accuracy(figures: dict) -> float:
+    """Accuracy against the truth where the data knows it, else against the labels."""
+    return figures.get("truth_accuracy", figures["accuracy"])
+
+
+def results_table(results: dict[str, dict]) -> Table:
+    """Accuracies of the main model and of the text-only proxy, by test set, and the o.o.d. mean."""
+    table = Table(title="Accuracy (%)")
+    for column in ("test set", "kind", "pairs", "labels", "truth", "proxy (text only)", "SFD"):
+        table.add_column(column, justify="left" if column in ("test set", "kind") else "right")
+    for name, figures in results.items():
+        keys = ("accuracy", "truth_accuracy", "proxy_accuracy", "sfd")
+        cells = (percent(figures.get(key)) for key in keys)
+        table.add_row(name, figures["kind"], str(figures["pairs"]), *cells)
+    ood = [figures for figures in results.values() if figures["kind"] == "ood"]
+    if ood:
+        keys = ("accuracy", "truth_accuracy", "proxy_accuracy", "sfd")
+        means = (percent(np.mean([f[key] for f in ood]) if all(key in f for f in ood) else None) for key in keys)
+        table.add_section()
+        table.add_row("mean", "ood", str(sum(f["pairs"] for f in ood)), *means)
+    return table
+
+
+def percent(value: float | None) -> str:
+    """A share as a percentage, a dash where there is none."""
+    return "-" if value is None or math.isnan(value) else f"{100 * value:.1f}"

@@ -10,10 +10,20 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 178_956_970  # Pillow's own decompression-bomb limit, enforced here as an error
 EXIF_ORIENTATION = 0x0112
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SIDEWAYS = (5, 6, 7, 8)
 NORMALIZATION = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "clip": ((0.4814546, 0.4578275, 0.40821073), (0.2686295, 0.2613025, 0.2757711)),
@@ -96,11 +106,18 @@ def open_image(path: str | Path) -> Image.Image:
     return image
 
 
+def orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 (upright) to 8, from what the header says before the pixels; 1 where it is unreadable."""
+    try:
+        return Image.Image.getexif(image).get(EXIF_ORIENTATION, 1)  # a PNG's own method would decode the picture
+    except Exception:  # malformed EXIF raises whatever its parser meets
+        return 1
+
+
 def image_size(path: str | Path) -> tuple[int, int]:
     """(width, height) as shown, EXIF orientation applied, read from the header alone. Raises `ImageError`."""
     with open_image(path) as image:
-        sideways = image.getexif().get(EXIF_ORIENTATION) in (5, 6, 7, 8)
-        return image.size[::-1] if sideways else image.size
+        return image.size[::-1] if orientation(image) in SIDEWAYS else image.size
 
 
 def load_image(path: str | Path) -> Image.Image:
@@ -110,13 +127,14 @@ def load_image(path: str | Path) -> Image.Image:
         ImageError: as `open_image`, and for truncated or corrupt content.
     """
     with open_image(path) as image:
+        turn = UPRIGHT.get(orientation(image))
         try:
-            image = ImageOps.exif_transpose(image)
             if image.has_transparency_data:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            return image.convert("RGB")
+            image = image.convert("RGB")
         except (OSError, SyntaxError, ValueError) as error:
             raise ImageError(f"{path}: {error}") from None
+    return image.transpose(turn) if turn is not None else image
 
 
 def load_tiles(path: str | Path, tiling: Tiling) -> np.ndarray:

@@ -226,6 +226,7 @@ def schedule(
     tokens_per_batch: int,
     tokens_per_micro_batch: int,
     on_error: Callable[[RecordError], None],
+    on_sample: Callable[[Sample], None] = lambda sample: None,
     rank: int = 0,
     num_ranks: int = 1,
     window: int = WINDOW,
@@ -234,13 +235,14 @@ def schedule(
 
     Records are encoded `window` at a time, cut into steps of at most `tokens_per_batch` work, and each step is
     balanced over the ranks in micro-batches of at most `tokens_per_micro_batch`; every rank gets equally many.
-    Records without a response to score are passed over; one that cannot be encoded goes to `on_error`.
+    Every encoded record is shown to `on_sample`, and passed over if it has no response to score; one that cannot be
+    encoded goes to `on_error`.
     """
     tokens_per_tile = dataset.encoder.tokens_per_tile
     pending: list[tuple[int, Sample]] = []
     for start in range(0, len(order), window):
         stop = min(start + window, len(order))
-        pending += encode_window(dataset, order, range(start, stop), on_error)
+        pending += encode_window(dataset, order, range(start, stop), on_error, on_sample)
         costs = [sample.cost(tokens_per_tile) for _, sample in pending]
         steps = cut(costs, tokens_per_batch)
         rest = steps.pop() if stop < len(order) and steps else range(0)
@@ -253,7 +255,7 @@ def schedule(
         pending = [pending[item] for item in rest]
 
 
-def encode_window(dataset, order, positions: range, on_error) -> list[tuple[int, Sample]]:
+def encode_window(dataset, order, positions: range, on_error, on_sample) -> list[tuple[int, Sample]]:
     """The samples at `positions` of the order that have something to score, with their positions."""
     samples = []
     for position in positions:
@@ -262,6 +264,7 @@ def encode_window(dataset, order, positions: range, on_error) -> list[tuple[int,
         except RecordError as error:
             on_error(error)
             continue
+        on_sample(sample)
         if sample.main.sequences:
             samples.append((position, sample))
     return samples

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import ray
@@ -12,6 +13,7 @@ from tqdm import tqdm
 from mmrm_fast.config import ScoreConfig
 from mmrm_fast.records import RecordError, RecordFile, iter_groups
 from mmrm_fast.scorer import Scored, Scorer
+from mmrm_fast.weights import require_reward_model
 
 RECORDS_PER_TASK = 64
 EXIT_SOME_FAILED = 3
@@ -39,10 +41,11 @@ def score(config: ScoreConfig) -> int:
 
     Failed records are listed in `<out>.errors.jsonl` and printed; every other record's responses are in `out`.
     """
+    config = replace(config, model=config.model.resolve(), data=config.data.resolve())
     file = RecordFile(config.data, config.image_root)
-    for folder in (config.model, config.out.parent):
-        if not folder.is_dir():
-            raise ValueError(f"{folder}: no such folder")
+    require_reward_model(config.model)
+    if not config.out.parent.is_dir():
+        raise ValueError(f"{config.out.parent}: no such folder to write scores into")
     errors: list[RecordError] = []
     unfinished = config.out.with_name(config.out.name + ".unfinished")
     with open(unfinished, "w") as rows, tqdm(total=len(file), unit=" records", desc="scoring") as bar:
@@ -68,10 +71,13 @@ def scored_chunks(config: ScoreConfig, num_records: int) -> Iterator[list[Scored
         cpus = 1 if gpus else min(2, os.cpu_count() or 1)
         available = ray.cluster_resources()
         count = config.actors or int(max(1, available["GPU"] // gpus if gpus else available["CPU"] // cpus))
-        actor = ray.remote(num_cpus=cpus if config.actors is None else 0, num_gpus=gpus, max_restarts=2)(ScoringActor)
+        resources = {"num_cpus": cpus if config.actors is None else 0, "num_gpus": gpus}
+        actor = ray.remote(**resources, max_restarts=2, max_task_retries=2)(ScoringActor)
         pool = ActorPool([actor.remote(config) for _ in range(count)])
         chunks = [range(at, min(at + RECORDS_PER_TASK, num_records)) for at in range(0, num_records, RECORDS_PER_TASK)]
         yield from pool.map(lambda actor, records: actor.score.remote(records), chunks)
+    except ray.exceptions.RayError as error:
+        raise OSError(f"a scoring process failed: {error}") from None
     finally:
         ray.shutdown()
 

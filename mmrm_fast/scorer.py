@@ -9,7 +9,7 @@ import torch
 from mmrm_fast.dataset import GroupDataset, Sample
 from mmrm_fast.packing import MicroBatch, Packer, balance
 from mmrm_fast.records import Group, RecordError, parse_group
-from mmrm_fast.weights import Checkpoint, load_checkpoint
+from mmrm_fast.weights import Checkpoint, load_checkpoint, require_reward_model
 
 TOKENS_PER_MICRO_BATCH = 16_384
 
@@ -65,14 +65,13 @@ class Scorer:
             torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
         )
         default = torch.bfloat16 if chosen.type == "cuda" else torch.float32
+        require_reward_model(path)
         checkpoint = load_checkpoint(
             path,
             dtype=default if dtype == "auto" else getattr(torch, dtype),
             max_length=max_length,
             max_tiles=max_tiles,
         )
-        if not checkpoint.is_reward_model:
-            raise ValueError(f"{path}: no `score.weight`: this is not a reward model, train one first")
         return cls(checkpoint, chosen, tokens_per_micro_batch=tokens_per_micro_batch)
 
     def score(self, records: Iterable[Mapping]) -> list[list[float]]:

@@ -23,9 +23,11 @@ Files are byte-identical for equal configurations under one Pillow and numpy ver
 """
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,6 +35,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
+
+from mmrm_fast import __version__
 
 CUES = ("opening", "length", "hedging")
 ENVIRONMENTS = CUES  # each is named after its dominant cue
@@ -261,6 +265,15 @@ def make_environments(
             _write_environment(complete / environment, environment, config, bar)
         complete.rename(folder)
     return {environment: folder / environment for environment in environments}
+
+
+def cached_environments(config: ShapesConfig = ShapesConfig()) -> dict[str, Path]:
+    """The environments of a configuration in the user's cache folder, made on the first call."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmrm_fast"
+    folder = cache / f"shapes-{hashlib.sha256(repr((__version__, config)).encode()).hexdigest()[:12]}"
+    if not folder.exists():
+        return make_environments(folder, config)
+    return {environment: folder / environment for environment in ENVIRONMENTS}
 
 
 def _write_environment(folder: Path, environment: str, config: ShapesConfig, bar: tqdm):

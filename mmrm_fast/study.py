@@ -20,9 +20,8 @@ from rich.table import Table
 from tqdm import tqdm
 
 from mmrm_fast.config import StudyConfig
-from mmrm_fast.evaluate import read_rows, shortcut_failure_degradation
-from mmrm_fast.shapes import ENVIRONMENTS
-from mmrm_fast.train import percent, shapes_environments
+from mmrm_fast.evaluate import percent, read_rows, shortcut_failure_degradation
+from mmrm_fast.shapes import ENVIRONMENTS, cached_environments
 
 METHODS = ("standard", "robust")
 FIGURES = ("iid_labels", "iid_truth", "ood_truth", "neutral", "reversed", "sfd")
@@ -45,7 +44,7 @@ def study(config: StudyConfig) -> dict:
     """Train every cell, write study.json and study.csv, print the table; returns what study.json holds."""
     root = config.output_dir
     root.mkdir(parents=True, exist_ok=True)
-    environments = shapes_environments()
+    environments = cached_environments()
     seeds = 1 if config.quick else config.seeds
     cells = [Cell(method, name, seed) for seed in range(seeds) for name in ENVIRONMENTS for method in METHODS]
     train_cells([cell for cell in cells if not (cell.folder(root) / "results.json").exists()], config)

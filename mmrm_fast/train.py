@@ -1,30 +1,37 @@
 """Training: JSONL of preferences in, `runs/NAME/` with metrics, evaluation and the reward model out."""
 
-import hashlib
 import json
 import math
-import os
 import time
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from mmrm_fast import __version__, sharding
+from mmrm_fast import sharding
 from mmrm_fast.config import TrainConfig
-from mmrm_fast.dataset import PreferenceDataset, check
-from mmrm_fast.evaluate import PairRow, batch_rows, summarize, write_rows
+from mmrm_fast.dataset import PreferenceDataset, Sample, check
+from mmrm_fast.evaluate import (
+    EvalSet,
+    PairRow,
+    batch_rows,
+    judged_accuracy,
+    named_sets,
+    results_table,
+    summarize,
+    write_rows,
+)
 from mmrm_fast.loss import StepAccumulator, preference_loss
 from mmrm_fast.model import RewardModel
 from mmrm_fast.packing import MicroBatch, Packer, schedule
 from mmrm_fast.records import RecordError, RecordFile
-from mmrm_fast.shapes import ENVIRONMENTS, ShapesConfig, make_environments
+from mmrm_fast.shapes import cached_environments
 from mmrm_fast.weights import Checkpoint, load_checkpoint, save_checkpoint
 
 TINY_CHECKPOINT = Path(__file__).parent / "assets" / "shapes-internvl"
@@ -44,15 +51,6 @@ class InputErrors(ValueError):
         super().__init__("\n".join([f"{len(errors)} records cannot be used:", *listed, remedy]))
 
 
-@dataclass(frozen=True)
-class EvalSet:
-    """A named test file: of the training distribution (`iid`), of another (`ood`), or a `probe` of a shortcut."""
-
-    name: str
-    kind: str
-    path: Path
-
-
 def train(config: TrainConfig) -> Path:
     """Train, evaluate and save; returns the run folder. Called once on every rank."""
     with sharding.ranks() as device:
@@ -67,9 +65,9 @@ def with_defaults(config: TrainConfig) -> tuple[TrainConfig, list[EvalSet]]:
     eval_sets = [*named_sets(config.eval, "iid"), *named_sets(config.eval_ood, "ood")]
     if not config.data:
         if sharding.rank() == 0:
-            shapes_environments()
+            cached_environments()
         sharding.barrier()
-        folders = shapes_environments()
+        folders = cached_environments()
         config = replace(config, data=(str(folders[config.environment] / "train.jsonl"),))
         eval_sets = eval_sets or shapes_sets(folders, config.environment)
     model = config.model or TINY_CHECKPOINT
@@ -79,27 +77,6 @@ def with_defaults(config: TrainConfig) -> tuple[TrainConfig, list[EvalSet]]:
         filled["tokens_per_micro_batch"] = min(config.tokens_per_micro_batch, TINY["tokens_per_micro_batch"])
     output_dir = config.output_dir or Path("runs") / ("robust" if config.robust else "standard")
     return replace(config, model=model, output_dir=output_dir, **filled), eval_sets
-
-
-def named_sets(specs: tuple[str, ...], kind: str) -> list[EvalSet]:
-    """Parse NAME=FILE."""
-    sets = []
-    for spec in specs:
-        name, found, path = spec.partition("=")
-        if not found or not name or not path:
-            raise ValueError(f"{spec!r}: test sets are given as NAME=FILE")
-        sets.append(EvalSet(name, kind, Path(path)))
-    return sets
-
-
-def shapes_environments() -> dict[str, Path]:
-    """The default shapes environments, made once into the user's cache folder (by the caller's rank 0)."""
-    config = ShapesConfig()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmrm_fast"
-    folder = cache / f"shapes-{hashlib.sha256(repr((__version__, config)).encode()).hexdigest()[:12]}"
-    if not folder.exists():
-        make_environments(folder, config)
-    return {name: folder / name for name in ENVIRONMENTS}
 
 
 def shapes_sets(folders: dict[str, Path], trained: str) -> list[EvalSet]:
@@ -121,11 +98,13 @@ class Trainer:
         self.proxy = self.load(config.proxy_model or config.model) if config.robust else None
         self.dataset = self.open(config.data, config.overlong)
         self.eval_datasets = [self.open((eval_set.path,), "truncate") for eval_set in eval_sets]
-        self.skipped: list[RecordError] = []
+        self.skipped: list[RecordError] = []  # the same on every rank
+        self.undecoded: list[RecordError] = []  # this rank's
+        self.counts = Counter()
         self.check_inputs()
         self.models = self.shard_models()
         self.optimizer = make_optimizer(self.models, config)
-        self.totals = StepAccumulator(device)
+        self.accumulator = StepAccumulator(device)
         self.step = 0
 
     def load(self, folder: Path) -> Checkpoint:
@@ -218,6 +197,7 @@ class Trainer:
             tokens_per_batch=config.tokens_per_batch if training else EVERYTHING,
             tokens_per_micro_batch=config.tokens_per_micro_batch,
             on_error=self.skip,
+            on_sample=self.count if training else lambda sample: None,
             rank=sharding.rank(),
             num_ranks=sharding.num_ranks(),
         )
@@ -233,6 +213,12 @@ class Trainer:
             raise InputErrors([error], "mend it, or pass --skip-bad to leave such records out")
         self.skipped.append(error)
 
+    def count(self, sample: Sample) -> None:
+        """Keep account of what a training record has that is not trained on."""
+        self.skipped += sample.dropped
+        self.counts["responses without a numeric rating"] += sample.group.num_unrated
+        self.counts["records without a preference"] += not sample.group.pairs
+
     def share(self, before: int, after: int, total: int) -> float:
         """How far the training is, 0 to 1, in the middle of a step."""
         by_records = (before + after) / 2 / total
@@ -245,15 +231,15 @@ class Trainer:
         proxy_rewards = self.models[1](batch.text) if self.proxy else None
         loss = preference_loss(rewards, proxy_rewards, batch, sfc_mode=self.config.sfc_mode)
         (loss.main + loss.proxy if self.proxy else loss.main).backward()
-        self.totals.add(loss, packed.batch, len(packed.errors))
-        self.skipped += packed.errors
+        self.accumulator.add(loss, packed.batch, len(packed.errors))
+        self.undecoded += packed.errors
 
     def optimizer_step(self, share: float) -> dict[str, float]:
         """Scale, clip and apply the accumulated gradients; the step's metrics."""
         config = self.config
-        totals = self.totals.totals(sharding.all_sum)
-        if totals.sums["errors"] and not config.skip_bad:
-            raise InputErrors(sharding.gather_lists(self.skipped), "mend them, or pass --skip-bad to leave them out")
+        totals = self.accumulator.totals(sharding.all_sum)
+        if totals.sums["errors"]:
+            self.refuse_undecoded()
         metrics = totals.metrics()
         if not math.isfinite(metrics["loss"]):
             raise FloatingPointError(f"step {self.step + 1}: the loss is {metrics['loss']}; lower --lr")
@@ -266,6 +252,11 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return metrics
+
+    def refuse_undecoded(self) -> None:
+        """Images that could not be decoded, on any rank: stop on all of them, unless `skip_bad`."""
+        if not self.config.skip_bad:
+            raise InputErrors(sharding.gather_lists(self.undecoded), "mend them, or pass --skip-bad to leave them out")
 
     def log(self, row: dict, bar: tqdm) -> None:
         """One row of metrics.jsonl and the progress bar's figures."""
@@ -299,9 +290,11 @@ class Trainer:
         rows = []
         for packed in self.progress_bar(f"evaluating {name}")(batches):
             rows += batch_rows(self.models[0], proxy, packed, self.device)
-            self.skipped += packed.errors
+            self.undecoded += packed.errors
         for model in self.models:
             model.train()
+        if sharding.gather_lists(self.undecoded):
+            self.refuse_undecoded()
         return sorted(sharding.gather_lists(rows), key=lambda row: (row.record, row.chosen, row.rejected))
 
     def log_evaluation(self, results: dict[str, dict], bar: tqdm) -> None:
@@ -313,7 +306,7 @@ class Trainer:
 
     def save(self, folder: Path, results: dict[str, dict]) -> None:
         """Write final/ (and proxy/), results.json and skipped.jsonl, and print the table."""
-        skipped = sharding.gather_lists(self.skipped)
+        skipped = self.skipped + sharding.gather_lists(self.undecoded)
         states = [sharding.full_state(model) for model in self.models]
         if not self.is_main:
             return
@@ -327,8 +320,9 @@ class Trainer:
         console = Console()
         if results:
             console.print(results_table(results))
-        if skipped:
-            console.print(f"{len(skipped)} records skipped, listed in {folder / 'skipped.jsonl'}")
+        for what, number in [("records or responses skipped, see skipped.jsonl", len(skipped)), *self.counts.items()]:
+            if number:
+                console.print(f"{number} {what}")
         print(f"Score with it:\n  python scripts/score.py --model {folder / 'final'} --data in.jsonl --out out.jsonl")
 
 
@@ -375,34 +369,6 @@ def scale_and_clip(model: RewardModel, scale: float, max_norm: float) -> float:
     norm = float(sharding.full_value(torch.nn.utils.get_total_norm(grads))) * scale
     torch._foreach_mul_(grads, scale * min(1.0, max_norm / (norm + 1e-6)))
     return norm
-
-
-def judged_accuracy(figures: dict) -> float:
-    """Accuracy against the truth where the data knows it, else against the labels."""
-    return figures.get("truth_accuracy", figures["accuracy"])
-
-
-def results_table(results: dict[str, dict]) -> Table:
-    """Accuracies of the main model and of the text-only proxy, by test set, and the o.o.d. mean."""
-    table = Table(title="Accuracy (%)")
-    for column in ("test set", "kind", "pairs", "labels", "truth", "proxy (text only)", "SFD"):
-        table.add_column(column, justify="left" if column in ("test set", "kind") else "right")
-    for name, figures in results.items():
-        keys = ("accuracy", "truth_accuracy", "proxy_accuracy", "sfd")
-        cells = (percent(figures.get(key)) for key in keys)
-        table.add_row(name, figures["kind"], str(figures["pairs"]), *cells)
-    ood = [figures for figures in results.values() if figures["kind"] == "ood"]
-    if ood:
-        keys = ("accuracy", "truth_accuracy", "proxy_accuracy", "sfd")
-        means = (percent(np.mean([f[key] for f in ood]) if all(key in f for f in ood) else None) for key in keys)
-        table.add_section()
-        table.add_row("mean", "ood", str(sum(f["pairs"] for f in ood)), *means)
-    return table
-
-
-def percent(value: float | None) -> str:
-    """A share as a percentage, a dash where there is none."""
-    return "-" if value is None or math.isnan(value) else f"{100 * value:.1f}"
 
 
 def append_json(path: Path, row: dict) -> None:

@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, InternVLModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from mmrm_fast.images import NORMALIZATION, Tiling
 from mmrm_fast.model import RewardModel
@@ -29,7 +30,6 @@ class Checkpoint:
     tiling: Tiling
     tokens_per_tile: int
     max_length: int
-    is_reward_model: bool  # False where the score head is new
 
     def prompt_encoder(self) -> PromptEncoder:
         """The encoder for this checkpoint's records."""
@@ -54,12 +54,9 @@ def load_checkpoint(
         ValueError: not such a folder; the message says what is missing.
     """
     folder = Path(folder)
-    if read_json(folder / "config.json").get("model_type") != "internvl":
-        raise ValueError(f"{folder}: model_type is not `internvl`; expected a transformers InternVL checkpoint")
-    if not any((folder / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX)):
-        raise ValueError(f"{folder}: no {WEIGHTS}; weights are read from safetensors only")
+    check_folder(folder)
     processor = read_json(folder / PROCESSOR)
-    backbone = InternVLModel.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
+    backbone = load_backbone(folder, dtype)
     mean, std = (tuple(processor.get(key, default)) for key, default in image_statistics().items())
     model = RewardModel(backbone, mean, std)
     score = read_score(folder)
@@ -73,8 +70,39 @@ def load_checkpoint(
         tiling=read_tiling(processor, config.vision_config.image_size[0], max_tiles),
         tokens_per_tile=tokens_per_tile(config),
         max_length=max_length or min(tokenizer.model_max_length, MAX_LENGTH),
-        is_reward_model=score is not None,
     )
+
+
+def check_folder(folder: Path) -> None:
+    """Raise `ValueError` unless the folder looks like a native InternVL checkpoint with safetensors."""
+    if read_json(folder / "config.json").get("model_type") != "internvl":
+        raise ValueError(f"{folder}: model_type is not `internvl`; expected a transformers InternVL checkpoint")
+    if not any((folder / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX)):
+        raise ValueError(f"{folder}: no {WEIGHTS}; weights are read from safetensors only")
+
+
+def require_reward_model(folder: str | Path) -> None:
+    """Raise `ValueError` unless the folder is a checkpoint with a score head."""
+    check_folder(Path(folder))
+    if read_score(Path(folder)) is None:
+        raise ValueError(f"{folder}: no `{SCORE}`: this is not a reward model, train one first")
+
+
+def load_backbone(folder: Path, dtype: torch.dtype) -> InternVLModel:
+    """transformers' own model; every weight must be there, in its shape."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # transformers would report score.weight as unexpected
+    try:
+        model, report = InternVLModel.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    for problem in ("missing_keys", "mismatched_keys"):
+        if report[problem]:
+            first = sorted(map(str, report[problem]))[0]
+            raise ValueError(f"{folder}: {len(report[problem])} {problem.replace('_', ' ')}, such as {first}")
+    return model
 
 
 def read_json(path: Path) -> dict:
@@ -110,7 +138,8 @@ def read_score(folder: Path) -> torch.Tensor | None:
     if name is None or Path(name).name != name:
         return None
     with safe_open(folder / name, "pt") as file:
-        return file.get_tensor(SCORE) if SCORE in file.keys() else None
+        names = file.keys()
+        return file.get_tensor(SCORE) if SCORE in names else None
 
 
 def save_checkpoint(folder: str | Path, checkpoint: Checkpoint, state: dict[str, torch.Tensor] | None = None) -> None:

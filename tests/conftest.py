@@ -104,7 +104,6 @@ def make_checkpoint(tokenizer):
             tiling=Tiling(56, 1, max_tiles),
             tokens_per_tile=TOKENS_PER_TILE,
             max_length=max_length,
-            is_reward_model=True,
         )
 
     return make

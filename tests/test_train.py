@@ -1,0 +1,227 @@
+"""Training as a user runs it: what a run writes, what it refuses, and that ranks and budgets do not change it."""
+
+import json
+import sys
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from mmrm_fast.cli import main
+from mmrm_fast.config import TrainConfig
+from mmrm_fast.loss import COUNTS, SUMS, StepTotals
+from mmrm_fast.scorer import Scorer
+from mmrm_fast.train import lr_factor, train
+from mmrm_fast.weights import save_checkpoint
+
+
+@pytest.fixture
+def model_folder(make_checkpoint, tmp_path):
+    save_checkpoint(tmp_path / "model", make_checkpoint(max_length=256))
+    return tmp_path / "model"
+
+
+def mixed_records(pictures):
+    """Pairwise and K-wise, with one image, two and none; 11 records, so that some step is uneven."""
+    photo, wide = pictures["photo"], pictures["wide"]
+    pairs = [
+        {"prompt": f"What is in picture {i}?", "img_path": image, "chosen": f"two red circles {i}", "rejected": "a cat"}
+        for i, image in enumerate([photo, None, wide, None, None, [photo, wide], wide, pictures["tall"]])
+    ]
+    kwise = [
+        {
+            "prompt": "Rate them.",
+            "img_path": photo,
+            "completions": {
+                "annotations": [{"Helpfulness": {"Rating": rating}} for rating in ("5", "3", "N/A", "1")],
+                "response": [f"answer {i} of {j}" for j in range(4)],
+            },
+        }
+        for i in range(3)
+    ]
+    return pairs + kwise
+
+
+@pytest.fixture
+def make_config(model_folder, pictures, write_jsonl, tmp_path):
+    """A TrainConfig on small mixed data, in a run folder of its own."""
+    data = write_jsonl(mixed_records(pictures), "train.jsonl")
+    evaluation = write_jsonl(mixed_records(pictures)[:3], "eval.jsonl")
+
+    def make(name, **options):
+        defaults = {
+            "data": (str(data),),
+            "eval": (f"small={evaluation}", f"one={write_jsonl(mixed_records(pictures)[1:2], 'one.jsonl')}"),
+            "model": model_folder,
+            "output_dir": tmp_path / name,
+            "lr": 1e-3,
+            "tokens_per_batch": 400,
+            "tokens_per_micro_batch": 200,
+        }
+        return TrainConfig(**{**defaults, **options})
+
+    return make
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def losses(folder):
+    return [row["loss"] for row in read(folder / "metrics.jsonl")]
+
+
+def margins(folder, name="small"):
+    return [row["margin"] for row in read(folder / f"eval-{name}.jsonl")]
+
+
+def test_a_run_leaves_metrics_evaluation_and_a_reward_model(make_config, capsys):
+    folder = train(make_config("run", robust=True, epochs=2))
+    rows = read(folder / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    assert sum(row["records"] for row in rows) == 22
+    assert all(row["tokens"] < row["tokens_unshared"] for row in rows)
+    results = json.loads((folder / "results.json").read_text())
+    assert set(results["small"]) >= {"kind", "pairs", "accuracy", "proxy_accuracy", "sfd"}
+    assert results["small"]["pairs"] == 3 and results["one"]["pairs"] == 1
+    names = {path.name for path in (folder / "final").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"} <= names
+    last_line = capsys.readouterr().out.splitlines()[-1]
+    assert last_line.split()[:3] == ["python", "scripts/score.py", "--model"] and str(folder / "final") in last_line
+
+
+def test_scores_of_the_saved_model_are_the_rewards_of_the_last_evaluation(make_config, pictures):
+    folder = train(make_config("run", robust=True))
+    records = [
+        {"prompt": r["prompt"], "img_path": r["img_path"], "responses": [r["chosen"], r["rejected"]]}
+        for r in mixed_records(pictures)[:3]
+    ]
+    rewards = Scorer.from_pretrained(folder / "final", device="cpu").score(records)
+    assert [chosen - rejected for chosen, rejected in rewards] == pytest.approx(margins(folder), abs=1e-5)
+
+
+@pytest.mark.parametrize("robust", [False, True], ids=["standard", "robust"])
+def test_two_ranks_equal_one(make_config, robust):
+    one = train(make_config("one", robust=robust, epochs=2))
+    two = make_config("two", robust=robust, epochs=2)
+    assert run_ranks(train, two) == [0, 0]
+    assert losses(two.output_dir) == pytest.approx(losses(one), abs=1e-4)
+    assert margins(two.output_dir) == pytest.approx(margins(one), abs=1e-3)
+    assert margins(two.output_dir, "one") == pytest.approx(margins(one, "one"), abs=1e-3)
+
+
+def test_micro_batches_do_not_change_the_training(make_config):
+    whole = train(make_config("whole", robust=True, sfc_mode="normalized", tokens_per_micro_batch=400))
+    parts = train(make_config("parts", robust=True, sfc_mode="normalized", tokens_per_micro_batch=80))
+    assert losses(parts) == pytest.approx(losses(whole), abs=1e-5)
+
+
+def test_workers_do_not_change_the_training(make_config):
+    alone = train(make_config("alone", max_steps=2))
+    assert losses(train(make_config("workers", max_steps=2, num_workers=1))) == losses(alone)
+
+
+def test_the_same_seed_gives_the_same_run(make_config):
+    first, second = (train(make_config(name, robust=True, max_steps=2)) for name in ("first", "second"))
+    assert losses(first) == losses(second) and margins(first) == margins(second)
+
+
+def test_bad_records_stop_training_before_the_first_step_all_at_once(make_config, write_jsonl, pictures, tmp_path):
+    (tmp_path / "cut.png").write_bytes((tmp_path / "photo.png").read_bytes()[:200])
+    good = mixed_records(pictures)[0]
+    data = write_jsonl(
+        [
+            good,
+            "{broken",
+            {"prompt": "no responses", "responses": []},
+            {**good, "img_path": "missing.png"},
+            {**good, "img_path": "cut.png"},
+            {**good, "prompt": "word " * 400},
+            {**good, "chosen": 3},
+        ],
+        "bad.jsonl",
+    )
+    config = make_config("bad", data=(str(data),))
+    with pytest.raises(ValueError) as caught:
+        train(config)
+    message = str(caught.value)
+    for line, reason in [
+        (2, "JSON"),
+        (3, "chosen"),
+        (4, "missing.png"),
+        (5, "cut.png"),
+        (6, "--max-length"),
+        (7, "string"),
+    ]:
+        assert any(f"bad.jsonl:{line}:" in text and reason in text for text in message.splitlines()), (line, message)
+    assert not config.output_dir.exists()
+
+    folder = train(make_config("skipping", data=(str(data),), skip_bad=True))
+    assert len(read(folder / "skipped.jsonl")) == 6
+    assert sum(row["pairs"] for row in read(folder / "metrics.jsonl")) == 1
+
+
+def fails_with_named_image(config):
+    with pytest.raises(ValueError, match=r"cut\.png"):
+        train(config)
+
+
+def test_an_image_that_cannot_be_decoded_later_is_named_on_all_ranks(make_config, write_jsonl, pictures, tmp_path):
+    (tmp_path / "cut.png").write_bytes((tmp_path / "photo.png").read_bytes()[:200])
+    records = mixed_records(pictures)
+    data = write_jsonl([*records, {**records[0], "img_path": "cut.png"}], "late.jsonl")
+    config = make_config("late", data=(str(data),), check_records=0)
+    assert run_ranks(fails_with_named_image, config) == [0, 0]
+
+
+def test_an_overlong_response_is_skipped_and_counted(make_config, write_jsonl, pictures, capsys):
+    good = mixed_records(pictures)[0]
+    data = write_jsonl([good, {**good, "chosen": "word " * 300}], "long.jsonl")
+    folder = train(make_config("long", data=(str(data),)))
+    (note,) = read(folder / "skipped.jsonl")
+    assert note["source"].endswith("long.jsonl:2") and "--max-length" in note["reason"]
+    assert "1 records or responses skipped" in capsys.readouterr().out
+
+
+def test_ratings_that_are_not_numbers_are_counted(make_config, capsys):
+    train(make_config("unrated", max_steps=100))
+    assert "3 responses without a numeric rating" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, reason",
+    [
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--data", "{data}", "--model", "nowhere"], "nowhere"),
+        (["--data", "{data}", "--eval", "noname"], "NAME=FILE"),
+        (["--model", "{model}"], "--data"),
+    ],
+)
+def test_a_wrong_option_is_a_message_not_a_traceback(make_config, monkeypatch, capsys, arguments, reason):
+    config = make_config("wrong")
+    places = {"data": config.data[0], "model": config.model}
+    monkeypatch.setattr(sys, "argv", ["mmrm-fast"])
+    assert main(["train", "--output-dir", str(config.output_dir), *(a.format(**places) for a in arguments)]) == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_learning_rate_warms_up_and_ends_at_zero():
+    assert [lr_factor(share, 0.1) for share in (0.0, 0.05, 0.1, 0.55, 1.0)] == pytest.approx([0, 0.5, 1, 0.5, 0])
+
+
+def test_normalized_mode_divides_the_main_branch_by_the_mean_sfc():
+    sums = dict.fromkeys(SUMS + COUNTS, 0.0) | {"weight": 8.0, "weighted_sfc": 2.0}
+    assert StepTotals(sums).gradient_scales("normalized") == (1 / 2, 1 / 8)
+    assert StepTotals(sums).gradient_scales("paper") == (1 / 8, 1 / 8)
+    assert StepTotals(dict.fromkeys(SUMS + COUNTS, 0.0)).gradient_scales("normalized") == (0.0, 0.0)
+
+
+def test_the_frozen_vision_tower_does_not_change_and_the_rest_does(make_config, model_folder):
+    folder = train(make_config("frozen"))
+    before, after = (Scorer.from_pretrained(path, device="cpu").model for path in (model_folder, folder / "final"))
+    changed = {
+        name.split(".")[1]
+        for (name, p), q in zip(before.named_parameters(), after.parameters(), strict=True)
+        if not torch.equal(p, q)
+    }
+    assert changed == {"language_model", "multi_modal_projector", "weight"}
