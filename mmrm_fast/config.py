@@ -47,7 +47,7 @@ class TrainConfig(DataConfig):
     """Checkpoint whose language model the proxy starts from, with the same tokenizer. Default: `--model`."""
     output_dir: Path | None = None
     """Run folder. Default: runs/standard or runs/robust."""
-    environment: str = "opening"
+    environment: Literal["opening", "length", "hedging"] = "opening"
     """Shapes environment to train on when there is no `--data`: opening, length or hedging."""
     sfc_mode: Literal["paper", "reference", "normalized"] = "paper"
     """Weight of a pair: L_t / (L + L_t), the reference implementation's, or divided by its mean."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mmrm_fast.images import ImageError, Tiling, image_size, load_tiles
-from mmrm_fast.prompt import Encoded, PromptEncoder, PromptError, without_images
+from mmrm_fast.prompt import Encoded, PromptEncoder, PromptError
 from mmrm_fast.records import Group, Pair, RecordError, RecordFile
 
 KEYS_PER_TOKEN = 8  # gathered keys and values that cost about as much as one token
@@ -86,7 +86,7 @@ class GroupDataset:
         main = self.encoder.encode(group.prompt, group.responses, tiles_per_image)
         text = None
         if self.with_text:
-            text = self.encoder.encode(without_images(group.prompt, len(group.images)), group.responses)
+            text = self.encoder.encode_text_only(group.prompt, group.responses, len(group.images))
         return Sample(group, tiles_per_image, main, text)
 
     def without_overlong(self, sample: Sample) -> Sample:

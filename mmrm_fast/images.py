@@ -131,6 +131,8 @@ def load_image(path: str | Path) -> Image.Image:
         try:
             if image.has_transparency_data:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            if image.mode.startswith("I;16"):  # Pillow would clip it at 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             image = image.convert("RGB")
         except (OSError, SyntaxError, ValueError) as error:
             raise ImageError(f"{path}: {error}") from None

@@ -183,7 +183,7 @@ class Packed:
 
     batch: PackedBatch
     samples: tuple[Sample, ...]
-    errors: tuple[RecordError, ...]
+    errors: dict[int, RecordError]  # by the sample's place in the micro-batch
     ends_step: bool
     consumed: int
 
@@ -201,13 +201,13 @@ class Packer:
         self.dataset, self.with_text, self.min_shared = dataset, with_text, min_shared
 
     def __getitem__(self, micro: MicroBatch) -> Packed:
-        samples, images, errors = [], [], []
-        for sample in micro.samples:
+        samples, images, errors = [], [], {}
+        for place, sample in enumerate(micro.samples):
             try:
                 images.append(self.dataset.load(sample))
                 samples.append(sample)
             except RecordError as error:
-                errors.append(error)
+                errors[place] = error
         batch = pack(
             samples,
             images,
@@ -216,7 +216,7 @@ class Packer:
             min_shared=self.min_shared,
             with_text=self.with_text,
         )
-        return Packed(batch, tuple(samples), tuple(errors), micro.ends_step, micro.consumed)
+        return Packed(batch, tuple(samples), errors, micro.ends_step, micro.consumed)
 
 
 def schedule(

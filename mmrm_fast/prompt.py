@@ -81,7 +81,10 @@ class PromptEncoder:
             raise ValueError(f"the tokenizer lacks the image tokens {image_tokens}")
         self.image_start, self.image_end = start, end
         head, middle, tail = template_parts(tokenizer)
-        specials = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        added = tokenizer.added_tokens_decoder
+        self.swallows_right = {id for id, token in added.items() if token.special and token.rstrip}
+        self.swallows_left = {id for id, token in added.items() if token.special and token.lstrip}
+        specials = {token.content: id for id, token in added.items() if token.special}
         self.head = split_specials(head, specials)
         self.middle = split_specials(middle, specials)
         self.tail = up_to_end_token(split_specials(tail, specials))
@@ -92,18 +95,28 @@ class PromptEncoder:
         Raises:
             PromptError: the prefix alone does not fit, or `<image>` does not match the images.
         """
-        *whole, (_, opening) = self.runs(prompt, tiles_per_image)
+        return self.encode_pieces(split_images(prompt, len(tiles_per_image)), responses, tiles_per_image)
+
+    def encode_text_only(self, prompt: str, responses: tuple[str, ...], num_images: int) -> Encoded:
+        """Encode as the text-only proxy sees it: without the images. Raises as `encode`."""
+        return self.encode_pieces([without_images(prompt, num_images)], responses, ())
+
+    def encode_pieces(self, pieces: list[str], responses: tuple[str, ...], tiles_per_image: tuple[int, ...]) -> Encoded:
+        """Encode a prompt given as the text around its image slots."""
+        *whole, (_, opening) = self.runs(pieces, tiles_per_image)
         prefix = self.encode_items(whole)
         prefix_length = len(prefix) + len(self.ids(opening))
         tail_text, *tail = self.tail if isinstance(self.tail[0], str) else ["", *self.tail]
         room = self.max_length - len(prefix) - len(tail)
         if prefix_length + len(tail) >= self.max_length:
             raise PromptError("prompt", f"is {prefix_length} tokens with its images; --max-length is {self.max_length}")
-        bodies = self.literal.encode_batch([opening + text + tail_text for text in responses], add_special_tokens=False)
+        around = whole[-1][1] if whole else None, tail[0]
+        texts = [self.swallow(opening + text + tail_text, *around) for text in responses]
+        bodies = self.literal.encode_batch(texts, add_special_tokens=False)
         sequences = [np.array(prefix + body.ids[:room] + tail, np.int64) for body in bodies]
         return Encoded(tuple(sequences), prefix_length, tuple(len(body.ids) > room for body in bodies))
 
-    def runs(self, prompt: str, tiles_per_image: tuple[int, ...]) -> list[tuple[str, object]]:
+    def runs(self, pieces: list[str], tiles_per_image: tuple[int, ...]) -> list[tuple[str, object]]:
         """Everything before the response as ("text", run), ("id", token) and ("image", tiles) items.
 
         Text that meets no special token is one run, so that it is tokenised as in the rendered template; the last
@@ -117,7 +130,7 @@ class PromptEncoder:
             else:
                 items[-1] = ("text", items[-1][1] + part)
 
-        first, *pieces = split_images(prompt, len(tiles_per_image))
+        first, *pieces = pieces
         for part in (*self.head, first):
             add(part)
         for tiles, piece in zip(tiles_per_image, pieces, strict=True):
@@ -130,14 +143,20 @@ class PromptEncoder:
         """Token keys of `runs`' items."""
         keys: list[int] = []
         row = 0
-        for kind, value in items:
+        neighbours = [None, *(value if kind == "id" else None for kind, value in items), None]
+        for (kind, value), before, after in zip(items, neighbours, neighbours[2:], strict=False):
             if kind == "image":
                 count = value * self.tokens_per_tile
                 keys.extend(range(-1 - row, -1 - row - count, -1))
                 row += count
             else:
-                keys.extend(self.ids(value) if kind == "text" else [value])
+                keys.extend(self.ids(self.swallow(value, before, after)) if kind == "text" else [value])
         return keys
+
+    def swallow(self, text: str, before: int | None, after: int | None) -> str:
+        """A run of text without the white space that the special tokens around it swallow (Phi-3's do)."""
+        text = text.lstrip() if before in self.swallows_right else text
+        return text.rstrip() if after in self.swallows_left else text
 
     def ids(self, text: str) -> list[int]:
         """Token ids of literal text."""

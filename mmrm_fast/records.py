@@ -12,9 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mmrm_fast.images import ImageError, load_image, open_image
-
 SCAN_BYTES = 1 << 24
+WHITE_SPACE = np.frombuffer(b" \t\r\n\v\f", np.uint8)
 PREFERENCE_FIELDS = {"chosen", "rejected", "completions"}
 
 
@@ -82,7 +81,7 @@ class RecordFile:
             line = file.readline()
         try:
             fields = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RecordError(source, "", f"not valid JSON ({error})") from None
         if self.need_pairs and isinstance(fields, dict) and not PREFERENCE_FIELDS & fields.keys():
             raise RecordError(source, "chosen", "missing; training and evaluation need chosen/rejected or completions")
@@ -91,20 +90,20 @@ class RecordFile:
 
 def scan_lines(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Byte offsets (int64) and 1-based line numbers (int64) of a file's non-blank lines."""
-    starts, position = [np.zeros(1, np.int64)], 0
+    starts, suspects, position, opens_line = [], [], 0, True
     with open(path, "rb") as file:
         while chunk := file.read(SCAN_BYTES):
-            newlines = np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n"))
-            starts.append(newlines + position + 1)
+            data = np.frombuffer(chunk, np.uint8)
+            begins = np.flatnonzero(np.concatenate([[opens_line], data[:-1] == ord("\n")]))
+            opens_line = data[-1] == ord("\n")
+            starts.append(begins + position)
+            suspects.append(np.isin(data[begins], WHITE_SPACE))
             position += len(chunk)
-    edges = np.concatenate([*starts, [position]])
-    offsets, lengths = edges[:-1], np.diff(edges)
-    keep = lengths > 1  # a lone newline is blank; whitespace-only lines are looked at below
-    short = np.flatnonzero(keep & (lengths < 80))
-    with open(path, "rb") as file:
-        for index in short:
+        offsets = np.concatenate([np.zeros(0, np.int64), *starts])
+        keep = np.ones(len(offsets), bool)
+        for index in np.flatnonzero(np.concatenate([np.zeros(0, bool), *suspects])):
             file.seek(offsets[index])
-            keep[index] = bool(file.read(lengths[index]).strip())
+            keep[index] = bool(file.readline().strip())
     kept = np.flatnonzero(keep)
     return offsets[kept], kept + 1
 
@@ -124,7 +123,7 @@ def parse_group(fields: object, *, source: str, record: int = 0, image_root: Pat
     return Group(
         source=source,
         record=record,
-        id=None if identity is None else str(identity),
+        id=None if identity is None else text(str(identity), "id", source),
         prompt=text_field(fields, "prompt", source),
         img_path=img_path,
         images=images,
@@ -143,6 +142,7 @@ def image_paths(img_path: object, source: str, image_root: Path | None) -> tuple
     for name in names:
         if not isinstance(name, str) or not name or "\0" in name:
             raise RecordError(source, "img_path", f"expected a path or a list of paths, got {kind_of(name)}")
+        text(name, "img_path", source)
     return tuple(str(image_root / name if image_root else Path(name)) for name in names)
 
 
@@ -152,7 +152,7 @@ def parse_responses(fields: dict, source: str) -> tuple[tuple[str, ...], tuple[P
         return parse_kwise(fields["completions"], source)
     if "chosen" in fields or "rejected" in fields:
         responses = (text_field(fields, "chosen", source), text_field(fields, "rejected", source))
-        margin = number(fields.get("margin", 0.0))
+        margin = 0.0 if fields.get("margin") is None else number(fields["margin"])
         if not math.isfinite(margin):
             raise RecordError(source, "margin", f"expected a finite number, got {fields['margin']!r}")
         return responses, (Pair(0, 1, margin),), 0
@@ -244,15 +244,6 @@ def kind_of(value: object) -> str:
         return {list: "an empty list", str: "an empty string", dict: "an empty object"}[type(value)]
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")
-
-
-def check_group(group: Group, *, decode: bool) -> None:
-    """Check that a group's images exist, or with `decode` that they can be decoded. Raises `RecordError`."""
-    for path in group.images:
-        try:
-            load_image(path) if decode else open_image(path).close()
-        except ImageError as error:
-            raise RecordError(group.source, "img_path", str(error)) from None
 
 
 def iter_groups(file: RecordFile, indices: Sequence[int] | None = None) -> Iterator[Group | RecordError]:

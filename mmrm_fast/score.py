@@ -48,7 +48,7 @@ def score(config: ScoreConfig) -> int:
         raise ValueError(f"{config.out.parent}: no such folder to write scores into")
     errors: list[RecordError] = []
     unfinished = config.out.with_name(config.out.name + ".unfinished")
-    with open(unfinished, "w") as rows, tqdm(total=len(file), unit=" records", desc="scoring") as bar:
+    with open(unfinished, "w", encoding="utf-8") as rows, tqdm(total=len(file), unit=" records", desc="scoring") as bar:
         for results in scored_chunks(config, len(file)):
             for result in results:
                 if isinstance(result, Scored):

@@ -83,7 +83,7 @@ class Scorer:
         Raises:
             RecordError: a record cannot be scored; the message names it and the field.
         """
-        groups = [parse_group(dict(fields), source=f"records[{i}]", record=i) for i, fields in enumerate(records)]
+        groups = [parse_group(fields, source=f"records[{i}]", record=i) for i, fields in enumerate(records)]
         results = self.score_groups(groups)
         for result in results:
             if isinstance(result, RecordError):
@@ -119,7 +119,8 @@ class Scorer:
         batch = packed.batch.to(self.device)
         count = sum(batch.num_responses)
         rewards = iter(self.model(batch.main, batch.tiles)[:count].split(list(batch.num_responses)))
-        errors = {error.source: error for error in packed.errors}
-        for place, sample in samples.items():
-            error = errors.get(sample.group.source)
-            results[place] = error or Scored(sample.group, tuple(next(rewards).tolist()), sample.main.truncated)
+        for number, (place, sample) in enumerate(samples.items()):
+            if number in packed.errors:
+                results[place] = packed.errors[number]
+            else:
+                results[place] = Scored(sample.group, tuple(next(rewards).tolist()), sample.main.truncated)

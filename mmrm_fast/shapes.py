@@ -211,8 +211,8 @@ def cue_probabilities(environment: str, split: str, config: ShapesConfig) -> dic
     first = CUES.index(environment)
     cycle = CUES[first:] + CUES[:first]
     if split in ("train", "iid"):
-        return dict(zip(cycle, (config.strength, *config.secondary)))
-    return dict(zip(cycle, (0.5 if split == "neutral" else 1 - config.strength, 0.5, 0.5)))
+        return dict(zip(cycle, (config.strength, *config.secondary), strict=True))
+    return dict(zip(cycle, (0.5 if split == "neutral" else 1 - config.strength, 0.5, 0.5), strict=True))
 
 
 def bayes_accuracy(probabilities: Sequence[float], num_responses: Sequence[int] = (2,)) -> float:
@@ -232,8 +232,8 @@ def _bayes_accuracy(probabilities: Sequence[float], num_responses: int) -> float
     tables = [{1: p, -1: (1 - p) / others, 0: (1 - p) * (others - 1) / others} for p in probabilities]
     accuracy = 0.0
     for outcome in itertools.product((1, -1, 0), repeat=len(tables)):
-        seen = math.prod(table[value] for table, value in zip(tables, outcome))
-        flipped = math.prod(table[-value] for table, value in zip(tables, outcome))
+        seen = math.prod(table[value] for table, value in zip(tables, outcome, strict=True))
+        flipped = math.prod(table[-value] for table, value in zip(tables, outcome, strict=True))
         accuracy += max(seen, flipped) / 2
     return accuracy
 

@@ -232,7 +232,7 @@ class Trainer:
         loss = preference_loss(rewards, proxy_rewards, batch, sfc_mode=self.config.sfc_mode)
         (loss.main + loss.proxy if self.proxy else loss.main).backward()
         self.accumulator.add(loss, packed.batch, len(packed.errors))
-        self.undecoded += packed.errors
+        self.undecoded += packed.errors.values()
 
     def optimizer_step(self, share: float) -> dict[str, float]:
         """Scale, clip and apply the accumulated gradients; the step's metrics."""
@@ -290,7 +290,7 @@ class Trainer:
         rows = []
         for packed in self.progress_bar(f"evaluating {name}")(batches):
             rows += batch_rows(self.models[0], proxy, packed, self.device)
-            self.undecoded += packed.errors
+            self.undecoded += packed.errors.values()
         for model in self.models:
             model.train()
         if sharding.gather_lists(self.undecoded):

@@ -6,10 +6,12 @@ import tyro
 
 from mmrm_fast.shapes import ENVIRONMENTS, ShapesConfig, make_environments
 
+DEFAULTS = ShapesConfig()
+
 
 def main(
     folder: tyro.conf.Positional[Path],
-    config: tyro.conf.OmitArgPrefixes[ShapesConfig] = ShapesConfig(),
+    config: tyro.conf.OmitArgPrefixes[ShapesConfig] = DEFAULTS,
     environments: tuple[str, ...] = ENVIRONMENTS,
     progress: bool = True,
 ):

@@ -28,10 +28,17 @@ def kwise(prompt, images, *responses):
 def batches(pictures):
     """Groups by the kind of batch that they make."""
     wide, photo, tall = pictures["wide"], pictures["photo"], pictures["tall"]
+    long_answers = (SHARED + "two", SHARED + "nothing")
     return {
-        "pairwise": [pairwise("What is this?", [wide], "two red circles", "I think so."), pairwise("", [photo], "a", "")],
-        "k-wise": [kwise("What is in the picture?", [tall], "one", "two red", "I think", SHARED + "two", SHARED + "nothing")],
-        "text-only": [pairwise("Where is it? " * 12, [], "on the left", "on the right"), pairwise("Why?", [], "so", "no")],
+        "pairwise": [
+            pairwise("What is this?", [wide], "two red circles", "I think so."),
+            pairwise("", [photo], "a", ""),
+        ],
+        "k-wise": [kwise("What is in the picture?", [tall], "one", "two red", "I think", *long_answers)],
+        "text-only": [
+            pairwise("Where is it? " * 12, [], "on the left", "on the right"),
+            pairwise("Why?", [], "so", "no"),
+        ],
         "multi-tile and text-only mixed": [
             pairwise("Describe it.", [photo], "left", "right"),
             pairwise("Where is the picture?", [], "on the left of it", "on the right"),
@@ -42,7 +49,7 @@ def batches(pictures):
             pairwise("What is this?", [photo], "two blue circles", "two red circles"),
             pairwise("And this?", [photo, photo], "the same", "the same"),
         ],
-    }  # fmt: skip
+    }
 
 
 def pack_groups(checkpoint, groups):

@@ -145,7 +145,7 @@ def test_pictures_are_there_in_both_formats_and_many_sizes(split):
 @pytest.mark.parametrize("side", ATTRIBUTES["side"])
 @pytest.mark.parametrize("size", [(56, 56), (168, 56), (56, 168), (168, 168)])
 def test_shapes_stay_in_their_half(side, size):
-    attributes = dict(count="four", colour="red", shape="squares", side=side, background="white")
+    attributes = {"count": "four", "colour": "red", "shape": "squares", "side": side, "background": "white"}
     pixels = np.asarray(render(Scene(attributes, *size), np.random.default_rng(0)))
     rows, columns = np.nonzero((pixels == (220, 30, 30)).all(-1))
     middle = {"left": columns < size[0] / 2 + 1, "right": columns >= size[0] / 2 - 1}
@@ -163,10 +163,10 @@ def test_falsify_gives_different_single_changes():
 
 
 def test_wording():
-    attributes = dict(count="two", colour="red", shape="circles", side="left", background="white")
+    attributes = {"count": "two", "colour": "red", "shape": "circles", "side": "left", "background": "white"}
     assert statement(attributes, tuple(attributes)) == "two red circles at the left on a white background"
     assert statement(attributes, ("colour", "background")) == "red shapes on a white background"
-    assert compose("red shapes", dict(opening=True, length=False, hedging=True), "") == (
+    assert compose("red shapes", {"opening": True, "length": False, "hedging": True}, "") == (
         "Looking closely, I clearly see red shapes."
     )
 
@@ -243,6 +243,6 @@ def test_refusals(tmp_path):
         make_environments(tmp_path, CONFIG, progress=False)
     with pytest.raises(ValueError, match="colour"):
         make_environments(tmp_path / "set", CONFIG, environments=("colour",), progress=False)
-    for wrong in (dict(noise=1.5), dict(form="listwise"), dict(questions_per_image=9), dict(secondary=(0.5, -0.1))):
+    for wrong in ({"noise": 1.5}, {"form": "listwise"}, {"questions_per_image": 9}, {"secondary": (0.5, -0.1)}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             ShapesConfig(**wrong)

@@ -1,0 +1,93 @@
+"""The baselines: the same rewards, losses and plans the way they are computed without this package.
+
+Shapes: R sequences (chosen and rejected in turns), L tokens of the longest, P pairs, I tiles, S pixels a tile side,
+D hidden size.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+from transformers import InternVLModel
+
+
+@dataclass(frozen=True)
+class PaddedBatch:
+    """Right-padded sequences, each with its own copy of its images, ready for the model."""
+
+    input_ids_RL: Tensor  # int64
+    attention_mask_RL: Tensor  # int64
+    pixels_ICSS: Tensor | None  # normalised; None for text-only sequences
+
+    def forward_arguments(self) -> dict[str, Tensor | None]:
+        """The keyword arguments of `InternVLModel`."""
+        return {
+            "input_ids": self.input_ids_RL,
+            "attention_mask": self.attention_mask_RL,
+            "pixel_values": self.pixels_ICSS,
+        }
+
+
+def pad(sequences: Sequence[np.ndarray], pixels: Sequence[Tensor], image_token_id: int) -> PaddedBatch:
+    """Pad token keys (image rows are negative) to their longest; `pixels` are each sequence's tiles [I, 3, S, S]."""
+    rows = [torch.from_numpy(np.where(sequence < 0, image_token_id, sequence)) for sequence in sequences]
+    input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    return PaddedBatch(input_ids, mask, torch.cat(list(pixels)) if pixels else None)
+
+
+class PaddedRewardModel(nn.Module):
+    """transformers' own `InternVLModel` with SDPA attention, and a score read at each sequence's last token.
+
+    Args:
+        model: copied.
+        score_weight_1D: copied.
+    """
+
+    def __init__(self, model: InternVLModel, score_weight_1D: Tensor):
+        super().__init__()
+        self.model = copy.deepcopy(model)
+        self.model.language_model.set_attn_implementation("sdpa")
+        self.score = nn.Linear(score_weight_1D.shape[1], 1, bias=False, dtype=score_weight_1D.dtype)
+        self.score.weight.data.copy_(score_weight_1D.detach())
+
+    def forward(self, batch: PaddedBatch) -> Tensor:
+        """Rewards [R]."""
+        hidden_RLD = self.hidden(batch)
+        last_R = batch.attention_mask_RL.sum(1) - 1
+        return self.score(hidden_RLD[torch.arange(len(last_R)), last_R])[:, 0]
+
+    def hidden(self, batch: PaddedBatch) -> Tensor:
+        """Last hidden states [R, L, D]."""
+        return self.model(**batch.forward_arguments(), use_cache=False).last_hidden_state
+
+
+class ReferenceRewardModel(PaddedRewardModel):
+    """The same as the reference implementation runs it: through a causal LM, whose logits nobody reads."""
+
+    def __init__(self, model: InternVLModel, score_weight_1D: Tensor):
+        super().__init__(model, score_weight_1D)
+        config = model.config.text_config
+        self.vocabulary_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def hidden(self, batch: PaddedBatch) -> Tensor:
+        hidden_RLD = super().hidden(batch)
+        self.vocabulary_head(hidden_RLD)
+        return hidden_RLD
+
+
+def bradley_terry_loss(rewards_R: Tensor, chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
+    """Sum over pairs of `-logsigmoid(m)`."""
+    return -logsigmoid(rewards_R[chosen_P] - rewards_R[rejected_P]).sum()
+
+
+def robust_loss(rewards_R: Tensor, proxy_rewards_R: Tensor, chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
+    """Sum over pairs of `SFC * L + L_t`, SFC detached (Li et al., arXiv 2503.03122), in eager torch."""
+    loss = -logsigmoid(rewards_R[chosen_P] - rewards_R[rejected_P])
+    proxy_loss = -logsigmoid(proxy_rewards_R[chosen_P] - proxy_rewards_R[rejected_P])
+    sfc = ((5e-8 + proxy_loss) / (1e-7 + loss + proxy_loss)).detach()
+    return (sfc * loss).sum() + proxy_loss.sum()

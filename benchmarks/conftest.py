@@ -1,0 +1,10 @@
+"""`pytest benchmarks --benchmark-only`: the op cases under pytest-benchmark."""
+
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch loads, see run.py
+
+
+def pytest_configure(config):
+    """Tests live in bench_*.py here."""
+    config.addinivalue_line("python_files", "bench_*.py")

@@ -1,0 +1,264 @@
+"""What every benchmark shares: options, rows, interleaved timing, verification, the table and the JSON file.
+
+A row compares our implementation with one baseline in one process, on the same data and weights. Its results are
+compared in the same run; a speed-up whose results differ is a failed row.
+"""
+
+import ctypes
+import gc
+import json
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Literal
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+RESULTS = Path(__file__).parent / "results"
+MIN_SAMPLE_SECONDS = 0.05
+BYTES_PER_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Options:
+    """Benchmarks of mmrm_fast: every row is timed against a baseline and verified against it in the same run."""
+
+    suite: Literal["train-step", "ops", "plan"] | None = None
+    """Run one suite only."""
+    quick: bool = False
+    """One repeat of everything."""
+    full: bool = False
+    """448-pixel tiles of 256 tokens in the training step, instead of a quarter of every length and half the layers."""
+    threads: int = 2
+    """Threads of torch and of the C++ ops."""
+    json: Path | None = None
+    """Where the rows go; default benchmarks/results/<date>-<device>.json, with the options above in the name."""
+
+    @property
+    def repeats(self) -> int:
+        """Timed samples of each side."""
+        return 1 if self.quick else 3 if self.full else 5
+
+
+@dataclass(frozen=True)
+class Row:
+    """One case against one baseline; None is not measured."""
+
+    suite: str
+    case: str
+    device: str
+    dtype: str
+    seconds: float  # median of a call
+    baseline: str  # what `baseline_seconds` is the median of
+    baseline_seconds: float
+    ratio: float  # baseline_seconds / seconds
+    spread: float  # (slowest - fastest) / median over the repeats
+    baseline_spread: float
+    verified: bool  # both sides' results are equal within the case's bounds
+    max_error: float | None  # largest relative error of a result; None where that is not finite
+    peak_bytes: int | None = None  # resident memory that a call adds at its peak
+    baseline_peak_bytes: int | None = None
+    bound_fraction: float | None = None  # the hardware's lower bound / seconds
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call over the repeats."""
+
+    median: float
+    spread: float  # (slowest - fastest) / median
+
+
+@dataclass(frozen=True)
+class Check:
+    """A relative error of our results against a baseline's, and what it may be; NaN fails."""
+
+    error: float
+    bound: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.bound
+
+
+def make_row(
+    suite: str, case: str, dtype: str, *, ours: Timing, baseline: str, theirs: Timing, checks: Sequence[Check], **peaks
+) -> Row:
+    """A row from both sides' timings and the checks of their results; `peaks` are its `*peak_bytes`."""
+    errors = [check.error for check in checks]
+    return Row(
+        suite=suite,
+        case=case,
+        device="cpu",
+        dtype=dtype,
+        seconds=ours.median,
+        baseline=baseline,
+        baseline_seconds=theirs.median,
+        ratio=theirs.median / ours.median,
+        spread=ours.spread,
+        baseline_spread=theirs.spread,
+        verified=all(check.passed for check in checks),
+        max_error=max(errors) if all(map(math.isfinite, errors)) else None,
+        **peaks,
+    )
+
+
+def interleaved(
+    functions: Sequence[Callable], *, repeats: int, min_seconds: float = MIN_SAMPLE_SECONDS
+) -> list[Timing]:
+    """Time functions in turns, A B A B ..., so that a disturbance of the machine meets all of them.
+
+    Args:
+        functions: called without arguments.
+        repeats: samples of each.
+        min_seconds: a sample is as many calls as take this long; 0 for one call, and no warm-up.
+    """
+    numbers = [calls_per_sample(function, min_seconds) for function in functions]
+    samples: list[list[float]] = [[] for _ in functions]
+    for _ in range(repeats):
+        for function, number, seconds in zip(functions, numbers, samples, strict=True):
+            seconds.append(time_calls(function, number) / number)
+    return [timing(seconds) for seconds in samples]
+
+
+def timing(seconds: Sequence[float]) -> Timing:
+    """Median and spread of samples."""
+    median = statistics.median(seconds)
+    return Timing(median, (max(seconds) - min(seconds)) / median)
+
+
+def calls_per_sample(function: Callable, min_seconds: float) -> int:
+    """How many calls take at least `min_seconds`; one untimed call goes first."""
+    if not min_seconds:
+        return 1
+    function()
+    number = 1
+    while (seconds := time_calls(function, number)) < min_seconds:
+        number = max(2 * number, math.ceil(number * min_seconds / seconds))
+    return number
+
+
+def time_calls(function: Callable, number: int) -> float:
+    """Seconds of `number` calls."""
+    start = time.perf_counter()
+    for _ in range(number):
+        function()
+    return time.perf_counter() - start
+
+
+def relative_error(result: Tensor, expected: Tensor) -> float:
+    """Largest absolute error over the largest absolute expected value."""
+    return float((result - expected).abs().max() / expected.abs().max())
+
+
+def gradient_error(gradients: dict[str, Tensor], expected: dict[str, Tensor], *, floor: float = 1e-3) -> float:
+    """Largest `|g - g0| / (|g0| + floor max|g0|)` over parameters, |.| the norm of one parameter's gradient.
+
+    A bound of 1e-4 on it is `|g - g0| <= 1e-4 |g0| + 1e-7 max|g0|`: some true gradients, such as key biases, are zero.
+    Both sides must have gradients of the same parameters, otherwise the error is infinite.
+    """
+    if gradients.keys() != expected.keys():
+        return math.inf
+    largest = max(float(g0.norm()) for g0 in expected.values())
+    errors = [
+        float((gradients[name] - g0).norm()) / (float(g0.norm()) + floor * largest) for name, g0 in expected.items()
+    ]
+    return max(errors)
+
+
+def peak_bytes(function: Callable) -> int | None:
+    """Resident memory that one call adds at its peak to what is resident before it; None but on Linux with glibc."""
+    gc.collect()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # so that freed memory that is still resident does not hide the peak
+        Path("/proc/self/clear_refs").write_text("5")  # the peak restarts from here
+    except OSError:
+        return None
+    before = resident_bytes("VmRSS")
+    function()
+    return resident_bytes("VmHWM") - before
+
+
+def resident_bytes(field: str) -> int:
+    """`VmRSS` (now) or `VmHWM` (peak) of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def environment(options: Options) -> dict[str, str | int]:
+    """What a reader needs to compare two files of results."""
+    return {
+        "date": date.today().isoformat(),
+        "cpu": cpu_name(),
+        "threads": options.threads,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "geometry": "full" if options.full else "reduced",
+        "repeats": options.repeats,
+    }
+
+
+def cpu_name() -> str:
+    """The processor's name as the system gives it."""
+    info = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def results_path(options: Options) -> Path:
+    """Where this run's rows go; runs of one day with different options do not overwrite each other."""
+    if options.json is not None:
+        return options.json
+    parts = [date.today().isoformat(), "cpu", options.suite, options.full and "full", options.quick and "quick"]
+    return RESULTS / ("-".join(part for part in parts if part) + ".json")
+
+
+def write_json(path: Path, environment: dict, rows: Iterable[Row]) -> None:
+    """Write the environment and the rows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"environment": environment, "rows": [asdict(row) for row in rows]}, indent=2)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def print_table(console: Console, environment: dict, rows: Sequence[Row]) -> None:
+    """One line a row."""
+    title = " · ".join(f"{name} {value}" for name, value in environment.items())
+    caption = "times: median ± (slowest - fastest); ratio: baseline / ours; MiB: peak of a call; error: relative"
+    table = Table(title=title, caption=caption)
+    table.add_column("case", overflow="fold")
+    for name in ("ours", "baseline", "ratio", "MiB", "baseline MiB", "error"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("verified", no_wrap=True)
+    for row in rows:
+        table.add_row(*cells(row))
+    console.print(table)
+
+
+def cells(row: Row) -> list[str]:
+    """A row as the table shows it."""
+    peaks = (row.peak_bytes, row.baseline_peak_bytes)
+    return [
+        row.case,
+        f"{duration(row.seconds)} ±{row.spread:.0%}",
+        f"{row.baseline} {duration(row.baseline_seconds)} ±{row.baseline_spread:.0%}",
+        f"{row.ratio:.2f}x",
+        *("" if peak is None else f"{peak / BYTES_PER_MIB:,.0f}" for peak in peaks),
+        "not finite" if row.max_error is None else f"{row.max_error:.1e}",
+        "yes" if row.verified else "[bold red]FAILED[/]",
+    ]
+
+
+def duration(seconds: float) -> str:
+    """Seconds with a unit that leaves three digits before the point at most."""
+    unit, scale = ("s", 1.0) if seconds >= 1 else ("ms", 1e3) if seconds >= 1e-3 else ("µs", 1e6)
+    return f"{seconds * scale:.3g} {unit}"
