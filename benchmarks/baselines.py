@@ -80,6 +80,13 @@ class ReferenceRewardModel(PaddedRewardModel):
         return hidden_RLD
 
 
+def normalize(tiles_ISSC: Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> Tensor:
+    """uint8 tiles to `(x / 255 - mean) / std`, [I, 3, S, S] in `dtype`; computed in float32 or float64."""
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    mean_C, std_C = (torch.tensor(values, dtype=exact, device=tiles_ISSC.device) for values in (mean, std))
+    return ((tiles_ISSC.to(exact) / 255 - mean_C) / std_C).permute(0, 3, 1, 2).to(dtype)
+
+
 def bradley_terry_loss(rewards_R: Tensor, chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
     """Sum over pairs of `-logsigmoid(m)`."""
     return -logsigmoid(rewards_R[chosen_P] - rewards_R[rejected_P]).sum()

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from mmrm_fast.ops.native import native
+from mmrm_fast.ops.native import addresses, cuda_native, device_and_stream, native
+from mmrm_fast.ops.triton import use_triton
 
 MODES = ("standard", "paper", "reference", "normalized")
 SFC_EPSILON = 1e-7
@@ -110,6 +111,20 @@ def pair_loss_fwd_cpu(rewards, proxy_rewards, chosen, rejected, margin, weight, 
     return outputs
 
 
+def pair_loss_fwd_cuda(rewards, proxy_rewards, chosen, rejected, margin, weight, row_ptr, row_entry, *options):
+    """`pair_loss_ref` in CUDA C++."""
+    tensors = (rewards, proxy_rewards, chosen, rejected, margin, weight, row_ptr, row_entry)
+    inputs = [None if t is None else t.detach().contiguous() for t in tensors]
+    outputs = _empty_outputs(rewards, proxy_rewards, chosen)
+    num_rewards, num_pairs = rewards.shape[0], chosen.shape[0]
+    scratch = rewards.new_empty(native().pair_loss_scratch_size(num_pairs), dtype=torch.float64)
+    native().pair_loss_fwd_cuda(
+        str(rewards.dtype), *addresses(*inputs, device=rewards.device), num_rewards, num_pairs, *options,
+        *addresses(*outputs, scratch, device=rewards.device), *device_and_stream(rewards),
+    )  # fmt: skip
+    return outputs
+
+
 def _empty_outputs(rewards: Tensor, proxy_rewards: Tensor | None, chosen: Tensor) -> tuple[Tensor, ...]:
     num_rewards, num_pairs = rewards.shape[0], chosen.shape[0]
     sizes = (len(PairLoss._fields) - 1, num_pairs, num_rewards, 0 if proxy_rewards is None else num_rewards)
@@ -118,6 +133,10 @@ def _empty_outputs(rewards: Tensor, proxy_rewards: Tensor | None, chosen: Tensor
 
 if native() is not None:
     library.impl("pair_loss_fwd", pair_loss_fwd_cpu, "CPU")
+if cuda_native() is not None:
+    library.impl("pair_loss_fwd", pair_loss_fwd_cuda, "CUDA")
+else:
+    use_triton(library, "pair_loss", pair_loss_fwd=pair_loss_ref)
 
 
 @torch.library.register_fake("mmrm_fast::pair_loss_fwd", lib=library)
