@@ -66,7 +66,7 @@ def pair_rows(sample: Sample, rewards: list[float], proxy_rewards: list[float] |
         )
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: sharded weights must stay trainable
 def batch_rows(model: RewardModel, proxy: RewardModel | None, packed: Packed, device: torch.device) -> list[PairRow]:
     """Rows of one packed batch, scored by the main model and, where there is one, the proxy."""
     batch = packed.batch
