@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from ranks import run_ranks
+from safetensors.torch import load_file
 
 from mmrm_fast.cli import main
 from mmrm_fast.config import TrainConfig
@@ -109,6 +110,8 @@ def test_two_ranks_equal_one(make_config, robust):
     assert losses(two.output_dir) == pytest.approx(losses(one), abs=1e-4)
     assert margins(two.output_dir) == pytest.approx(margins(one), abs=1e-3)
     assert margins(two.output_dir, "one") == pytest.approx(margins(one, "one"), abs=1e-3)
+    saved, whole = (load_file(folder / "final" / "model.safetensors") for folder in (two.output_dir, one))
+    torch.testing.assert_close(saved, whole, atol=1e-3, rtol=1e-3)
 
 
 def test_two_ranks_equal_one_where_they_have_nothing_in_common(make_config, write_jsonl, pictures):
