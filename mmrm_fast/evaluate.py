@@ -2,12 +2,14 @@
 
 import json
 import math
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from rich.console import Console
 from rich.table import Table
 
 from mmrm_fast.dataset import Sample
@@ -64,7 +66,7 @@ def pair_rows(sample: Sample, rewards: list[float], proxy_rewards: list[float] |
         )
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: sharded weights must stay trainable
 def batch_rows(model: RewardModel, proxy: RewardModel | None, packed: Packed, device: torch.device) -> list[PairRow]:
     """Rows of one packed batch, scored by the main model and, where there is one, the proxy."""
     batch = packed.batch
@@ -146,6 +148,11 @@ def results_table(results: dict[str, dict]) -> Table:
         table.add_section()
         table.add_row("mean", "ood", str(sum(f["pairs"] for f in ood)), *means)
     return table
+
+
+def print_table(table: Table) -> None:
+    """Print a table, at its full width where the output is not a terminal."""
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def percent(value: float | None) -> str:

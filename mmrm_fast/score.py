@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import ray
+import torch
 from ray.util import ActorPool
 from tqdm import tqdm
 
@@ -16,13 +17,15 @@ from mmrm_fast.scorer import Scored, Scorer
 from mmrm_fast.weights import require_reward_model
 
 RECORDS_PER_TASK = 64
+CPUS_PER_ACTOR = 2
 EXIT_SOME_FAILED = 3
 
 
 class ScoringActor:
     """A process that reads its own records, so that neither text nor pixels pass through the driver."""
 
-    def __init__(self, config: ScoreConfig):
+    def __init__(self, config: ScoreConfig, *, num_threads: int):
+        torch.set_num_threads(num_threads)
         self.file = RecordFile(config.data, config.image_root)
         self.scorer = Scorer.from_pretrained(
             config.model,
@@ -65,21 +68,25 @@ def scored_chunks(config: ScoreConfig, num_records: int) -> Iterator[list[Scored
     """Results of the records in order, computed on a pool of actors."""
     ray.init(address=config.address, log_to_driver=False, include_dashboard=False, logging_level="ERROR")
     try:
-        gpus = config.gpus_per_actor
-        if gpus is None:
-            gpus = 1 if ray.cluster_resources().get("GPU") else 0
-        cpus = 1 if gpus else min(2, os.cpu_count() or 1)
-        available = ray.cluster_resources()
-        count = config.actors or int(max(1, available["GPU"] // gpus if gpus else available["CPU"] // cpus))
-        resources = {"num_cpus": cpus if config.actors is None else 0, "num_gpus": gpus}
-        actor = ray.remote(**resources, max_restarts=2, max_task_retries=2)(ScoringActor)
-        pool = ActorPool([actor.remote(config) for _ in range(count)])
+        pool = ActorPool(make_actors(config))
         chunks = [range(at, min(at + RECORDS_PER_TASK, num_records)) for at in range(0, num_records, RECORDS_PER_TASK)]
         yield from pool.map(lambda actor, records: actor.score.remote(records), chunks)
     except ray.exceptions.RayError as error:
         raise OSError(f"a scoring process failed: {error}") from None
     finally:
         ray.shutdown()
+
+
+def make_actors(config: ScoreConfig) -> list:
+    """The scoring processes: one a GPU, or one a two CPUs, unless the config says how many."""
+    resources = ray.cluster_resources()
+    gpus = config.gpus_per_actor if config.gpus_per_actor is not None else float(bool(resources.get("GPU")))
+    slots = resources["GPU"] / gpus if gpus else resources["CPU"] / CPUS_PER_ACTOR
+    count = config.actors or max(1, int(slots))
+    threads = max(1, min(int(resources["CPU"] / count), CPUS_PER_ACTOR))
+    cpus = threads if count * threads <= resources["CPU"] else 0  # more actors than CPUs, if the user wants it so
+    actor = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=2, max_task_retries=2)(ScoringActor)
+    return [actor.remote(config, num_threads=threads) for _ in range(count)]
 
 
 def score_rows(scored: Scored) -> Iterator[dict]:

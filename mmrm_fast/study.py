@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
 from mmrm_fast.config import StudyConfig
-from mmrm_fast.evaluate import percent, read_rows, shortcut_failure_degradation
+from mmrm_fast.evaluate import percent, print_table, read_rows, shortcut_failure_degradation
 from mmrm_fast.shapes import ENVIRONMENTS, cached_environments
 
 METHODS = ("standard", "robust")
@@ -55,7 +54,7 @@ def study(config: StudyConfig) -> dict:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    Console().print(study_table(results))
+    print_table(study_table(results))
     print(f"all figures: {root / 'study.json'}")
     return results
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -23,6 +22,7 @@ from mmrm_fast.evaluate import (
     batch_rows,
     judged_accuracy,
     named_sets,
+    print_table,
     results_table,
     summarize,
     write_rows,
@@ -317,12 +317,11 @@ class Trainer:
             file.writelines(
                 json.dumps({"source": e.source, "field": e.field, "reason": e.reason}) + "\n" for e in skipped
             )
-        console = Console()
         if results:
-            console.print(results_table(results))
+            print_table(results_table(results))
         for what, number in [("records or responses skipped, see skipped.jsonl", len(skipped)), *self.counts.items()]:
             if number:
-                console.print(f"{number} {what}")
+                print(f"{number} {what}")
         print(f"Score with it:\n  python scripts/score.py --model {folder / 'final'} --data in.jsonl --out out.jsonl")
 
 

@@ -340,7 +340,7 @@ def main(
     folder: Path = FOLDER,
     seed: int = 0,
     vision_steps: int = 1500,
-    steps: int = 2000,
+    steps: int = 2200,
     vision_learning_rate: float = 2e-3,
     learning_rate: float = 1.5e-3,
     vocab_size: int = 700,

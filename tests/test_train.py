@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from ranks import run_ranks
+from safetensors.torch import load_file
 
 from mmrm_fast.cli import main
 from mmrm_fast.config import TrainConfig
@@ -102,12 +103,29 @@ def test_scores_of_the_saved_model_are_the_rewards_of_the_last_evaluation(make_c
 
 @pytest.mark.parametrize("robust", [False, True], ids=["standard", "robust"])
 def test_two_ranks_equal_one(make_config, robust):
-    one = train(make_config("one", robust=robust, epochs=2))
-    two = make_config("two", robust=robust, epochs=2)
+    options = {"robust": robust, "epochs": 2, "eval_every": 2}
+    one, two = train(make_config("one", **options)), make_config("two", **options)
     assert run_ranks(train, two) == [0, 0]
+    assert [row["step"] for row in read(one / "evaluations.jsonl")][:2] == [2, 4]
     assert losses(two.output_dir) == pytest.approx(losses(one), abs=1e-4)
     assert margins(two.output_dir) == pytest.approx(margins(one), abs=1e-3)
     assert margins(two.output_dir, "one") == pytest.approx(margins(one, "one"), abs=1e-3)
+    saved, whole = (load_file(folder / "final" / "model.safetensors") for folder in (two.output_dir, one))
+    torch.testing.assert_close(saved, whole, atol=1e-3, rtol=1e-3)
+
+
+def test_two_ranks_equal_one_where_they_have_nothing_in_common(make_config, write_jsonl, pictures):
+    """Steps of two records, one with a picture and one without; the last of one record: a rank has none."""
+    picture, text = (
+        {"prompt": "What?", "img_path": path, "chosen": "a", "rejected": "b"} for path in ("tall.png", None)
+    )
+    data = write_jsonl([{**record, "chosen": f"answer {i}"} for i in range(2) for record in (picture, text)] + [text])
+    options = {"robust": True, "data": (str(data),), "tokens_per_batch": 120, "seed": 1}
+    one, two = train(make_config("one", **options)), make_config("two", **options)
+    assert run_ranks(train, two) == [0, 0]
+    assert [row["records"] for row in read(one / "metrics.jsonl")][-1] == 1
+    assert losses(two.output_dir) == pytest.approx(losses(one), abs=1e-4)
+    assert margins(two.output_dir) == pytest.approx(margins(one), abs=1e-3)
 
 
 def test_micro_batches_do_not_change_the_training(make_config):
