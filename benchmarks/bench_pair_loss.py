@@ -1,6 +1,7 @@
 """pair_loss, forward and backward, against the eager torch formula of the robust loss.
 
-The eager side computes the loss and its gradients only; the op also returns what training logs.
+The eager side computes the loss and its gradients only; the op also returns what training logs. The bound is an empty
+op of the same signature with autograd plus a copy of as many bytes as pass through memory.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,16 +18,41 @@ NUM_PAIRS = (64, 4096, 100_000)
 BOUND = 1e-5
 BASELINE = "eager"
 
+library = torch.library.Library("mmrm_fast_bench", "FRAGMENT")
+library.define(str(torch.ops.mmrm_fast.pair_loss_fwd.default._schema).replace("mmrm_fast::pair_loss_fwd", "empty_fwd"))
+library.impl("empty_fwd", lambda rewards, *_: tuple(rewards.new_empty(n) for n in (7, 1, 2, 2)), "CPU")
+torch.library.register_autograd(
+    "mmrm_fast_bench::empty_fwd", lambda ctx, grad, *_: (ctx.saved_tensors[0], ctx.saved_tensors[1], *[None] * 11),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2]), lib=library,
+)  # fmt: skip
+
 
 def rows(options: Options) -> Iterator[Row]:
     """One row a number of pairs."""
     for num_pairs in NUM_PAIRS:
         sides = make_sides(num_pairs)
-        ours, theirs = interleaved(list(sides.values()), repeats=options.repeats)
+        ours, theirs, empty, copy = interleaved([*sides.values(), *make_bounds(num_pairs)], repeats=options.repeats)
         yield make_row(
             "ops", f"pair_loss P={num_pairs:,}", "float32", ours=ours, baseline=BASELINE, theirs=theirs,
-            checks=checks(sides),
+            checks=checks(sides), bound_fraction=(empty.median + copy.median) / ours.median,
         )  # fmt: skip
+
+
+def make_bounds(num_pairs: int) -> tuple[Callable[[], tuple[Tensor, ...]], Callable[[], Tensor]]:
+    """An op that computes nothing, forward and backward on two rewards; a copy of what `pair_loss` reads and writes."""
+    rewards, proxy = (torch.zeros(2, requires_grad=True) for _ in range(2))
+    pairs = pair_index(torch.tensor([0]), torch.tensor([1]), 2)
+
+    def empty() -> tuple[Tensor, ...]:
+        tensors = (pairs.chosen, pairs.rejected, None, None, pairs.row_ptr, pairs.row_entry)
+        sums = torch.ops.mmrm_fast_bench.empty_fwd(rewards, proxy, *tensors, "paper", 0.0, 0.0, False, 0.0)[0]
+        return torch.autograd.grad(sums[0], (rewards, proxy))
+
+    # 4 bytes a pair: 12 of 2 indices, 2 ends and 2 row starts; 4 rewards; 3 slopes written, read by 2 ends; the SFC;
+    # 4 gradients written, read by the backward and written again. A copy moves each value twice.
+    floats = torch.ones(num_pairs * (12 + 4 + 3 + 6 + 1 + 4 + 8) // 2)
+    target = torch.empty_like(floats)
+    return empty, lambda: target.copy_(floats)
 
 
 def make_sides(num_pairs: int) -> dict[str, Callable[[], tuple[Tensor, ...]]]:

@@ -1,10 +1,10 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <memory>
-#include <optional>
 #include <string>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "bindings.h"
@@ -43,37 +43,20 @@ py::tuple plan_trie_cpu(const Array<int64_t>& keys, const Array<int64_t>& cu_seq
                         to_array(std::move(plan.cu_seqlens_k)), to_array(std::move(plan.last_index)));
 }
 
-template <typename T>
-const T* data_or_null(const std::optional<Array<T>>& array) {
-  return array ? array->data() : nullptr;
-}
-
-template <typename T>
-void pair_loss_fwd_cpu(const Array<T>& rewards, const std::optional<Array<T>>& proxy_rewards,
-                       const Array<int64_t>& chosen, const Array<int64_t>& rejected,
-                       const std::optional<Array<T>>& margin, const std::optional<Array<T>>& weight,
-                       const Array<int64_t>& row_ptr, const Array<int64_t>& row_entry, const std::string& mode,
-                       double label_smoothing, double centering, bool warmup, double floor, Array<T> sums, Array<T> sfc,
-                       Array<T> grad_rewards, Array<T> grad_proxy, int num_threads) {
-  const mmrm::PairLossInputs<T> in{rewards.data(),       data_or_null(proxy_rewards), chosen.data(),
-                                   rejected.data(),      data_or_null(margin),        data_or_null(weight),
-                                   row_ptr.data(),       row_entry.data(),            rewards.size(),
-                                   chosen.size()};
+void pair_loss_fwd_cpu(const std::string& dtype, Address rewards, Address proxy_rewards, Address chosen,
+                       Address rejected, Address margin, Address weight, Address row_ptr, Address row_entry,
+                       int64_t num_rewards, int64_t num_pairs, const std::string& mode, double label_smoothing,
+                       double centering, bool warmup, double floor, Address sums, Address sfc, Address grad_rewards,
+                       Address grad_proxy, int num_threads) {
   const mmrm::PairLossOptions options{sfc_mode(mode), label_smoothing, centering, warmup, floor};
-  const mmrm::PairLossOutputs<T> out{sums.mutable_data(), sfc.mutable_data(), grad_rewards.mutable_data(),
-                                     grad_proxy.mutable_data()};
-  py::gil_scoped_release release;
-  mmrm::pair_loss_fwd_cpu(in, options, out, num_threads);
-}
-
-template <typename T>
-void bind_pair_loss(py::module_& m) {
-  m.def("pair_loss_fwd_cpu", &pair_loss_fwd_cpu<T>, py::arg("rewards").noconvert(),
-        py::arg("proxy_rewards").noconvert(), py::arg("chosen").noconvert(), py::arg("rejected").noconvert(),
-        py::arg("margin").noconvert(), py::arg("weight").noconvert(), py::arg("row_ptr").noconvert(),
-        py::arg("row_entry").noconvert(), py::arg("mode"), py::arg("label_smoothing"), py::arg("centering"),
-        py::arg("warmup"), py::arg("floor"), py::arg("sums").noconvert(), py::arg("sfc").noconvert(),
-        py::arg("grad_rewards").noconvert(), py::arg("grad_proxy").noconvert(), py::arg("num_threads"));
+  with_dtype(dtype, [&](auto element) {
+    using T = mmrm::compute_t<decltype(element)>;
+    if (!std::is_same_v<T, decltype(element)>) throw py::value_error("unsupported dtype " + dtype);
+    mmrm::pair_loss_fwd_cpu<T>(
+        {at<T>(rewards), at<T>(proxy_rewards), at<int64_t>(chosen), at<int64_t>(rejected), at<T>(margin),
+         at<T>(weight), at<int64_t>(row_ptr), at<int64_t>(row_entry), num_rewards, num_pairs},
+        options, {at<T>(sums), at<T>(sfc), at<T>(grad_rewards), at<T>(grad_proxy)}, num_threads);
+  });
 }
 
 void patchify_cpu(const std::string& dtype, Address tiles, Address scale, Address shift, Address rows,
@@ -164,8 +147,6 @@ void pack_image_tokens_bwd_cpu(const std::string& dtype, Address grad, Address o
 PYBIND11_MODULE(_native, m) {
   m.def("plan_trie_cpu", &plan_trie_cpu, py::arg("keys").noconvert(), py::arg("cu_seqlens").noconvert(),
         py::arg("min_shared"));
-  bind_pair_loss<float>(m);
-  bind_pair_loss<double>(m);
 #ifdef _OPENMP
   m.attr("openmp") = _OPENMP;
 #endif
@@ -175,6 +156,7 @@ PYBIND11_MODULE(_native, m) {
   const py::call_guard<py::gil_scoped_release> without_gil;
   m.def("pack_image_tokens_fwd_cpu", &pack_image_tokens_fwd_cpu, without_gil);
   m.def("pack_image_tokens_bwd_cpu", &pack_image_tokens_bwd_cpu, without_gil);
+  m.def("pair_loss_fwd_cpu", &pair_loss_fwd_cpu, without_gil);
   m.def("patchify_cpu", &patchify_cpu, without_gil);
   m.def("pixel_shuffle_norm_fwd_cpu", &pixel_shuffle_norm_fwd_cpu, without_gil);
   m.def("pixel_shuffle_norm_bwd_cpu", &pixel_shuffle_norm_bwd_cpu, without_gil);

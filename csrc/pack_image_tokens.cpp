@@ -4,6 +4,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "memory.h"
+
 namespace mmrm {
 namespace {
 
@@ -77,7 +79,8 @@ template <typename Bits>
 void pack_image_tokens_fwd_cpu(const PackImageTokensFwd<Bits>& args, int64_t num_embeddings, int64_t num_features,
                                [[maybe_unused]] int num_threads) {
   check_range("source", args.source, args.num_tokens, -num_features, num_embeddings);
-  [[maybe_unused]] const int64_t bytes = args.num_tokens * args.width * int64_t(sizeof(Bits));
+  const int64_t bytes = args.num_tokens * args.width * int64_t(sizeof(Bits));
+  use_huge_pages(args.out, bytes);
 #pragma omp parallel for num_threads(num_threads) if (bytes >= kParallelBytes)
   for (int64_t token = 0; token < args.num_tokens; ++token) {
     const Bits* row = source_row(args.embedding, args.features, args.source[token], args.width);
@@ -94,8 +97,10 @@ void pack_image_tokens_bwd_cpu(const PackImageTokensBwd<T>& args, int64_t num_to
   check_increasing("segment_source", args.segment_source, args.num_segments, 1);
   const int64_t first = -args.num_features, num_rows = args.num_embeddings + args.num_features;
   const int64_t num_blocks = (num_rows + kBlockRows - 1) / kBlockRows;
-  [[maybe_unused]] const int64_t bytes = (num_rows + num_tokens) * args.width * int64_t(sizeof(T));
-#pragma omp parallel for schedule(dynamic, 4) num_threads(num_threads) if (bytes >= kParallelBytes)
+  const int64_t row_bytes = args.width * int64_t(sizeof(T));
+  use_huge_pages(args.grad_embedding, args.num_embeddings * row_bytes);
+  use_huge_pages(args.grad_features, args.num_features * row_bytes);
+#pragma omp parallel for schedule(dynamic, 4) num_threads(num_threads) if ((num_rows + num_tokens) * row_bytes >= kParallelBytes)
   for (int64_t block = 0; block < num_blocks; ++block) {
     write_rows(args, first + block * kBlockRows, first + std::min((block + 1) * kBlockRows, num_rows));
   }

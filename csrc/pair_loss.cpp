@@ -9,7 +9,7 @@ namespace mmrm {
 namespace {
 
 constexpr int64_t kChunk = 256;              // pairs summed in a row; fixed, so that sums do not depend on threads
-constexpr int64_t kLanes = 16;               // partial sums of a chunk, likewise
+constexpr int64_t kLanes = 32;               // partial sums of a chunk, likewise
 constexpr int64_t kParallelPairs = 1 << 14;  // below this, starting threads costs more than it saves
 
 // float64 for both types: free beside the exponentials, and a long row of equal fp32 terms drifts by 1e-5.
@@ -27,13 +27,13 @@ struct LossColumns {
   LossAndSlope<T> optimised(int64_t i) const { return {loss[i], slope[i]}; }
 };
 
-// Gradients of every pair, see PairTerms.
+// Of every pair, [P], see PairTerms.
 template <typename T>
 struct PairGradients {
-  std::unique_ptr<T[]> slope, pull, proxy_slope;  // [P], without values at first
+  T *pull, *slope, *proxy_slope;
 };
 
-// Pairs [0, size) of `in`, which begin with a chunk's first one.
+// The losses of the differences; `in` begins with the first pair.
 template <typename T>
 MMRM_INLINE void fill_losses(const PairLossInputs<T>& in, const PairLossOptions& options, int64_t size,
                              LossColumns<T>& out) {
@@ -67,112 +67,115 @@ MMRM_INLINE double column_sum(const Column<T>& column, int64_t size) {
     for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] += double(column[i + lane]);
   }
   for (int64_t lane = 0; i < size; ++i, ++lane) lanes[lane] += double(column[i]);
-  double sum = 0;
-  for (const double lane : lanes) sum += lane;
-  return sum;
+  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
+    for (int64_t lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+  }
+  return lanes[0];
 }
 
+// Differences and sums of both rewards of the pairs; the proxy's columns are zero without one.
 template <typename T>
-MMRM_CLONES void run_chunk(const PairLossInputs<T>& in, const PairLossOptions options, int64_t size,
-                           T* __restrict sfc, T* __restrict slope, T* __restrict pull, T* __restrict proxy_slope,
-                           Sums& sums) {
-  Column<T> weight, total;
-  LossColumns<T> main, proxy;
-  std::array<Column<T>, kNumPairLossSums> terms;
-  const bool has_proxy = in.proxy_rewards != nullptr;
+MMRM_INLINE void load_rewards(const PairLossInputs<T>& in, int64_t size, LossColumns<T>& main, Column<T>& total,
+                              LossColumns<T>& proxy) {
+  const T *rewards = in.rewards, *proxy_rewards = in.proxy_rewards ? in.proxy_rewards : in.rewards;
   for (int64_t i = 0; i < size; ++i) {
-    const T chosen = in.rewards[in.chosen[i]], rejected = in.rewards[in.rejected[i]];
-    main.difference[i] = chosen - rejected;
-    total[i] = chosen + rejected;
+    const int64_t c = in.chosen[i], r = in.rejected[i];
+    main.difference[i] = rewards[c] - rewards[r];
+    total[i] = rewards[c] + rewards[r];
+    proxy.difference[i] = proxy_rewards[c] - proxy_rewards[r];
   }
+  if (in.proxy_rewards) return;
+  for (Column<T>* column : {&proxy.difference, &proxy.plain_loss, &proxy.plain_slope, &proxy.loss, &proxy.slope}) {
+    column->fill(T(0));
+  }
+}
+
+// Pairs [0, size) of `in`.
+template <typename T>
+MMRM_CLONES Sums run_chunk(const PairLossInputs<T>& in, const PairLossOptions options, int64_t size, T* __restrict sfc,
+                           T* __restrict pull, T* __restrict slope, T* __restrict proxy_slope) {
+  alignas(64) Column<T> weight, total;
+  alignas(64) LossColumns<T> main, proxy;
+  alignas(64) std::array<Column<T>, kNumPairLossSums> terms;
+  const bool has_proxy = in.proxy_rewards != nullptr;
+  load_rewards(in, size, main, total, proxy);
   for (int64_t i = 0; i < size; ++i) weight[i] = in.weight ? in.weight[i] : T(1);
   fill_losses(in, options, size, main);
-  if (has_proxy) {
-    for (int64_t i = 0; i < size; ++i) {
-      proxy.difference[i] = in.proxy_rewards[in.chosen[i]] - in.proxy_rewards[in.rejected[i]];
-    }
-    fill_losses(in, options, size, proxy);
-  } else {
-    for (Column<T>* column : {&proxy.difference, &proxy.plain_loss, &proxy.plain_slope, &proxy.loss, &proxy.slope}) {
-      column->fill(T(0));
-    }
-  }
+  if (has_proxy) fill_losses(in, options, size, proxy);
   for (int64_t i = 0; i < size; ++i) {
-    const PairValues<T> values{weight[i],         main.difference[i], total[i],           proxy.difference[i], main.plain(i),
-                               main.optimised(i), proxy.plain(i),     proxy.optimised(i), has_proxy};
+    const PairValues<T> values{weight[i],         main.difference[i], total[i],
+                               proxy.difference[i], main.plain(i),    main.optimised(i),
+                               proxy.plain(i),    proxy.optimised(i), has_proxy};
     const PairTerms<T> pair = combine(values, options);
     for (int sum = 0; sum < kNumPairLossSums; ++sum) terms[sum][i] = pair.sums[sum];
     sfc[i] = pair.sfc;
-    slope[i] = pair.slope;
     pull[i] = pair.pull;
+    slope[i] = pair.slope;
     proxy_slope[i] = pair.proxy_slope;
   }
+  Sums sums;
   for (int sum = 0; sum < kNumPairLossSums; ++sum) sums[sum] = column_sum(terms[sum], size);
+  return sums;
 }
 
-template <typename T>
-class PairLoss {
- public:
-  PairLoss(const PairLossInputs<T>& in, const PairLossOptions& options, const PairLossOutputs<T>& out)
-      : in_(in), options_(options), out_(out) {
-    for (std::unique_ptr<T[]>* values : {&grads_.slope, &grads_.pull, &grads_.proxy_slope}) {
-      values->reset(new T[in.num_pairs]);
-    }
-  }
-
-  void run([[maybe_unused]] int num_threads) {
-    const int64_t num_chunks = (in_.num_pairs + kChunk - 1) / kChunk;
-    std::vector<Sums> chunk_sums(num_chunks);
-#pragma omp parallel num_threads(num_threads) if (in_.num_pairs >= kParallelPairs)
-    {
-#pragma omp for
-      for (int64_t chunk = 0; chunk < num_chunks; ++chunk) run_pairs(chunk * kChunk, chunk_sums[chunk]);
-#pragma omp for
-      for (int64_t row = 0; row < in_.num_rewards; ++row) gather_row(row);
-    }
-    Sums sums{};
-    for (const Sums& chunk : chunk_sums) {
-      for (int i = 0; i < kNumPairLossSums; ++i) sums[i] += chunk[i];
-    }
-    std::copy(sums.begin(), sums.end(), out_.sums);
-  }
-
- private:
-  // The chunk that begins with pair `first`.
-  void run_pairs(int64_t first, Sums& sums) {
-    PairLossInputs<T> in = in_;
-    in.chosen += first;
-    in.rejected += first;
-    if (in.margin) in.margin += first;
-    if (in.weight) in.weight += first;
-    run_chunk(in, options_, std::min(kChunk, in.num_pairs - first), out_.sfc + first, grads_.slope.get() + first,
-              grads_.pull.get() + first, grads_.proxy_slope.get() + first, sums);
-  }
-
-  void gather_row(int64_t row) {
+// Gradients of rewards [first, last): the sums over the pairs that they are in.
+template <bool has_proxy, typename T>
+void gather_rows(const PairLossInputs<T> in, const PairGradients<T> grads, int64_t first, int64_t last, T* grad_rewards,
+                 T* grad_proxy) {
+  int64_t i = in.row_ptr[first];
+  for (int64_t row = first; row < last; ++row) {
     T main = 0, proxy = 0;
-    for (int64_t i = in_.row_ptr[row]; i < in_.row_ptr[row + 1]; ++i) {
-      const int64_t pair = in_.row_entry[i] >> 1;
-      const T sign = T(1 - 2 * (in_.row_entry[i] & 1));
-      main += grads_.pull[pair] + sign * grads_.slope[pair];
-      if (in_.proxy_rewards) proxy += sign * grads_.proxy_slope[pair];
+    for (const int64_t end = in.row_ptr[row + 1]; i < end; ++i) {
+      const int64_t pair = in.row_entry[i] >> 1;
+      const T sign = T(1 - 2 * (in.row_entry[i] & 1));
+      main += grads.pull[pair] + sign * grads.slope[pair];
+      if (has_proxy) proxy += sign * grads.proxy_slope[pair];
     }
-    out_.grad_rewards[row] = main;
-    if (in_.proxy_rewards) out_.grad_proxy[row] = proxy;
+    grad_rewards[row] = main;
+    if (has_proxy) grad_proxy[row] = proxy;
   }
+}
 
-  const PairLossInputs<T>& in_;
-  const PairLossOptions& options_;
-  const PairLossOutputs<T>& out_;
-  PairGradients<T> grads_;
-};
+// The chunk that begins with pair `first`.
+template <typename T>
+Sums run_pairs(PairLossInputs<T> in, const PairLossOptions& options, int64_t first, T* sfc,
+               const PairGradients<T>& grads) {
+  in.chosen += first;
+  in.rejected += first;
+  if (in.margin) in.margin += first;
+  if (in.weight) in.weight += first;
+  return run_chunk(in, options, std::min(kChunk, in.num_pairs - first), sfc + first, grads.pull + first,
+                   grads.slope + first, grads.proxy_slope + first);
+}
 
 }  // namespace
 
 template <typename T>
 void pair_loss_fwd_cpu(const PairLossInputs<T>& in, const PairLossOptions& options, const PairLossOutputs<T>& out,
-                       int num_threads) {
-  PairLoss<T>(in, options, out).run(num_threads);
+                       [[maybe_unused]] int num_threads) {
+  const int64_t num_chunks = (in.num_pairs + kChunk - 1) / kChunk;
+  const int64_t num_blocks = (in.num_rewards + kChunk - 1) / kChunk;
+  std::vector<Sums> chunk_sums(num_chunks);
+  const std::unique_ptr<T[]> memory(new T[3 * in.num_pairs]);
+  const PairGradients<T> grads{memory.get(), memory.get() + in.num_pairs, memory.get() + 2 * in.num_pairs};
+#pragma omp parallel num_threads(num_threads) if (in.num_pairs >= kParallelPairs)
+  {
+#pragma omp for
+    for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
+      chunk_sums[chunk] = run_pairs(in, options, chunk * kChunk, out.sfc, grads);
+    }
+#pragma omp for
+    for (int64_t block = 0; block < num_blocks; ++block) {
+      const int64_t first = block * kChunk, last = std::min(first + kChunk, in.num_rewards);
+      const auto gather = in.proxy_rewards ? gather_rows<true, T> : gather_rows<false, T>;
+      gather(in, grads, first, last, out.grad_rewards, out.grad_proxy);
+    }
+  }
+  Sums sums{};
+  for (const Sums& chunk : chunk_sums) {
+    for (int i = 0; i < kNumPairLossSums; ++i) sums[i] += chunk[i];
+  }
+  std::copy(sums.begin(), sums.end(), out.sums);
 }
 
 template void pair_loss_fwd_cpu(const PairLossInputs<float>&, const PairLossOptions&, const PairLossOutputs<float>&,

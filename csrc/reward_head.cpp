@@ -6,6 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "memory.h"
+
 namespace mmrm {
 namespace {
 
@@ -107,6 +109,7 @@ template <typename T>
 void reward_head_bwd_cpu(const RewardHeadInputs<T>& in, const compute_t<T>* grad, T* grad_hidden,
                          compute_t<T>* grad_weight, [[maybe_unused]] int num_threads) {
   check_last_index(in);
+  use_huge_pages(grad_hidden, in.num_tokens * in.width * int64_t(sizeof(T)));
   const TokenGrads<T> read(in, grad);
   const int64_t num_blocks = (in.num_tokens + kBlockRows - 1) / kBlockRows;
 #pragma omp parallel num_threads(num_threads) if ((in.num_tokens + in.num_responses) * in.width >= kParallelSize)

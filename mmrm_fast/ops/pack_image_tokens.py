@@ -178,7 +178,7 @@ def source_index(source: Tensor) -> SourceIndex:
 
 
 def pack_image_tokens(embedding_VD: Tensor, features_FD: Tensor, source_T: Tensor, index: SourceIndex) -> Tensor:
-    """The packed stream: `out[t] = embedding[source[t]]` where the source is >= 0, `features[-1 - source[t]]` elsewhere.
+    """The packed stream: `embedding[source[t]]` where the source is >= 0, `features[-1 - source[t]]` elsewhere.
 
     Args:
         embedding_VD: [V, D], the token embeddings; float32, bfloat16, float16 or float64.

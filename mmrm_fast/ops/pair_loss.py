@@ -105,9 +105,12 @@ library.impl("pair_loss_fwd", pair_loss_ref, "CompositeExplicitAutograd")
 def pair_loss_fwd_cpu(rewards, proxy_rewards, chosen, rejected, margin, weight, row_ptr, row_entry, *options):
     """`pair_loss_ref` in C++."""
     tensors = (rewards, proxy_rewards, chosen, rejected, margin, weight, row_ptr, row_entry)
-    inputs = [None if t is None else t.detach().contiguous().numpy() for t in tensors]
+    inputs = [None if t is None else t.contiguous() for t in tensors]
     outputs = _empty_outputs(rewards, proxy_rewards, chosen)
-    native().pair_loss_fwd_cpu(*inputs, *options, *(t.numpy() for t in outputs), torch.get_num_threads())
+    native().pair_loss_fwd_cpu(
+        str(rewards.dtype), *addresses(*inputs, device=rewards.device), rewards.shape[0], chosen.shape[0], *options,
+        *addresses(*outputs, device=rewards.device), torch.get_num_threads(),
+    )  # fmt: skip
     return outputs
 
 
@@ -241,8 +244,7 @@ def pair_loss(
         rewards, proxy, pairs.chosen, pairs.rejected, margin, weight, pairs.row_ptr, pairs.row_entry,
         mode, label_smoothing, centering, warmup, floor,
     )  # fmt: skip
-    main, proxy, *others = sums.unbind()
-    return PairLoss(main, proxy, *(t.detach() for t in others), sfc)
+    return PairLoss(*sums[:2].unbind(), *sums[2:].detach().unbind(), sfc)
 
 
 def _check_mode(mode: str, proxy_rewards: Tensor | None, centering: float, warmup: bool, floor: float) -> None:

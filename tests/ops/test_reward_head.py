@@ -1,4 +1,4 @@
-"""reward_head: the head on all tokens, then index; every backend against the reference, gradients, compiler contracts."""
+"""reward_head: the head on all tokens, then index; C++ against the reference, gradients, compiler contracts."""
 
 from types import SimpleNamespace
 
