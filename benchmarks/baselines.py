@@ -92,6 +92,15 @@ def bradley_terry_loss(rewards_R: Tensor, chosen_P: Tensor, rejected_P: Tensor) 
     return -logsigmoid(rewards_R[chosen_P] - rewards_R[rejected_P]).sum()
 
 
+def robust_loss_and_logs(rewards_R: Tensor, proxy_rewards_R: Tensor, chosen_P: Tensor, rejected_P: Tensor):
+    """`robust_loss` with what training logs: the sum of the SFC and both branches' right pairs, a tie counting half."""
+    m, b = (rewards[chosen_P] - rewards[rejected_P] for rewards in (rewards_R, proxy_rewards_R))
+    loss, proxy_loss = -logsigmoid(m), -logsigmoid(b)
+    sfc = (proxy_loss.detach() + 5e-8) / (loss.detach() + proxy_loss.detach() + 1e-7)
+    right = [(x.detach().sign() + 1).sum() / 2 for x in (m, b)]
+    return (sfc * loss + proxy_loss).sum(), sfc.sum(), *right
+
+
 def robust_loss(rewards_R: Tensor, proxy_rewards_R: Tensor, chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
     """Sum over pairs of `SFC * L + L_t`, SFC detached (Li et al., arXiv 2503.03122), in eager torch."""
     loss = -logsigmoid(rewards_R[chosen_P] - rewards_R[rejected_P])

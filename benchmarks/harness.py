@@ -109,7 +109,7 @@ def make_row(
         spread=ours.spread,
         baseline_spread=theirs.spread,
         verified=all(check.passed for check in checks),
-        max_error=max(errors) if all(map(math.isfinite, errors)) else None,
+        max_error=max(errors, default=0.0) if all(map(math.isfinite, errors)) else None,
         **peaks,
     )
 

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <array>
-#include <memory>
 #include <vector>
 
 namespace mmrm {
@@ -156,8 +155,10 @@ void pair_loss_fwd_cpu(const PairLossInputs<T>& in, const PairLossOptions& optio
   const int64_t num_chunks = (in.num_pairs + kChunk - 1) / kChunk;
   const int64_t num_blocks = (in.num_rewards + kChunk - 1) / kChunk;
   std::vector<Sums> chunk_sums(num_chunks);
-  const std::unique_ptr<T[]> memory(new T[3 * in.num_pairs]);
-  const PairGradients<T> grads{memory.get(), memory.get() + in.num_pairs, memory.get() + 2 * in.num_pairs};
+  // Kept for the next step: at these sizes fresh pages cost more than the arithmetic.
+  static thread_local std::vector<T> memory;
+  if (memory.size() < size_t(3 * in.num_pairs)) memory.resize(3 * in.num_pairs);
+  const PairGradients<T> grads{memory.data(), memory.data() + in.num_pairs, memory.data() + 2 * in.num_pairs};
 #pragma omp parallel num_threads(num_threads) if (in.num_pairs >= kParallelPairs)
   {
 #pragma omp for

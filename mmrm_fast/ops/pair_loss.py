@@ -150,11 +150,14 @@ def _(rewards, proxy_rewards, chosen, *_):
 def _setup_context(ctx, inputs, output):
     _, sfc, grad_rewards, grad_proxy = output
     ctx.mark_non_differentiable(sfc, grad_rewards, grad_proxy)
+    ctx.set_materialize_grads(False)  # no zeros for what has no gradient
     ctx.save_for_backward(grad_rewards, None if inputs[1] is None else grad_proxy)
 
 
 def _backward(ctx, grad_sums, *_):
     grad_rewards, grad_proxy = ctx.saved_tensors
+    if grad_sums is None:
+        return (None,) * 13
     to_proxy = None if grad_proxy is None else grad_sums[1] * grad_proxy
     return grad_sums[0] * grad_rewards, to_proxy, *[None] * 11
 
