@@ -1,5 +1,6 @@
 """Builds mmrm_fast._native with CMake; metadata lives in pyproject.toml."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ class CMakeBuild(build_ext):
         build_dir = str(Path(self.build_temp).resolve())
         package_dir = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         configure = ["-S", str(ROOT), "-B", build_dir, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
+        configure.append(f"-DWITH_CUDA={os.environ.get('WITH_CUDA', '1')}")
         try:
             subprocess.run(["cmake", *configure], check=True)
             subprocess.run(["cmake", "--build", build_dir], check=True)

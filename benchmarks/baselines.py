@@ -80,9 +80,25 @@ class ReferenceRewardModel(PaddedRewardModel):
         return hidden_RLD
 
 
+def normalize(tiles_ISSC: Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> Tensor:
+    """uint8 tiles to `(x / 255 - mean) / std`, [I, 3, S, S] in `dtype`; computed in float32 or float64."""
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    mean_C, std_C = (torch.tensor(values, dtype=exact, device=tiles_ISSC.device) for values in (mean, std))
+    return ((tiles_ISSC.to(exact) / 255 - mean_C) / std_C).permute(0, 3, 1, 2).to(dtype)
+
+
 def bradley_terry_loss(rewards_R: Tensor, chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
     """Sum over pairs of `-logsigmoid(m)`."""
     return -logsigmoid(rewards_R[chosen_P] - rewards_R[rejected_P]).sum()
+
+
+def robust_loss_and_logs(rewards_R: Tensor, proxy_rewards_R: Tensor, chosen_P: Tensor, rejected_P: Tensor):
+    """`robust_loss` with what training logs: the sum of the SFC and both branches' right pairs, a tie counting half."""
+    m, b = (rewards[chosen_P] - rewards[rejected_P] for rewards in (rewards_R, proxy_rewards_R))
+    loss, proxy_loss = -logsigmoid(m), -logsigmoid(b)
+    sfc = (proxy_loss.detach() + 5e-8) / (loss.detach() + proxy_loss.detach() + 1e-7)
+    right = [(x.detach().sign() + 1).sum() / 2 for x in (m, b)]
+    return (sfc * loss + proxy_loss).sum(), sfc.sum(), *right
 
 
 def robust_loss(rewards_R: Tensor, proxy_rewards_R: Tensor, chosen_P: Tensor, rejected_P: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from benchmarks.baselines import (
     PaddedRewardModel,
     ReferenceRewardModel,
     bradley_terry_loss,
+    normalize,
     pad,
     robust_loss,
 )
@@ -27,7 +28,7 @@ from benchmarks.harness import Check, Options, Row, gradient_error, interleaved,
 from mmrm_fast.dataset import Sample
 from mmrm_fast.images import NORMALIZATION
 from mmrm_fast.loss import preference_loss
-from mmrm_fast.model import RewardModel, normalize
+from mmrm_fast.model import RewardModel
 from mmrm_fast.packing import PackedBatch, pack
 from mmrm_fast.prompt import Encoded
 from mmrm_fast.records import Group, Pair

@@ -8,6 +8,7 @@ import ctypes
 import gc
 import json
 import math
+import mmap
 import platform
 import statistics
 import time
@@ -26,6 +27,7 @@ from torch import Tensor
 RESULTS = Path(__file__).parent / "results"
 MIN_SAMPLE_SECONDS = 0.05
 BYTES_PER_MIB = 1 << 20
+HUGE_PAGE = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Row:
     max_error: float | None  # largest relative error of a result; None where that is not finite
     peak_bytes: int | None = None  # resident memory that a call adds at its peak
     baseline_peak_bytes: int | None = None
-    bound_fraction: float | None = None  # the hardware's lower bound / seconds
+    bound_fraction: float | None = None  # a lower bound, which the case's file names, / seconds
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def make_row(
         spread=ours.spread,
         baseline_spread=theirs.spread,
         verified=all(check.passed for check in checks),
-        max_error=max(errors) if all(map(math.isfinite, errors)) else None,
+        max_error=max(errors, default=0.0) if all(map(math.isfinite, errors)) else None,
         **peaks,
     )
 
@@ -175,6 +177,16 @@ def gradient_error(gradients: dict[str, Tensor], expected: dict[str, Tensor], *,
     return max(errors)
 
 
+def fresh_memory(*shape: int, dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor that asks for huge pages, as a large output of an op does (csrc/memory.h)."""
+    tensor = torch.empty(shape, dtype=dtype)
+    begin = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE
+    length = (tensor.data_ptr() + tensor.nbytes) // HUGE_PAGE * HUGE_PAGE - begin
+    if hasattr(mmap, "MADV_HUGEPAGE") and length > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
+    return tensor
+
+
 def peak_bytes(function: Callable) -> int | None:
     """Resident memory that one call adds at its peak to what is resident before it; None but on Linux with glibc."""
     gc.collect()
@@ -233,10 +245,13 @@ def write_json(path: Path, environment: dict, rows: Iterable[Row]) -> None:
 def print_table(console: Console, environment: dict, rows: Sequence[Row]) -> None:
     """One line a row."""
     title = " · ".join(f"{name} {value}" for name, value in environment.items())
-    caption = "times: median ± (slowest - fastest); ratio: baseline / ours; MiB: peak of a call; error: relative"
+    caption = (
+        "times: median ± (slowest - fastest); ratio: baseline / ours; bound: the least it can take / ours;"
+        " MiB: peak of a call; error: relative"
+    )
     table = Table(title=title, caption=caption)
-    table.add_column("case", overflow="fold")
-    for name in ("ours", "baseline", "ratio", "MiB", "baseline MiB", "error"):
+    table.add_column("case", overflow="fold", min_width=17)
+    for name in ("ours", "baseline", "ratio", "bound", "MiB", "base MiB", "error"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("verified", no_wrap=True)
     for row in rows:
@@ -252,6 +267,7 @@ def cells(row: Row) -> list[str]:
         f"{duration(row.seconds)} ±{row.spread:.0%}",
         f"{row.baseline} {duration(row.baseline_seconds)} ±{row.baseline_spread:.0%}",
         f"{row.ratio:.2f}x",
+        "" if row.bound_fraction is None else f"{row.bound_fraction:.0%}",
         *("" if peak is None else f"{peak / BYTES_PER_MIB:,.0f}" for peak in peaks),
         "not finite" if row.max_error is None else f"{row.max_error:.1e}",
         "yes" if row.verified else "[bold red]FAILED[/]",

@@ -12,10 +12,22 @@ import torch
 import tyro
 from rich.console import Console
 
-from benchmarks import bench_pair_loss, bench_plan_trie, bench_train_step
+from benchmarks import (
+    bench_pack_image_tokens,
+    bench_pair_loss,
+    bench_patchify,
+    bench_pixel_shuffle_norm,
+    bench_plan_trie,
+    bench_reward_head,
+    bench_train_step,
+)
 from benchmarks.harness import Options, environment, print_table, results_path, write_json
 
-SUITES = {"train-step": (bench_train_step,), "ops": (bench_pair_loss,), "plan": (bench_plan_trie,)}
+SUITES = {
+    "train-step": (bench_train_step,),
+    "ops": (bench_pair_loss, bench_reward_head, bench_pack_image_tokens, bench_pixel_shuffle_norm, bench_patchify),
+    "plan": (bench_plan_trie,),
+}
 
 
 def main() -> int:

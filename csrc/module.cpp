@@ -1,14 +1,19 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <memory>
-#include <optional>
 #include <string>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
+#include "bindings.h"
+#include "pack_image_tokens.h"
 #include "pair_loss.h"
+#include "patchify.h"
+#include "pixel_shuffle_norm.h"
 #include "plan_trie.h"
+#include "reward_head.h"
 
 namespace py = pybind11;
 
@@ -38,44 +43,103 @@ py::tuple plan_trie_cpu(const Array<int64_t>& keys, const Array<int64_t>& cu_seq
                         to_array(std::move(plan.cu_seqlens_k)), to_array(std::move(plan.last_index)));
 }
 
-mmrm::SfcMode sfc_mode(const std::string& name) {
-  if (name == "standard") return mmrm::SfcMode::standard;
-  if (name == "paper" || name == "normalized") return mmrm::SfcMode::paper;
-  if (name == "reference") return mmrm::SfcMode::reference;
-  throw py::value_error("unknown mode " + name);
-}
-
-template <typename T>
-const T* data_or_null(const std::optional<Array<T>>& array) {
-  return array ? array->data() : nullptr;
-}
-
-template <typename T>
-void pair_loss_fwd_cpu(const Array<T>& rewards, const std::optional<Array<T>>& proxy_rewards,
-                       const Array<int64_t>& chosen, const Array<int64_t>& rejected,
-                       const std::optional<Array<T>>& margin, const std::optional<Array<T>>& weight,
-                       const Array<int64_t>& row_ptr, const Array<int64_t>& row_entry, const std::string& mode,
-                       double label_smoothing, double centering, bool warmup, double floor, Array<T> sums, Array<T> sfc,
-                       Array<T> grad_rewards, Array<T> grad_proxy, int num_threads) {
-  const mmrm::PairLossInputs<T> in{rewards.data(),       data_or_null(proxy_rewards), chosen.data(),
-                                   rejected.data(),      data_or_null(margin),        data_or_null(weight),
-                                   row_ptr.data(),       row_entry.data(),            rewards.size(),
-                                   chosen.size()};
+void pair_loss_fwd_cpu(const std::string& dtype, Address rewards, Address proxy_rewards, Address chosen,
+                       Address rejected, Address margin, Address weight, Address row_ptr, Address row_entry,
+                       int64_t num_rewards, int64_t num_pairs, const std::string& mode, double label_smoothing,
+                       double centering, bool warmup, double floor, Address sums, Address sfc, Address grad_rewards,
+                       Address grad_proxy, int num_threads) {
   const mmrm::PairLossOptions options{sfc_mode(mode), label_smoothing, centering, warmup, floor};
-  const mmrm::PairLossOutputs<T> out{sums.mutable_data(), sfc.mutable_data(), grad_rewards.mutable_data(),
-                                     grad_proxy.mutable_data()};
-  py::gil_scoped_release release;
-  mmrm::pair_loss_fwd_cpu(in, options, out, num_threads);
+  with_dtype(dtype, [&](auto element) {
+    using T = mmrm::compute_t<decltype(element)>;
+    if (!std::is_same_v<T, decltype(element)>) throw py::value_error("unsupported dtype " + dtype);
+    mmrm::pair_loss_fwd_cpu<T>(
+        {at<T>(rewards), at<T>(proxy_rewards), at<int64_t>(chosen), at<int64_t>(rejected), at<T>(margin),
+         at<T>(weight), at<int64_t>(row_ptr), at<int64_t>(row_entry), num_rewards, num_pairs},
+        options, {at<T>(sums), at<T>(sfc), at<T>(grad_rewards), at<T>(grad_proxy)}, num_threads);
+  });
 }
 
-template <typename T>
-void bind_pair_loss(py::module_& m) {
-  m.def("pair_loss_fwd_cpu", &pair_loss_fwd_cpu<T>, py::arg("rewards").noconvert(),
-        py::arg("proxy_rewards").noconvert(), py::arg("chosen").noconvert(), py::arg("rejected").noconvert(),
-        py::arg("margin").noconvert(), py::arg("weight").noconvert(), py::arg("row_ptr").noconvert(),
-        py::arg("row_entry").noconvert(), py::arg("mode"), py::arg("label_smoothing"), py::arg("centering"),
-        py::arg("warmup"), py::arg("floor"), py::arg("sums").noconvert(), py::arg("sfc").noconvert(),
-        py::arg("grad_rewards").noconvert(), py::arg("grad_proxy").noconvert(), py::arg("num_threads"));
+void patchify_cpu(const std::string& dtype, Address tiles, Address scale, Address shift, Address rows,
+                  int64_t num_tiles, int64_t side, int64_t patch_size, int num_threads) {
+  with_dtype(dtype, [&](auto element) {
+    using T = decltype(element);
+    using A = mmrm::compute_t<T>;
+    mmrm::patchify_cpu<T>({at<uint8_t>(tiles), at<A>(scale), at<A>(shift), at<T>(rows), num_tiles, side, patch_size},
+                          num_threads);
+  });
+}
+
+void pixel_shuffle_norm_fwd_cpu(const std::string& dtype, Address hidden, Address weight, Address bias, double eps,
+                                Address out, Address mean, Address rstd, int64_t num_tiles, int64_t grid,
+                                int64_t channels, int num_threads) {
+  with_dtype(dtype, [&](auto element) {
+    using T = decltype(element);
+    using A = mmrm::compute_t<T>;
+    mmrm::pixel_shuffle_norm_fwd_cpu<T>(
+        {num_tiles, grid, channels},
+        {at<T>(hidden), at<A>(weight), at<A>(bias), eps, at<T>(out), at<A>(mean), at<A>(rstd)}, num_threads);
+  });
+}
+
+void pixel_shuffle_norm_bwd_cpu(const std::string& dtype, Address grad, Address hidden, Address weight, Address mean,
+                                Address rstd, Address grad_hidden, Address grad_weight, Address grad_bias,
+                                int64_t num_tiles, int64_t grid, int64_t channels, int num_threads) {
+  with_dtype(dtype, [&](auto element) {
+    using T = decltype(element);
+    using A = mmrm::compute_t<T>;
+    mmrm::pixel_shuffle_norm_bwd_cpu<T>({num_tiles, grid, channels},
+                                        {at<T>(grad), at<T>(hidden), at<A>(weight), at<A>(mean), at<A>(rstd),
+                                         at<T>(grad_hidden), at<A>(grad_weight), at<A>(grad_bias)},
+                                        num_threads);
+  });
+}
+
+void reward_head_fwd_cpu(const std::string& dtype, Address hidden, Address last_index, Address weight, Address rewards,
+                         int64_t num_tokens, int64_t width, int64_t num_responses, int num_threads) {
+  with_dtype(dtype, [&](auto element) {
+    using T = decltype(element);
+    using A = mmrm::compute_t<T>;
+    mmrm::reward_head_fwd_cpu<T>(
+        {at<T>(hidden), at<int64_t>(last_index), at<A>(weight), num_tokens, num_responses, width}, at<A>(rewards),
+        num_threads);
+  });
+}
+
+void reward_head_bwd_cpu(const std::string& dtype, Address hidden, Address last_index, Address weight, Address grad,
+                         Address grad_hidden, Address grad_weight, int64_t num_tokens, int64_t width,
+                         int64_t num_responses, int num_threads) {
+  with_dtype(dtype, [&](auto element) {
+    using T = decltype(element);
+    using A = mmrm::compute_t<T>;
+    mmrm::reward_head_bwd_cpu<T>(
+        {at<T>(hidden), at<int64_t>(last_index), at<A>(weight), num_tokens, num_responses, width}, at<A>(grad),
+        at<T>(grad_hidden), at<A>(grad_weight), num_threads);
+  });
+}
+
+void pack_image_tokens_fwd_cpu(const std::string& dtype, Address embedding, Address features, Address source,
+                               Address out, int64_t num_embeddings, int64_t num_features, int64_t num_tokens,
+                               int64_t width, int num_threads) {
+  with_dtype(dtype, [&](auto element) {
+    using Bits = bits_t<sizeof(element)>;
+    mmrm::pack_image_tokens_fwd_cpu<Bits>(
+        {at<Bits>(embedding), at<Bits>(features), at<int64_t>(source), at<Bits>(out), num_tokens, width},
+        num_embeddings, num_features, num_threads);
+  });
+}
+
+// num_embeddings is 0 where the table does not train.
+void pack_image_tokens_bwd_cpu(const std::string& dtype, Address grad, Address order, Address segment_ptr,
+                               Address segment_source, Address grad_embedding, Address grad_features,
+                               int64_t num_segments, int64_t num_embeddings, int64_t num_features, int64_t num_tokens,
+                               int64_t width, int num_threads) {
+  with_dtype(dtype, [&](auto element) {
+    using T = decltype(element);
+    mmrm::pack_image_tokens_bwd_cpu<T>(
+        {at<T>(grad), at<int64_t>(order), at<int64_t>(segment_ptr), at<int64_t>(segment_source), at<T>(grad_embedding),
+         at<T>(grad_features), num_segments, num_embeddings, num_features, width},
+        num_tokens, num_threads);
+  });
 }
 
 }  // namespace
@@ -83,6 +147,19 @@ void bind_pair_loss(py::module_& m) {
 PYBIND11_MODULE(_native, m) {
   m.def("plan_trie_cpu", &plan_trie_cpu, py::arg("keys").noconvert(), py::arg("cu_seqlens").noconvert(),
         py::arg("min_shared"));
-  bind_pair_loss<float>(m);
-  bind_pair_loss<double>(m);
+#ifdef _OPENMP
+  m.attr("openmp") = _OPENMP;
+#endif
+#ifdef MMRM_CUDA_ARCHITECTURES
+  bind_cuda(m);
+#endif
+  const py::call_guard<py::gil_scoped_release> without_gil;
+  m.def("pack_image_tokens_fwd_cpu", &pack_image_tokens_fwd_cpu, without_gil);
+  m.def("pack_image_tokens_bwd_cpu", &pack_image_tokens_bwd_cpu, without_gil);
+  m.def("pair_loss_fwd_cpu", &pair_loss_fwd_cpu, without_gil);
+  m.def("patchify_cpu", &patchify_cpu, without_gil);
+  m.def("pixel_shuffle_norm_fwd_cpu", &pixel_shuffle_norm_fwd_cpu, without_gil);
+  m.def("pixel_shuffle_norm_bwd_cpu", &pixel_shuffle_norm_bwd_cpu, without_gil);
+  m.def("reward_head_fwd_cpu", &reward_head_fwd_cpu, without_gil);
+  m.def("reward_head_bwd_cpu", &reward_head_bwd_cpu, without_gil);
 }

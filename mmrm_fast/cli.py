@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import tyro
 
-from mmrm_fast.config import ScoreConfig, StudyConfig, TrainConfig
+from mmrm_fast.config import DoctorConfig, ScoreConfig, StudyConfig, TrainConfig
 
 # GNU OpenMP's waiting threads otherwise spin without end: one busy neighbour made a training step ten times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -17,6 +17,7 @@ commands:
   train   train a reward model, standard or --robust
   score   score a JSONL with a reward model
   study   standard against robust on the shapes environments
+  doctor  what was built here and what each op runs on
 
 `mmrm-fast COMMAND --help` explains every option."""
 
@@ -28,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "train": (TrainConfig, run_train),
         "score": (ScoreConfig, run_score),
         "study": (StudyConfig, run_study),
+        "doctor": (DoctorConfig, run_doctor),
     }
     if not arguments or arguments[0] not in commands:
         asked = arguments[:1] in (["-h"], ["--help"])
@@ -60,6 +62,13 @@ def run_study(config: StudyConfig) -> int:
     from mmrm_fast.study import study
 
     study(config)
+    return 0
+
+
+def run_doctor(config: DoctorConfig) -> int:
+    from mmrm_fast.doctor import doctor
+
+    doctor()
     return 0
 
 

@@ -106,6 +106,11 @@ class ScoreConfig(DataConfig):
 
 
 @dataclass(frozen=True)
+class DoctorConfig:
+    """Print what was built here, what each op runs on and why, and what to do where something is missing."""
+
+
+@dataclass(frozen=True)
 class StudyConfig:
     """Train standard and robust on every shapes environment and test each on all of them."""
 

@@ -5,9 +5,13 @@ Shapes: T packed tokens, R responses, I tiles, S pixels a tile side, D hidden si
 
 import torch
 from torch import Tensor, nn
-from transformers import InternVLModel
+from transformers import InternVLConfig, InternVLModel
 
 from mmrm_fast.attention import use_trie_attention
+from mmrm_fast.ops.pack_image_tokens import pack_image_tokens
+from mmrm_fast.ops.patchify import patchify
+from mmrm_fast.ops.pixel_shuffle_norm import pixel_shuffle_norm
+from mmrm_fast.ops.reward_head import reward_head
 from mmrm_fast.packing import TokenPlan
 
 
@@ -21,6 +25,7 @@ class RewardModel(nn.Module):
 
     def __init__(self, model: InternVLModel, pixel_mean: tuple[float, ...], pixel_std: tuple[float, ...]):
         super().__init__()
+        check_vision(model.config)
         hidden_size = model.config.text_config.hidden_size
         self.model = model
         self.score = ScoreHead(hidden_size, score_dtype(model.dtype))
@@ -35,9 +40,9 @@ class RewardModel(nn.Module):
             tiles_ISSC: the batch's tiles, uint8; None for a plan without image tokens.
         """
         embedding = self.model.get_input_embeddings().weight
-        features = embedding[:0] if tiles_ISSC is None else self.image_features(tiles_ISSC)
+        features = embedding.detach()[:0] if tiles_ISSC is None else self.image_features(tiles_ISSC)
         hidden = self.model.language_model(
-            inputs_embeds=pack_image_tokens(embedding, features, plan.source_T).unsqueeze(0),
+            inputs_embeds=pack_image_tokens(embedding, features, plan.source_T, plan.source_index).unsqueeze(0),
             position_ids=plan.position_ids_T.unsqueeze(0),
             use_cache=False,
             **plan.attention_plan(),
@@ -46,8 +51,26 @@ class RewardModel(nn.Module):
 
     def image_features(self, tiles_ISSC: Tensor) -> Tensor:
         """Projected image tokens [I * tokens_per_tile, D] of uint8 tiles."""
-        pixels = normalize(tiles_ISSC, self.pixel_mean, self.pixel_std, self.model.dtype)
-        return self.model.get_image_features(pixels).pooler_output.flatten(0, 1)
+        tower, projector = self.model.vision_tower, self.model.multi_modal_projector
+        hidden = tower.layernorm(tower.encoder(self.embed_tiles(tiles_ISSC)).last_hidden_state)
+        norm = projector.layer_norm
+        rows = pixel_shuffle_norm(hidden, norm.weight, norm.bias, eps=norm.eps)
+        return projector.linear_2(projector.act(projector.linear_1(rows)))
+
+    def embed_tiles(self, tiles_ISSC: Tensor) -> Tensor:
+        """The vision encoder's input [I, 1 + patches, vision hidden], CLS first; the patch embedding is a product."""
+        embeddings = self.model.vision_tower.embeddings
+        projection = embeddings.patch_embeddings.projection
+        num_tiles, side = tiles_ISSC.shape[:2]
+        rows = patchify(
+            tiles_ISSC, self.pixel_mean, self.pixel_std,
+            patch_size=projection.kernel_size[0], dtype=projection.weight.dtype,
+        )  # fmt: skip
+        patches = nn.functional.linear(rows, projection.weight.flatten(1), projection.bias)
+        hidden = torch.cat([embeddings.cls_token.expand(num_tiles, -1, -1), patches.unflatten(0, (num_tiles, -1))], 1)
+        if embeddings.position_embeddings is not None:
+            hidden = hidden + embeddings.interpolate_pos_encoding(hidden, side, side)
+        return embeddings.dropout(hidden)
 
     def drop_vision(self) -> "RewardModel":
         """Remove vision tower and projector: a text-only proxy."""
@@ -64,7 +87,7 @@ class ScoreHead(nn.Module):
 
     def forward(self, hidden_TD: Tensor, last_index_R: Tensor) -> Tensor:
         """Rewards [R] in the weight's dtype."""
-        return reward_head(hidden_TD, last_index_R, self.weight)
+        return reward_head(hidden_TD, last_index_R, self.weight[0])
 
 
 def score_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -72,23 +95,20 @@ def score_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def normalize(tiles_ISSC: Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> Tensor:
-    """uint8 tiles to `(x / 255 - mean) / std`, [I, 3, S, S] in `dtype`."""
-    exact = score_dtype(dtype)
-    mean_C, std_C = (torch.tensor(values, dtype=exact, device=tiles_ISSC.device) for values in (mean, std))
-    return ((tiles_ISSC.to(exact) / 255 - mean_C) / std_C).permute(0, 3, 1, 2).to(dtype)
-
-
-def pack_image_tokens(embedding_VD: Tensor, features_FD: Tensor, source_T: Tensor) -> Tensor:
-    """The packed stream [T, D]: embedding row `source` where it is >= 0, feature row `-1 - source` elsewhere.
-
-    Features that nothing reads still get a (zero) gradient, so that every rank's backward runs the same modules.
-    """
-    is_image = source_T < 0
-    stream = torch.nn.functional.embedding(source_T.clamp(min=0), embedding_VD)
-    return stream.index_put((is_image.nonzero()[:, 0],), features_FD[-1 - source_T[is_image]].to(stream.dtype))
-
-
-def reward_head(hidden_TD: Tensor, last_index_R: Tensor, score_weight: Tensor) -> Tensor:
-    """Score of each response's last token [R], multiplied and summed in the weight's dtype."""
-    return hidden_TD[last_index_R].to(score_weight.dtype) @ score_weight[0]
+def check_vision(config: InternVLConfig) -> None:
+    """Raise `ValueError` unless `RewardModel.image_features` computes what this model's vision part means."""
+    vision = config.vision_config
+    for name, value, supported in (
+        ("vision_feature_layer", config.vision_feature_layer, -1),
+        ("vision_feature_select_strategy", config.vision_feature_select_strategy, "default"),
+        ("downsample_ratio", config.downsample_ratio, 0.5),
+        ("num_channels", vision.num_channels, 3),
+    ):
+        if value != supported:
+            raise ValueError(f"{name} must be {supported!r}, got {value!r}")
+    for name, (height, width) in (("image_size", vision.image_size), ("patch_size", vision.patch_size)):
+        if height != width:
+            raise ValueError(f"{name} must be square, got {height} x {width}")
+    side, patch = vision.image_size[0], vision.patch_size[0]
+    if side % (2 * patch):
+        raise ValueError(f"image_size must be an even number of patches of {patch} pixels, got {side}")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mmrm_fast.dataset import GroupDataset, Sample
+from mmrm_fast.ops.pack_image_tokens import SourceIndex, source_index
 from mmrm_fast.ops.pair_loss import PairIndex, pair_index
 from mmrm_fast.ops.plan_trie import plan_trie
 from mmrm_fast.records import RecordError
@@ -35,6 +36,7 @@ class TokenPlan(OnDevice):
     """Packed tokens of one branch: a forest of token tries."""
 
     source_T: Tensor  # int64: token id, or -1 - row of the batch's image features
+    source_index: SourceIndex  # of source_T
     position_ids_T: Tensor  # int64
     cu_seqlens_q: Tensor  # [N + 1] int32
     kv_index: Tensor  # [K] int64
@@ -141,8 +143,10 @@ def plan_tokens(sequences: Sequence[np.ndarray], min_shared: int) -> TokenPlan:
     sequences = sequences or [np.zeros(1, np.int64)]
     keys = np.concatenate(sequences)
     plan = plan_trie(keys, np.cumsum([0, *map(len, sequences)]), min_shared=min_shared)
+    source_T = torch.from_numpy(keys[plan.token_index])
     return TokenPlan(
-        source_T=torch.from_numpy(keys[plan.token_index]),
+        source_T=source_T,
+        source_index=source_index(source_T),
         position_ids_T=torch.from_numpy(plan.position_ids),
         cu_seqlens_q=torch.from_numpy(plan.cu_seqlens_q),
         kv_index=torch.from_numpy(plan.kv_index),

@@ -12,7 +12,7 @@ import mmrm_fast
 ORDER = [
     "config", "records", "ops", "images", "prompt", "shapes", "dataset", "packing", "attention", "model", "weights",
     "loss", "scorer", "evaluate", "sharding", "checkpoint", "train", "study", "score", "serve", "client", "report",
-    "cli",
+    "doctor", "cli",
 ]  # fmt: skip
 PACKAGE = Path(mmrm_fast.__file__).parent
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

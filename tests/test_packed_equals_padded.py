@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
+from benchmarks.baselines import normalize
 from mmrm_fast.dataset import PreferenceDataset
 from mmrm_fast.loss import preference_loss
-from mmrm_fast.model import normalize
 from mmrm_fast.packing import MicroBatch, Packer
 from mmrm_fast.records import Group, Pair
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from mmrm_fast.ops.native import native
+from mmrm_fast.ops.native import addresses, cuda_native, device_and_stream, native
+from mmrm_fast.ops.triton import use_triton
 
 MODES = ("standard", "paper", "reference", "normalized")
 SFC_EPSILON = 1e-7
@@ -104,9 +105,26 @@ library.impl("pair_loss_fwd", pair_loss_ref, "CompositeExplicitAutograd")
 def pair_loss_fwd_cpu(rewards, proxy_rewards, chosen, rejected, margin, weight, row_ptr, row_entry, *options):
     """`pair_loss_ref` in C++."""
     tensors = (rewards, proxy_rewards, chosen, rejected, margin, weight, row_ptr, row_entry)
-    inputs = [None if t is None else t.detach().contiguous().numpy() for t in tensors]
+    inputs = [None if t is None else t.contiguous() for t in tensors]
     outputs = _empty_outputs(rewards, proxy_rewards, chosen)
-    native().pair_loss_fwd_cpu(*inputs, *options, *(t.numpy() for t in outputs), torch.get_num_threads())
+    native().pair_loss_fwd_cpu(
+        str(rewards.dtype), *addresses(*inputs, device=rewards.device), rewards.shape[0], chosen.shape[0], *options,
+        *addresses(*outputs, device=rewards.device), torch.get_num_threads(),
+    )  # fmt: skip
+    return outputs
+
+
+def pair_loss_fwd_cuda(rewards, proxy_rewards, chosen, rejected, margin, weight, row_ptr, row_entry, *options):
+    """`pair_loss_ref` in CUDA C++."""
+    tensors = (rewards, proxy_rewards, chosen, rejected, margin, weight, row_ptr, row_entry)
+    inputs = [None if t is None else t.detach().contiguous() for t in tensors]
+    outputs = _empty_outputs(rewards, proxy_rewards, chosen)
+    num_rewards, num_pairs = rewards.shape[0], chosen.shape[0]
+    scratch = rewards.new_empty(native().pair_loss_scratch_size(num_pairs), dtype=torch.float64)
+    native().pair_loss_fwd_cuda(
+        str(rewards.dtype), *addresses(*inputs, device=rewards.device), num_rewards, num_pairs, *options,
+        *addresses(*outputs, scratch, device=rewards.device), *device_and_stream(rewards),
+    )  # fmt: skip
     return outputs
 
 
@@ -118,6 +136,10 @@ def _empty_outputs(rewards: Tensor, proxy_rewards: Tensor | None, chosen: Tensor
 
 if native() is not None:
     library.impl("pair_loss_fwd", pair_loss_fwd_cpu, "CPU")
+if cuda_native() is not None:
+    library.impl("pair_loss_fwd", pair_loss_fwd_cuda, "CUDA")
+else:
+    use_triton(library, "pair_loss", pair_loss_fwd=pair_loss_ref)
 
 
 @torch.library.register_fake("mmrm_fast::pair_loss_fwd", lib=library)
@@ -128,11 +150,14 @@ def _(rewards, proxy_rewards, chosen, *_):
 def _setup_context(ctx, inputs, output):
     _, sfc, grad_rewards, grad_proxy = output
     ctx.mark_non_differentiable(sfc, grad_rewards, grad_proxy)
+    ctx.set_materialize_grads(False)  # no zeros for what has no gradient
     ctx.save_for_backward(grad_rewards, None if inputs[1] is None else grad_proxy)
 
 
 def _backward(ctx, grad_sums, *_):
     grad_rewards, grad_proxy = ctx.saved_tensors
+    if grad_sums is None:
+        return (None,) * 13
     to_proxy = None if grad_proxy is None else grad_sums[1] * grad_proxy
     return grad_sums[0] * grad_rewards, to_proxy, *[None] * 11
 
@@ -222,8 +247,7 @@ def pair_loss(
         rewards, proxy, pairs.chosen, pairs.rejected, margin, weight, pairs.row_ptr, pairs.row_entry,
         mode, label_smoothing, centering, warmup, floor,
     )  # fmt: skip
-    main, proxy, *others = sums.unbind()
-    return PairLoss(main, proxy, *(t.detach() for t in others), sfc)
+    return PairLoss(*sums[:2].unbind(), *sums[2:].detach().unbind(), sfc)
 
 
 def _check_mode(mode: str, proxy_rewards: Tensor | None, centering: float, warmup: bool, floor: float) -> None:

@@ -98,9 +98,9 @@ def trie_attention_bwd_cpu(
 
 def trie_attention_fwd_cuda(q, k, v, cu_seqlens_q, kv_index, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale):
     """flash-attn's variable-length forward on gathered keys and values."""
-    out, lse, _, _ = flash_attn()._flash_attn_varlen_forward(
+    out, lse, *_ = flash_attn()._flash_attn_varlen_forward(
         q.contiguous(), k[kv_index], v[kv_index], cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-        0.0, scale, causal=True,
+        dropout_p=0.0, softmax_scale=scale, causal=True,
     )  # fmt: skip
     return out, lse
 
@@ -112,8 +112,10 @@ def trie_attention_bwd_cuda(
     q, gathered_k, gathered_v = q.contiguous(), k[kv_index], v[kv_index]
     dq, node_dk, node_dv = torch.empty_like(q), torch.empty_like(gathered_k), torch.empty_like(gathered_v)
     flash_attn()._flash_attn_varlen_backward(
-        grad.contiguous(), q, gathered_k, gathered_v, out, lse, dq, node_dk, node_dv, cu_seqlens_q, cu_seqlens_k,
-        max_seqlen_q, max_seqlen_k, 0.0, scale, True, -1, -1, 0.0, None, torch.are_deterministic_algorithms_enabled(),
+        grad.contiguous(), q, gathered_k, gathered_v, out, lse, dq, node_dk, node_dv,
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=scale, causal=True,
+        window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
     dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
     dk.index_add_(0, kv_index, node_dk.float())

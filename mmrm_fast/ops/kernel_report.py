@@ -1,0 +1,158 @@
+"""What the GPU kernels take of a GPU, computed without one: resources of their machine code, time at the roofline.
+
+T packed tokens, V vocabulary, D hidden size, P pairs, R responses, I tiles, C vision channels, N image tokens.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from rich.table import Table
+
+from mmrm_fast.ops.native import native
+from mmrm_fast.ops.triton.cubin import Resources, launch_resources, read_resources
+from mmrm_fast.ops.triton.launch import Plan
+from mmrm_fast.ops.triton.pack_image_tokens import pack_image_tokens_bwd_plan, pack_image_tokens_fwd_plan
+from mmrm_fast.ops.triton.pair_loss import pair_loss_fwd_plan
+from mmrm_fast.ops.triton.patchify import patchify_plan
+from mmrm_fast.ops.triton.pixel_shuffle_norm import pixel_shuffle_norm_bwd_plan, pixel_shuffle_norm_fwd_plan
+from mmrm_fast.ops.triton.reward_head import reward_head_bwd_plan, reward_head_fwd_plan
+
+ARCHITECTURES = (80, 90, 100)
+H100_BYTES_PER_SECOND = 3.35e12
+H100_FLOPS = 67e12  # float32, outside of the tensor cores
+MODELS = {"InternVL2-2B": 2048, "InternVL2-8B": 4096}  # hidden size; vision tower and vocabulary are the same
+VOCABULARY, CHANNELS, TILE_SIZE, PATCH_SIZE = 92_553, 1024, 448, 14
+NUM_TOKENS, NUM_PAIRS, NUM_TILES = 8192, 128, 4 * 7  # four images of seven tiles
+NUM_IMAGE_TOKENS = NUM_TILES * 256
+NUM_TEXT_ROWS = NUM_TOKENS - NUM_IMAGE_TOKENS
+PAIR_FLOPS = 60
+
+
+class Case(NamedTuple):
+    """One pass of an op at one model's sizes: every input byte it needs read once, every output byte written once."""
+
+    name: str
+    plan: Plan  # of meta tensors
+    num_bytes: int
+    flops: int
+
+    @property
+    def seconds(self) -> float:
+        """At the roofline of an H100: launches and latencies, which bound the smallest, are not in it."""
+        return max(self.num_bytes / H100_BYTES_PER_SECOND, self.flops / H100_FLOPS)
+
+
+class Row(NamedTuple):
+    """Resources of one pass on one backend and target: the largest over its kernels and the models."""
+
+    name: str
+    backend: str
+    target: str
+    resources: Resources
+
+
+def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def floats(*shape: int) -> torch.Tensor:
+    return meta(*shape, dtype=torch.float32)
+
+
+def indices(*shape: int) -> torch.Tensor:
+    return meta(*shape, dtype=torch.int64)
+
+
+def cases(hidden_size: int, dtype: torch.dtype = torch.bfloat16) -> Iterator[Case]:
+    """Every pass at a model's sizes."""
+    yield from text_cases(hidden_size, dtype)
+    yield from image_cases(dtype)
+
+
+def text_cases(D: int, dtype: torch.dtype) -> Iterator[Case]:
+    T, P, R, V, N = NUM_TOKENS, NUM_PAIRS, 2 * NUM_PAIRS, VOCABULARY, NUM_IMAGE_TOKENS
+    row = D * dtype.itemsize
+    rewards = floats(R), floats(R), indices(P), indices(P), None, None, indices(R + 1), indices(R)
+    plan = pair_loss_fwd_plan(*rewards, "paper", 0.0, 0.0, False, 0.0)
+    yield Case("pair_loss_fwd", plan, 4 * 2 * R + 8 * (2 * P + R + 1 + R) + 4 * (P + 2 * R + 7), 3 * PAIR_FLOPS * P)
+    hidden, last_index, weight = meta(T, D, dtype=dtype), indices(R), floats(D)
+    plan = reward_head_fwd_plan(hidden, last_index, weight)
+    yield Case("reward_head_fwd", plan, R * row + 4 * D + 12 * R, 2 * R * D)
+    plan = reward_head_bwd_plan(floats(R), hidden, last_index, weight)
+    yield Case("reward_head_bwd", plan, (R + T) * row + 8 * D + 12 * R, 3 * R * D)
+    plan = pack_image_tokens_fwd_plan(meta(V, D, dtype=dtype), meta(N, D, dtype=dtype), indices(T))
+    yield Case("pack_image_tokens_fwd", plan, 2 * T * row + 8 * T, 0)
+    index = indices(T), indices(N + NUM_TEXT_ROWS + 1), indices(N + NUM_TEXT_ROWS)
+    plan = pack_image_tokens_bwd_plan(hidden, *index, V, N, True)
+    yield Case("pack_image_tokens_bwd", plan, (T + V + N) * row + 8 * 3 * T, T * D)
+
+
+def image_cases(dtype: torch.dtype) -> Iterator[Case]:
+    num_tiles, C, N, num_patches = NUM_TILES, CHANNELS, NUM_IMAGE_TOKENS, (TILE_SIZE // PATCH_SIZE) ** 2
+    row = 4 * C * dtype.itemsize
+    hidden, rows = meta(num_tiles, 1 + num_patches, C, dtype=dtype), meta(N, 4 * C, dtype=dtype)
+    weight = meta(4 * C, dtype=dtype)
+    plan = pixel_shuffle_norm_fwd_plan(hidden, weight, weight, 1e-5)
+    yield Case("pixel_shuffle_norm_fwd", plan, (2 * N + 2) * row + 8 * N, 8 * N * 4 * C)
+    plan = pixel_shuffle_norm_bwd_plan(rows, hidden, weight, floats(N), floats(N), True)
+    yield Case("pixel_shuffle_norm_bwd", plan, (3 * N + num_tiles // 4 + 3) * row + 8 * N, 16 * N * 4 * C)
+    tiles = meta(num_tiles, TILE_SIZE, TILE_SIZE, 3, dtype=torch.uint8)
+    plan = patchify_plan(tiles, floats(3), floats(3), PATCH_SIZE, dtype)
+    yield Case("patchify", plan, (1 + dtype.itemsize) * tiles.numel(), 2 * tiles.numel())
+
+
+def passes() -> Iterator[tuple[Case, ...]]:
+    """The cases of each pass, one a model."""
+    return zip(*map(cases, MODELS.values()), strict=True)
+
+
+def report(architectures: Sequence[int] = ARCHITECTURES) -> Iterator[Row]:
+    """Resources of every pass, Triton's and, where the native module has them, CUDA C++'s."""
+    compiled = native_resources()
+    for sides in passes():
+        name = sides[0].name
+        for architecture in architectures:
+            target = f"sm_{architecture}"
+            launches = [launch for case in sides for launch in case.plan.launches]
+            yield Row(name, "Triton", target, largest(launch_resources(launch, architecture) for launch in launches))
+            of_native = [found for built, kernel, found in compiled if built == target and is_of(kernel, name)]
+            if of_native:
+                yield Row(name, "CUDA C++", target, largest(of_native))
+
+
+def is_of(kernel: str, name: str) -> bool:
+    """Whether a mangled kernel belongs to a pass; pair_loss has one pass and a kernel beside it that adds up."""
+    return (name if name != "pair_loss_fwd" else "pair_loss_") in kernel
+
+
+def largest(resources: Iterable[Resources]) -> Resources:
+    return Resources(*map(max, zip(*resources, strict=True)))
+
+
+def native_resources() -> list[tuple[str, str, Resources]]:
+    """Target, mangled name and resources of the native module's CUDA kernels."""
+    return read_resources(native().__file__) if hasattr(native(), "cuda_architectures") else []
+
+
+def table(found: Iterable[Row]) -> Table:
+    """One line a pass, backend and target."""
+    cases_of = {sides[0].name: sides for sides in passes()}
+    title = "GPU kernels: resources of the machine code; time computed from bytes and FLOPs, not measured"
+    caption = (
+        f"{' / '.join(MODELS)}: bf16, {NUM_TOKENS:,} packed tokens, {NUM_TILES // 7} images of 7 tiles,"
+        f" {NUM_PAIRS} pairs. Time: the longer of bytes at {H100_BYTES_PER_SECOND / 1e12} TB/s and FLOPs at"
+        f" {H100_FLOPS / 1e12:.0f} TFLOP/s; launches, a few µs each, are not in it. Resources: the largest of a pass's"
+        " kernels, CUDA C++ over every dtype and, from sm_90 on, with the 1,024 shared bytes that the system keeps."
+    )
+    result = Table(title=title, caption=caption)
+    for name in ("op", "backend", "target"):
+        result.add_column(name, no_wrap=True)
+    for name in ("registers", "spills B", "shared B", "moved MB", "MFLOP", "H100 µs (computed)"):
+        result.add_column(name, justify="right", no_wrap=True)
+    for row in found:
+        r, sides = row.resources, cases_of[row.name]
+        amounts = ([c.num_bytes / 1e6 for c in sides], [c.flops / 1e6 for c in sides], [c.seconds * 1e6 for c in sides])
+        texts = (" / ".join(dict.fromkeys(f"{value:.3g}" for value in pair)) for pair in amounts)
+        result.add_row(row.name, row.backend, row.target, *map(str, (r.registers, r.stack + r.local, r.shared)), *texts)
+    return result

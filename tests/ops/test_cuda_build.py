@@ -1,0 +1,338 @@
+"""CUDA C++ without a GPU: machine code without spills, and the same kernel text run on the CPU under sanitizers.
+
+The emulation (csrc/emulation.h) gives each array exactly its bytes, and NaN to shared memory before every block.
+"""
+
+import re
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from ops.test_pair_loss import OPTIONS, op_args, to_double
+
+from mmrm_fast.ops import pack_image_tokens, pair_loss
+from mmrm_fast.ops.native import native, runs_on
+from mmrm_fast.ops.pack_image_tokens import source_index
+from mmrm_fast.ops.pair_loss import pair_index, pair_loss_ref
+
+CSRC = Path(__file__).parents[2] / "csrc"
+MAIN = Path(__file__).parent / "cuda_emulation" / "main.cpp"
+NUM_KERNELS = {"pair_loss.cu": 4, "pack_image_tokens.cu": 7}
+NVCC = shutil.which("nvcc")
+COMPILER = [
+    "g++", "-x", "c++", "-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
+    "-fno-strict-aliasing", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DMMRM_EMULATION",
+    f"-I{CSRC}",
+]  # fmt: skip
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+needs_gcc = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+needs_cuda_build = pytest.mark.skipif(
+    not hasattr(native(), "cuda_architectures"), reason="the native module was built without CUDA"
+)
+
+
+def known_architectures() -> list[int]:
+    codes = subprocess.run([NVCC, "--list-gpu-code"], check=True, capture_output=True, text=True).stdout.split()
+    return [architecture for architecture in (80, 90, 100) if f"sm_{architecture}" in codes]
+
+
+@needs_nvcc
+@pytest.mark.parametrize("source", NUM_KERNELS)
+def test_kernels_use_no_stack_and_spill_nothing(source, tmp_path):
+    assert known_architectures()
+    for architecture in known_architectures():
+        command = [NVCC, "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-cubin", "-o", str(tmp_path / "out.cubin")]
+        command += ["-Xptxas=-v", "-Xcompiler=-Wall,-Wextra", str(CSRC / source)]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+        assert frames == [("0", "0", "0")] * NUM_KERNELS[source], report
+        assert "warning" not in report
+
+
+@needs_nvcc
+def test_pack_image_tokens_reads_and_writes_16_bytes_at_a_time(tmp_path):
+    command = [NVCC, "-std=c++17", "-O3", "-arch=sm_90", "-ptx", "-o", str(tmp_path / "out.ptx")]
+    subprocess.run([*command, str(CSRC / "pack_image_tokens.cu")], check=True)
+    _, *kernels = (tmp_path / "out.ptx").read_text().split(".entry ")
+    assert len(kernels) == NUM_KERNELS["pack_image_tokens.cu"]
+    for kernel in kernels:
+        accesses = re.findall(r"(ld|st)\.global\.(?:nc\.)?v(?:4\..32|2\..64)", kernel)
+        assert {"ld", "st"} <= set(accesses)
+
+
+@needs_nvcc
+@needs_cuda_build
+def test_the_module_has_every_architecture_that_nvcc_knows():
+    assert native().cuda_architectures == known_architectures()
+
+
+def test_machine_code_runs_on_later_devices_of_its_generation():
+    assert runs_on([80, 90], 8, 0) and runs_on([80, 90], 8, 9) and runs_on([80, 90], 9, 0)
+    assert not runs_on([80, 90], 7, 5) and not runs_on([80, 90], 10, 0) and not runs_on([], 8, 0)
+
+
+@needs_cuda_build
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_cuda_errors_are_raised_with_their_message(monkeypatch):
+    rows, source = torch.ones(3, 8), torch.tensor([0, -1])
+    calls = [
+        (pair_loss, "pair_loss_fwd_cuda", op_args("paper", {})),
+        (pack_image_tokens, "pack_image_tokens_fwd_cuda", (rows, rows, source)),
+        (pack_image_tokens, "pack_image_tokens_bwd_cuda", (rows[:2], *segments(source), 3, 3, True)),
+    ]
+    for module, name, arguments in calls:
+        monkeypatch.setattr(module, "device_and_stream", lambda tensor: (0, 0))
+        with pytest.raises(RuntimeError, match=r"CUDA: .*(driver|device)"):
+            getattr(module, name)(*arguments)
+    assert native().cuda_devices() == []
+
+
+class Emulation:
+    """The kernels as a program: one process a launch."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.objects = {path.name: self.compile(path) for path in [MAIN, *(CSRC / name for name in NUM_KERNELS)]}
+        self.program = self.link(self.objects, "emulate")
+
+    def compile(self, source: Path) -> Path:
+        out = self.folder / f"{source.parent.name}-{source.name}.o"
+        subprocess.run([*COMPILER, "-c", str(source), "-o", str(out)], check=True)
+        return out
+
+    def link(self, objects: dict[str, Path], name: str) -> Path:
+        out = self.folder / name
+        subprocess.run(["g++", "-fsanitize=address,undefined", *map(str, objects.values()), "-o", str(out)], check=True)
+        return out
+
+    def mutant(self, source: str, before: str, after: str) -> Path:
+        """The program with one place of a .cu file changed."""
+        text = (CSRC / source).read_text()
+        assert text.count(before) == 1, before
+        (self.folder / "mutant").mkdir(exist_ok=True)
+        copy = self.folder / "mutant" / source
+        copy.write_text(text.replace(before, after))
+        return self.link(self.objects | {source: self.compile(copy)}, "emulate-mutant")
+
+    def start(self, op, dtype, *arguments, program=None, reverse=False) -> subprocess.CompletedProcess:
+        command = [str(program or self.program), op, str(dtype).removeprefix("torch."), *["reversed"] * reverse]
+        data = b"".join(struct.pack("q", len(a)) + a for a in map(to_bytes, arguments))
+        return subprocess.run(command, input=data, capture_output=True)
+
+    def run(self, op, dtype, *arguments, results, **options) -> list[torch.Tensor]:
+        """The result arrays, in the given dtypes."""
+        process = self.start(op, dtype, *arguments, **options)
+        assert process.returncode == 0, process.stderr.decode()
+        out, place = [], 0
+        for result in results:
+            (size,) = struct.unpack_from("q", process.stdout, place)
+            data = bytearray(process.stdout[place + 8 : place + 8 + size])
+            out.append(torch.frombuffer(data, dtype=result) if size else torch.empty(0, dtype=result))
+            place += 8 + size
+        assert place == len(process.stdout)
+        return out
+
+
+def to_bytes(values: torch.Tensor | list | None) -> bytes:
+    if values is None:
+        return b""
+    tensor = values if isinstance(values, torch.Tensor) else torch.tensor(values)
+    return tensor.flatten().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+@pytest.fixture(scope="session")
+def emulation(tmp_path_factory):
+    return Emulation(tmp_path_factory.mktemp("emulation"))
+
+
+@needs_gcc
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_emulation(emulation, reverse):
+    emulation.run("self_test", "int32", results=[], reverse=reverse)
+
+
+def emulated_pair_loss(emulation, args, *, offset=0, **options):
+    """pair_loss_fwd_kernel; rewards [0, offset) exist as addresses only."""
+    tensors, (mode, smoothing, centering, warmup, floor) = list(args[:8]), args[8:]
+    tensors[2:4] = tensors[2] + offset, tensors[3] + offset
+    integers = [offset, {"standard": 0, "paper": 1, "normalized": 1, "reference": 2}[mode], int(warmup)]
+    reals = torch.tensor([smoothing, centering, floor], dtype=torch.float64)
+    dtype = tensors[0].dtype
+    return emulation.run("pair_loss", dtype, *tensors, integers, reals, results=[dtype] * 4, **options)
+
+
+def assert_as_exact_as_torch(actual, args):
+    truth = pair_loss_ref(*to_double(args))
+    tolerance = 1e-6 if args[0].dtype == torch.float32 else 1e-12
+    for value, reference, exact in zip(actual, pair_loss_ref(*args), truth, strict=True):
+        bound = 2 * (reference - exact).abs() + tolerance * exact.abs() + tolerance
+        assert value.shape == exact.shape
+        assert torch.all((value - exact).abs() <= bound)
+
+
+@needs_gcc
+@pytest.mark.parametrize("num_groups", [0, 1, 43, 171, 400])  # 6 pairs a group, 1,024 pairs a block
+@pytest.mark.parametrize(
+    ("mode", "options", "dtype", "scale"),
+    [
+        ("standard", {}, torch.float32, 3.0),
+        ("paper", OPTIONS["all"], torch.float32, 1e4),
+        ("reference", OPTIONS["margin"], torch.float64, 3.0),
+        ("paper", OPTIONS["warmup"], torch.float32, 0.0),
+    ],
+)
+def test_pair_loss(emulation, mode, options, dtype, scale, num_groups):
+    args = op_args(mode, options, dtype=dtype, scale=scale, num_groups=num_groups)
+    assert_as_exact_as_torch(emulated_pair_loss(emulation, args), args)
+
+
+@needs_gcc
+def test_pair_loss_of_rewards_in_thousands_of_pairs(emulation):
+    generator = torch.Generator().manual_seed(0)
+    chosen, rejected = torch.randint(21, (2, 50_001), generator=generator)
+    pairs = pair_index(chosen, rejected, 22)
+    rewards, proxy = torch.randn(2, 22, generator=generator)
+    options = ("paper", 0.1, 0.01, False, 0.2)
+    args = (rewards, proxy, chosen, rejected, None, None, pairs.row_ptr, pairs.row_entry, *options)
+    results = emulated_pair_loss(emulation, args)
+    for value, exact in zip(results, pair_loss_ref(*to_double(args)), strict=True):
+        torch.testing.assert_close(value.double(), exact, rtol=1e-5, atol=1e-3)
+
+
+@needs_gcc
+def test_pair_loss_has_the_same_bits_in_any_order_of_threads(emulation):
+    args = op_args("paper", OPTIONS["all"], num_groups=200)
+    forwards, backwards = (emulated_pair_loss(emulation, args, reverse=reverse) for reverse in (False, True))
+    assert all(torch.equal(a, b) for a, b in zip(forwards, backwards, strict=True))
+
+
+@needs_gcc
+def test_pair_loss_past_2_to_the_31(emulation):
+    args = op_args("paper", OPTIONS["all"], num_groups=50)
+    far = emulated_pair_loss(emulation, args, offset=2**32 + 64)
+    assert all(torch.equal(a, b) for a, b in zip(far, emulated_pair_loss(emulation, args), strict=True))
+
+
+def random_bits(shape, dtype, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def random_sources(num_tokens, num_embeddings, num_features):
+    generator = torch.Generator().manual_seed(num_tokens)
+    return torch.randint(-num_features, num_embeddings, (num_tokens,), generator=generator)
+
+
+def shifted(rows: torch.Tensor, shift: int) -> torch.Tensor:
+    return torch.cat([torch.zeros(shift, dtype=rows.dtype), rows.flatten()])
+
+
+@needs_gcc
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("width", "shift"), [(1, 0), (7, 0), (20, 0), (64, 0), (64, 1), (1096, 0)])
+@pytest.mark.parametrize("num_tokens", [0, 37])
+def test_pack_image_tokens_fwd(emulation, dtype, width, shift, num_tokens):
+    embedding, features = random_bits((11, width), dtype), random_bits((5, width), dtype, seed=1)
+    source = random_sources(num_tokens, 11, 5)
+    arguments = (shifted(embedding, shift), shifted(features, shift), source, [width, 0, shift])
+    (out,) = emulation.run("pack_fwd", dtype, *arguments, results=[dtype])
+    assert torch.equal(out[shift:].view(num_tokens, width), torch.cat([embedding, features.flip(0)])[source])
+
+
+@needs_gcc
+@pytest.mark.parametrize("width", [16, 17])
+def test_pack_image_tokens_fwd_past_2_to_the_31(emulation, width):
+    offset, dtype = 2**28, torch.bfloat16
+    embedding, features = random_bits((11, width), dtype), random_bits((5, width), dtype, seed=1)
+    source = random_sources(37, 11, 5)
+    far = torch.where(source >= 0, source + offset, source - offset)
+    (out,) = emulation.run("pack_fwd", dtype, embedding, features, far, [width, offset, 0], results=[dtype])
+    assert torch.equal(out.view(37, width), torch.cat([embedding, features.flip(0)])[source])
+
+
+def segments(source):
+    index = source_index(source)
+    return index.order, index.segment_ptr, index.segment_source
+
+
+def summed_rows(grad, source, num_embeddings, num_features):
+    """Both gradients, one token after another, in fp32 (float64 for float64)."""
+    accumulated = torch.promote_types(grad.dtype, torch.float32)
+    sums = torch.zeros(num_embeddings + num_features, grad.shape[1], dtype=accumulated)
+    for token, row in enumerate(source.tolist()):
+        sums[row] += grad[token]
+    sums = sums.to(grad.dtype)
+    return sums[:num_embeddings], sums[num_embeddings:].flip(0)
+
+
+@needs_gcc
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("width", "shift"), [(1, 0), (20, 0), (64, 0), (64, 1), (1096, 0)])
+@pytest.mark.parametrize("num_tokens", [0, 83])
+def test_pack_image_tokens_bwd(emulation, dtype, width, shift, num_tokens):
+    grad, source = random_bits((num_tokens, width), dtype), random_sources(num_tokens, 11, 5)
+    expected = summed_rows(grad, source, 11, 5)
+    for num_embeddings in (11, 0):  # a table that trains, one that does not
+        sizes = [width, num_embeddings, 5, 0, shift]
+        arguments = (shifted(grad, shift), *segments(source), sizes)
+        to_embedding, to_features = emulation.run("pack_bwd", dtype, *arguments, results=[dtype] * 2)
+        assert torch.equal(to_embedding[shift:].view(-1, width), expected[0][:num_embeddings])
+        assert torch.equal(to_features[shift:].view(-1, width), expected[1])
+
+
+@needs_gcc
+@pytest.mark.parametrize("width", [16, 17])
+def test_pack_image_tokens_bwd_past_2_to_the_31(emulation, width):
+    offset, dtype = 2**28, torch.bfloat16
+    grad, source = random_bits((83, width), dtype), random_sources(83, 11, 5)
+    order, segment_ptr, sources = segments(source)
+    far = torch.where(sources >= 0, sources + offset, sources)
+    arguments = (grad, order + offset, segment_ptr, far, [width, 11, 5, offset, 0])
+    to_embedding, _ = emulation.run("pack_bwd", dtype, *arguments, results=[dtype] * 2)
+    assert torch.equal(to_embedding.view(11, width), summed_rows(grad, source, 11, 5)[0])
+
+
+@needs_gcc
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("pair < end;", "pair <= end;", "heap-buffer-overflow"),
+        ("warp_sums[thread * kNumWarps + i]", "warp_sums[thread * kNumWarps + i + 1]", "heap-buffer-overflow"),
+        ("  __syncthreads();\n", "", None),
+    ],
+    ids=["global", "shared", "barrier"],
+)
+def test_planted_errors_in_pair_loss_are_caught(emulation, before, after, message):
+    program = emulation.mutant("pair_loss.cu", before, after)
+    args = op_args("paper", {})
+    if message is None:
+        assert emulated_pair_loss(emulation, args, program=program)[0].isnan().any()
+    else:
+        with pytest.raises(AssertionError, match=message):
+            emulated_pair_loss(emulation, args, program=program)
+
+
+@needs_gcc
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("store(T* values, int64_t count, const Vector<T>& vector) {\n  if (count >= Vector<T>::kSize &&",
+         "store(T* values, int64_t count, const Vector<T>& vector) {\n  if (", "heap-buffer-overflow"),
+        ("% sizeof(uint4) == 0", "% 1 == 0", "misaligned address"),
+        ("(-1 - source) * width", "int(-1 - source) * int(width)", "signed integer overflow"),
+    ],
+    ids=["tail", "alignment", "offset"],
+)  # fmt: skip
+def test_planted_errors_in_pack_image_tokens_are_caught(emulation, before, after, message):
+    program = emulation.mutant("pack_image_tokens.cu", before, after)
+    width, offset = 20, 2**28
+    embedding, features = random_bits((11, width), torch.bfloat16), random_bits((5, width), torch.bfloat16)
+    source = random_sources(37, 11, 5)
+    far = torch.where(source >= 0, source + offset, source - offset)
+    process = emulation.start("pack_fwd", torch.bfloat16, embedding, features, far, [width, offset, 0], program=program)
+    assert process.returncode != 0
+    assert message in process.stderr.decode()

@@ -1,0 +1,114 @@
+"""The flash path of `trie_attention`, against a plain torch emulation of flash-attn's variable-length contract.
+
+The contract: sequence n has queries cu_seqlens_q[n] : cu_seqlens_q[n+1] and keys cu_seqlens_k[n] : cu_seqlens_k[n+1],
+causal attention is aligned bottom-right, query heads share key/value heads in groups, backward writes into dq, dk, dv.
+"""
+
+import inspect
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mmrm_fast.ops import trie_attention as op
+from mmrm_fast.ops.plan_trie import plan_trie_ref
+
+HEADS, KV_HEADS, HEAD_SIZE, SCALE = 4, 2, 8, 0.3
+
+
+def attend(q, k, v, cu_seqlens_q, cu_seqlens_k, scale):
+    """Output [T, H, E] and log-sum-exp [H, T] of each sequence's queries over its keys."""
+    outputs, sums = [], []
+    for n in range(len(cu_seqlens_q) - 1):
+        own_q = q[cu_seqlens_q[n] : cu_seqlens_q[n + 1]]
+        keys, values = (
+            x[cu_seqlens_k[n] : cu_seqlens_k[n + 1]].repeat_interleave(HEADS // KV_HEADS, 1) for x in (k, v)
+        )
+        scores = torch.einsum("qhe,khe->hqk", own_q, keys) * scale
+        hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(len(keys) - len(own_q) + 1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+        outputs.append(torch.einsum("hqk,khe->qhe", scores.softmax(-1), values))
+        sums.append(scores.logsumexp(-1))
+    return torch.cat(outputs), torch.cat(sums, 1)
+
+
+def varlen_forward(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+    window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False, block_table=None,
+    leftpad_k=None, seqused_k=None, zero_tensors=False,
+):  # fmt: skip
+    check(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, causal)
+    return *attend(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale), None, None
+
+
+def varlen_backward(
+    dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
+    softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
+    zero_tensors=False,
+):  # fmt: skip
+    check(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, causal)
+    assert (window_size_left, window_size_right, softcap, alibi_slopes) == (-1, -1, 0.0, None)
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        expected, lse = attend(*inputs, cu_seqlens_q, cu_seqlens_k, softmax_scale)
+    torch.testing.assert_close((out, softmax_lse), (expected.detach(), lse.detach()))
+    for place, gradient in zip((dq, dk, dv), torch.autograd.grad(expected, inputs, dout), strict=True):
+        place.copy_(gradient)
+
+
+def check(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, causal):
+    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    assert (cu_seqlens_q[-1], cu_seqlens_k[-1]) == (len(q), len(k)) and q.is_contiguous() and k.is_contiguous()
+    assert (cu_seqlens_q.diff().max(), cu_seqlens_k.diff().max()) == (max_seqlen_q, max_seqlen_k)
+    assert dropout_p == 0 and causal
+
+
+EMULATED = SimpleNamespace(_flash_attn_varlen_forward=varlen_forward, _flash_attn_varlen_backward=varlen_backward)
+
+
+@pytest.fixture
+def forest():
+    """q, k, v of a forest of three levels and its plan."""
+    prefix, middle = list(range(100, 109)), list(range(200, 205))
+    sequences = [[*prefix, *middle, 1, 2, 3], [*prefix, *middle, 4], [*prefix, 5, 6], [7, 8]]
+    keys = torch.tensor([key for sequence in sequences for key in sequence]).numpy()
+    edges = torch.tensor([0, *map(len, sequences)]).cumsum(0).numpy()
+    plan = plan_trie_ref(keys, edges, min_shared=2)
+    index = [torch.from_numpy(x) for x in (plan.cu_seqlens_q, plan.kv_index, plan.cu_seqlens_k)]
+    longest = [int(index[0].diff().max()), int(index[2].diff().max())]
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(len(plan.token_index), heads, HEAD_SIZE) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    return q, k, v, index, longest
+
+
+def test_the_flash_path_equals_the_reference(forest, monkeypatch):
+    monkeypatch.setattr(op, "flash_attn", lambda: EMULATED)
+    q, k, v, index, longest = forest
+    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+    expected = op.trie_attention_ref(*inputs, *index, SCALE)
+    grad = torch.randn_like(expected)
+    out, lse = op.trie_attention_fwd_cuda(q, k, v, *index, *longest, SCALE)
+    torch.testing.assert_close(out, expected.detach())
+    grads = op.trie_attention_bwd_cuda(grad, q, k, v, out, lse, *index, *longest, SCALE)
+    torch.testing.assert_close(grads, torch.autograd.grad(expected, inputs, grad))
+
+
+def test_both_paths_keep_the_same_log_sum_exp(forest, monkeypatch):
+    monkeypatch.setattr(op, "flash_attn", lambda: EMULATED)
+    q, k, v, index, longest = forest
+    results = [f(q, k, v, *index, *longest, SCALE) for f in (op.trie_attention_fwd_cpu, op.trie_attention_fwd_cuda)]
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash-attn is installed")
+def test_without_flash_attn_cuda_says_what_to_install():
+    with pytest.raises(RuntimeError, match=r"pip install 'mmrm_fast\[cuda\]'"):
+        op.flash_attn()
+
+
+@pytest.mark.skipif(find_spec("flash_attn") is None, reason="flash-attn needs a GPU toolchain and is not installed")
+@pytest.mark.parametrize("name", vars(EMULATED))
+def test_the_emulated_signature_is_that_of_the_installed_flash_attn(name):
+    installed = inspect.signature(getattr(op.flash_attn(), name)).parameters
+    assert list(installed) == list(inspect.signature(getattr(EMULATED, name)).parameters)

@@ -1,0 +1,211 @@
+"""Every Triton kernel in the interpreter against its op's reference; `test_triton_interpreter.py` runs this file.
+
+TRITON_INTERPRET=1 must be set before kernels are imported, so these cases have a process of their own.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import triton
+
+from mmrm_fast.ops.pack_image_tokens import pack_image_tokens_bwd_ref, pack_image_tokens_ref, source_index
+from mmrm_fast.ops.pair_loss import MODES, pair_index, pair_loss_ref
+from mmrm_fast.ops.patchify import patchify_ref
+from mmrm_fast.ops.pixel_shuffle_norm import pixel_shuffle_norm_bwd_ref, pixel_shuffle_norm_ref
+from mmrm_fast.ops.reward_head import reward_head_bwd_ref, reward_head_ref
+from mmrm_fast.ops.triton import pack_image_tokens as pack
+from mmrm_fast.ops.triton import pair_loss as pairs
+from mmrm_fast.ops.triton import patchify as patch
+from mmrm_fast.ops.triton import pixel_shuffle_norm as norm
+from mmrm_fast.ops.triton import reward_head as head
+from mmrm_fast.ops.triton import use_triton
+from mmrm_fast.ops.triton.launch import sum_chunks
+
+FLOAT32_SUM = 1e-6  # of a sum whose terms cancel, relative to the largest result
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_nan():
+    assert triton.knobs.runtime.interpret
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def random(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_as_exact(kernel, reference, *args):
+    """The kernel's errors are at most twice torch's own in the same dtypes, plus a floor; same dtypes and shapes."""
+    exact = reference(*(widened(a) for a in args))
+    outputs = [kernel(*args), reference(*args), exact]
+    for actual, plain, truth in zip(*([o] if isinstance(o, torch.Tensor) else o for o in outputs), strict=True):
+        assert actual.dtype == plain.dtype
+        assert actual.shape == plain.shape
+        largest = truth.abs().max() if truth.numel() else 0.0
+        bound = 2 * (plain - truth).abs() + torch.finfo(actual.dtype).eps * truth.abs() + FLOAT32_SUM * largest + 1e-7
+        assert torch.all((actual - truth).abs() <= bound), f"{(actual - truth).abs().max()} off"
+
+
+def widened(value):
+    if value in DTYPES:
+        return torch.float64
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def strided(tensor):
+    """The same values, not contiguous."""
+    return torch.stack([tensor, tensor], dim=-1)[..., 0]
+
+
+@by_dtype
+@pytest.mark.parametrize(
+    ("last_index", "width"), [([3, 0, 3, 5, 3], 63), (list(range(7)) * 11, 300), ([2], 1), ([], 16), ([4, 4], 2500)]
+)
+def test_reward_head(last_index, width, dtype):
+    hidden, weight, last_index = random(7, width, dtype=dtype), random(width), torch.tensor(last_index).long()
+    grad = random(len(last_index), seed=1)
+    assert_as_exact(head.reward_head_fwd_triton, reward_head_ref, strided(hidden), last_index, strided(weight))
+    assert_as_exact(head.reward_head_bwd_triton, reward_head_bwd_ref, strided(grad), hidden, last_index, weight)
+
+
+def test_responses_of_one_token_are_summed_in_order():
+    grad, weight = torch.tensor([1e8, 1.0, -1e8, 3.0]), torch.ones(4)
+    last_index = torch.tensor([1, 1, 1, 0])
+    grad_hidden, _ = head.reward_head_bwd_triton(grad, torch.ones(2, 4), last_index, weight)
+    assert grad_hidden.tolist() == [[3.0] * 4, [(torch.tensor(1e8) + 1 - 1e8).item()] * 4]
+
+
+@by_dtype
+@pytest.mark.parametrize(
+    ("source", "width"),
+    [([0, 2, -1, -4, 2, 2, 2, -2, 2, 2, 0], 63), ([-3, 1], 1100), ([1, 1, 1], 8), ([-1, -1], 5), ([], 16)],
+)
+def test_pack_image_tokens(source, width, dtype):
+    embedding, features = random(4, width, dtype=dtype), random(5, width, dtype=dtype, seed=1)
+    source = torch.tensor(source).long()
+    packed = pack.pack_image_tokens_fwd_triton(strided(embedding), strided(features), source)
+    assert torch.equal(packed, pack_image_tokens_ref(embedding, features, source))
+    index, grad = source_index(source), random(len(source), width, dtype=dtype, seed=2)
+    index = (index.order, index.segment_ptr, index.segment_source)
+    for need_embedding in (True, False):
+        args = (strided(grad), *index, 4, 5, need_embedding)
+        assert_as_exact(pack.pack_image_tokens_bwd_triton, pack_image_tokens_bwd_ref, *args)
+
+
+@by_dtype
+@pytest.mark.parametrize("width", [0, 4])
+def test_pack_image_tokens_of_one_kind(width, dtype):
+    table, none = random(3, width, dtype=dtype), torch.empty(0, width, dtype=dtype)
+    assert torch.equal(pack.pack_image_tokens_fwd_triton(table, none, torch.tensor([2, 0])), table[[2, 0]])
+    assert torch.equal(pack.pack_image_tokens_fwd_triton(none, table, torch.tensor([-3, -1])), table[[2, 0]])
+
+
+@by_dtype
+@pytest.mark.parametrize(("num_tiles", "side", "channels"), [(1, 2, 1), (2, 4, 5), (3, 10, 24), (1, 2, 80), (0, 4, 8)])
+def test_pixel_shuffle_norm(num_tiles, side, channels, dtype):
+    hidden = random(num_tiles, 1 + side * side, channels, dtype=dtype) + 1
+    weight, bias = random(2, 4 * channels, dtype=dtype, seed=1)
+    args = (strided(hidden), weight, bias, 1e-6)
+    assert_as_exact(norm.pixel_shuffle_norm_fwd_triton, pixel_shuffle_norm_ref, *args)
+    out, mean, rstd = pixel_shuffle_norm_ref(*args)
+    grad = random(*out.shape, dtype=dtype, seed=2)
+    for need_hidden in (True, False):
+        args = (strided(grad), strided(hidden), weight, mean, rstd, need_hidden)
+        assert_as_exact(norm.pixel_shuffle_norm_bwd_triton, pixel_shuffle_norm_bwd_ref, *args)
+
+
+@by_dtype
+@pytest.mark.parametrize(("num_tiles", "side", "patch_size"), [(2, 28, 14), (1, 15, 5), (3, 4, 1), (0, 28, 14)])
+def test_patchify(num_tiles, side, patch_size, dtype):
+    generator = torch.Generator().manual_seed(0)
+    tiles = torch.randint(0, 256, (num_tiles, side, side, 3), dtype=torch.uint8, generator=generator)
+    scale, shift = torch.tensor([0.017, 0.018, 0.0175]), torch.tensor([-2.1, -2.0, -1.8])
+    assert_as_exact(patch.patchify_triton, patchify_ref, strided(tiles), scale, shift, patch_size, dtype)
+
+
+@pytest.mark.parametrize(("num_chunks", "width"), [(700, 5), (70, 130), (1, 3), (0, 3)])
+def test_sum_of_chunks(num_chunks, width):
+    chunks, out = random(num_chunks, width), torch.empty(width)
+    sum_chunks(chunks, out).run()
+    torch.testing.assert_close(out, chunks.double().sum(0).float(), rtol=1e-6, atol=1e-5)
+
+
+OPTIONS = {
+    "plain": {},
+    "warm-up": {"warmup": True},
+    "all": {"margin": True, "label_smoothing": 0.2, "centering": 0.01, "floor": 0.3},
+}
+
+
+def pair_loss_args(mode, num_groups, *, scale=3.0, margin=False, label_smoothing=0.0, centering=0.0, warmup=False,
+                   floor=0.0):  # fmt: skip
+    """Of the op, for random rewards of four responses a group, all six pairs of them; with a margin also a weight."""
+    chosen, rejected = (torch.combinations(torch.arange(4)) + 4 * torch.arange(num_groups)[:, None, None]).view(-1, 2).T
+    index = pair_index(chosen.contiguous(), rejected.contiguous(), 4 * num_groups)
+    rewards, proxy = scale * random(2, 4 * num_groups)
+    return (
+        strided(rewards), None if mode == "standard" else strided(proxy), index.chosen, index.rejected,
+        random(len(chosen), seed=1).abs() if margin else None, random(len(chosen), seed=2).abs() if margin else None,
+        index.row_ptr, index.row_entry, mode, label_smoothing, centering, warmup, floor,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("scale", [0.0, 3.0, 10.0, 1e4])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("mode", MODES)
+def test_pair_loss(mode, options, scale):
+    for num_groups in (0, 1, 5):
+        args = pair_loss_args(mode, num_groups, scale=scale, **OPTIONS[options])
+        assert_as_exact(pairs.pair_loss_fwd_triton, pair_loss_ref, *args)
+
+
+def test_pair_loss_in_chunks():
+    args = pair_loss_args("paper", 300, **OPTIONS["all"])
+    assert len(args[2]) > 3 * pairs.CHUNK
+    assert_as_exact(pairs.pair_loss_fwd_triton, pair_loss_ref, *args)
+    runs = [pairs.pair_loss_fwd_triton(*args) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_pair_loss_of_rewards_without_pairs():
+    none = torch.empty(0, dtype=torch.int64)
+    index = pair_index(none, none, 3)
+    tensors = (torch.ones(3), torch.ones(3), none, none, None, None, index.row_ptr, index.row_entry)
+    outputs = pairs.pair_loss_fwd_triton(*tensors, "paper", 0.0, 0.0, False, 0.0)
+    assert [output.tolist() for output in outputs] == [[0.0] * 7, [], [0.0] * 3, [0.0] * 3]
+
+
+def test_float64_takes_the_reference():
+    references = []
+    library = SimpleNamespace(impl=lambda name, function, key: references.append((name, function, key)))
+    use_triton(library, "reward_head", reward_head_fwd=reward_head_ref)
+    ((name, function, key),) = references
+    assert (name, key) == ("reward_head_fwd", "CUDA")
+    args = random(3, 8), torch.tensor([2, 0]), random(8, seed=1)
+    assert torch.equal(function(*args), head.reward_head_fwd_triton(*args))
+    double = [widened(a) for a in args]
+    assert torch.equal(function(*double), reward_head_ref(*double))
+
+
+def test_offsets_past_int32():
+    """Rows that start past 2^31 elements, of a table that is reserved and never touched elsewhere."""
+    width = 1024
+    rows = 2**31 // width + 3
+    table = torch.empty(0)
+    torch.use_deterministic_algorithms(False)  # which would fill it
+    try:
+        table = torch.empty(rows, width, dtype=torch.float16)
+    except RuntimeError as error:
+        pytest.skip(f"no address space for {rows * width * 2} bytes: {error}")
+    table[-2:] = random(2, width, dtype=torch.float16)
+    last = torch.tensor([rows - 2, rows - 1])
+    rewards = head.reward_head_fwd_triton(table, last, torch.ones(width))
+    torch.testing.assert_close(rewards, table[-2:].float().sum(1))
+    assert torch.equal(pack.pack_image_tokens_fwd_triton(table, table[:0], last), table[-2:])
+    assert torch.equal(pack.pack_image_tokens_fwd_triton(table[:0], table, -1 - last), table[-2:])

@@ -1,0 +1,98 @@
+"""doctor: its report here, and what it would say on machines that are not at hand."""
+
+from dataclasses import replace
+from importlib import import_module
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from mmrm_fast.cli import main
+from mmrm_fast.doctor import OPS, Machine, choose, dotted, lines, remedies
+from mmrm_fast.ops.native import cuda_native, native
+
+H100 = ("NVIDIA H100", 9, 0)
+SERVER = Machine(
+    native="_native.so",
+    openmp=True,
+    architectures=(80, 90, 100),
+    cudart=13000,
+    driver=13000,
+    torch_cuda="13.0",
+    devices=(H100,),
+    packages={"torch": "2.13.0", "transformers": "5.23", "triton": "3.9.0", "flash-attn": "2.8.3", "ray": "2.60"},
+)
+
+
+def without(machine, package):
+    return replace(machine, packages=machine.packages | {package: None})
+
+
+def test_report_of_this_machine(capsys):
+    assert main(["doctor"]) == 0
+    report = capsys.readouterr().out
+    assert f"torch               {torch.__version__}" in report
+    assert native().__file__ in report
+    for op in OPS:
+        assert op in report
+    if not torch.cuda.is_available():
+        assert "GPUs torch sees     none" in report
+        assert "pair_loss           C++           torch sees no GPU" in report
+
+
+def test_the_dispatcher_agrees():
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    for op in set(OPS) - {"plan_trie"}:
+        import_module(f"mmrm_fast.ops.{op}")
+        schema = f"mmrm_fast::{op}" + ("" if op == "patchify" else "_fwd")
+        compiled = op == "trie_attention" or ("CUDA C++" in OPS[op] and cuda_native() is not None)
+        assert has_kernel(schema, "CPU")
+        assert has_kernel(schema, "CUDA") == (compiled or find_spec("triton") is not None)
+
+
+@pytest.mark.parametrize(
+    ("machine", "pair_loss", "patchify", "reason"),
+    [
+        (SERVER, "CUDA C++", "Triton", "the driver takes its cudart"),
+        (replace(SERVER, driver=12080), "Triton", "Triton", "takes CUDA 12.8, the kernels were built with 13.0"),
+        (replace(SERVER, devices=(H100, ("V100", 7, 0))), "Triton", "Triton", "sm_70 (V100)"),
+        (replace(SERVER, devices=(("RTX 4090", 8, 9),)), "CUDA C++", "Triton", "compiled for these GPUs"),
+        (replace(SERVER, architectures=(), cudart=0), "Triton", "Triton", "has no CUDA kernels"),
+        (without(SERVER, "triton"), "CUDA C++", "reference", "the driver takes its cudart"),
+        (replace(SERVER, devices=()), "C++", "C++", "torch sees no GPU"),
+        (replace(SERVER, devices=(), native=None), "reference", "reference", "did not load"),
+    ],
+)
+def test_choices(machine, pair_loss, patchify, reason):
+    assert choose("pair_loss", machine).backend == pair_loss
+    assert choose("patchify", machine).backend == patchify
+    assert choose("plan_trie", machine).backend == ("C++" if machine.native else "reference")
+    assert reason in choose("pair_loss", machine).why
+
+
+@pytest.mark.parametrize(
+    ("machine", "remedy"),
+    [
+        (SERVER, None),
+        (replace(SERVER, devices=(), driver=0), None),
+        (replace(SERVER, native=None, architectures=()), "pip install -e . -v"),
+        (replace(SERVER, openmp=False), "OpenMP library"),
+        (replace(SERVER, driver=12080), "update the driver"),
+        (replace(SERVER, architectures=(), cudart=0), "put nvcc on PATH"),
+        (replace(SERVER, devices=(("B300", 10, 3), ("GTX", 6, 1))), "a CUDA toolkit that knows this GPU"),
+        (replace(SERVER, devices=(), torch_cuda=None), "the driver takes CUDA 13.0: install a torch for it"),
+        (without(SERVER, "triton"), "pip install 'triton>=3.5'"),
+        (without(SERVER, "flash-attn"), r"pip install 'mmrm_fast[cuda]'"),
+    ],
+)
+def test_remedies(machine, remedy):
+    found = list(remedies(machine))
+    assert [remedy in line for line in found] == ([] if remedy is None else [True])
+    assert ("nothing is missing" in lines(machine)) == (remedy is None)
+
+
+def test_driver_against_cudart_is_said():
+    old = "\n".join(lines(replace(SERVER, driver=12080)))
+    assert "CUDA 12.8, is too old for the kernels' cudart 13.0" in old
+    assert "NVIDIA driver       none" in lines(replace(SERVER, driver=0))
+    assert dotted(12080) == "12.8"
