@@ -1,6 +1,7 @@
 """patchify against eager torch: to float, normalise, unfold.
 
-Part of the ratio is that our output asks for huge pages; torch's do with THP_MEM_ALLOC_ENABLE=1.
+Part of the ratio is that our output asks for huge pages; torch's do with THP_MEM_ALLOC_ENABLE=1. The bound is a copy
+into new memory of as many bytes as the tiles and the rows have together.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import unfold
 
 from benchmarks.baselines import normalize
-from benchmarks.harness import Check, Options, Row, interleaved, make_row, relative_error
+from benchmarks.harness import Check, Options, Row, fresh_memory, interleaved, make_row, relative_error
 from mmrm_fast.images import NORMALIZATION
 from mmrm_fast.ops.patchify import patchify
 
@@ -24,16 +25,22 @@ def rows(options: Options) -> Iterator[Row]:
     """One row a dtype."""
     for dtype in BOUNDS:
         sides = make_sides(dtype)
-        ours, theirs = interleaved(list(sides.values()), repeats=options.repeats)
+        ours, theirs, copy = interleaved([*sides.values(), make_copy(dtype)], repeats=options.repeats)
         yield make_row(
             "ops", case(dtype), str(dtype).removeprefix("torch."), ours=ours, baseline=BASELINE, theirs=theirs,
-            checks=checks(sides, dtype),
+            checks=checks(sides, dtype), bound_fraction=copy.median / ours.median,
         )  # fmt: skip
 
 
 def case(dtype: torch.dtype) -> str:
     """The row's name."""
     return f"patchify {NUM_TILES} tiles of {SIDE}, {str(dtype).removeprefix('torch.')}"
+
+
+def make_copy(dtype: torch.dtype) -> Callable[[], Tensor]:
+    """The bound: half of the bytes read, half of them written."""
+    source = torch.ones(NUM_TILES * SIDE * SIDE * 3 * (1 + dtype.itemsize) // 2, dtype=torch.uint8)
+    return lambda: fresh_memory(len(source), dtype=torch.uint8).copy_(source)
 
 
 def make_sides(dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
