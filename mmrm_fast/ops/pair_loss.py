@@ -147,22 +147,32 @@ def _(rewards, proxy_rewards, chosen, *_):
     return _empty_outputs(rewards, proxy_rewards, chosen)
 
 
-def _setup_context(ctx, inputs, output):
-    _, sfc, grad_rewards, grad_proxy = output
-    ctx.mark_non_differentiable(sfc, grad_rewards, grad_proxy)
-    ctx.set_materialize_grads(False)  # no zeros for what has no gradient
-    ctx.save_for_backward(grad_rewards, None if inputs[1] is None else grad_proxy)
+class PairLossFunction(torch.autograd.Function):
+    """Autograd of the op: its forward has the gradients, its backward scales them.
+
+    Registered by hand because `torch.library.register_autograd` costs 30 us more a call, half of a small one.
+    """
+
+    @staticmethod
+    def forward(ctx, rewards, proxy_rewards, *rest):
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs = torch.ops.mmrm_fast.pair_loss_fwd(rewards, proxy_rewards, *rest)
+        _, sfc, grad_rewards, grad_proxy = outputs
+        ctx.mark_non_differentiable(sfc, grad_rewards, grad_proxy)
+        ctx.set_materialize_grads(False)  # no zeros for what has no gradient
+        ctx.save_for_backward(grad_rewards, None if proxy_rewards is None else grad_proxy)
+        return outputs
+
+    @staticmethod
+    def backward(ctx, grad_sums, *_):
+        if grad_sums is None:
+            return (None,) * 13
+        grad_rewards, grad_proxy = ctx.saved_tensors
+        to_proxy = None if grad_proxy is None else grad_sums[1] * grad_proxy
+        return grad_sums[0] * grad_rewards, to_proxy, *[None] * 11
 
 
-def _backward(ctx, grad_sums, *_):
-    grad_rewards, grad_proxy = ctx.saved_tensors
-    if grad_sums is None:
-        return (None,) * 13
-    to_proxy = None if grad_proxy is None else grad_sums[1] * grad_proxy
-    return grad_sums[0] * grad_rewards, to_proxy, *[None] * 11
-
-
-torch.library.register_autograd("mmrm_fast::pair_loss_fwd", _backward, setup_context=_setup_context, lib=library)
+library.impl("pair_loss_fwd", PairLossFunction.apply, "Autograd")
 
 
 def pair_index(chosen: Tensor, rejected: Tensor, num_rewards: int) -> PairIndex:
