@@ -77,9 +77,10 @@ def test_the_proxy_sees_the_same_record_without_its_image(make_dataset, pictures
 
 
 def test_removing_a_slot_makes_no_new_one(make_dataset, pictures):
-    make_dataset(with_text=True).encode(
+    sample = make_dataset(with_text=True).encode(
         group("a", "b", pairs=[Pair(0, 1)], prompt="<ima<image>ge>", images=[pictures["wide"]])
     )
+    assert all((sequence >= 0).all() for sequence in sample.text.sequences)
 
 
 @pytest.mark.parametrize(
