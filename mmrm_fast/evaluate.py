@@ -137,13 +137,12 @@ def results_table(results: dict[str, dict]) -> Table:
     table = Table(title="Accuracy (%)")
     for column in ("test set", "kind", "pairs", "labels", "truth", "proxy (text only)", "SFD"):
         table.add_column(column, justify="left" if column in ("test set", "kind") else "right")
+    keys = ("accuracy", "truth_accuracy", "proxy_accuracy", "sfd")
     for name, figures in results.items():
-        keys = ("accuracy", "truth_accuracy", "proxy_accuracy", "sfd")
         cells = (percent(figures.get(key)) for key in keys)
         table.add_row(name, figures["kind"], str(figures["pairs"]), *cells)
     ood = [figures for figures in results.values() if figures["kind"] == "ood"]
     if ood:
-        keys = ("accuracy", "truth_accuracy", "proxy_accuracy", "sfd")
         means = (percent(np.mean([f[key] for f in ood]) if all(key in f for f in ood) else None) for key in keys)
         table.add_section()
         table.add_row("mean", "ood", str(sum(f["pairs"] for f in ood)), *means)

@@ -105,13 +105,13 @@ class PromptEncoder:
         """Encode a prompt given as the text around its image slots."""
         *whole, (_, opening) = self.runs(pieces, tiles_per_image)
         prefix = self.encode_items(whole)
-        prefix_length = len(prefix) + len(self.ids(opening))
+        before, after = whole[-1][1] if whole else None, self.tail[-1]
+        prefix_length = len(prefix) + len(self.ids(self.swallow(opening, before, None)))
         tail_text, *tail = self.tail if isinstance(self.tail[0], str) else ["", *self.tail]
         room = self.max_length - len(prefix) - len(tail)
         if prefix_length + len(tail) >= self.max_length:
             raise PromptError("prompt", f"is {prefix_length} tokens with its images; --max-length is {self.max_length}")
-        around = whole[-1][1] if whole else None, tail[0]
-        texts = [self.swallow(opening + text + tail_text, *around) for text in responses]
+        texts = [self.swallow(opening + text + tail_text, before, after) for text in responses]
         bodies = self.literal.encode_batch(texts, add_special_tokens=False)
         sequences = [np.array(prefix + body.ids[:room] + tail, np.int64) for body in bodies]
         return Encoded(tuple(sequences), prefix_length, tuple(len(body.ids) > room for body in bodies))

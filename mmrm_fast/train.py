@@ -255,8 +255,11 @@ class Trainer:
 
     def refuse_undecoded(self) -> None:
         """Images that could not be decoded, on any rank: stop on all of them, unless `skip_bad`."""
-        if not self.config.skip_bad:
-            raise InputErrors(sharding.gather_lists(self.undecoded), "mend them, or pass --skip-bad to leave them out")
+        if self.config.skip_bad:
+            return
+        errors = sharding.gather_lists(self.undecoded)
+        if errors:
+            raise InputErrors(errors, "mend them, or pass --skip-bad to leave them out")
 
     def log(self, row: dict, bar: tqdm) -> None:
         """One row of metrics.jsonl and the progress bar's figures."""
@@ -293,8 +296,7 @@ class Trainer:
             self.undecoded += packed.errors.values()
         for model in self.models:
             model.train()
-        if sharding.gather_lists(self.undecoded):
-            self.refuse_undecoded()
+        self.refuse_undecoded()
         return sorted(sharding.gather_lists(rows), key=lambda row: (row.record, row.chosen, row.rejected))
 
     def log_evaluation(self, results: dict[str, dict], bar: tqdm) -> None:
