@@ -1,12 +1,11 @@
-"""Samples to packed batches: every shared prefix once, every distinct image once; and which samples share a batch.
+"""Samples to packed batches: every shared prefix once, every distinct image once.
 
 Shapes: T packed tokens, R responses, P pairs, I tiles, S pixels a tile side, N trie nodes, K gathered keys.
 """
 
 import hashlib
-import heapq
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 
 import numpy as np
 import torch
@@ -19,16 +18,23 @@ from mmrm_fast.ops.plan_trie import plan_trie
 from mmrm_fast.records import RecordError
 
 MIN_SHARED = 32
-WINDOW = 4096
 
 
 class OnDevice:
     """A dataclass whose tensors move together."""
 
     def to(self, device: torch.device | str):
-        """A copy with every tensor on `device`."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: value.to(device) for name, value in values.items() if hasattr(value, "to")})
+        """A copy with every tensor on `device`, without waiting for page-locked ones."""
+        return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def map_tensors(value, function: Callable[[Tensor], Tensor]):
+    """A dataclass with `function` applied to every tensor in it."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if not is_dataclass(value):
+        return value
+    return replace(value, **{field.name: map_tensors(getattr(value, field.name), function) for field in fields(value)})
 
 
 @dataclass(frozen=True)
@@ -173,12 +179,34 @@ def flatten_pairs(samples: Sequence[Sample]) -> tuple[PairIndex, Tensor | None]:
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """Samples of one forward, and its place in the schedule."""
+class Notes:
+    """What some records have that is not trained on; adds up."""
 
-    samples: tuple[Sample, ...]
-    ends_step: bool = True
-    consumed: int = 0  # records of the order used up when this step is done
+    errors: tuple[RecordError, ...] = ()  # records that cannot be used
+    dropped: tuple[RecordError, ...] = ()  # responses whose pairs were left out
+    unrated: int = 0  # responses whose rating is not a finite number
+    unpaired: int = 0  # records without a preference
+
+    def __add__(self, other: "Notes") -> "Notes":
+        return Notes(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the schedule, the same on every rank."""
+
+    consumed: int  # records of the order used up when it is done
+    records: int  # that it scores, over all ranks
+    imbalance: float  # max over mean cost of the ranks
+    notes: Notes  # on the records from the step before to `consumed`
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What shares a forward: samples, or indices of the packer's data set."""
+
+    items: tuple[Sample | int, ...]
+    step: Step | None = None  # the step that it ends
 
 
 @dataclass(frozen=True)
@@ -188,8 +216,11 @@ class Packed:
     batch: PackedBatch
     samples: tuple[Sample, ...]
     errors: dict[int, RecordError]  # by the sample's place in the micro-batch
-    ends_step: bool
-    consumed: int
+    step: Step | None
+
+    def pin_memory(self) -> "Packed":
+        """The same in page-locked memory; a DataLoader calls it."""
+        return replace(self, batch=map_tensors(self.batch, Tensor.pin_memory))
 
 
 class Packer:
@@ -206,8 +237,9 @@ class Packer:
 
     def __getitem__(self, micro: MicroBatch) -> Packed:
         samples, images, errors = [], [], {}
-        for place, sample in enumerate(micro.samples):
+        for place, item in enumerate(micro.items):
             try:
+                sample = item if isinstance(item, Sample) else self.dataset[item]
                 images.append(self.dataset.load(sample))
                 samples.append(sample)
             except RecordError as error:
@@ -220,91 +252,4 @@ class Packer:
             min_shared=self.min_shared,
             with_text=self.with_text,
         )
-        return Packed(batch, tuple(samples), errors, micro.ends_step, micro.consumed)
-
-
-def schedule(
-    dataset: GroupDataset,
-    order: Sequence[int],
-    *,
-    tokens_per_batch: int,
-    tokens_per_micro_batch: int,
-    on_error: Callable[[RecordError], None],
-    on_sample: Callable[[Sample], None] = lambda sample: None,
-    rank: int = 0,
-    num_ranks: int = 1,
-    window: int = WINDOW,
-) -> Iterator[MicroBatch]:
-    """One rank's micro-batches over the records of `order`; which records make a step depends on no rank.
-
-    Records are encoded `window` at a time, cut into steps of at most `tokens_per_batch` work, and each step is
-    balanced over the ranks in micro-batches of at most `tokens_per_micro_batch`; every rank gets equally many.
-    Every encoded record is shown to `on_sample`, and passed over if it has no response to score; one that cannot be
-    encoded goes to `on_error`.
-    """
-    tokens_per_tile = dataset.encoder.tokens_per_tile
-    pending: list[tuple[int, Sample]] = []
-    for start in range(0, len(order), window):
-        stop = min(start + window, len(order))
-        pending += encode_window(dataset, order, range(start, stop), on_error, on_sample)
-        costs = [sample.cost(tokens_per_tile) for _, sample in pending]
-        steps = cut(costs, tokens_per_batch)
-        rest = steps.pop() if stop < len(order) and steps else range(0)
-        for step in steps:
-            done = len(order) if step.stop == len(pending) else pending[step.stop - 1][0] + 1
-            bins = balance([costs[item] for item in step], tokens_per_micro_batch, num_ranks)[rank::num_ranks]
-            for number, items in enumerate(bins):
-                samples = tuple(pending[step.start + item][1] for item in items)
-                yield MicroBatch(samples, number == len(bins) - 1, done)
-        pending = [pending[item] for item in rest]
-
-
-def encode_window(dataset, order, positions: range, on_error, on_sample) -> list[tuple[int, Sample]]:
-    """The samples at `positions` of the order that have something to score, with their positions."""
-    samples = []
-    for position in positions:
-        try:
-            sample = dataset[int(order[position])]
-        except RecordError as error:
-            on_error(error)
-            continue
-        on_sample(sample)
-        if sample.main.sequences:
-            samples.append((position, sample))
-    return samples
-
-
-def cut(costs: Sequence[int], budget: int) -> list[range]:
-    """Consecutive runs of items whose costs sum to at most `budget`; an item over it stands alone."""
-    runs, start, total = [], 0, 0
-    for index, cost in enumerate(costs):
-        if index > start and total + cost > budget:
-            runs.append(range(start, index))
-            start, total = index, 0
-        total += cost
-    return [*runs, range(start, len(costs))] if costs else []
-
-
-def balance(costs: Sequence[int], limit: int, num_ranks: int) -> list[list[int]]:
-    """Deal items into a multiple of `num_ranks` bins of at most `limit` each (an item over it stands alone).
-
-    Largest first into the emptiest bin; bins may be empty. Items keep their order inside a bin. Rank r takes
-    `bins[r::num_ranks]`.
-    """
-    num_bins = -(-max(1, -(-sum(costs) // limit)) // num_ranks) * num_ranks
-    while True:
-        bins = deal(costs, num_bins)
-        if all(len(items) <= 1 or sum(costs[item] for item in items) <= limit for items in bins):
-            return bins
-        num_bins += num_ranks
-
-
-def deal(costs: Sequence[int], num_bins: int) -> list[list[int]]:
-    """Each item, largest first, into the emptiest of `num_bins`."""
-    bins: list[list[int]] = [[] for _ in range(num_bins)]
-    loads = [(0, number) for number in range(num_bins)]
-    for item in sorted(range(len(costs)), key=lambda item: (-costs[item], item)):
-        load, number = loads[0]
-        heapq.heapreplace(loads, (load + costs[item], number))
-        bins[number].append(item)
-    return [sorted(items) for items in bins]
+        return Packed(batch, tuple(samples), errors, micro.step)

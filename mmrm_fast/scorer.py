@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from mmrm_fast.dataset import GroupDataset, Sample
-from mmrm_fast.packing import MicroBatch, Packer, balance
+from mmrm_fast.loader import balance
+from mmrm_fast.packing import MicroBatch, Packer
 from mmrm_fast.records import Group, RecordError, parse_group
 from mmrm_fast.weights import Checkpoint, load_checkpoint, require_reward_model
 

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from mmrm_fast import sharding
 from mmrm_fast.config import TrainConfig
-from mmrm_fast.dataset import PreferenceDataset, Sample, check
+from mmrm_fast.dataset import PreferenceDataset, check
 from mmrm_fast.evaluate import (
     EvalSet,
     PairRow,
@@ -27,9 +26,10 @@ from mmrm_fast.evaluate import (
     summarize,
     write_rows,
 )
+from mmrm_fast.loader import load
 from mmrm_fast.loss import StepAccumulator, preference_loss
 from mmrm_fast.model import RewardModel
-from mmrm_fast.packing import MicroBatch, Packer, schedule
+from mmrm_fast.packing import Notes, Packed, Packer
 from mmrm_fast.records import RecordError, RecordFile
 from mmrm_fast.shapes import cached_environments
 from mmrm_fast.weights import Checkpoint, load_checkpoint, save_checkpoint
@@ -39,6 +39,7 @@ TINY = {"lr": 5e-4, "tokens_per_batch": 6_144, "tokens_per_micro_batch": 6_144}
 DEFAULTS = {"lr": 1e-5, "tokens_per_batch": 131_072}
 ALWAYS_DECODED = 10_000
 MAX_LISTED = 50
+EVALUATED_TOGETHER = 16  # micro-batches a rank that are balanced together in evaluation
 
 
 class InputErrors(ValueError):
@@ -163,13 +164,18 @@ class Trainer:
         bar = tqdm(total=total, unit=" records", disable=not self.is_main, desc="training", smoothing=0.1)
         consumed, started = 0, time.perf_counter()
         for packed in self.loader(self.dataset, self.epochs(total)):
+            if packed.step:
+                self.note(packed.step.notes, training=True)
+                if not packed.step.records:
+                    break
             self.accumulate(packed)
-            if not packed.ends_step:
+            if not packed.step:
                 continue
-            share = self.share(consumed, packed.consumed, total)
-            row = {"step": self.step + 1, **self.optimizer_step(share), "seconds": time.perf_counter() - started}
-            bar.update(packed.consumed - consumed)
-            consumed, started = packed.consumed, time.perf_counter()
+            share = self.share(consumed, packed.step.consumed, total)
+            row = {"step": self.step + 1, **self.optimizer_step(share), "imbalance": packed.step.imbalance}
+            row["seconds"] = time.perf_counter() - started
+            bar.update(packed.step.consumed - consumed)
+            consumed, started = packed.step.consumed, time.perf_counter()
             self.step += 1
             self.log(row, bar)
             if self.step == config.max_steps:
@@ -188,36 +194,32 @@ class Trainer:
         ]
         return np.concatenate(orders)[:total]
 
-    def loader(self, dataset: PreferenceDataset, order: np.ndarray, *, training: bool = True) -> Iterator:
+    def loader(self, dataset: PreferenceDataset, order: np.ndarray, *, training: bool = True) -> Iterator[Packed]:
         """This rank's packed micro-batches over `order`, prepared by worker processes."""
-        config = self.config
-        micro_batches = schedule(
+        config, on_gpu = self.config, self.device.type == "cuda"
+        budget = config.tokens_per_micro_batch * sharding.num_ranks() * EVALUATED_TOGETHER
+        return load(
             dataset,
             order,
-            tokens_per_batch=config.tokens_per_batch if training else EVERYTHING,
+            packer=Packer(dataset, with_text=config.robust),
+            tokens_per_batch=config.tokens_per_batch if training else budget,
             tokens_per_micro_batch=config.tokens_per_micro_batch,
-            on_error=self.skip,
-            on_sample=self.count if training else lambda sample: None,
             rank=sharding.rank(),
             num_ranks=sharding.num_ranks(),
+            gather=sharding.gather_lists,
+            num_workers=4 * on_gpu if config.num_workers is None else config.num_workers,
+            pin_memory=on_gpu,
         )
-        packer = Packer(dataset, with_text=config.robust)
-        workers = config.num_workers
-        if workers is None:
-            workers = 4 if self.device.type == "cuda" else 0
-        return iter(DataLoader(packer, sampler=Endless(micro_batches), batch_size=None, num_workers=workers))
 
-    def skip(self, error: RecordError) -> None:
-        """A record that cannot be used: remember it, or stop."""
-        if not self.config.skip_bad:
-            raise InputErrors([error], "mend it, or pass --skip-bad to leave such records out")
-        self.skipped.append(error)
-
-    def count(self, sample: Sample) -> None:
-        """Keep account of what a training record has that is not trained on."""
-        self.skipped += sample.dropped
-        self.counts["responses without a numeric rating"] += sample.group.num_unrated
-        self.counts["records without a preference"] += not sample.group.pairs
+    def note(self, notes: Notes, *, training: bool) -> None:
+        """Keep account of records that cannot be used, or stop; in training also of what is not trained on."""
+        if notes.errors and not self.config.skip_bad:
+            raise InputErrors(list(notes.errors), "mend them, or pass --skip-bad to leave such records out")
+        self.skipped += notes.errors
+        if training:
+            self.skipped += notes.dropped
+            self.counts["responses without a numeric rating"] += notes.unrated
+            self.counts["records without a preference"] += notes.unpaired
 
     def share(self, before: int, after: int, total: int) -> float:
         """How far the training is, 0 to 1, in the middle of a step."""
@@ -294,6 +296,8 @@ class Trainer:
         for packed in self.progress_bar(f"evaluating {name}")(batches):
             rows += batch_rows(self.models[0], proxy, packed, self.device)
             self.undecoded += packed.errors.values()
+            if packed.step:
+                self.note(packed.step.notes, training=False)
         for model in self.models:
             model.train()
         self.refuse_undecoded()
@@ -325,19 +329,6 @@ class Trainer:
             if number:
                 print(f"{number} {what}")
         print(f"Score with it:\n  python scripts/score.py --model {folder / 'final'} --data in.jsonl --out out.jsonl")
-
-
-EVERYTHING = 1 << 62
-
-
-class Endless:
-    """An iterator of micro-batches as a sampler of unknown length."""
-
-    def __init__(self, micro_batches: Iterator[MicroBatch]):
-        self.micro_batches = micro_batches
-
-    def __iter__(self) -> Iterator[MicroBatch]:
-        return self.micro_batches
 
 
 def freeze(model: RewardModel, *, llm: bool, backbone: bool, mlp: bool) -> None:

@@ -1,17 +1,15 @@
-"""Samples to batches: what is shared and what never is, and a schedule that no number of ranks changes."""
+"""Samples to batches: what is shared and what never is."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
 
-from mmrm_fast.dataset import GroupDataset, Sample
-from mmrm_fast.packing import MicroBatch, Packer, balance, cut, pack, schedule, unique_tiles
-from mmrm_fast.prompt import Encoded
-from mmrm_fast.records import Group, Pair, RecordError
+from mmrm_fast.dataset import GroupDataset
+from mmrm_fast.packing import MicroBatch, Notes, Packer, Step, pack, unique_tiles
+from mmrm_fast.records import Group, Pair
 
 TILES = {"tokens_per_tile": 4, "tile_size": 56}
 
@@ -154,191 +152,9 @@ def test_a_picture_that_cannot_be_decoded_leaves_the_batch(dataset, pictures, tm
     Image.open(pictures["wide"]).save(broken)
     broken.write_bytes(broken.read_bytes()[:-2000])
     groups = [group("a", [pictures["wide"]], "x"), group("b", [str(broken)], "x"), group("c", [], "x", "y")]
-    packed = Packer(dataset)[MicroBatch(tuple(map(dataset.encode, groups)), False, 7)]
+    step = Step(consumed=7, records=3, imbalance=1.0, notes=Notes())
+    packed = Packer(dataset)[MicroBatch(tuple(map(dataset.encode, groups)), step)]
     assert [sample.group.prompt for sample in packed.samples] == ["a", "c"]
     assert packed.batch.num_responses == (1, 2)
     assert [error.field for error in packed.errors.values()] == ["img_path"]
-    assert (packed.ends_step, packed.consumed) == (False, 7)
-
-
-# cut and balance
-
-
-@pytest.mark.parametrize(
-    ("costs", "budget", "runs"),
-    [
-        ([], 10, []),
-        ([3], 10, [[0]]),
-        ([5, 5, 1], 10, [[0, 1], [2]]),
-        ([5, 6, 4], 10, [[0], [1, 2]]),
-        ([50], 10, [[0]]),
-        ([1, 50, 1], 10, [[0], [1], [2]]),
-        ([10, 10], 10, [[0], [1]]),
-    ],
-)
-def test_cut_fills_consecutive_runs_up_to_the_budget(costs, budget, runs):
-    assert [list(run) for run in cut(costs, budget)] == runs
-
-
-@pytest.mark.parametrize(
-    ("costs", "limit", "num_ranks", "bins"),
-    [
-        ([], 10, 1, [[]]),
-        ([], 10, 3, [[], [], []]),
-        ([4], 10, 2, [[0], []]),
-        ([4, 4], 10, 1, [[0, 1]]),
-        ([4, 4], 10, 2, [[0], [1]]),
-        ([4, 4, 4], 10, 1, [[0, 2], [1]]),
-        ([1, 9, 2, 8], 10, 2, [[0, 1], [2, 3]]),
-        ([6, 6, 6], 10, 1, [[0], [1], [2]]),
-        ([6, 6, 6], 10, 2, [[0], [1], [2], []]),
-        ([50, 1], 10, 1, [[0], [1], [], [], [], []]),
-    ],
-)
-def test_balance_deals_the_largest_first_into_the_emptiest_bin(costs, limit, num_ranks, bins):
-    assert balance(costs, limit, num_ranks) == bins
-
-
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
-def test_balance_keeps_limit_multiple_and_order_for_random_costs(num_ranks):
-    rng = np.random.default_rng(num_ranks)
-    for _ in range(100):
-        costs = rng.integers(1, 60, rng.integers(0, 40)).tolist()
-        bins = balance(costs, 100, num_ranks)
-        assert len(bins) % num_ranks == 0
-        assert sorted(item for items in bins for item in items) == list(range(len(costs)))
-        assert all(items == sorted(items) and sum(costs[item] for item in items) <= 100 for items in bins)
-
-
-# the schedule
-
-
-class Records:
-    """A stand-in data set: record i costs `costs[i]`; a cost of None is an error, 0 a record without responses."""
-
-    encoder = SimpleNamespace(tokens_per_tile=4)
-
-    def __init__(self, costs):
-        self.costs = costs
-
-    def __getitem__(self, index):
-        cost = self.costs[index]
-        if cost is None:
-            raise RecordError(f"file.jsonl:{index + 1}", "prompt", "missing")
-        group = Group("", index, None, "", None, (), ("",) * bool(cost))
-        return Sized(group, (), Encoded((np.zeros(1, np.int64),) * bool(cost), 0, ()), cost)
-
-
-class Sized(Sample):
-    def __init__(self, group, tiles_per_image, main, work):
-        super().__init__(group, tiles_per_image, main)
-        object.__setattr__(self, "work", work)
-
-    def cost(self, tokens_per_tile):
-        return self.work
-
-
-def random_records(seed, count=60):
-    rng = np.random.default_rng(seed)
-    costs = rng.integers(1, 40, count).tolist()
-    for index in rng.choice(count, 10, replace=False).tolist():
-        costs[index] = [None, 0, 150][index % 3]
-    return Records(costs), rng.permutation(count)
-
-
-def run(records, order, *, num_ranks=1, per_batch=100, per_micro_batch=50, window=16):
-    """Per rank its micro-batches, and the errors that rank 0 met."""
-    errors = []
-    ranks = [
-        list(
-            schedule(
-                records, order, tokens_per_batch=per_batch, tokens_per_micro_batch=per_micro_batch,
-                on_error=errors.append if rank == 0 else lambda error: None,
-                rank=rank, num_ranks=num_ranks, window=window,
-            )
-        )
-        for rank in range(num_ranks)
-    ]  # fmt: skip
-    return ranks, errors
-
-
-def indices(micro):
-    return [sample.group.record for sample in micro.samples]
-
-
-def steps(ranks):
-    """The records of each step, over all ranks, sorted."""
-    found = [[]]
-    for at_once in zip(*ranks, strict=True):
-        found[-1] += [index for micro in at_once for index in indices(micro)]
-        if at_once[0].ends_step:
-            found.append([])
-    assert found.pop() == []
-    return [sorted(step) for step in found]
-
-
-@pytest.mark.parametrize("num_ranks", [2, 3, 4])
-@pytest.mark.parametrize("seed", range(5))
-def test_the_records_of_a_step_do_not_depend_on_the_number_of_ranks(seed, num_ranks):
-    records, order = random_records(seed)
-    assert steps(run(records, order, num_ranks=num_ranks)[0]) == steps(run(records, order)[0])
-
-
-@pytest.mark.parametrize("window", [1, 7, 1000])
-@pytest.mark.parametrize("seed", range(3))
-def test_the_records_of_a_step_do_not_depend_on_the_window(seed, window):
-    records, order = random_records(seed)
-    assert steps(run(records, order, window=window)[0]) == steps(run(records, order)[0])
-
-
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
-@pytest.mark.parametrize("seed", range(5))
-def test_ranks_run_in_lockstep(seed, num_ranks):
-    ranks, _ = run(*random_records(seed), num_ranks=num_ranks)
-    beats = [[(micro.ends_step, micro.consumed) for micro in rank] for rank in ranks]
-    assert all(rank == beats[0] for rank in beats)
-    assert beats[0][-1][0]
-
-
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
-@pytest.mark.parametrize("seed", range(5))
-def test_every_record_is_used_once_or_reported_once_or_has_nothing_to_score(seed, num_ranks):
-    records, order = random_records(seed)
-    ranks, errors = run(records, order, num_ranks=num_ranks)
-    used = sorted(index for rank in ranks for micro in rank for index in indices(micro))
-    assert used == [index for index, cost in enumerate(records.costs) if cost]
-    reported = sorted(int(error.source.rpartition(":")[2]) - 1 for error in errors)
-    assert reported == [index for index, cost in enumerate(records.costs) if cost is None]
-
-
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
-@pytest.mark.parametrize("seed", range(5))
-def test_budgets_hold_but_for_a_record_that_is_over_them_by_itself(seed, num_ranks):
-    records, order = random_records(seed)
-    ranks, _ = run(records, order, num_ranks=num_ranks)
-    micro_batches = [indices(micro) for rank in ranks for micro in rank]
-    for budget, batches in ((100, steps(ranks)), (50, micro_batches)):
-        assert all(len(batch) <= 1 or sum(records.costs[index] for index in batch) <= budget for batch in batches)
-
-
-def test_a_rank_without_work_gets_empty_micro_batches():
-    ranks, _ = run(Records([5, 5]), [0, 1], num_ranks=4)
-    assert [list(map(indices, rank)) for rank in ranks] == [[[0]], [[1]], [[]], [[]]]
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_going_on_after_the_consumed_records_gives_the_remaining_steps(seed):
-    records, order = random_records(seed)
-    ranks, _ = run(records, order)
-    for step, micro in enumerate([micro for micro in ranks[0] if micro.ends_step], 1):
-        assert steps(run(records, order[micro.consumed :])[0]) == steps(ranks)[step:]
-
-
-def test_the_last_step_has_consumed_everything_even_if_it_ends_in_errors():
-    ranks, _ = run(Records([5, None, 0, None]), range(4))
-    assert ranks[0][-1].consumed == 4
-
-
-@pytest.mark.parametrize("costs", [[], [None, 0]])
-def test_nothing_usable_is_no_step(costs):
-    assert run(Records(costs), range(len(costs)))[0] == [[]]
+    assert packed.step is step
