@@ -10,9 +10,9 @@ import pytest
 import mmrm_fast
 
 ORDER = [
-    "config", "records", "ops", "images", "prompt", "shapes", "dataset", "packing", "attention", "model", "weights",
-    "loss", "scorer", "evaluate", "sharding", "checkpoint", "train", "study", "score", "serve", "client", "report",
-    "doctor", "cli",
+    "config", "records", "ops", "images", "tokenizer", "prompt", "shapes", "dataset", "packing", "attention", "model",
+    "convert", "weights", "loss", "scorer", "evaluate", "sharding", "checkpoint", "train", "study", "score", "serve",
+    "client", "report", "doctor", "cli",
 ]  # fmt: skip
 PACKAGE = Path(mmrm_fast.__file__).parent
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
