@@ -2,13 +2,16 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
-from mmrm_fast.images import ImageError, Tiling, image_size, load_tiles
+from mmrm_fast.images import ImageError, Tiling, image_size, load_tiles, white_tile
 from mmrm_fast.prompt import Encoded, PromptEncoder, PromptError
 from mmrm_fast.records import Group, Pair, RecordError, RecordFile
 
+ProxyImage = Literal["none", "white"]
+Inputs = Literal["all", "text", "image"]
 KEYS_PER_TOKEN = 8  # gathered keys and values that cost about as much as one token
 
 
@@ -45,6 +48,10 @@ class GroupDataset:
         overlong: a response that does not fit into the encoder's `max_length`: `skip` drops the pairs with it,
             `truncate` cuts it, `error` raises.
         with_text: also encode the text-only proxy's sequences.
+        proxy_image: what the proxy has in place of each image: `none`, no placeholder either, or `white`, the tokens of
+            one white tile, as in the reference implementation.
+        inputs: what the model sees of a record, for ablations: `all`; `text`, one white tile in place of each image; or
+            `image`, an empty question.
     """
 
     def __init__(
@@ -53,11 +60,14 @@ class GroupDataset:
         encoder: PromptEncoder,
         tiling: Tiling,
         *,
-        overlong: str = "truncate",
+        overlong: Literal["skip", "truncate", "error"] = "truncate",
         with_text: bool = False,
+        proxy_image: ProxyImage = "none",
+        inputs: Inputs = "all",
     ):
         self.files, self.encoder, self.tiling = tuple(files), encoder, tiling
         self.overlong, self.with_text = overlong, with_text
+        self.proxy_image, self.inputs = proxy_image, inputs
         self.edges = np.cumsum([0, *map(len, self.files)])
 
     def __len__(self) -> int:
@@ -70,8 +80,10 @@ class GroupDataset:
 
     def encode(self, group: Group) -> Sample:
         """Encode one group. Raises `RecordError` naming the field that cannot be encoded."""
+        if self.inputs == "image":
+            group = replace(group, prompt="")
         try:
-            tiles_per_image = tuple(self.tiling.num_tiles(*image_size(path)) for path in group.images)
+            tiles_per_image = tuple(map(self.num_tiles, group.images))
             sample = self.encode_sized(group, tiles_per_image)
         except ImageError as error:
             raise RecordError(group.source, "img_path", str(error)) from None
@@ -84,10 +96,20 @@ class GroupDataset:
     def encode_sized(self, group: Group, tiles_per_image: tuple[int, ...]) -> Sample:
         """Encode one group whose images have `tiles_per_image` tiles."""
         main = self.encoder.encode(group.prompt, group.responses, tiles_per_image)
-        text = None
-        if self.with_text:
-            text = self.encoder.encode_text_only(group.prompt, group.responses, len(group.images))
+        text = self.encode_text(group) if self.with_text else None
         return Sample(group, tiles_per_image, main, text)
+
+    def encode_text(self, group: Group) -> Encoded:
+        """Encode one group as the text-only proxy sees it."""
+        if self.proxy_image == "white":
+            return self.encoder.encode(group.prompt, group.responses, (1,) * len(group.images))
+        return self.encoder.encode_text_only(group.prompt, group.responses, len(group.images))
+
+    def num_tiles(self, image: str | bytes) -> int:
+        """Tiles that an image becomes, from its header. Raises `ImageError`."""
+        if self.inputs == "text":
+            return 1
+        return self.tiling.num_tiles(*image_size(image, self.tiling.compat))
 
     def without_overlong(self, sample: Sample) -> Sample:
         """Drop the pairs whose response was cut, each noted in `dropped`; raise where the policy is `error`."""
@@ -102,8 +124,10 @@ class GroupDataset:
 
     def load(self, sample: Sample) -> list[np.ndarray]:
         """Decode a sample's images: uint8 `[I, S, S, 3]` each. Raises `RecordError`."""
+        if self.inputs == "text":
+            return [white_tile(self.tiling.tile_size) for _ in sample.group.images]
         try:
-            return [load_tiles(path, self.tiling) for path in sample.group.images]
+            return [load_tiles(image, self.tiling) for image in sample.group.images]
         except ImageError as error:
             raise RecordError(sample.group.source, "img_path", str(error)) from None
 

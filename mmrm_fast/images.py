@@ -3,11 +3,27 @@
 Tiles stay uint8 `[I, S, S, 3]` on the host; normalisation happens inside the patch embedding on the device.
 The grid is InternVL's dynamic tiling: the whole image is stretched over the grid of `tile_size` squares whose
 aspect ratio is nearest, and a thumbnail follows when there is more than one tile.
+
+| picture | becomes |
+| --- | --- |
+| EXIF orientation | turned upright, also for the choice of the grid |
+| alpha, in any mode (RGBA, LA, PA), a transparent palette entry or colour | blended over white |
+| CMYK, YCbCr, palette, greyscale, 1-bit | Pillow's conversion to RGB |
+| 16-bit greyscale | its upper 8 bits |
+| 32-bit integer and floating point | clipped at 0 and 255, as Pillow does |
+| animated (GIF, WebP, APNG), several pages | its first frame |
+| over `MAX_PIXELS`, truncated, not a picture | an `ImageError` naming it |
+
+With `compat="reference"` a picture is what `Image.open(path).convert("RGB")` gives, as in the public reference
+implementation: EXIF is ignored, alpha dropped unblended, 16-bit values clipped at 255; and of grids that are equally
+near and of equal area the first is taken in the order of the reference's Python set.
 """
 
+import io
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -35,14 +51,24 @@ class ImageError(ValueError):
     """An image that cannot be used; the message names the file and the reason."""
 
 
+Compat = Literal["reference"] | None
+
+
 @dataclass(frozen=True)
 class Tiling:
-    """How an image becomes tiles: `tile_size` pixels a side, `min_tiles` to `max_tiles`, thumbnail or not."""
+    """How an image becomes tiles: `tile_size` pixels a side, `min_tiles` to `max_tiles`, thumbnail or not.
+
+    `pad2square` pads a picture that becomes one tile only because `max_tiles` is 1, with `pad_colour` (the mean of the
+    normalisation, `mean_colour`), instead of stretching it. `compat="reference"` decodes as the reference does.
+    """
 
     tile_size: int = 448
     min_tiles: int = 1
     max_tiles: int = 12
     thumbnail: bool = True
+    pad2square: bool = False
+    pad_colour: tuple[int, int, int] = (123, 116, 103)
+    compat: Compat = None
 
     def num_tiles(self, width: int, height: int) -> int:
         """Tiles, thumbnail included, that an image of `width` x `height` pixels becomes."""
@@ -51,10 +77,23 @@ class Tiling:
         return count + 1 if self.thumbnail and count > 1 else count
 
 
+def mean_colour(normalize_type: str) -> tuple[int, int, int]:
+    """The mean of a normalisation as a uint8 colour, rounded down, for `pad2square`."""
+    return tuple(int(value * 255) for value in NORMALIZATION[normalize_type][0])
+
+
 @lru_cache
-def tile_grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
-    """All (columns, rows) with `min_tiles <= columns * rows <= max_tiles`, by area, then by columns."""
+def tile_grids(min_tiles: int, max_tiles: int, compat: Compat = None) -> tuple[tuple[int, int], ...]:
+    """All (columns, rows) with `min_tiles <= columns * rows <= max_tiles`, by area, then by columns.
+
+    The reference sorts a Python set by area alone: among equal areas the order is that of the set, which for pairs of
+    small integers depends on the values and on the order of insertion, not on the process.
+    """
     sides = range(1, max_tiles + 1)
+    if compat:
+        found = {(c, r) for n in range(min_tiles, max_tiles + 1) for c in range(1, n + 1) for r in range(1, n + 1)
+                 if min_tiles <= c * r <= max_tiles}  # fmt: skip
+        return tuple(sorted(found, key=lambda grid: grid[0] * grid[1]))
     grids = [(c, r) for c in sides for r in sides if min_tiles <= c * r <= max_tiles]
     return tuple(sorted(grids, key=lambda grid: (grid[0] * grid[1], grid)))
 
@@ -63,7 +102,7 @@ def choose_grid(width: int, height: int, tiling: Tiling) -> tuple[int, int]:
     """The (columns, rows) nearest in aspect ratio; of equals, the larger if the image fills over half of it."""
     aspect, area = width / height, width * height
     best, best_distance = (1, 1), float("inf")
-    for columns, rows in tile_grids(tiling.min_tiles, tiling.max_tiles):
+    for columns, rows in tile_grids(tiling.min_tiles, tiling.max_tiles, tiling.compat):
         distance = abs(aspect - columns / rows)
         fills = area > 0.5 * tiling.tile_size**2 * columns * rows
         if distance < best_distance or (distance == best_distance and fills):
@@ -79,6 +118,8 @@ def tile_image(image: Image.Image, tiling: Tiling) -> np.ndarray:
     """
     size = tiling.tile_size
     columns, rows = choose_grid(*image.size, tiling)
+    if tiling.pad2square and tiling.max_tiles == 1:
+        image = pad_to_square(image, tiling.pad_colour)
     sheet = np.asarray(image.resize((columns * size, rows * size), Image.Resampling.BICUBIC))
     tiles = sheet.reshape(rows, size, columns, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
     if tiling.thumbnail and columns * rows > 1:
@@ -87,22 +128,41 @@ def tile_image(image: Image.Image, tiling: Tiling) -> np.ndarray:
     return np.ascontiguousarray(tiles)
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """Open an image lazily (header only), refusing what is not one.
+def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """The image in the middle of a square of one colour."""
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def white_tile(tile_size: int) -> np.ndarray:
+    """What the ablations and the proxy see in place of a picture: one white tile, uint8 `[1, S, S, 3]`."""
+    return np.full((1, tile_size, tile_size, 3), 255, np.uint8)
+
+
+def described(source: str | bytes) -> str:
+    """A picture's path, or what it is, for messages."""
+    return f"an encoded image of {len(source)} bytes" if isinstance(source, bytes) else str(source)
+
+
+def open_image(source: str | Path | bytes) -> Image.Image:
+    """Open an image file, or its bytes, lazily (header only), refusing what is not one.
 
     Raises:
         ImageError: missing, empty, not an image, or over `MAX_PIXELS`.
     """
+    name = described(source)
     try:
-        image = Image.open(path)
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
     except FileNotFoundError:
-        raise ImageError(f"{path}: no such image file") from None
+        raise ImageError(f"{name}: no such image file") from None
     except UnidentifiedImageError:
-        raise ImageError(f"{path}: not an image that Pillow can read") from None
-    except (OSError, Image.DecompressionBombError, ValueError) as error:
-        raise ImageError(f"{path}: {error}") from None
+        raise ImageError(f"{name}: not an image that Pillow can read") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError, ValueError) as error:
+        raise ImageError(f"{name}: {error}") from None
     if image.width * image.height > MAX_PIXELS:
-        raise ImageError(f"{path}: {image.width} x {image.height} pixels is over the limit of {MAX_PIXELS}")
+        raise ImageError(f"{name}: {image.width} x {image.height} pixels is over the limit of {MAX_PIXELS}")
     return image
 
 
@@ -114,31 +174,33 @@ def orientation(image: Image.Image) -> int:
         return 1
 
 
-def image_size(path: str | Path) -> tuple[int, int]:
+def image_size(source: str | Path | bytes, compat: Compat = None) -> tuple[int, int]:
     """(width, height) as shown, EXIF orientation applied, read from the header alone. Raises `ImageError`."""
-    with open_image(path) as image:
-        return image.size[::-1] if orientation(image) in SIDEWAYS else image.size
+    with open_image(source) as image:
+        return image.size[::-1] if not compat and orientation(image) in SIDEWAYS else image.size
 
 
-def load_image(path: str | Path) -> Image.Image:
+def load_image(source: str | Path | bytes, compat: Compat = None) -> Image.Image:
     """Decode an image to RGB: upright by its EXIF orientation, transparency blended over white.
 
     Raises:
         ImageError: as `open_image`, and for truncated or corrupt content.
     """
-    with open_image(path) as image:
-        turn = UPRIGHT.get(orientation(image))
+    with open_image(source) as image:
         try:
+            if compat:
+                return image.convert("RGB")
+            turn = UPRIGHT.get(orientation(image))
             if image.has_transparency_data:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             if image.mode.startswith("I;16"):  # Pillow would clip it at 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             image = image.convert("RGB")
         except (OSError, SyntaxError, ValueError) as error:
-            raise ImageError(f"{path}: {error}") from None
+            raise ImageError(f"{described(source)}: {error}") from None
     return image.transpose(turn) if turn is not None else image
 
 
-def load_tiles(path: str | Path, tiling: Tiling) -> np.ndarray:
-    """Decode and tile one image file: uint8 `[I, S, S, 3]`."""
-    return tile_image(load_image(path), tiling)
+def load_tiles(source: str | Path | bytes, tiling: Tiling) -> np.ndarray:
+    """Decode and tile one image: uint8 `[I, S, S, 3]`."""
+    return tile_image(load_image(source, tiling.compat), tiling)

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmrm_fast.dataset import GroupDataset, Sample
+from mmrm_fast.dataset import GroupDataset, ProxyImage, Sample
+from mmrm_fast.images import white_tile
 from mmrm_fast.ops.pack_image_tokens import SourceIndex, source_index
 from mmrm_fast.ops.pair_loss import PairIndex, pair_index
 from mmrm_fast.ops.plan_trie import plan_trie
@@ -65,6 +66,7 @@ class PackedBatch(OnDevice):
     main: TokenPlan
     text: TokenPlan | None
     tiles: Tensor  # [I, S, S, 3] uint8, each distinct image once
+    text_tiles: Tensor | None  # [1, S, S, 3] uint8: the white tile that the text-only proxy has for every image
     pairs: PairIndex
     margin_P: Tensor | None  # float32; None where no pair has a margin
     num_responses: tuple[int, ...]
@@ -78,6 +80,7 @@ def pack(
     tile_size: int,
     min_shared: int = MIN_SHARED,
     with_text: bool = False,
+    proxy_image: ProxyImage = "none",
 ) -> PackedBatch:
     """Pack samples and their images' tiles into one batch.
 
@@ -89,6 +92,7 @@ def pack(
             every rank runs the same modules.
         min_shared: shorter shared runs are recomputed instead of becoming a node.
         with_text: also plan the text-only proxy's tokens.
+        proxy_image: `white` where the samples' `text` was encoded with white tiles.
     """
     tiles, bases = unique_tiles(images, tile_size)
     main = [
@@ -96,12 +100,18 @@ def pack(
         for sample, rows in zip(samples, image_rows(bases, images, tokens_per_tile), strict=True)
         for sequence in sample.main.sequences
     ]
-    text = [sequence for sample in samples for sequence in sample.text.sequences] if with_text else None
+    white = with_text and proxy_image == "white"
+    text = [
+        white_images(sequence, tokens_per_tile) if white else sequence
+        for sample in samples
+        for sequence in (sample.text.sequences if with_text else ())
+    ]
     pairs, margin_P = flatten_pairs(samples)
     return PackedBatch(
         main=plan_tokens(main, min_shared),
         text=plan_tokens(text, min_shared) if with_text else None,
         tiles=torch.from_numpy(tiles),
+        text_tiles=torch.from_numpy(white_tile(tile_size)) if white else None,
         pairs=pairs,
         margin_P=margin_P,
         num_responses=tuple(len(sample.main.sequences) for sample in samples),
@@ -142,6 +152,11 @@ def place_images(sequence: np.ndarray, rows: np.ndarray) -> np.ndarray:
     placed = sequence.copy()
     placed[is_image] = -1 - rows[-1 - sequence[is_image]]
     return placed
+
+
+def white_images(sequence: np.ndarray, tokens_per_tile: int) -> np.ndarray:
+    """A sequence's keys with every image of one tile being the same."""
+    return np.where(sequence < 0, -1 - (-1 - sequence) % tokens_per_tile, sequence)
 
 
 def plan_tokens(sequences: Sequence[np.ndarray], min_shared: int) -> TokenPlan:
@@ -251,5 +266,6 @@ class Packer:
             tile_size=self.dataset.tiling.tile_size,
             min_shared=self.min_shared,
             with_text=self.with_text,
+            proxy_image=self.dataset.proxy_image,
         )
         return Packed(batch, tuple(samples), errors, micro.step)

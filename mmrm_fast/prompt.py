@@ -1,8 +1,21 @@
 """Prompt, images and responses to token keys, by the checkpoint's own chat template.
 
-A sequence is `template(user: images + prompt, assistant: response)` up to and including the token that ends the
-response. Text of the user is always literal: a `<|im_end|>` typed in a prompt is six ordinary tokens. Image
+A sequence is `template(system, user: images + prompt, assistant: response)` up to and including the token that ends the
+response; a conversation has more turns before the response. A system message replaces the template's own. Image
 placeholder tokens become negative keys, -1 - row, `row` counting the image tokens of the record.
+
+`compat="reference"` takes over the habits of the public reference implementation (for pictures see `images`):
+
+| | default | `compat="reference"` |
+| --- | --- | --- |
+| special tokens typed in a text | literal: `<|im_end|>` is six ordinary tokens | special tokens |
+| `<image>` in a user's turn | a slot if there are as many as images, an error if not | literal |
+| slots | prepended where the prompt has none | always prepended |
+| `<image>` in a response | literal | literal |
+| prefix over `max_length` | an error | cut on the right |
+| response over `max_length` | cut, its end token kept; or `--overlong` | cut on the right, no end token |
+| empty response | its end token alone | the generation prompt, no end token |
+| white space around texts | kept | kept; stripped where the template is `internlm2-chat` |
 """
 
 import json
@@ -10,11 +23,16 @@ import re
 from dataclasses import dataclass
 
 import numpy as np
+from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from mmrm_fast.images import Compat
+from mmrm_fast.records import Message, Prompt
+
 IMAGE = "<image>"
-PROMPT_SLOT, RESPONSE_SLOT = "MMRMPROMPTSLOT", "MMRMRESPONSESLOT"
+SLOT = "MMRM{}SLOT"
+STRIPPING_TEMPLATE = "internlm2-chat"
 
 
 class PromptError(ValueError):
@@ -31,29 +49,60 @@ class Encoded:
 
     sequences: tuple[np.ndarray, ...]  # int64, prefix and one response each
     prefix_length: int  # tokens before the responses
-    truncated: tuple[bool, ...]  # responses cut to `max_length`, their end token kept
+    truncated: tuple[bool, ...]  # responses cut to `max_length`
 
 
-def split_images(prompt: str, num_images: int) -> list[str]:
-    """The prompt's text around its image slots: `num_images + 1` pieces.
+Turns = list[tuple[str, list[str]]]  # (role, the text around its image slots) of each message
 
-    `<image>` is a slot if it occurs once an image; a prompt without any gets its slots prepended, each on a line.
+
+def split_images(prompt: Prompt, num_images: int, compat: Compat = None) -> Turns:
+    """The prompt's turns, each with the text around its image slots.
+
+    `<image>` in users' turns is a slot if it occurs once an image; where there is none, slots are prepended to the
+    first user's turn, each on a line (with `compat`, always).
 
     Raises:
         PromptError: any other number of `<image>`.
     """
-    pieces = prompt.split(IMAGE)
-    if len(pieces) == num_images + 1:
-        return pieces
-    if len(pieces) > 1:
-        raise PromptError("prompt", f"has {len(pieces) - 1} {IMAGE} for {num_images} images; use one each, or none")
-    return [""] + ["\n"] * (num_images - 1) + ["\n" + prompt]
+    messages = (Message("user", prompt),) if isinstance(prompt, str) else prompt
+    turns = [(message.role, [message.content]) for message in messages]
+    if not compat:
+        split = [(role, pieces[0].split(IMAGE) if role == "user" else pieces) for role, pieces in turns]
+        found = sum(len(pieces) - 1 for _, pieces in split)
+        if found == num_images:
+            return split
+        if found:
+            raise PromptError("prompt", f"has {found} {IMAGE} for {num_images} images; use one each, or none")
+    if num_images:
+        first = [role for role, _ in turns].index("user")
+        turns[first] = ("user", [""] + ["\n"] * (num_images - 1) + ["\n" + turns[first][1][0]])
+    return turns
 
 
-def without_images(prompt: str, num_images: int) -> str:
-    """The text-only proxy's prompt: no placeholder, and no newline after it."""
-    first, *rest = split_images(prompt, num_images)
-    return first + "".join(piece.removeprefix("\n") for piece in rest)
+def without_images(turns: Turns) -> Turns:
+    """What the text-only proxy sees: no placeholder, and no newline after it."""
+    return [(role, [first + "".join(piece.removeprefix("\n") for piece in rest)]) for role, (first, *rest) in turns]
+
+
+def stripped(turns: Turns) -> Turns:
+    """The turns of users and assistants without the white space around them."""
+    return [(role, pieces if role == "system" else strip_ends(pieces)) for role, pieces in turns]
+
+
+def strip_ends(pieces: list[str]) -> list[str]:
+    """The text around image slots, stripped where there is no slot beside the white space."""
+    if len(pieces) == 1:
+        return [pieces[0].strip()]
+    return [pieces[0].lstrip(), *pieces[1:-1], pieces[-1].rstrip()]
+
+
+@dataclass(frozen=True)
+class Template:
+    """A conversation rendered around its messages' contents, as text (str) and special token ids (int)."""
+
+    before: tuple[list[str | int], ...]  # before each message of the prompt
+    middle: list[str | int]  # between prompt and response
+    tail: list[str | int]  # what ends the response
 
 
 class PromptEncoder:
@@ -64,6 +113,8 @@ class PromptEncoder:
         tokens_per_tile: image tokens of a tile (256 for 448-pixel InternVL tiles).
         max_length: tokens of prefix plus one response; the prefix is never cut.
         image_tokens: the tokens that open an image, stand for it and close it.
+        compat: `reference` takes over the habits of the reference implementation (table above).
+        template: the reference's name of the chat template, on which one of its habits depends.
     """
 
     def __init__(
@@ -73,56 +124,96 @@ class PromptEncoder:
         tokens_per_tile: int,
         max_length: int,
         image_tokens: tuple[str, str, str] = ("<img>", "<IMG_CONTEXT>", "</img>"),
+        compat: Compat = None,
+        template: str | None = None,
     ):
-        self.tokens_per_tile, self.max_length = tokens_per_tile, max_length
-        self.literal = literal_tokenizer(tokenizer, image_tokens)
-        start, _, end = (self.literal.token_to_id(token) for token in image_tokens)
+        self.tokenizer, self.tokens_per_tile, self.max_length = tokenizer, tokens_per_tile, max_length
+        self.compat, self.strips = compat, compat is not None and template == STRIPPING_TEMPLATE
+        self.backend = text_tokenizer(tokenizer, image_tokens, literal=compat is None)
+        start, _, end = (self.backend.token_to_id(token) for token in image_tokens)
         if start is None or end is None:
             raise ValueError(f"the tokenizer lacks the image tokens {image_tokens}")
         self.image_start, self.image_end = start, end
-        head, middle, tail = template_parts(tokenizer)
         added = tokenizer.added_tokens_decoder
         self.swallows_right = {id for id, token in added.items() if token.special and token.rstrip}
         self.swallows_left = {id for id, token in added.items() if token.special and token.lstrip}
-        specials = {token.content: id for id, token in added.items() if token.special}
-        self.head = split_specials(head, specials)
-        self.middle = split_specials(middle, specials)
-        self.tail = up_to_end_token(split_specials(tail, specials))
+        self.specials = {token.content: id for id, token in added.items() if token.special}
+        self.single_turn = self.template(("user",))
 
-    def encode(self, prompt: str, responses: tuple[str, ...], tiles_per_image: tuple[int, ...] = ()) -> Encoded:
+    def encode(self, prompt: Prompt, responses: tuple[str, ...], tiles_per_image: tuple[int, ...] = ()) -> Encoded:
         """Encode one prompt, its images (`tiles_per_image` in slot order) and all its responses.
 
         Raises:
-            PromptError: the prefix alone does not fit, or `<image>` does not match the images.
+            PromptError: the prefix alone does not fit, `<image>` does not match the images, or the chat template does
+                not take these turns.
         """
-        return self.encode_pieces(split_images(prompt, len(tiles_per_image)), responses, tiles_per_image)
+        return self.encode_turns(split_images(prompt, len(tiles_per_image), self.compat), responses, tiles_per_image)
 
-    def encode_text_only(self, prompt: str, responses: tuple[str, ...], num_images: int) -> Encoded:
+    def encode_text_only(self, prompt: Prompt, responses: tuple[str, ...], num_images: int) -> Encoded:
         """Encode as the text-only proxy sees it: without the images. Raises as `encode`."""
-        return self.encode_pieces([without_images(prompt, num_images)], responses, ())
+        return self.encode_turns(without_images(split_images(prompt, num_images, self.compat)), responses, ())
 
-    def encode_pieces(self, pieces: list[str], responses: tuple[str, ...], tiles_per_image: tuple[int, ...]) -> Encoded:
-        """Encode a prompt given as the text around its image slots."""
-        *whole, (_, opening) = self.runs(pieces, tiles_per_image)
+    def encode_turns(self, turns: Turns, responses: tuple[str, ...], tiles_per_image: tuple[int, ...]) -> Encoded:
+        """Encode a prompt given as turns."""
+        if self.strips:
+            turns, responses = stripped(turns), tuple(response.strip() for response in responses)
+        roles = tuple(role for role, _ in turns)
+        template = self.single_turn if roles == ("user",) else self.template(roles)
+        *whole, (_, opening) = self.runs(template, turns, tiles_per_image)
         prefix = self.encode_items(whole)
-        before, after = whole[-1][1] if whole else None, self.tail[-1]
-        prefix_length = len(prefix) + len(self.ids(self.swallow(opening, before, None)))
-        tail_text, *tail = self.tail if isinstance(self.tail[0], str) else ["", *self.tail]
-        room = self.max_length - len(prefix) - len(tail)
+        before, after = whole[-1][1] if whole else None, template.tail[-1]
+        opening_length = len(self.ids(self.swallow(opening, before, None)))
+        tail_text, *tail = template.tail if isinstance(template.tail[0], str) else ["", *template.tail]
+        texts = [self.swallow(opening + text + tail_text, before, after) for text in responses]
+        bodies = [body.ids for body in self.backend.encode_batch(texts, add_special_tokens=False)]
+        if self.compat:
+            empty = self.unanswered(roles, turns, tiles_per_image) if "" in responses else []
+            sequences = [prefix + body + tail if text else empty for text, body in zip(responses, bodies, strict=True)]
+            return cut_right(sequences, len(prefix) + opening_length, self.max_length)
+        return self.cut_responses(prefix, bodies, tail, len(prefix) + opening_length)
+
+    def cut_responses(self, prefix: list[int], bodies: list[list[int]], tail: list[int], prefix_length: int) -> Encoded:
+        """Sequences of at most `max_length`, each with its end token."""
         if prefix_length + len(tail) >= self.max_length:
             raise PromptError("prompt", f"is {prefix_length} tokens with its images; --max-length is {self.max_length}")
-        texts = [self.swallow(opening + text + tail_text, before, after) for text in responses]
-        bodies = self.literal.encode_batch(texts, add_special_tokens=False)
-        sequences = [np.array(prefix + body.ids[:room] + tail, np.int64) for body in bodies]
-        return Encoded(tuple(sequences), prefix_length, tuple(len(body.ids) > room for body in bodies))
+        room = self.max_length - len(prefix) - len(tail)
+        sequences = [np.array(prefix + body[:room] + tail, np.int64) for body in bodies]
+        return Encoded(tuple(sequences), prefix_length, tuple(len(body) > room for body in bodies))
 
-    def runs(self, pieces: list[str], tiles_per_image: tuple[int, ...]) -> list[tuple[str, object]]:
+    def unanswered(self, roles: tuple[str, ...], turns: Turns, tiles_per_image: tuple[int, ...]) -> list[int]:
+        """The sequence of an empty response in the reference: the prompt up to where generation would begin."""
+        template = self.template(roles, answered=False)
+        return self.encode_items(self.runs(template, turns, tiles_per_image))
+
+    def template(self, roles: tuple[str, ...], *, answered: bool = True) -> Template:
+        """The chat template around a prompt of these turns. Raises `PromptError` where it does not take them."""
+        slots = [SLOT.format(index) for index in range(len(roles) + answered)]
+        names = (*roles, "assistant") if answered else roles
+        messages = [{"role": role, "content": slot} for role, slot in zip(names, slots, strict=True)]
+        try:
+            rest = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=not answered)
+        except TemplateError as error:
+            turns = ", ".join(roles)
+            raise PromptError("prompt", f"the chat template does not take the turns {turns}: {error}") from None
+        parts = []
+        for slot in slots:
+            part, found, rest = rest.partition(slot)
+            if not found:
+                raise ValueError(f"the chat template does not render the text of {', '.join(names)} as given")
+            parts.append(split_specials(part, self.specials))
+        if not answered:
+            return Template(tuple(parts), split_specials(rest, self.specials), [])
+        *before, middle = parts
+        return Template(tuple(before), middle, up_to_end_token(split_specials(rest, self.specials)))
+
+    def runs(self, template: Template, turns: Turns, tiles_per_image: tuple[int, ...]) -> list[tuple[str, object]]:
         """Everything before the response as ("text", run), ("id", token) and ("image", tiles) items.
 
         Text that meets no special token is one run, so that it is tokenised as in the rendered template; the last
         item is the run that the response continues.
         """
         items: list[tuple[str, object]] = [("text", "")]
+        tiles = iter(tiles_per_image)
 
         def add(part: str | int) -> None:
             if isinstance(part, int):
@@ -130,12 +221,13 @@ class PromptEncoder:
             else:
                 items[-1] = ("text", items[-1][1] + part)
 
-        first, *pieces = pieces
-        for part in (*self.head, first):
-            add(part)
-        for tiles, piece in zip(tiles_per_image, pieces, strict=True):
-            items.extend([("id", self.image_start), ("image", tiles), ("id", self.image_end), ("text", piece)])
-        for part in self.middle:
+        for before, (_, (first, *pieces)) in zip(template.before, turns, strict=True):
+            for part in (*before, first):
+                add(part)
+            for piece in pieces:
+                image = ("image", next(tiles))
+                items.extend([("id", self.image_start), image, ("id", self.image_end), ("text", piece)])
+        for part in template.middle:
             add(part)
         return items
 
@@ -159,30 +251,25 @@ class PromptEncoder:
         return text.rstrip() if after in self.swallows_left else text
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of literal text."""
-        return self.literal.encode(text, add_special_tokens=False).ids if text else []
+        """Token ids of text."""
+        return self.backend.encode(text, add_special_tokens=False).ids if text else []
 
 
-def literal_tokenizer(tokenizer: PreTrainedTokenizerBase, image_tokens: tuple[str, ...]) -> Tokenizer:
-    """A copy of the tokenizer's backend that reads special and image tokens in text as ordinary text."""
+def cut_right(sequences: list[list[int]], prefix_length: int, max_length: int) -> Encoded:
+    """Sequences cut after `max_length` tokens, whatever stands there."""
+    cut = tuple(np.array(sequence[:max_length], np.int64) for sequence in sequences)
+    return Encoded(cut, min(prefix_length, max_length), tuple(len(sequence) > max_length for sequence in sequences))
+
+
+def text_tokenizer(tokenizer: PreTrainedTokenizerBase, image_tokens: tuple[str, ...], *, literal: bool) -> Tokenizer:
+    """A copy of the tokenizer's backend; `literal` reads special and image tokens in text as ordinary text."""
     fields = json.loads(tokenizer.backend_tokenizer.to_str())
     for token in fields["added_tokens"]:
         token["special"] = token["special"] or token["content"] in image_tokens
     fields["truncation"] = fields["padding"] = None
-    literal = Tokenizer.from_str(json.dumps(fields))
-    literal.encode_special_tokens = True
-    return literal
-
-
-def template_parts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
-    """The chat template's text before the prompt, between prompt and response, and after the response."""
-    messages = [{"role": "user", "content": PROMPT_SLOT}, {"role": "assistant", "content": RESPONSE_SLOT}]
-    rendered = tokenizer.apply_chat_template(messages, tokenize=False)
-    head, found, rest = rendered.partition(PROMPT_SLOT)
-    middle, found_response, tail = rest.partition(RESPONSE_SLOT)
-    if not (found and found_response):
-        raise ValueError("the chat template does not render the user's and the assistant's text as given")
-    return head, middle, tail
+    backend = Tokenizer.from_str(json.dumps(fields))
+    backend.encode_special_tokens = literal
+    return backend
 
 
 def split_specials(text: str, specials: dict[str, int]) -> list[str | int]:

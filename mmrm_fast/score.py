@@ -12,7 +12,7 @@ from ray.util import ActorPool
 from tqdm import tqdm
 
 from mmrm_fast.config import ScoreConfig
-from mmrm_fast.records import RecordError, RecordFile, iter_groups
+from mmrm_fast.records import RecordError, RecordFile, iter_groups, prompt_json
 from mmrm_fast.scorer import Scored, Scorer
 from mmrm_fast.weights import require_reward_model
 
@@ -97,7 +97,7 @@ def score_rows(scored: Scored) -> Iterator[dict]:
             "id": group.id,
             "record": group.record,
             "response_index": index,
-            "prompt": group.prompt,
+            "prompt": prompt_json(group.prompt),
             "img_path": group.img_path,
             "response": response,
             "score": scored.rewards[index],

@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, InternVLModel, PreTrainedTokenizerBase
+from transformers import InternVLModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from mmrm_fast.images import NORMALIZATION, Tiling
 from mmrm_fast.model import RewardModel
 from mmrm_fast.prompt import PromptEncoder
+from mmrm_fast.tokenizer import load_tokenizer
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 SCORE = "score.weight"
@@ -62,7 +63,7 @@ def load_checkpoint(
     score = read_score(folder)
     if score is not None:
         model.score.weight.data.copy_(score)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = load_tokenizer(folder)
     config = backbone.config
     return Checkpoint(
         model=model,

@@ -10,9 +10,10 @@ import pytest
 import mmrm_fast
 
 ORDER = [
-    "config", "records", "ops", "images", "prompt", "shapes", "dataset", "packing", "loader", "attention", "model",
-    "weights", "loss", "scorer", "evaluate", "sharding", "checkpoint", "train", "study", "score", "serve", "client",
-    "report", "doctor", "cli",
+    "config", "record_fields", "record_images", "record_forms", "record_files", "records", "ops", "images",
+    "tokenizer", "prompt", "shapes", "dataset", "packing", "loader", "attention", "model", "convert", "weights",
+    "loss", "scorer", "evaluate", "sharding", "checkpoint", "train", "study", "score", "serve", "client", "report",
+    "doctor", "cli",
 ]  # fmt: skip
 PACKAGE = Path(mmrm_fast.__file__).parent
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -66,7 +66,7 @@ def written(tokenizer, sequence):
     ],
 )
 def test_slots_stand_where_the_prompt_has_them_or_are_prepended(prompt, num_images, pieces):
-    assert split_images(prompt, num_images) == pieces
+    assert split_images(prompt, num_images) == [("user", pieces)]
 
 
 @pytest.mark.parametrize(("prompt", "num_images"), [("<image>", 0), ("<image>", 2), ("<image><image>", 1)])
@@ -89,7 +89,7 @@ def test_any_other_number_of_slots_is_an_error_of_the_prompt(prompt, num_images)
     ],
 )
 def test_the_proxy_sees_neither_placeholder_nor_its_newline(prompt, num_images, text):
-    assert without_images(prompt, num_images) == text
+    assert without_images(split_images(prompt, num_images)) == [("user", [text])]
 
 
 def test_a_slot_in_a_response_is_literal_text(make_encoder, tokenizer):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mmrm_fast import records
+from mmrm_fast import record_files
 from mmrm_fast.records import Group, Pair, RecordError, RecordFile, iter_groups, parse_group
 
 GOLDEN = Path(__file__).parent / "golden" / "common"
@@ -229,7 +229,7 @@ LINES = {
 @pytest.mark.parametrize("kind", LINES)
 @pytest.mark.parametrize("scan_bytes", [1, 7, 1 << 24])
 def test_records_keep_their_line_numbers(monkeypatch, write_bytes, kind, scan_bytes):
-    monkeypatch.setattr(records, "SCAN_BYTES", scan_bytes)
+    monkeypatch.setattr(record_files, "SCAN_BYTES", scan_bytes)
     form, numbers = LINES[kind]
     file = write_bytes(form % (scoring_line("first"), scoring_line("second")))
     assert [(group.prompt, group.source) for group in iter_groups(file)] == [
@@ -248,7 +248,7 @@ def test_a_file_of_blank_lines_has_no_records(write_bytes, content):
 
 
 def test_a_file_longer_than_the_scan_chunk_is_read_whole(monkeypatch, write_bytes):
-    monkeypatch.setattr(records, "SCAN_BYTES", 64)
+    monkeypatch.setattr(record_files, "SCAN_BYTES", 64)
     prompts = ["x" * length for length in range(150)]
     file = write_bytes(b"\n".join(map(scoring_line, prompts)))
     assert [file.group(index).prompt for index in range(len(file))] == prompts

@@ -1,0 +1,218 @@
+"""Tokenizers of checkpoint folders, built from their data files alone: no class of the folder is ever run.
+
+`tokenizer.json` is read as it is. The files of slow tokenizers become the fast tokenizer with the same ids:
+`tokenizer.model` (sentencepiece BPE: InternLM2, Llama, Phi-3) and `vocab.json` + `merges.txt` (byte-level BPE: Qwen2).
+"""
+
+import json
+import struct
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+IMAGE_TOKENS = ("<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
+SPACE = "\u2581"
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # types of sentencepiece pieces
+QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+TEMPLATES = files("mmrm_fast") / "assets" / "templates"
+FLAGS = ("lstrip", "rstrip", "single_word", "special")
+
+
+def load_tokenizer(folder: str | Path, *, template: str | None = None, slow: bool = False) -> PreTrainedTokenizerFast:
+    """A folder's tokenizer, with the nine image tokens of InternVL added where it lacks them.
+
+    Args:
+        folder: holds tokenizer_config.json and tokenizer.json, tokenizer.model or vocab.json + merges.txt.
+        template: name of an InternVL template (`template_names`); None takes the folder's own chat template.
+        slow: take the slow tokenizer's files where there are both, as code for original checkpoints does.
+
+    Raises:
+        ValueError: a file is missing or not of these kinds.
+    """
+    folder = Path(folder)
+    settings = read_settings(folder)
+    declared = added_tokens(folder, settings)
+    backend, begins = build_backend(folder, settings, declared, slow)
+    present = backend.get_vocab()
+    image_tokens = [AddedToken(token, special=True) for token in IMAGE_TOKENS if token not in present]
+    backend.add_special_tokens(image_tokens)
+    named = {role: content_of(settings[role]) for role in ROLES if settings.get(role)}
+    chat_template = read_template(folder, settings) if template is None else named_template(template, begins)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=chat_template,
+        model_max_length=settings.get("model_max_length"),
+        clean_up_tokenization_spaces=False,
+        **named,
+    )
+
+
+def read_settings(folder: Path) -> dict:
+    """tokenizer_config.json."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder}: no {path.name}; expected the tokenizer's files beside the weights")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def added_tokens(folder: Path, settings: dict) -> dict[int, AddedToken]:
+    """Tokens that the folder adds to, or renames in, its vocabulary, by id; matched in text as it is written."""
+    tokens = {
+        int(id): AddedToken(fields["content"], normalized=False, **{flag: fields.get(flag, False) for flag in FLAGS})
+        for id, fields in settings.get("added_tokens_decoder", {}).items()
+    }
+    path = folder / "added_tokens.json"
+    if path.is_file():
+        for content, id in json.loads(path.read_text(encoding="utf-8")).items():
+            tokens.setdefault(id, AddedToken(content, normalized=False, special=True))
+    return dict(sorted(tokens.items()))
+
+
+def content_of(token: str | dict) -> str:
+    """A special token's text, which settings give as a string or an object."""
+    return token if isinstance(token, str) else token["content"]
+
+
+def build_backend(folder: Path, settings: dict, added: dict[int, AddedToken], slow: bool) -> tuple[Tokenizer, bool]:
+    """The fast tokenizer and whether its sequences begin with the bos token."""
+    fast, sentencepiece = folder / "tokenizer.json", folder / "tokenizer.model"
+    if fast.is_file() and not (slow and sentencepiece.is_file()):
+        backend = Tokenizer.from_file(str(fast))
+        backend.no_truncation(), backend.no_padding()
+        known = backend.get_vocab()
+        backend.add_tokens([token for token in added.values() if token.content not in known])
+        return backend, bool(backend.encode("").ids)
+    if sentencepiece.is_file():
+        prefixed = settings.get("legacy") in (None, True)
+        backend = sentencepiece_backend(sentencepiece, added, prefixed=prefixed)
+        return backend, settings.get("add_bos_token", True)
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        return qwen2_backend(folder, added), False
+    raise ValueError(f"{folder}: no tokenizer.json, tokenizer.model or vocab.json with merges.txt")
+
+
+def with_added(model: models.BPE, added: dict[int, AddedToken]) -> Tokenizer:
+    """A tokenizer over a model whose vocabulary already holds the added tokens."""
+    backend = Tokenizer(model)
+    backend.add_tokens(list(added.values()))
+    return backend
+
+
+def qwen2_backend(folder: Path, added: dict[int, AddedToken]) -> Tokenizer:
+    """Byte-level BPE as Qwen2's slow tokenizer: NFC, its word pattern, no prefix space."""
+    vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    vocab |= {token.content: id for id, token in added.items()}
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    backend = with_added(models.BPE(vocab, merges), added)
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN2_WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def sentencepiece_backend(path: Path, added: dict[int, AddedToken], *, prefixed: bool) -> Tokenizer:
+    """A sentencepiece BPE model as a fast tokenizer; `prefixed` puts a space before every run of text."""
+    pieces, trainer, normalizer = read_sentencepiece(path)
+    # options by field number of sentencepiece's protobuf, with its defaults
+    model_type, byte_fallback = trainer.get(3, 1), trainer.get(35, 0)
+    if model_type != 2 or normalizer.get(2) or normalizer.get(4, 1) or not normalizer.get(5, 1):
+        raise ValueError(f"{path}: only BPE models without text normalisation are supported")
+    fixed = {id: text for id, (text, _, kind) in enumerate(pieces) if kind in (CONTROL, USER_DEFINED)}
+    added = {id: AddedToken(text, normalized=False, special=True) for id, text in fixed.items()} | added
+    vocab = {text: id for id, (text, _, _) in enumerate(pieces) if id not in added}
+    unknown = next(text for text, _, kind in pieces if kind == UNKNOWN)
+    vocab |= {token.content: id for id, token in added.items()}
+    model = models.BPE(vocab, merges_of(pieces), unk_token=unknown, fuse_unk=True, byte_fallback=bool(byte_fallback))
+    backend = with_added(model, added)
+    prepend = [normalizers.Prepend(SPACE)] if prefixed and normalizer.get(3, 1) else []
+    backend.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", SPACE)])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", len(prepend), 0)]
+    )
+    return backend
+
+
+def merges_of(pieces: list[tuple[str, float, int]]) -> list[tuple[str, str]]:
+    """The merges of a sentencepiece BPE model: every split of a piece into two pieces, best score first."""
+    normal = {text: score for text, score, kind in pieces if kind == NORMAL}
+    merges = []
+    for text in sorted(normal, key=normal.get, reverse=True):
+        splits = ((text[:cut], text[cut:]) for cut in range(1, len(text)))
+        merges += [(left, right) for left, right in splits if left in normal and right in normal]
+    return merges
+
+
+def read_sentencepiece(path: Path) -> tuple[list[tuple[str, float, int]], dict, dict]:
+    """(text, score, type) of every piece, trainer and normaliser options by field number, of a `tokenizer.model`."""
+    pieces, options = [], {2: {}, 3: {}}
+    try:
+        for field, value in protobuf_fields(memoryview(path.read_bytes())):
+            if field == 1:
+                piece = {2: 0.0, 3: NORMAL} | dict(protobuf_fields(value))
+                pieces.append((bytes(piece[1]).decode(), piece[2], piece[3]))
+            elif field in options:
+                options[field] = dict(protobuf_fields(value))
+    except (IndexError, KeyError, TypeError, ValueError, struct.error):
+        raise ValueError(f"{path}: not a sentencepiece model") from None
+    return pieces, options[2], options[3]
+
+
+def protobuf_fields(data: memoryview) -> Iterator[tuple[int, int | float | memoryview]]:
+    """(field number, value) of a protobuf message: varint, 32-bit float or bytes. Raises on anything else."""
+    place = 0
+
+    def varint() -> int:
+        nonlocal place
+        value = shift = 0
+        while True:
+            byte = data[place]
+            place += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while place < len(data):
+        tag = varint()
+        if tag & 7 == 0:
+            value = varint()
+        elif tag & 7 == 2:
+            size = varint()
+            value, place = data[place : place + size], place + size
+        else:
+            value, place = (
+                struct.unpack_from({1: "<d", 5: "<f"}[tag & 7], data, place)[0],
+                place + (4 if tag & 7 == 5 else 8),
+            )
+        yield tag >> 3, value
+
+
+def template_names() -> list[str]:
+    """InternVL's conversation templates, by the names that original checkpoints give them."""
+    return sorted(path.name.removesuffix(".jinja") for path in TEMPLATES.iterdir())
+
+
+def named_template(name: str, begins: bool) -> str:
+    """An InternVL template; `begins` puts the bos token before it, as the tokenizer itself would."""
+    if name not in template_names():
+        raise ValueError(f"template {name!r} is not one of {', '.join(template_names())}")
+    text = TEMPLATES.joinpath(f"{name}.jinja").read_text(encoding="utf-8")
+    return "{{- bos_token }}\n" + text if begins else text
+
+
+def read_template(folder: Path, settings: dict) -> str | None:
+    """The folder's own chat template."""
+    path = folder / "chat_template.jinja"
+    return path.read_text(encoding="utf-8") if path.is_file() else settings.get("chat_template")
