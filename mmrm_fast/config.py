@@ -36,7 +36,12 @@ class TrainConfig(DataConfig):
     robust: bool = False
     """Train a text-only proxy beside the model and up-weight the pairs on which it fails."""
     data: tuple[str, ...] = ()
-    """JSONL files of preferences, pairwise or K-wise. Default: a shapes environment."""
+    """JSONL files of preferences, pairwise or K-wise; FILE:WEIGHT for a mixture. Default: a shapes environment."""
+    pairs: str = "all"
+    """Pairs of a K-wise record: `all` of them in one group, `expand` for every pair as a sample of its own, or a number
+    of pairs taken at random."""
+    eval_fraction: float | None = None
+    """Share of the training data held out as the test set `held-out`, by a hash of image and prompt."""
     eval: tuple[str, ...] = ()
     """Test sets from the training distribution, NAME=FILE."""
     eval_ood: tuple[str, ...] = ()
@@ -68,6 +73,8 @@ class TrainConfig(DataConfig):
     tokens_per_batch: int | None = None
     """Work of one optimizer step over all ranks, in the units of `--tokens-per-micro-batch`.
     Default: 131,072 (about 128 pairs), 6,144 for the tiny checkpoint."""
+    pairs_per_step: int | None = None
+    """Pairs of one optimizer step over all ranks, instead of `--tokens-per-batch`."""
     overlong: Literal["skip", "truncate", "error"] = "skip"
     """A response that does not fit: drop its pairs and count them, cut it, or stop."""
     skip_bad: bool = False

@@ -1,6 +1,7 @@
 """Records to samples: groups encoded as token keys, images sized from their headers, tiles decoded when packed."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -69,14 +70,31 @@ class GroupDataset:
         self.overlong, self.with_text = overlong, with_text
         self.proxy_image, self.inputs = proxy_image, inputs
         self.edges = np.cumsum([0, *map(len, self.files)])
+        self.records: np.ndarray | None = None  # those selected, in order, as positions over all files
 
     def __len__(self) -> int:
-        return int(self.edges[-1])
+        return int(self.edges[-1]) if self.records is None else len(self.records)
 
     def __getitem__(self, index: int) -> Sample:
         """Encode record `index`. Raises `RecordError`."""
-        file = int(np.searchsorted(self.edges, index, side="right")) - 1
-        return self.encode(self.files[file].group(int(index - self.edges[file])))
+        return self.encode(self.group(index))
+
+    def group(self, index: int) -> Group:
+        """Parse record `index`. Raises `RecordError`."""
+        record = index if self.records is None else int(self.records[index])
+        file = int(np.searchsorted(self.edges, record, side="right")) - 1
+        return self.files[file].group(int(record - self.edges[file]))
+
+    def select(self, records: np.ndarray):
+        """The same data set with only these of its records (increasing indices)."""
+        selected = copy(self)
+        selected.records = records if self.records is None else self.records[records]
+        return selected
+
+    def records_per_file(self) -> list[int]:
+        """How many of the records come from each file, which follow each other."""
+        edges = self.edges if self.records is None else np.searchsorted(self.records, self.edges)
+        return np.diff(edges).tolist()
 
     def encode(self, group: Group) -> Sample:
         """Encode one group. Raises `RecordError` naming the field that cannot be encoded."""
@@ -135,7 +153,44 @@ class GroupDataset:
 class PreferenceDataset(GroupDataset):
     """Groups for training and evaluation: responses that are in no pair are left out."""
 
+    max_pairs: int | None = None  # more pairs of a record are left out, at random
+    seed = 0
+    pair_of: np.ndarray | None = None  # where every pair is a sample: which pair of its record, by sample
+
+    def sampled(self, max_pairs: int, seed: int) -> "PreferenceDataset":
+        """The same data set with at most `max_pairs` random pairs a record, for a seed always the same."""
+        fewer = copy(self)
+        fewer.max_pairs, fewer.seed = max_pairs, seed
+        return fewer
+
+    def expanded(self, num_pairs: np.ndarray) -> "PreferenceDataset":
+        """The same data set with every pair a sample: `num_pairs` of each record, 0 where it has none."""
+        counts = np.maximum(num_pairs, 1)  # a record without pairs stays, to be counted
+        indices = np.repeat(np.arange(len(self)), counts)
+        pairs = self.select(indices)
+        pairs.pair_of = np.arange(len(indices)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return pairs
+
+    def group(self, index: int) -> Group:
+        """Parse record `index` with the pairs that are used of it. Raises `RecordError`."""
+        group = super().group(index)
+        if self.pair_of is not None:
+            first = int(self.pair_of[index])
+            return replace(group, pairs=group.pairs[first : first + 1])
+        if self.max_pairs is not None and len(group.pairs) > self.max_pairs:
+            chosen = np.random.default_rng((self.seed, index)).choice(len(group.pairs), self.max_pairs, replace=False)
+            return replace(group, pairs=tuple(group.pairs[pair] for pair in sorted(chosen)))
+        return group
+
+    def num_pairs(self, index: int) -> int:
+        """Pairs of record `index`, 0 where it cannot be parsed."""
+        try:
+            return len(self.group(index).pairs)
+        except RecordError:
+            return 0
+
     def encode(self, group: Group) -> Sample:
+        """Encode one group's paired responses. Raises `RecordError`."""
         return super().encode(only_paired(group))
 
 
@@ -153,21 +208,12 @@ def only_paired(group: Group) -> Group:
     )
 
 
-def check(
-    dataset: GroupDataset, indices: Iterable[int], *, decode: bool, progress: Callable = iter
-) -> list[RecordError]:
-    """Every record among `indices` that cannot be used: syntax, fields, images, lengths.
-
-    Args:
-        decode: also decode the images (otherwise only their headers are read).
-        progress: wraps the iteration, such as a progress bar.
-    """
-    errors = []
-    for index in progress(indices):
-        try:
-            sample = dataset[index]
-            if decode:
-                dataset.load(sample)
-        except RecordError as error:
-            errors.append(error)
-    return errors
+def fault(dataset: GroupDataset, index: int, *, decode: bool) -> RecordError | None:
+    """Why record `index` cannot be used, None if it can: syntax, fields, image headers (`decode`: pixels), lengths."""
+    try:
+        sample = dataset[index]
+        if decode:
+            dataset.load(sample)
+    except RecordError as error:
+        return error
+    return None

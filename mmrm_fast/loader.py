@@ -6,6 +6,7 @@ the same steps although a record is tokenised twice in all: once to be sized, on
 
 import heapq
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
@@ -14,9 +15,9 @@ from torch.utils.data import DataLoader
 from mmrm_fast.dataset import GroupDataset
 from mmrm_fast.packing import MicroBatch, Notes, Packed, Packer, Step
 from mmrm_fast.records import RecordError
+from mmrm_fast.workers import Endless, in_order
 
 WINDOW = 4096
-CHUNK = 64  # records that a worker sizes at a time
 
 
 class Size(NamedTuple):
@@ -38,16 +39,6 @@ def load(
             packer, sampler=Endless(micro_batches), batch_size=None, num_workers=num_workers, pin_memory=pin_memory
         )
     )
-
-
-class Endless:
-    """An iterator as a sampler of unknown length."""
-
-    def __init__(self, items: Iterator):
-        self.items = items
-
-    def __iter__(self) -> Iterator:
-        return self.items
 
 
 def schedule(
@@ -112,36 +103,22 @@ def size_windows(
     """(end, sizes) of consecutive windows of the order, each rank sizing every `num_ranks`-th record."""
     windows = [range(at, min(at + window, len(order))) for at in range(start, len(order), window)]
     shares = [positions[rank::num_ranks] for positions in windows]
-    chunks = (share[at : at + CHUNK] for share in shares for at in range(0, len(share), CHUNK))
-    workers = {}
-    if num_workers:
-        ahead = -(-window // (CHUNK * num_ranks * num_workers))
-        workers = {"num_workers": num_workers, "prefetch_factor": ahead}
-    sized = iter(DataLoader(Sizer(dataset, order), sampler=Endless(chunks), batch_size=None, **workers))
+    sizes = in_order(partial(size, dataset, order), shares, num_workers=num_workers, ahead=window // num_ranks)
     for positions, share in zip(windows, shares, strict=True):
-        mine = [pair for chunk in islice(sized, -(-len(share) // CHUNK)) for pair in chunk]
-        yield positions.stop, [size for _, size in sorted(gather(mine), key=lambda pair: pair[0])]
+        everyone = gather(list(islice(sizes, len(share))))
+        yield positions.stop, [size for _, size in sorted(everyone, key=lambda pair: pair[0])]
 
 
-class Sizer:
-    """Sizes of records; as a torch data set its index is a range of positions in the order."""
-
-    def __init__(self, dataset: GroupDataset, order: Sequence[int]):
-        self.dataset, self.order = dataset, order
-
-    def __getitem__(self, positions: range) -> list[tuple[int, Size]]:
-        return [(position, self.size(int(self.order[position]))) for position in positions]
-
-    def size(self, index: int) -> Size:
-        """Encode one record and forget its tokens."""
-        try:
-            sample = self.dataset[index]
-        except RecordError as error:
-            return Size(0, 0, Notes(errors=(error,)))
-        pairs = len(sample.group.pairs)
-        notes = Notes(dropped=sample.dropped, unrated=sample.group.num_unrated, unpaired=int(not pairs))
-        cost = sample.cost(self.dataset.encoder.tokens_per_tile) if sample.main.sequences else 0
-        return Size(cost, pairs if cost else 0, notes)
+def size(dataset: GroupDataset, order: Sequence[int], position: int) -> tuple[int, Size]:
+    """(position, size) of one record of the order, which is encoded and forgotten."""
+    try:
+        sample = dataset[int(order[position])]
+    except RecordError as error:
+        return position, Size(0, 0, Notes(errors=(error,)))
+    pairs = len(sample.group.pairs)
+    notes = Notes(dropped=sample.dropped, unrated=sample.group.num_unrated, unpaired=int(not pairs))
+    cost = sample.cost(dataset.encoder.tokens_per_tile) if sample.main.sequences else 0
+    return position, Size(cost, pairs if cost else 0, notes)
 
 
 def cut(costs: Sequence[int], budget: int) -> list[range]:

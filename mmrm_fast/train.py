@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from mmrm_fast import sharding
 from mmrm_fast.config import TrainConfig
-from mmrm_fast.dataset import PreferenceDataset, check
+from mmrm_fast.dataset import PreferenceDataset
 from mmrm_fast.evaluate import (
     EvalSet,
     PairRow,
@@ -26,6 +27,7 @@ from mmrm_fast.evaluate import (
     summarize,
     write_rows,
 )
+from mmrm_fast.inputs import InputErrors, open_inputs
 from mmrm_fast.loader import load
 from mmrm_fast.loss import StepAccumulator, preference_loss
 from mmrm_fast.model import RewardModel
@@ -37,19 +39,7 @@ from mmrm_fast.weights import Checkpoint, load_checkpoint, save_checkpoint
 TINY_CHECKPOINT = Path(__file__).parent / "assets" / "shapes-internvl"
 TINY = {"lr": 5e-4, "tokens_per_batch": 6_144, "tokens_per_micro_batch": 6_144}
 DEFAULTS = {"lr": 1e-5, "tokens_per_batch": 131_072}
-ALWAYS_DECODED = 10_000
-MAX_LISTED = 50
 EVALUATED_TOGETHER = 16  # micro-batches a rank that are balanced together in evaluation
-
-
-class InputErrors(ValueError):
-    """Records that cannot be used, listed with file, line, field and reason."""
-
-    def __init__(self, errors: list[RecordError], remedy: str):
-        listed = [str(error) for error in errors[:MAX_LISTED]]
-        if len(errors) > MAX_LISTED:
-            listed.append(f"... and {len(errors) - MAX_LISTED} more")
-        super().__init__("\n".join([f"{len(errors)} records cannot be used:", *listed, remedy]))
 
 
 def train(config: TrainConfig) -> Path:
@@ -92,17 +82,15 @@ class Trainer:
     """One training run on one rank."""
 
     def __init__(self, config: TrainConfig, eval_sets: list[EvalSet], device: torch.device):
-        self.config, self.eval_sets, self.device = config, eval_sets, device
+        self.config, self.device = config, device
         self.is_main = sharding.rank() == 0
         torch.manual_seed(config.seed)
         self.main = self.load(config.model)
         self.proxy = self.load(config.proxy_model or config.model) if config.robust else None
-        self.dataset = self.open(config.data, config.overlong)
-        self.eval_datasets = [self.open((eval_set.path,), "truncate") for eval_set in eval_sets]
+        self.inputs = open_inputs(config, eval_sets, self.open, self.progress_bar)
         self.skipped: list[RecordError] = []  # the same on every rank
         self.undecoded: list[RecordError] = []  # this rank's
         self.counts = Counter()
-        self.check_inputs()
         self.models = self.shard_models()
         self.optimizer = make_optimizer(self.models, config)
         self.accumulator = StepAccumulator(device)
@@ -118,23 +106,9 @@ class Trainer:
         encoder, tiling = self.main.prompt_encoder(), self.main.tiling
         return PreferenceDataset(files, encoder, tiling, overlong=overlong, with_text=self.config.robust)
 
-    def check_inputs(self) -> None:
-        """Check the records of every file, divided over the ranks; raise all errors at once unless `skip_bad`."""
-        errors = []
-        for dataset in [self.dataset, *self.eval_datasets]:
-            count = min(len(dataset), self.config.check_records)
-            decode = self.config.check or len(dataset) < ALWAYS_DECODED
-            mine = range(sharding.rank(), count, sharding.num_ranks())
-            errors += check(dataset, mine, decode=decode, progress=self.progress_bar("checking records"))
-            if not len(dataset):
-                raise ValueError(f"{dataset.files[0].path}: no records")
-        errors = sharding.gather_lists(errors)
-        if errors and not self.config.skip_bad:
-            raise InputErrors(errors, "mend them, or pass --skip-bad to leave them out")
-
     def progress_bar(self, description: str):
         """A tqdm wrapper that only the first rank shows."""
-        return lambda items: tqdm(items, desc=description, leave=False, delay=2, disable=not self.is_main)
+        return partial(tqdm, desc=description, leave=False, delay=2, disable=not self.is_main)
 
     def shard_models(self) -> list[RewardModel]:
         """Freeze, sharding, device: the main model and, when robust, the proxy."""
@@ -160,10 +134,11 @@ class Trainer:
     def train_steps(self) -> None:
         """Every optimizer step, with a progress bar over the records."""
         config = self.config
-        total = int(config.epochs * len(self.dataset))
+        dataset = self.inputs.dataset
+        total = int(config.epochs * len(dataset))
         bar = tqdm(total=total, unit=" records", disable=not self.is_main, desc="training", smoothing=0.1)
         consumed, started = 0, time.perf_counter()
-        for packed in self.loader(self.dataset, self.epochs(total)):
+        for packed in self.loader(dataset, self.inputs.order(total, config.seed)):
             if packed.step:
                 self.note(packed.step.notes, training=True)
                 if not packed.step.records:
@@ -186,14 +161,6 @@ class Trainer:
         if not self.step:
             raise ValueError(f"{', '.join(map(str, config.data))}: no pair to train on")
 
-    def epochs(self, total: int) -> np.ndarray:
-        """The order of the records over all epochs, int64 [total]."""
-        count = len(self.dataset)
-        orders = [
-            np.random.default_rng((self.config.seed, epoch)).permutation(count) for epoch in range(-(-total // count))
-        ]
-        return np.concatenate(orders)[:total]
-
     def loader(self, dataset: PreferenceDataset, order: np.ndarray, *, training: bool = True) -> Iterator[Packed]:
         """This rank's packed micro-batches over `order`, prepared by worker processes."""
         config, on_gpu = self.config, self.device.type == "cuda"
@@ -203,6 +170,7 @@ class Trainer:
             order,
             packer=Packer(dataset, with_text=config.robust),
             tokens_per_batch=config.tokens_per_batch if training else budget,
+            pairs_per_step=config.pairs_per_step if training else None,
             tokens_per_micro_batch=config.tokens_per_micro_batch,
             rank=sharding.rank(),
             num_ranks=sharding.num_ranks(),
@@ -279,7 +247,7 @@ class Trainer:
     def evaluate(self, save_to: Path | None = None) -> dict[str, dict]:
         """The figures of every test set; with `save_to` also its pairs, in eval-NAME.jsonl."""
         results = {}
-        for eval_set, dataset in zip(self.eval_sets, self.eval_datasets, strict=True):
+        for eval_set, dataset in zip(self.inputs.eval_sets, self.inputs.eval_datasets, strict=True):
             rows = self.evaluate_one(dataset, eval_set.name)
             results[eval_set.name] = {"kind": eval_set.kind, **summarize(rows)}
             if save_to and self.is_main:

@@ -1,9 +1,10 @@
-"""Records to samples: only paired responses are encoded, overlong ones follow the policy, `check` finds every fault."""
+"""Records to samples: only paired responses are encoded, overlong ones follow the policy, faults are found."""
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from mmrm_fast.dataset import GroupDataset, PreferenceDataset, check, only_paired
+from mmrm_fast.dataset import GroupDataset, PreferenceDataset, fault, only_paired
 from mmrm_fast.records import Group, Pair, RecordError, RecordFile
 
 LONG = "I think so. " * 40
@@ -177,9 +178,54 @@ def line_of(error):
 
 
 @pytest.mark.parametrize(("decode", "lines"), [(False, [2, 3, 4, 5, 8]), (True, [2, 3, 4, 5, 6, 8])])
-def test_check_finds_every_fault(faulty, decode, lines):
-    assert [line_of(error) for error in check(faulty, range(len(faulty)), decode=decode)] == lines
+def test_every_fault_is_found_and_nothing_else(faulty, decode, lines):
+    errors = [fault(faulty, index, decode=decode) for index in range(len(faulty))]
+    assert [line_of(error) for error in errors if error] == lines
 
 
-def test_check_looks_only_at_the_records_it_is_given(faulty):
-    assert [line_of(error) for error in check(faulty, [0, 2, 6], decode=True)] == [3]
+# selections and pairs
+
+
+@pytest.fixture
+def kwise(make_dataset, write_jsonl):
+    """Three records of 3, 0 and 1 pairs, the second of which cannot be parsed."""
+
+    def completions(*ratings):
+        return {
+            "annotations": [{"Helpfulness": {"Rating": rating}} for rating in ratings],
+            "response": [f"answer {rating}" for rating in ratings],
+        }
+
+    records = [
+        {"prompt": "a", "completions": completions(3, 2, 1)},
+        "{",
+        {"prompt": "c", "completions": completions(1, 2)},
+    ]
+    return make_dataset([RecordFile(write_jsonl(records))])
+
+
+def test_a_selection_is_a_data_set_of_those_records(kwise):
+    last = kwise.select(np.array([0, 2])).select(np.array([1]))
+    assert (len(last), last.group(0).prompt, last.records_per_file()) == (1, "c", [1])
+    assert len(kwise) == 3
+
+
+def test_every_pair_can_be_a_sample_of_its_own(kwise):
+    counts = np.array([kwise.num_pairs(index) for index in range(3)])
+    assert counts.tolist() == [3, 0, 1]
+    pairs = kwise.expanded(counts)
+    assert [pairs.group(index).pairs for index in (0, 1, 2, 4)] == [
+        (Pair(0, 1),),
+        (Pair(0, 2),),
+        (Pair(1, 2),),
+        (Pair(1, 0),),
+    ]
+    assert len(pairs[0].group.responses) == 2
+    with pytest.raises(RecordError):
+        pairs[3]
+
+
+def test_random_pairs_of_a_record_are_always_the_same_for_a_seed(kwise):
+    assert [len(kwise.sampled(2, 0).group(index).pairs) for index in (0, 2)] == [2, 1]
+    assert kwise.sampled(2, 0).group(0) == kwise.sampled(2, 0).group(0)
+    assert len({kwise.sampled(1, seed).group(0).pairs for seed in range(20)}) == 3

@@ -134,6 +134,37 @@ def test_micro_batches_do_not_change_the_training(make_config):
     assert losses(parts) == pytest.approx(losses(whole), abs=1e-5)
 
 
+def test_a_fraction_of_the_data_is_held_out_and_tested_on(make_config):
+    folder = train(make_config("split", eval_fraction=0.4, eval=(), tokens_per_batch=100))
+    results = json.loads((folder / "results.json").read_text())
+    trained = sum(row["pairs"] for row in read(folder / "metrics.jsonl"))
+    assert list(results) == ["held-out"] and results["held-out"]["kind"] == "iid"
+    assert trained + results["held-out"]["pairs"] == 17 and trained < 17
+
+
+def test_test_records_among_the_training_records_are_said(make_config, capsys):
+    train(make_config("copies", max_steps=1))
+    assert "small: 3 of 3 test records are in the training data" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("pairs", "records", "count"), [("all", 11, 17), ("expand", 17, 17), ("1", 11, 11)])
+def test_pairs_of_a_kwise_record_are_one_group_or_samples_of_their_own_or_some(make_config, pairs, records, count):
+    rows = read(train(make_config("pairs", pairs=pairs, eval=())) / "metrics.jsonl")
+    assert (sum(row["records"] for row in rows), sum(row["pairs"] for row in rows)) == (records, count)
+
+
+def test_steps_can_be_a_number_of_pairs(make_config):
+    rows = read(train(make_config("fixed", pairs="expand", pairs_per_step=4, eval=())) / "metrics.jsonl")
+    assert [row["pairs"] for row in rows] == [4, 4, 4, 4, 1]
+
+
+def test_a_mixture_is_as_long_as_its_files_together(make_config, write_jsonl, pictures):
+    data = make_config("mixture").data[0]
+    other = write_jsonl(mixed_records(pictures)[:2], "other.jsonl")
+    folder = train(make_config("mixture", data=(f"{data}:1", f"{other}:3"), eval=()))
+    assert sum(row["records"] for row in read(folder / "metrics.jsonl")) == 13
+
+
 def test_workers_do_not_change_the_training(make_config):
     alone = train(make_config("alone", max_steps=2))
     assert losses(train(make_config("workers", max_steps=2, num_workers=1))) == losses(alone)

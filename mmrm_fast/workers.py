@@ -1,0 +1,52 @@
+"""A function of many records, in worker processes, with the results in order."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+CHUNK = 64  # records that a worker takes at a time
+MOST = 8
+
+
+def in_order(
+    function: Callable[[int], Any], ranges: Iterable[range], *, num_workers: int = 0, ahead: int = 1024
+) -> Iterator[Any]:
+    """`function(index)` for every index of the ranges, in order, computed by `num_workers` processes (0: by this one).
+
+    Args:
+        ahead: results computed before they are asked for, at least; the first ones when the first is asked for.
+    """
+    chunks = (indices[at : at + CHUNK] for indices in ranges for at in range(0, len(indices), CHUNK))
+    options = {}
+    if num_workers:
+        options = {"num_workers": num_workers, "prefetch_factor": max(2, -(-ahead // (CHUNK * num_workers)))}
+    for results in DataLoader(Chunked(function), sampler=Endless(chunks), batch_size=None, **options):
+        yield from results
+
+
+class Chunked:
+    """A function of one index as a torch data set of ranges."""
+
+    def __init__(self, function: Callable[[int], Any]):
+        self.function = function
+
+    def __getitem__(self, indices: range) -> list:
+        return [self.function(index) for index in indices]
+
+
+class Endless:
+    """An iterator as a sampler of unknown length."""
+
+    def __init__(self, items: Iterator):
+        self.items = items
+
+    def __iter__(self) -> Iterator:
+        return self.items
+
+
+def idle_workers() -> int:
+    """Processes that fit on this machine's CPUs while nothing trains: its share a rank, at most `MOST`."""
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(MOST, max(1, len(os.sched_getaffinity(0)) // ranks_here))
