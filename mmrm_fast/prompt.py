@@ -15,7 +15,8 @@ placeholder tokens become negative keys, -1 - row, `row` counting the image toke
 | prefix over `max_length` | an error | cut on the right |
 | response over `max_length` | cut, its end token kept; or `--overlong` | cut on the right, no end token |
 | empty response | its end token alone | the generation prompt, no end token |
-| white space around texts | kept | kept; stripped where the template is `internlm2-chat` |
+
+White space around a text stays, unless the chat template trims it (as `internlm2-chat` does).
 """
 
 import json
@@ -31,8 +32,7 @@ from mmrm_fast.images import Compat
 from mmrm_fast.records import Message, Prompt
 
 IMAGE = "<image>"
-SLOT = "MMRM{}SLOT"
-STRIPPING_TEMPLATE = "internlm2-chat"
+SLOT, MARGIN = "MMRM{}SLOT", " "
 
 
 class PromptError(ValueError):
@@ -84,11 +84,6 @@ def without_images(turns: Turns) -> Turns:
     return [(role, [first + "".join(piece.removeprefix("\n") for piece in rest)]) for role, (first, *rest) in turns]
 
 
-def stripped(turns: Turns) -> Turns:
-    """The turns of users and assistants without the white space around them."""
-    return [(role, pieces if role == "system" else strip_ends(pieces)) for role, pieces in turns]
-
-
 def strip_ends(pieces: list[str]) -> list[str]:
     """The text around image slots, stripped where there is no slot beside the white space."""
     if len(pieces) == 1:
@@ -103,6 +98,7 @@ class Template:
     before: tuple[list[str | int], ...]  # before each message of the prompt
     middle: list[str | int]  # between prompt and response
     tail: list[str | int]  # what ends the response
+    trims: tuple[bool, ...]  # whether the white space around each message, and around the response, is dropped
 
 
 class PromptEncoder:
@@ -114,7 +110,6 @@ class PromptEncoder:
         max_length: tokens of prefix plus one response; the prefix is never cut.
         image_tokens: the tokens that open an image, stand for it and close it.
         compat: `reference` takes over the habits of the reference implementation (table above).
-        template: the reference's name of the chat template, on which one of its habits depends.
     """
 
     def __init__(
@@ -125,10 +120,9 @@ class PromptEncoder:
         max_length: int,
         image_tokens: tuple[str, str, str] = ("<img>", "<IMG_CONTEXT>", "</img>"),
         compat: Compat = None,
-        template: str | None = None,
     ):
         self.tokenizer, self.tokens_per_tile, self.max_length = tokenizer, tokens_per_tile, max_length
-        self.compat, self.strips = compat, compat is not None and template == STRIPPING_TEMPLATE
+        self.compat = compat
         self.backend = text_tokenizer(tokenizer, image_tokens, literal=compat is None)
         start, _, end = (self.backend.token_to_id(token) for token in image_tokens)
         if start is None or end is None:
@@ -155,10 +149,10 @@ class PromptEncoder:
 
     def encode_turns(self, turns: Turns, responses: tuple[str, ...], tiles_per_image: tuple[int, ...]) -> Encoded:
         """Encode a prompt given as turns."""
-        if self.strips:
-            turns, responses = stripped(turns), tuple(response.strip() for response in responses)
         roles = tuple(role for role, _ in turns)
         template = self.single_turn if roles == ("user",) else self.template(roles)
+        if template.trims[-1]:
+            responses = tuple(response.strip() for response in responses)
         *whole, (_, opening) = self.runs(template, turns, tiles_per_image)
         prefix = self.encode_items(whole)
         before, after = whole[-1][1] if whole else None, template.tail[-1]
@@ -189,22 +183,24 @@ class PromptEncoder:
         """The chat template around a prompt of these turns. Raises `PromptError` where it does not take them."""
         slots = [SLOT.format(index) for index in range(len(roles) + answered)]
         names = (*roles, "assistant") if answered else roles
-        messages = [{"role": role, "content": slot} for role, slot in zip(names, slots, strict=True)]
+        messages = [{"role": role, "content": MARGIN + slot + MARGIN} for role, slot in zip(names, slots, strict=True)]
         try:
             rest = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=not answered)
         except TemplateError as error:
             turns = ", ".join(roles)
             raise PromptError("prompt", f"the chat template does not take the turns {turns}: {error}") from None
-        parts = []
+        parts, trims = [], []
         for slot in slots:
-            part, found, rest = rest.partition(slot)
+            trims.append(MARGIN + slot + MARGIN not in rest)
+            part, found, rest = rest.partition(slot if trims[-1] else MARGIN + slot + MARGIN)
             if not found:
                 raise ValueError(f"the chat template does not render the text of {', '.join(names)} as given")
             parts.append(split_specials(part, self.specials))
+        rest = split_specials(rest, self.specials)
         if not answered:
-            return Template(tuple(parts), split_specials(rest, self.specials), [])
+            return Template(tuple(parts), rest, [], tuple(trims))
         *before, middle = parts
-        return Template(tuple(before), middle, up_to_end_token(split_specials(rest, self.specials)))
+        return Template(tuple(before), middle, up_to_end_token(rest), tuple(trims))
 
     def runs(self, template: Template, turns: Turns, tiles_per_image: tuple[int, ...]) -> list[tuple[str, object]]:
         """Everything before the response as ("text", run), ("id", token) and ("image", tiles) items.
@@ -221,10 +217,11 @@ class PromptEncoder:
             else:
                 items[-1] = ("text", items[-1][1] + part)
 
-        for before, (_, (first, *pieces)) in zip(template.before, turns, strict=True):
+        for before, trims, (_, pieces) in zip(template.before, template.trims, turns, strict=False):
+            first, *rest = strip_ends(pieces) if trims else pieces
             for part in (*before, first):
                 add(part)
-            for piece in pieces:
+            for piece in rest:
                 image = ("image", next(tiles))
                 items.extend([("id", self.image_start), image, ("id", self.image_end), ("text", piece)])
         for part in template.middle:

@@ -1,0 +1,142 @@
+"""Inputs with `compat="reference"` are those of the public reference implementation: token ids and pixels."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mmrm_fast.dataset import GroupDataset
+from mmrm_fast.images import NORMALIZATION, Tiling, mean_colour, white_tile
+from mmrm_fast.packing import MicroBatch, Packer
+from mmrm_fast.prompt import PromptEncoder
+from mmrm_fast.records import open_records
+from mmrm_fast.tokenizer import load_tokenizer
+
+GOLDEN = Path(__file__).parent / "golden"
+TEMPLATES = {"InternLM2ForCausalLM": "internlm2-chat", "Qwen2ForCausalLM": "Hermes-2"}
+TILING = Tiling(56, 1, 6, compat="reference")
+LIMITS = {"expected.json": 4096, "expected_maxlen512.json": 512}
+MEAN, STD = (np.array(values, np.float32) for values in NORMALIZATION["imagenet"])
+
+
+@pytest.fixture(params=TEMPLATES)
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def open_golden(name):
+    def make(file="records.jsonl", max_length=4096, **options):
+        tokenizer = load_tokenizer(GOLDEN / name / "checkpoint", template=TEMPLATES[name], slow=True)
+        encoder = PromptEncoder(tokenizer, tokens_per_tile=4, max_length=max_length, compat="reference")
+        return GroupDataset([open_records(GOLDEN / name / file)], encoder, TILING, **options)
+
+    return make
+
+
+@pytest.fixture
+def expected(name):
+    return lambda file: json.loads((GOLDEN / name / file).read_text(encoding="utf-8"))
+
+
+def with_image_token(dataset, sequence):
+    """A sequence with every image row as the placeholder's id."""
+    return np.where(sequence < 0, dataset.encoder.tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"), sequence).tolist()
+
+
+def normalised(tiles):
+    """uint8 tiles [I, S, S, 3] as the reference's float32 pixels [I, 3, S, S]."""
+    return ((tiles.astype(np.float32) / 255 - MEAN) / STD).transpose(0, 3, 1, 2)
+
+
+def assert_checked(pixels, check):
+    """One tile against the mean, deviation and first values that were recorded of it."""
+    pixels = pixels.astype(np.float64)
+    assert pixels.mean() == pytest.approx(check["mean"], abs=1e-6)
+    assert pixels.std() == pytest.approx(check["std"], abs=1e-6)
+    assert pixels.mean((1, 2)) == pytest.approx(np.array(check["channel_means"]), abs=1e-6)
+    assert pixels.ravel()[:8] == pytest.approx(np.array(check["first8"]), abs=1e-6)
+
+
+@pytest.mark.parametrize("file", LIMITS)
+def test_token_ids_are_those_of_the_reference(open_golden, expected, file):
+    dataset = open_golden(max_length=LIMITS[file])
+    assert expected(file)["max_length"] == LIMITS[file]
+    for item in expected(file)["items"]:
+        sample = dataset[item["record"]]
+        assert sum(sample.tiles_per_image) == item["num_tiles"]
+        assert with_image_token(dataset, sample.main.sequences[item["response"]]) == item["input_ids"]
+
+
+def test_every_response_has_a_golden(open_golden, expected):
+    dataset = open_golden()
+    keys = [(record, response) for record in range(6) for response in range(len(dataset[record].group.responses))]
+    for file in LIMITS:
+        assert [(item["record"], item["response"]) for item in expected(file)["items"]] == keys
+
+
+def test_pixels_are_those_of_the_reference(open_golden, expected, name):
+    dataset = open_golden()
+    checks = expected("expected.json")["pixel_checks"]
+    stored = np.load(GOLDEN / name / "pixels.npz")
+    assert len(checks) == len(stored.files) == len(dataset) == 6
+    for record, check in enumerate(checks):
+        (tiles,) = dataset.load(dataset[record])
+        pixels = normalised(tiles)
+        assert np.array_equal(pixels.astype(np.float16), stored[f"record_{record}"])
+        for tile, tile_check in zip(pixels, check["tiles"], strict=True):
+            assert_checked(tile, tile_check)
+
+
+def test_training_pixels_are_those_of_the_reference(open_golden, expected):
+    dataset = open_golden("pairs.jsonl")
+    checks = expected("expected_robust.json")["pixel_checks"]
+    assert len(checks) == len(dataset) == 4
+    for record, check in enumerate(checks):
+        (tiles,) = dataset.load(dataset[record])
+        for tile, tile_check in zip(normalised(tiles), check["tiles"], strict=True):
+            assert_checked(tile, tile_check)
+
+
+def test_training_ids_are_those_of_the_reference_for_both_branches(open_golden, expected):
+    dataset = open_golden("pairs.jsonl", with_text=True, proxy_image="white")
+    items = expected("expected_robust.json")["items"]
+    assert len(items) == len(dataset) == 4
+    for record, item in enumerate(items):
+        sample = dataset[record]
+        assert (sample.group.id, sum(sample.tiles_per_image)) == (item["id"], item["num_tiles"])
+        for kind, encoded in (("", sample.main), ("_fake", sample.text)):
+            ids = [with_image_token(dataset, sequence) for sequence in encoded.sequences]
+            assert ids == [item["input_ids_chosen" + kind], item["input_ids_rejected" + kind]]
+
+
+def test_the_proxy_sees_the_white_picture_of_the_reference(open_golden, expected):
+    dataset = open_golden("pairs.jsonl", with_text=True, proxy_image="white")
+    batch = Packer(dataset, with_text=True)[MicroBatch(tuple(dataset[i] for i in range(4)))].batch
+    (pixels,) = normalised(batch.text_tiles.numpy())
+    assert_checked(pixels, expected("expected_robust.json")["pixel_check_fake"])
+    rows = -1 - batch.text.source_T[batch.text.source_T < 0]
+    assert set(rows.tolist()) == {0, 1, 2, 3}
+
+
+def test_text_only_inputs_are_one_white_tile_and_image_only_inputs_have_no_question(open_golden, expected):
+    text_only, whole = open_golden("pairs.jsonl", inputs="text"), expected("expected_robust.json")["items"]
+    for record, item in enumerate(whole):
+        sample = text_only[record]
+        assert with_image_token(text_only, sample.main.sequences[0]) == item["input_ids_chosen_fake"]
+        assert np.array_equal(text_only.load(sample)[0], white_tile(56))
+    image_only = open_golden("records.jsonl", inputs="image")
+    empty = expected("expected.json")["items"]
+    (no_question,) = (item["input_ids"] for item in empty if (item["record"], item["response"]) == (4, 0))
+    sample = image_only[4]
+    assert with_image_token(image_only, sample.main.sequences[0]) == no_question
+    assert image_only[3].main.prefix_length == sample.main.prefix_length
+
+
+@pytest.mark.parametrize(
+    ("normalize_type", "colour"),
+    [("imagenet", (123, 116, 103)), ("clip", (122, 116, 104)), ("siglip", (127, 127, 127))],
+)
+def test_the_colour_of_the_padding_is_the_mean_of_the_normalisation(normalize_type, colour):
+    assert mean_colour(normalize_type) == colour
