@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from transformers import InternVLConfig, InternVLVisionConfig, LlamaConfig, Phi3Config, Qwen2Config, Qwen3Config
 
+from mmrm_fast.model import original_facts
+
 TEXT_CONFIGS = {
     "InternLM2ForCausalLM": LlamaConfig,
     "LlamaForCausalLM": LlamaConfig,
@@ -207,11 +209,6 @@ def renamed(name: str, names: dict[str, str]) -> str:
 def is_internlm2(config: InternVLConfig) -> bool:
     """Whether the native Llama layout came from InternLM2's packed one."""
     return original_facts(config).get("architecture") == "InternLM2ForCausalLM"
-
-
-def original_facts(config: InternVLConfig) -> dict:
-    """What a native config remembers of the original one: architecture, template, ps_version."""
-    return getattr(config, "internvl_chat", None) or {}
 
 
 def original_config(config: InternVLConfig, *, tile_size: int, tiles: tuple[int, int], thumbnail: bool) -> dict:

@@ -66,6 +66,10 @@ class TensorFolder:
         a, b = self.slice(*adapter["A"])[:], self.slice(*adapter["B"])[start:stop]
         return rows.float() + self.lora_scale * (b.float() @ a.float())
 
+    def whole(self, name: str) -> Tensor:
+        """A whole tensor."""
+        return self.rows(name, 0, self.shape(name)[0])
+
     def slice(self, file: str, stored: str):
         """safetensors' lazy slice of a stored tensor."""
         if file not in self.files:
