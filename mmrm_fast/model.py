@@ -15,6 +15,7 @@ from mmrm_fast.ops.patchify import patchify
 from mmrm_fast.ops.pixel_shuffle_norm import pixel_shuffle_norm
 from mmrm_fast.ops.reward_head import reward_head
 from mmrm_fast.packing import TokenPlan
+from mmrm_fast.rope import use_own_length_rope
 
 
 class RewardModel(nn.Module):
@@ -35,6 +36,7 @@ class RewardModel(nn.Module):
         self.num_vision_layers = num_vision_layers(model.config)
         self.is_transposed = original_facts(model.config).get("ps_version") == "v1"
         use_trie_attention(model.language_model)
+        use_own_length_rope(model.language_model)
 
     def forward(self, plan: TokenPlan, tiles_ISSC: Tensor | None = None) -> Tensor:
         """Rewards [R] of the plan's responses, in fp32 (float64 for float64 models).
@@ -47,7 +49,7 @@ class RewardModel(nn.Module):
         features = embedding.detach()[:0] if tiles_ISSC is None else self.image_features(tiles_ISSC)
         hidden = self.model.language_model(
             inputs_embeds=pack_image_tokens(embedding, features, plan.source_T, plan.source_index).unsqueeze(0),
-            position_ids=plan.position_ids_T.unsqueeze(0),
+            position_ids=plan.rope_positions(),
             use_cache=False,
             **plan.attention_plan(),
         ).last_hidden_state[0]

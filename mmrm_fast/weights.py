@@ -18,6 +18,7 @@ from mmrm_fast.images import NORMALIZATION, Compat, Tiling
 from mmrm_fast.model import RewardModel
 from mmrm_fast.parameters import ORIGINAL, load_weights, native_name, read_json, read_tensors
 from mmrm_fast.prompt import PromptEncoder
+from mmrm_fast.rope import rope_regime
 from mmrm_fast.tensors import stored_names, write_tensors
 from mmrm_fast.tokenizer import load_tokenizer
 
@@ -43,7 +44,11 @@ class Checkpoint:
     def prompt_encoder(self) -> PromptEncoder:
         """The encoder for this checkpoint's records."""
         return PromptEncoder(
-            self.tokenizer, tokens_per_tile=self.tokens_per_tile, max_length=self.max_length, compat=self.compat
+            self.tokenizer,
+            tokens_per_tile=self.tokens_per_tile,
+            max_length=self.max_length,
+            compat=self.compat,
+            rope_regime=rope_regime(self.model.model.config.text_config),
         )
 
 

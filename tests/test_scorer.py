@@ -192,7 +192,7 @@ def test_a_folder_without_a_score_weight_is_refused(checkpoint, tmp_path):
 def test_a_folder_of_another_kind_of_model_is_refused(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "qwen2"}))
-    with pytest.raises(ValueError, match="model_type is .qwen2.; expected `internvl`"):
+    with pytest.raises(ValueError, match=r"model_type is .qwen2.; expected `internvl`"):
         Scorer.from_pretrained(folder, "cpu")
 
 
@@ -208,5 +208,5 @@ def test_a_folder_with_a_weight_missing_is_refused(checkpoint, tmp_path):
     name = next(name for name in state if "q_proj" in name and "language" in name)
     del state[name]
     save_checkpoint(tmp_path / "model", checkpoint, state)
-    with pytest.raises(ValueError, match="no tensor language_model.layers.0.self_attn.q_proj.weight, expected .32, 32."):
+    with pytest.raises(ValueError, match=r"no tensor language_model.*q_proj.weight, expected \[32, 32\]"):
         Scorer.from_pretrained(tmp_path / "model", "cpu")
