@@ -22,8 +22,9 @@ TEXT_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
     "attention_bias", "mlp_bias", "sliding_window", "use_sliding_window", "max_window_layers",
-    "original_max_position_embeddings", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id",
+    "original_max_position_embeddings", "initializer_range",
 )  # fmt: skip
+TEXT_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # absent is none, not the class's default
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 VISION_FIELDS = {  # native name: original name and its default (InternViT-6B's)
     "hidden_size": ("hidden_size", 3200),
@@ -140,7 +141,7 @@ def text_config(llm: dict, vocab_size: int) -> LlamaConfig:
     fields = {name: llm[name] for name in TEXT_FIELDS if name in llm and name in known}
     if architecture == "InternLM2ForCausalLM":
         fields["attention_bias"] = llm.get("bias", True)
-    fields["vocab_size"] = vocab_size
+    fields |= {"vocab_size": vocab_size, **{name: llm.get(name) for name in TEXT_TOKENS}}
     return config_type(**fields, rope_parameters=rope_parameters(llm))
 
 
@@ -250,7 +251,7 @@ def original_text_config(config: InternVLConfig) -> dict:
         raise ValueError(
             f"text_config.model_type {text.model_type!r} has no original layout: {', '.join(TEXT_CONFIGS)}"
         )
-    fields = {name: getattr(text, name) for name in TEXT_FIELDS if hasattr(text, name)}
+    fields = {name: getattr(text, name) for name in (*TEXT_FIELDS, *TEXT_TOKENS) if hasattr(text, name)}
     rope = dict(text.rope_parameters)
     kind = rope.pop("rope_type")
     fields |= {"architectures": [architecture], "model_type": text.model_type, "rope_theta": rope.pop("rope_theta")}
