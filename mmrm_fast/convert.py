@@ -7,6 +7,7 @@ tensor (`Source`): packed `wqkv`, `qkv` of InternLM2 and InternViT become separa
 import math
 from dataclasses import dataclass
 
+from torch import Tensor
 from transformers import InternVLConfig, InternVLVisionConfig, LlamaConfig, Phi3Config, Qwen2Config, Qwen3Config
 
 from mmrm_fast.model import original_facts
@@ -197,6 +198,20 @@ def text_source(name: str, config: InternVLConfig) -> Source:
     heads = [head * (groups + 2) for head in range(text.num_key_value_heads)]
     spans = tuple(((head + first) * size, (head + last) * size) for head in heads)
     return Source(f"language_model.model.{layer}.attention.wqkv." + projection.rpartition(".")[2], spans)
+
+
+def packed(parts: list[tuple[tuple[tuple[int, int], ...] | None, Tensor]]) -> Tensor:
+    """The original tensor of native ones, each with its spans of rows; the inverse of `source`."""
+    if parts[0][0] is None:
+        return parts[0][1]
+    rows = sum(len(value) for _, value in parts)
+    whole = parts[0][1].new_empty(rows, *parts[0][1].shape[1:])
+    for spans, value in parts:
+        place = 0
+        for first, last in spans:
+            whole[first:last] = value[place : place + last - first]
+            place += last - first
+    return whole
 
 
 def renamed(name: str, names: dict[str, str]) -> str:

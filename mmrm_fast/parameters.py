@@ -34,7 +34,7 @@ def load_weights(
         model: built by `load_checkpoint(folder, with_weights=False)`, then possibly without its vision part, frozen,
             sharded.
         device: where the weights go.
-        proxy: read the text-only branch that the reference implementation saves beside the main one.
+        proxy: see `weights.load_checkpoint`.
 
     Raises:
         ValueError: a tensor is missing, has another shape, or has no place in the model.

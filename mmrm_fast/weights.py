@@ -60,6 +60,7 @@ def load_checkpoint(
     max_tiles: int | None = None,
     compat: Compat = None,
     with_weights: bool = True,
+    proxy: bool = False,
 ) -> Checkpoint:
     """Load a folder; one without `score.weight` gets a new score head.
 
@@ -69,6 +70,7 @@ def load_checkpoint(
         max_length, max_tiles: override what the folder says. A sliding window caps `max_length`: within it sliding
             attention is plain attention.
         compat: `reference` prepares texts and pictures as the reference implementation does.
+        proxy: load the text-only branch that the reference implementation saves beside the main one.
         with_weights: False leaves the model on the meta device, to be sharded and then filled by `load_weights`.
 
     Raises:
@@ -95,7 +97,7 @@ def load_checkpoint(
         max_length=within_window(max_length or min(tokenizer.model_max_length, MAX_LENGTH), config),
     )
     if with_weights:
-        load_weights(checkpoint.model, folder)
+        load_weights(checkpoint.model, folder, proxy=proxy)
     return checkpoint
 
 
