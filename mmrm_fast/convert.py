@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import InternVLConfig, InternVLVisionConfig, LlamaConfig, Phi3Config, Qwen2Config, Qwen3Config
 
+from mmrm_fast.images import Tiling
 from mmrm_fast.model import original_facts
 
 TEXT_CONFIGS = {
@@ -227,8 +228,8 @@ def is_internlm2(config: InternVLConfig) -> bool:
     return original_facts(config).get("architecture") == "InternLM2ForCausalLM"
 
 
-def original_config(config: InternVLConfig, *, tile_size: int, tiles: tuple[int, int], thumbnail: bool) -> dict:
-    """config.json of the original layout for a native config; `tiles` are the fewest and the most of an image."""
+def original_config(config: InternVLConfig, tiling: Tiling) -> dict:
+    """config.json of the original layout for a native config."""
     vision, facts = config.vision_config, original_facts(config)
     vision_fields = {theirs: getattr(vision, ours) for ours, (theirs, _) in VISION_FIELDS.items()}
     vision_fields |= {name: vision_fields[name][0] for name in ("image_size", "patch_size")}
@@ -236,21 +237,21 @@ def original_config(config: InternVLConfig, *, tile_size: int, tiles: tuple[int,
         "model_type": "internvl_chat",
         "architectures": ["InternVLRewardModel"],
         "downsample_ratio": config.downsample_ratio,
-        "dynamic_image_size": tiles[1] > 1,
-        "force_image_size": tile_size,
+        "dynamic_image_size": tiling.max_tiles > 1,
+        "force_image_size": tiling.tile_size,
         "id2label": {"0": "LABEL_0"},
         "label2id": {"LABEL_0": 0},
         "llm_config": original_text_config(config),
-        "min_dynamic_patch": tiles[0],
-        "max_dynamic_patch": tiles[1],
-        "pad2square": False,
+        "min_dynamic_patch": tiling.min_tiles,
+        "max_dynamic_patch": tiling.max_tiles,
+        "pad2square": tiling.pad2square,
         "ps_version": facts.get("ps_version", "v2"),
         "select_layer": config.vision_feature_layer,
         "template": facts.get("template") or "internvl2_5",
         "tie_word_embeddings": False,
         "use_backbone_lora": 0,
         "use_llm_lora": 0,
-        "use_thumbnail": thumbnail,
+        "use_thumbnail": tiling.thumbnail,
         "vision_config": {
             **vision_fields, "architectures": ["InternVisionModel"], "model_type": "intern_vit_6b",
             "attention_dropout": 0.0, "drop_path_rate": 0.0, "dropout": 0.0, "initializer_factor": 1.0,

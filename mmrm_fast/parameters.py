@@ -147,7 +147,7 @@ def check_all_used(tensors: TensorFolder, sources: dict[str, Source], *, has_vis
 
 
 @torch.no_grad()
-def fill(parameter: nn.Parameter, name: str, where: Source, tensors: TensorFolder) -> None:
+def fill(parameter: Tensor, name: str, where: Source, tensors: TensorFolder) -> None:
     """Copy a parameter's rows, or this rank's, from the folder."""
     local, start = local_rows(parameter)
     stop = start + len(local)
@@ -155,7 +155,7 @@ def fill(parameter: nn.Parameter, name: str, where: Source, tensors: TensorFolde
         local.copy_(new_score(parameter.shape[1])[start:stop])
     elif name == POSITIONS:
         local.copy_(resized_positions(tensors.whole(where.name), parameter.shape[1])[start:stop])
-    elif name == EMBEDDING:
+    elif name in (EMBEDDING, LM_HEAD):
         present = min(tensors.shape(where.name)[0], stop)
         copy_spans(local, [(start, present)], where.name, tensors)
         if present < stop:

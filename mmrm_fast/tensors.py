@@ -3,8 +3,10 @@
 import json
 import re
 from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -56,6 +58,10 @@ class TensorFolder:
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, without reading it."""
         return tuple(self.slice(*self.places[name]).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype a tensor is stored in."""
+        return self.slice(*self.places[name])[:0].dtype
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows `start` to `stop` of a tensor, adapters added in fp32."""
@@ -129,9 +135,11 @@ def write_tensors(
     weight_map = {}
     for number, names in enumerate(shards, 1):
         file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        shard = {name: value.contiguous() for name, (_, value) in zip(names, stream, strict=False)}
+        shard = {name: value.contiguous() for name, value in islice(stream, len(names))}
         save_file(shard, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # safetensors would leave it to its owner
         weight_map |= dict.fromkeys(names, file)
+    assert next(stream, None) is None, "more tensors than sizes"
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n")

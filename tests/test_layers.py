@@ -12,7 +12,7 @@ import mmrm_fast
 ORDER = [
     "config", "record_fields", "record_images", "record_forms", "record_files", "records", "ops", "images",
     "tokenizer", "prompt", "shapes", "dataset", "workers", "sources", "packing", "loader", "attention", "rope", "model",
-    "convert", "tensors", "parameters", "weights", "export", "loss", "scorer", "evaluate", "sharding", "inputs",
+    "convert", "tensors", "parameters", "weights", "loss", "scorer", "export", "evaluate", "sharding", "inputs",
     "checkpoint", "train", "study", "score", "serve", "client", "report", "doctor", "cli",
 ]  # fmt: skip
 PACKAGE = Path(mmrm_fast.__file__).parent
