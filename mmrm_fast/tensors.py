@@ -117,20 +117,17 @@ def without_peft(name: str) -> str:
     return name
 
 
-def write_tensors(
-    folder: Path, tensors: Iterable[tuple[str, Tensor]], sizes: dict[str, int], *, shard_bytes: int = SHARD_BYTES
-) -> None:
-    """Write tensors as one safetensors file, or as shards with an index; at most one shard is held in memory.
+def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], sizes: dict[str, int]) -> None:
+    """Write tensors as one safetensors file, or as shards of at most `SHARD_BYTES` with an index, one at a time.
 
     Args:
         folder: exists; its former weights are removed.
         tensors: names and values, in the order of `sizes`.
         sizes: bytes of each.
-        shard_bytes: most bytes of a file, unless one tensor alone is larger.
     """
     for path in (*folder.glob("model-*-of-*.safetensors"), folder / WEIGHTS, folder / WEIGHTS_INDEX):
         path.unlink(missing_ok=True)
-    shards = cut_shards(sizes, shard_bytes)
+    shards = cut_shards(sizes, SHARD_BYTES)
     stream = iter(tensors)
     weight_map = {}
     for number, names in enumerate(shards, 1):

@@ -91,7 +91,7 @@ def check_gradients(expected, models):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_step_of_the_standard_loss_is_the_reference_s(name):
+def test_a_step_of_the_standard_loss_is_that_of_the_reference(name):
     expected = json.loads((GOLDEN / name / "expected_standard.json").read_text())
     models, batch, rewards, _, loss = trained_batch(name, "checkpoint", robust=False)
     assert rewards[batch.pairs.chosen].tolist() == pytest.approx(expected["rewards_chosen"], abs=BOUND)
@@ -101,7 +101,7 @@ def test_a_step_of_the_standard_loss_is_the_reference_s(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_step_of_the_shortcut_aware_loss_is_the_reference_s(name):
+def test_a_step_of_the_shortcut_aware_loss_is_that_of_the_reference(name):
     expected = json.loads((GOLDEN / name / "expected_robust.json").read_text())
     models, batch, rewards, proxy_rewards, loss = trained_batch(name, "robust_checkpoint", robust=True)
     for branch, values in (("main", rewards), ("bias", proxy_rewards)):
