@@ -4,9 +4,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-import tyro
-
 from mmrm_fast.config import DoctorConfig, ScoreConfig, StudyConfig, TrainConfig
+from mmrm_fast.config_file import parse
 
 # GNU OpenMP's waiting threads otherwise spin without end: one busy neighbour made a training step ten times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -37,9 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if asked else 2
     name, *rest = arguments
     config_type, run = commands[name]
-    config = tyro.cli(config_type, prog=f"mmrm-fast {name}", description=config_type.__doc__, args=rest)
     try:
-        return run(config)
+        return run(parse(config_type, rest, prog=f"mmrm-fast {name}"))
     except (ValueError, FloatingPointError, OSError) as error:
         print(f"mmrm-fast {name}: {error}", file=sys.stderr)
         return 2

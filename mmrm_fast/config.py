@@ -11,6 +11,9 @@ SFC_MODES = ("paper", "reference", "normalized")
 class DataConfig:
     """How records become batches; shared by training, evaluation and scoring."""
 
+    config: str | None = None
+    """YAML file of these options, or a preset such as internvl2-8b-robust; flags win over it. The reference
+    implementation's files work as they are."""
     image_root: Path | None = None
     """Folder that relative `img_path`s start from. Default: the folder of the JSONL file."""
     max_length: int | None = None
@@ -73,6 +76,8 @@ class TrainConfig(DataConfig):
     tokens_per_batch: int | None = None
     """Work of one optimizer step over all ranks, in the units of `--tokens-per-micro-batch`.
     Default: 131,072 (about 128 pairs), 6,144 for the tiny checkpoint."""
+    inputs: Literal["all", "text", "image"] = "all"
+    """What the model sees, for ablations: all, a white tile in place of every image, or images without the question."""
     pairs_per_step: int | None = None
     """Pairs of one optimizer step over all ranks, instead of `--tokens-per-batch`."""
     overlong: Literal["skip", "truncate", "error"] = "skip"

@@ -104,7 +104,9 @@ class Trainer:
         """The preference records of some files, encoded for both branches."""
         files = [RecordFile(path, self.config.image_root, need_pairs=True) for path in paths]
         encoder, tiling = self.main.prompt_encoder(), self.main.tiling
-        return PreferenceDataset(files, encoder, tiling, overlong=overlong, with_text=self.config.robust)
+        return PreferenceDataset(
+            files, encoder, tiling, overlong=overlong, with_text=self.config.robust, inputs=self.config.inputs
+        )
 
     def progress_bar(self, description: str):
         """A tqdm wrapper that only the first rank shows."""
