@@ -25,6 +25,7 @@ class Sample:
     main: Encoded
     text: Encoded | None = None  # the same group as the text-only proxy sees it
     dropped: tuple[RecordError, ...] = ()  # one note a response whose pairs were left out
+    index: int | None = None  # where the dataset finds encoded images again, which are not carried along
 
     @property
     def num_tokens_unshared(self) -> int:
@@ -77,7 +78,11 @@ class GroupDataset:
 
     def __getitem__(self, index: int) -> Sample:
         """Encode record `index`. Raises `RecordError`."""
-        return self.encode(self.group(index))
+        group = self.group(index)
+        sample = self.encode(group)
+        if not any(isinstance(image, bytes) for image in group.images):
+            return sample
+        return replace(sample, group=replace(sample.group, images=()), index=int(index))
 
     def group(self, index: int) -> Group:
         """Parse record `index`. Raises `RecordError`."""
@@ -143,9 +148,10 @@ class GroupDataset:
     def load(self, sample: Sample) -> list[np.ndarray]:
         """Decode a sample's images: uint8 `[I, S, S, 3]` each. Raises `RecordError`."""
         if self.inputs == "text":
-            return [white_tile(self.tiling.tile_size) for _ in sample.group.images]
+            return [white_tile(self.tiling.tile_size) for _ in sample.tiles_per_image]
+        group = sample.group if sample.index is None else self.group(sample.index)
         try:
-            return [load_tiles(image, self.tiling) for image in sample.group.images]
+            return [load_tiles(image, self.tiling) for image in group.images]
         except ImageError as error:
             raise RecordError(sample.group.source, "img_path", str(error)) from None
 

@@ -35,8 +35,9 @@ class ScoringActor:
         )
 
     def score(self, records: range) -> list[Scored | RecordError]:
-        """Score the records at these positions of the file."""
-        return self.scorer.score_groups(list(iter_groups(self.file, records)))
+        """Score the records at these positions of the file; encoded images do not travel back."""
+        results = self.scorer.score_groups(list(iter_groups(self.file, records)))
+        return [replace(r, group=replace(r.group, images=())) if isinstance(r, Scored) else r for r in results]
 
 
 def score(config: ScoreConfig) -> int:
