@@ -118,6 +118,28 @@ class ScoreConfig(DataConfig):
 
 
 @dataclass(frozen=True)
+class EvaluateConfig:
+    """Score a benchmark of the field, or any preference file, and say how far its numbers can be trusted."""
+
+    bench: Literal["vl-rewardbench", "multimodal-rewardbench", "mm-rlhf-rewardbench", "rewardbench", "pairs"] = "pairs"
+    """Layout, groups and metrics: a benchmark as published, or `pairs` for any preference records."""
+    data: Path = Path("pairs.jsonl")
+    """Parquet, JSONL, JSON or CSV file, or the folder that holds it."""
+    images: Path | None = None
+    """Folder that image file names start from. Default: the folder of the file."""
+    model: Path = Path("runs/robust/final")
+    """Folder of the reward model, such as runs/NAME/final."""
+    output_dir: Path = Path("runs/evaluate")
+    """Folder of results.json, reliability.svg and margins.svg."""
+    max_length: int | None = None
+    """Tokens of one prompt with its images plus one response. Default: what the checkpoint says."""
+    max_tiles: int | None = None
+    """Most tiles an image is cut into, without the thumbnail. Default: what the checkpoint says."""
+    tokens_per_micro_batch: int = 16_384
+    """Work of one forward, in tokens after sharing: tokens + gathered keys / 8 + image tokens."""
+
+
+@dataclass(frozen=True)
 class DoctorConfig:
     """Print what was built here, what each op runs on and why, and what to do where something is missing."""
 
