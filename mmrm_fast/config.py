@@ -140,6 +140,21 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class BestOfNConfig:
+    """True quality of the response that reward models select out of N, as N grows: a curve a model on one plot."""
+
+    scores: tuple[str, ...] = ()
+    """Scores of one model each, as `mmrm-fast score` writes them: FILE or NAME=FILE."""
+    truth: Path = Path("candidates.jsonl")
+    """The records with their true qualities, a list `truth` in the order of the responses; or rows `record,
+    response_index, truth`."""
+    n: str = "1,2,4,...,64"
+    """Numbers of responses to choose from; `...` doubles."""
+    output_dir: Path = Path("runs/best-of-n")
+    """Folder of best-of-n.json, best-of-n.svg and best-of-n.png."""
+
+
+@dataclass(frozen=True)
 class DoctorConfig:
     """Print what was built here, what each op runs on and why, and what to do where something is missing."""
 

@@ -54,17 +54,19 @@ def plot_margins(margins: np.ndarray, path: Path) -> None:
     save(figure, path)
 
 
-def plot_best_of_n(curves: Mapping[str, Sequence[dict]], path: Path, *, quality: str) -> None:
+def plot_best_of_n(curves: Mapping[str, Sequence[dict]], path: Path, *, quality: str, bound: str) -> None:
     """Expected quality of the selected response over KL, a line a model, N along the top.
 
     Args:
         curves: per model rows `{"n", "kl", "quality", "low", "high"}`.
         quality: what the quality is, for the axis.
+        bound: the curve that no model can pass.
     """
     figure, axes = pyplot.subplots(figsize=(5.6, 4.0))
     for name, rows in curves.items():
         kl = [row["kl"] for row in rows]
-        (line,) = axes.plot(kl, [row["quality"] for row in rows], marker="o", markersize=4, label=name)
+        style = {"color": "grey", "linestyle": "--"} if name == bound else {"marker": "o", "markersize": 4}
+        (line,) = axes.plot(kl, [row["quality"] for row in rows], label=name, **style)
         low, high = [row["low"] for row in rows], [row["high"] for row in rows]
         axes.fill_between(kl, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set(xlabel="KL from the policy in nats, log N - (N - 1) / N", ylabel=quality)
