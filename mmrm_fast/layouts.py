@@ -6,12 +6,10 @@
     rewardbench             prompt, chosen, rejected, subset, id                           arXiv 2403.13787
     pairs                   any record form with preferences
 
-Files are Parquet, JSON lines, a JSON list or CSV. An image is a file name under the images folder, a data URL, raw
-bytes, or the `{"bytes", "path"}` object of Parquet files.
+Files are Parquet, JSON lines, a JSON list or CSV. An image is a file name under the images folder (with or without the
+first folder of its name), a data URL, bytes, or the `{"bytes", "path"}` object of Parquet files.
 """
 
-import base64
-import binascii
 import csv
 import json
 import re
@@ -19,11 +17,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mmrm_fast.records import Group, Pair, RecordError, RecordFile, iter_groups, kind_of, parse_group
+from mmrm_fast.record_fields import Pair, RecordError, kind_of
+from mmrm_fast.record_files import open_rows
+from mmrm_fast.record_images import resolve_image
+from mmrm_fast.records import Group, RecordFile, iter_groups, parse_group
 
-SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
+SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".csv")
 TEST_SPLITS = ("test", "filtered")  # of published splits, the ones that leaderboards report
 IMAGE_FIELDS = ("image", "Image", "image_path", "images", "img_path")
+COLUMNS = {  # of Parquet files; others are not read
+    "id", "ID", "query", "response", "human_ranking", "ranking", "query_source", "Text", "Output1", "Output2", "Better",
+    "Category", "prompt", "chosen", "rejected", "subset", *IMAGE_FIELDS,
+}  # fmt: skip
 MAX_CELL_CHARS = 1 << 27  # a CSV field, such as an inline image
 
 VL_SOURCES = {  # what a source is called in query_source, image_path or id: the source and its group; first match
@@ -103,6 +108,8 @@ def read_layout(layout: Callable[[dict, str], Item], path: Path, images: Path) -
     for index, (source, fields) in enumerate(read_rows(path)):
         identity, group = str(index), "unknown"
         try:
+            if isinstance(fields, RecordError):
+                raise fields
             if not isinstance(fields, dict):
                 raise RecordError(source, "", f"an item is a JSON object, this is {kind_of(fields)}")
             identity = str(fields.get("id", fields.get("ID", index)))
@@ -198,33 +205,13 @@ def find_images(fields: dict, source: str, root: Path, *, required: bool) -> tup
 
 def find_image(value: object, source: str, field: str, root: Path) -> str | bytes:
     """One image as a path below `root` or as encoded bytes."""
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, bytes):
-        return value
-    if not isinstance(value, str) or not value or "\0" in value:
-        raise RecordError(source, field, f"expected a file name, a data URL or bytes, got {kind_of(value)}")
-    if value.startswith("data:"):
-        return data_url(value, source, field)
-    tail = Path(value).parts[1:]
-    for name in (value, Path(*tail)) if tail else (value,):
-        path = (root / name).resolve()
-        if not path.is_relative_to(root.resolve()):
-            raise RecordError(source, field, f"{value} lies outside {root}")
-        if path.is_file():
-            return str(path)
-    raise MissingImage(source, field, f"{root / value}: no such image file")
-
-
-def data_url(url: str, source: str, field: str) -> bytes:
-    """The bytes of a base64 data URL."""
-    header, found, encoded = url.partition(",")
-    try:
-        if not found or not header.endswith(";base64"):
-            raise ValueError("only base64 is read")
-        return base64.b64decode(encoded, validate=True)
-    except (ValueError, binascii.Error) as error:
-        raise RecordError(source, field, f"not a data URL ({error})") from None
+    image = resolve_image(value, field, source, root, confined=True)
+    if isinstance(image, bytes) or Path(image).is_file():
+        return image
+    shorter = root.joinpath(*Path(image).relative_to(root.resolve()).parts[1:])
+    if not shorter.is_file():
+        raise MissingImage(source, field, f"{image}: no such image file")
+    return str(shorter)
 
 
 def data_files(data: Path) -> list[Path]:
@@ -243,49 +230,39 @@ def data_files(data: Path) -> list[Path]:
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, object]]:
-    """Decoded rows of a file, each with where it stands, for messages."""
-    readers = {".parquet": parquet_rows, ".jsonl": json_lines, ".json": json_list, ".csv": csv_rows}
-    if path.suffix not in readers:
+    """Decoded rows of a file with where they stand; a `RecordError` in the place of one that cannot be decoded."""
+    if path.suffix == ".csv":
+        yield from csv_rows(path)
+    elif path.suffix == ".json" and path.read_text(encoding="utf-8").lstrip().startswith("["):
+        yield from json_list(path)
+    elif path.name.endswith(SUFFIXES):
+        for file in open_rows(path, COLUMNS):
+            for row in range(len(file)):
+                try:
+                    yield file.source(row), file.fields(row)
+                except RecordError as error:
+                    yield error.source, error
+    else:
         raise ValueError(f"{path}: expected a name that ends in {', '.join(SUFFIXES)}")
-    try:
-        yield from readers[path.suffix](path)
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def json_lines(path: Path) -> Iterator[tuple[str, object]]:
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield f"{path}:{number}", json.loads(line)
 
 
 def json_list(path: Path) -> Iterator[tuple[str, object]]:
-    text = path.read_text(encoding="utf-8")
-    if not text.lstrip().startswith("["):  # JSON lines by another name
-        yield from json_lines(path)
-        return
-    for number, row in enumerate(json.loads(text)):
+    """The items of a JSON list."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    for number, row in enumerate(rows):
         yield f"{path}[{number}]", row
 
 
 def csv_rows(path: Path) -> Iterator[tuple[str, object]]:
+    """The rows of a CSV file, by the names in its first line."""
     csv.field_size_limit(MAX_CELL_CHARS)
     with open(path, encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
-        for row in reader:
-            yield f"{path}:{reader.line_num}", row
-
-
-def parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path}: {error}") from None
-    number = 0
-    for batch in file.iter_batches(batch_size=64):
-        for row in batch.to_pylist():
-            yield f"{path} row {number}", row
-            number += 1
+        try:
+            for row in reader:
+                yield f"{path}:{reader.line_num}", row
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: {error}") from None

@@ -96,11 +96,11 @@ def test_a_curve_a_model_beside_what_the_truth_would_select(command, tmp_path):
     status, results = command([{"prompt": "?", "truth": values} for values in truth], good=good, bad=bad[::-1])
     assert status == 0
     assert results["curves"]["good"] == results["curves"]["the truth itself"]
-    assert [row["quality"] for row in results["curves"]["good"]] == [0.5, pytest.approx(37 / 48), 1.0]
-    assert results["curves"]["bad"][-1]["quality"] == 0
-    assert results["differences"] == [
-        {"first": "bad", "second": "good", "n": 4, "difference": -1, "low": -1, "high": -1}
-    ]
+    assert [row["quality"] for row in results["curves"]["good"]] == pytest.approx([0.5, 37 / 48, 1])
+    assert results["curves"]["bad"][-1]["quality"] == pytest.approx(0)
+    (difference,) = results["differences"]
+    assert (difference["first"], difference["second"], difference["n"]) == ("bad", "good", 4)
+    assert [difference[key] for key in ("difference", "low", "high")] == pytest.approx([-1, -1, -1])
     assert {path.name for path in (tmp_path / "out").iterdir()} == {f"best-of-n.{s}" for s in ("json", "svg", "png")}
 
 

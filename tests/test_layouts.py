@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mmrm_fast.layouts import Item, MissingImage, Unread, read_items
-from mmrm_fast.records import Pair
+from mmrm_fast.record_fields import Pair
 
 VL_FILE = {  # (query_source, id, image folder): items, as counted in the published file
     ("LRVInstruction", "LRVInstruction-{}", "vlfeedback"): 60,
@@ -135,9 +135,11 @@ def test_multimodal_rewardbench_splits_safety_and_reasoning_by_the_id(tmp_path, 
 
 
 def test_rewardbench_is_text_and_grouped_by_subset(tmp_path):
+    messages = [{"role": "user", "content": "Hi"}]
+    go, stop = ([{"role": "assistant", "content": text}] for text in ("Go.", "Stop."))
     rows = [
         {"id": 7, "subset": "donotanswer", "prompt": "Hi", "chosen": "No.", "rejected": "Yes."},
-        {"id": 8, "subset": "hep-go", "prompt": "Hi", "chosen": "Go.", "rejected": "Stop."},
+        {"id": 8, "subset": "hep-go", "prompt": messages, "chosen": go, "rejected": stop},
     ]
     items = read("rewardbench", write_json_lines(tmp_path / "filtered.jsonl", rows))
     assert [(item.id, item.group, item.record.responses, item.record.images) for item in items] == [
