@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from mmrm_fast.config import DoctorConfig, ScoreConfig, StudyConfig, TrainConfig
+from mmrm_fast.config import BestOfNConfig, DoctorConfig, EvaluateConfig, ScoreConfig, StudyConfig, TrainConfig
 from mmrm_fast.config_file import parse
 
 # GNU OpenMP's waiting threads otherwise spin without end: one busy neighbour made a training step ten times slower.
@@ -13,10 +13,12 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 USAGE = """usage: mmrm-fast COMMAND [options]
 
 commands:
-  train   train a reward model, standard or --robust
-  score   score a JSONL with a reward model
-  study   standard against robust on the shapes environments
-  doctor  what was built here and what each op runs on
+  train      train a reward model, standard or --robust
+  score      score a JSONL with a reward model
+  evaluate   a benchmark of the field, with calibration and confidence intervals
+  best-of-n  true quality of what reward models select out of N
+  study      standard against robust on the shapes environments
+  doctor     what was built here and what each op runs on
 
 `mmrm-fast COMMAND --help` explains every option."""
 
@@ -27,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands: dict[str, tuple[type, Callable]] = {
         "train": (TrainConfig, run_train),
         "score": (ScoreConfig, run_score),
+        "evaluate": (EvaluateConfig, run_evaluate),
+        "best-of-n": (BestOfNConfig, run_best_of_n),
         "study": (StudyConfig, run_study),
         "doctor": (DoctorConfig, run_doctor),
     }
@@ -54,6 +58,19 @@ def run_score(config: ScoreConfig) -> int:
     from mmrm_fast.score import score
 
     return score(config)
+
+
+def run_evaluate(config: EvaluateConfig) -> int:
+    from mmrm_fast.benchmark import evaluate
+
+    return evaluate(config)
+
+
+def run_best_of_n(config: BestOfNConfig) -> int:
+    from mmrm_fast.best_of_n import best_of_n
+
+    best_of_n(config)
+    return 0
 
 
 def run_study(config: StudyConfig) -> int:

@@ -118,6 +118,43 @@ class ScoreConfig(DataConfig):
 
 
 @dataclass(frozen=True)
+class EvaluateConfig:
+    """Score a benchmark of the field, or any preference file, and say how far its numbers can be trusted."""
+
+    bench: Literal["vl-rewardbench", "multimodal-rewardbench", "mm-rlhf-rewardbench", "rewardbench", "pairs"] = "pairs"
+    """Layout, groups and metrics: a benchmark as published, or `pairs` for any preference records."""
+    data: Path = Path("pairs.jsonl")
+    """Parquet, JSONL, JSON or CSV file, or the folder that holds it."""
+    images: Path | None = None
+    """Folder that image file names start from. Default: the folder of the file."""
+    model: Path = Path("runs/robust/final")
+    """Folder of the reward model, such as runs/NAME/final."""
+    output_dir: Path = Path("runs/evaluate")
+    """Folder of results.json, reliability.svg and margins.svg."""
+    max_length: int | None = None
+    """Tokens of one prompt with its images plus one response. Default: what the checkpoint says."""
+    max_tiles: int | None = None
+    """Most tiles an image is cut into, without the thumbnail. Default: what the checkpoint says."""
+    tokens_per_micro_batch: int = 16_384
+    """Work of one forward, in tokens after sharing: tokens + gathered keys / 8 + image tokens."""
+
+
+@dataclass(frozen=True)
+class BestOfNConfig:
+    """True quality of the response that reward models select out of N, as N grows: a curve a model on one plot."""
+
+    scores: tuple[str, ...] = ()
+    """Scores of one model each, as `mmrm-fast score` writes them: FILE or NAME=FILE."""
+    truth: Path = Path("candidates.jsonl")
+    """The records with their true qualities, a list `truth` in the order of the responses; or rows `record,
+    response_index, truth`."""
+    n: str = "1,2,4,...,64"
+    """Numbers of responses to choose from; `...` doubles."""
+    output_dir: Path = Path("runs/best-of-n")
+    """Folder of best-of-n.json, best-of-n.svg and best-of-n.png."""
+
+
+@dataclass(frozen=True)
 class DoctorConfig:
     """Print what was built here, what each op runs on and why, and what to do where something is missing."""
 

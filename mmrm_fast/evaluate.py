@@ -127,6 +127,20 @@ def read_rows(path: Path) -> list[PairRow]:
         return [PairRow(**json.loads(line)) for line in file]
 
 
+def write_json(path: Path, value: object) -> None:
+    """Write indented JSON, null where a number is NaN or infinite."""
+    path.write_text(json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def finite(value: object) -> object:
+    """The same nested value with None for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def judged_accuracy(figures: dict) -> float:
     """Accuracy against the truth where the data knows it, else against the labels."""
     return figures.get("truth_accuracy", figures["accuracy"])

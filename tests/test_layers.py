@@ -11,9 +11,10 @@ import mmrm_fast
 
 ORDER = [
     "config", "reference", "config_file", "record_fields", "record_images", "record_forms", "record_files",
-    "records", "ops", "images", "tokenizer", "prompt", "shapes", "dataset", "workers", "sources", "packing",
-    "loader", "attention", "model", "convert", "weights", "loss", "scorer", "evaluate", "sharding", "inputs",
-    "checkpoint", "train", "study", "score", "serve", "client", "report", "doctor", "cli",
+    "records", "ops", "images", "tokenizer", "prompt", "shapes", "candidates", "dataset", "workers", "sources",
+    "packing", "loader", "attention", "model", "convert", "weights", "loss", "scorer", "evaluate", "layouts",
+    "reliability", "plots", "benchmark", "best_of_n", "sharding", "inputs", "checkpoint", "train", "study", "score",
+    "serve", "client", "report", "doctor", "cli",
 ]  # fmt: skip
 PACKAGE = Path(mmrm_fast.__file__).parent
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
