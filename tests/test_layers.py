@@ -9,13 +9,8 @@ import pytest
 
 import mmrm_fast
 
-ORDER = [
-    "config", "reference", "config_file", "record_fields", "record_images", "record_forms", "record_files",
-    "records", "ops", "images", "tokenizer", "prompt", "shapes", "candidates", "dataset", "workers", "sources",
-    "packing", "loader", "attention", "model", "convert", "weights", "loss", "scorer", "evaluate", "layouts",
-    "reliability", "plots", "benchmark", "best_of_n", "sharding", "inputs", "checkpoint", "train", "study", "score",
-    "serve", "client", "report", "doctor", "cli",
-]  # fmt: skip
+CONTRIBUTING = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+ORDER = CONTRIBUTING.partition("checks it):")[2].partition("Speed-ups")[0].split()
 PACKAGE = Path(mmrm_fast.__file__).parent
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
