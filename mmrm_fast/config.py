@@ -51,14 +51,38 @@ class TrainConfig(DataConfig):
     """Test sets from other distributions, NAME=FILE; the o.o.d. accuracy is their mean."""
     model: Path | None = None
     """Local folder of an InternVL checkpoint in transformers' format. Default: the tiny one."""
-    proxy_model: Path | None = None
-    """Checkpoint whose language model the proxy starts from, with the same tokenizer. Default: `--model`."""
+    proxy_model: str = "full"
+    """What the text-only proxy is. `full`: a copy of the model's language model; a folder: the (smaller) checkpoint
+    there, with the same tokenizer; `lora`: a second adapter on the model's own frozen weights (with `--llm-lora`);
+    a JSONL file: no model at all, but margins computed before, rows `record, chosen, rejected, proxy_margin` as in
+    the eval-NAME.jsonl of a robust run that had the training file as a test set."""
+    proxy_image: Literal["none", "white"] = "none"
+    """What the proxy has in place of an image: nothing, or a white tile as in the reference implementation."""
     output_dir: Path | None = None
     """Run folder. Default: runs/standard or runs/robust."""
+    overwrite: bool = False
+    """Replace the run that is in the run folder already."""
+    resume: str | None = None
+    """Continue a run: `auto` from the newest good checkpoint of the run folder, from the start where there is none;
+    or the folder of one checkpoint, RUN/checkpoints/step-N."""
+    save_every: int | None = None
+    """Write a checkpoint to resume from every so many steps. On SIGTERM one is written in any case."""
+    save_minutes: float = 30.0
+    """Write one when the last is so many minutes old; 0 never."""
+    keep: int = 2
+    """Checkpoints to resume from that are kept, the newest ones."""
     environment: Literal["opening", "length", "hedging"] = "opening"
     """Shapes environment to train on when there is no `--data`: opening, length or hedging."""
     sfc_mode: Literal["paper", "reference", "normalized"] = "paper"
     """Weight of a pair: L_t / (L + L_t), the reference implementation's, or divided by its mean."""
+    sfc_floor: float = 0.0
+    """Least weight of a pair, 0 to 1."""
+    sfc_warmup_steps: int = 0
+    """Steps in which the weight is held at 0.5, for the proxy to learn."""
+    label_smoothing: float = 0.0
+    """Share of the labels taken to be the wrong way round, 0 to 0.5; in the losses of both branches."""
+    center_rewards: float = 0.0
+    """Factor of (r_chosen + r_rejected)^2 in the loss of the model, which keeps rewards around zero."""
     epochs: float = 1.0
     """Passes over the data."""
     max_steps: int | None = None
@@ -66,13 +90,21 @@ class TrainConfig(DataConfig):
     lr: float | None = None
     """Peak learning rate. Default: 1e-5, 5e-4 for the tiny checkpoint."""
     warmup_ratio: float = 0.1
-    """Share of the training in which the learning rate rises; after it, a cosine to zero."""
+    """Share of the training in which the learning rate rises."""
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after it: half a cosine or a line to zero, or not at all."""
     weight_decay: float = 0.05
     """AdamW weight decay."""
     beta2: float = 0.98
     """AdamW second moment decay."""
     max_grad_norm: float = 1.0
     """Gradient norm that each branch is clipped to."""
+    clip: Literal["branch", "joint"] = "branch"
+    """Clip the gradients of model and proxy each by its own norm, or by their norm together."""
+    ema: float | None = None
+    """Decay a step of a moving average of the weights (such as 0.999), which is what is evaluated and saved."""
+    max_bad_steps: int = 5
+    """Steps with a loss or gradient that is not finite are skipped; so many in a row stop the run."""
     tokens_per_batch: int | None = None
     """Work of one optimizer step over all ranks, in the units of `--tokens-per-micro-batch`.
     Default: 131,072 (about 128 pairs), 6,144 for the tiny checkpoint."""
@@ -90,8 +122,36 @@ class TrainConfig(DataConfig):
     """Do not train the vision tower."""
     freeze_mlp: bool = False
     """Do not train the projector."""
+    llm_lora: bool = False
+    """Train low-rank adapters of the language model's linear layers instead of its weights."""
+    vision_lora: bool = False
+    """Train low-rank adapters of the vision tower's linear layers."""
+    lora_r: int = 64
+    """Rank of the adapters."""
+    lora_alpha: float = 16.0
+    """Scale of the adapters, times their rank."""
+    lora_dropout: float = 0.0
+    """Dropout before the adapters: noise that the responses of a group share."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the model computes in; trained weights, optimizer and sums of gradients are float32. Default: bfloat16
+    with a GPU, float32 without."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """Recompute activations in the backward pass: all but matrix products and attention, or all of a block."""
+    compile: bool = False
+    """torch.compile every block."""
+    reshard_after_forward: bool = True
+    """Free gathered weights after a block's forward pass; no keeps them for the backward pass."""
+    replicas: int = 1
+    """Groups of ranks that each hold a whole sharded copy (HSDP), such as the number of nodes."""
+    cpu_offload: bool = False
+    """Keep sharded weights, gradients and optimizer in host memory."""
     eval_every: int | None = None
     """Evaluate every so many steps; always at the end."""
+    best: str | None = None
+    """Figure to keep the best evaluated weights by, SET.FIGURE such as iid.accuracy, in best/. Default: the mean
+    accuracy of the o.o.d. sets, of all where there are none."""
+    report_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """Where metrics go besides metrics.jsonl."""
     num_workers: int | None = None
     """Processes a rank that decode, tile and pack; 0 does it in the training process.
     Default: 4 with a GPU, 0 without, where they would take the cores that train."""

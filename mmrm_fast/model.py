@@ -30,6 +30,7 @@ class RewardModel(nn.Module):
         self.model = model
         self.score = ScoreHead(hidden_size, score_dtype(model.dtype))
         self.pixel_mean, self.pixel_std = pixel_mean, pixel_std
+        self.register_buffer("only_tiles", None, persistent=False)  # the vision tower's output, see `keep_only`
         use_trie_attention(model.language_model)
 
     def forward(self, plan: TokenPlan, tiles_ISSC: Tensor | None = None) -> Tensor:
@@ -39,23 +40,43 @@ class RewardModel(nn.Module):
             plan: the packed tokens of one branch.
             tiles_ISSC: the batch's tiles, uint8; None for a plan without image tokens.
         """
+        return self.score(self.hidden_states(plan, tiles_ISSC), plan.last_index_R)
+
+    def hidden_states(self, plan: TokenPlan, tiles_ISSC: Tensor | None) -> Tensor:
+        """The language model's last hidden states [T, D]."""
         embedding = self.model.get_input_embeddings().weight
         features = embedding.detach()[:0] if tiles_ISSC is None else self.image_features(tiles_ISSC)
-        hidden = self.model.language_model(
+        return self.model.language_model(
             inputs_embeds=pack_image_tokens(embedding, features, plan.source_T, plan.source_index).unsqueeze(0),
             position_ids=plan.position_ids_T.unsqueeze(0),
             use_cache=False,
             **plan.attention_plan(),
         ).last_hidden_state[0]
-        return self.score(hidden, plan.last_index_R)
+
+    def heads(self) -> list[nn.Module]:
+        """The score heads."""
+        return [self.score]
 
     def image_features(self, tiles_ISSC: Tensor) -> Tensor:
         """Projected image tokens [I * tokens_per_tile, D] of uint8 tiles."""
-        tower, projector = self.model.vision_tower, self.model.multi_modal_projector
-        hidden = tower.layernorm(tower.encoder(self.embed_tiles(tiles_ISSC)).last_hidden_state)
+        return self.project(self.tower_output(tiles_ISSC) if self.only_tiles is None else self.only_tiles)
+
+    def tower_output(self, tiles_ISSC: Tensor) -> Tensor:
+        """The vision tower's last hidden states [I, 1 + patches, vision hidden]."""
+        tower = self.model.vision_tower
+        return tower.layernorm(tower.encoder(self.embed_tiles(tiles_ISSC)).last_hidden_state)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Image tokens [I * tokens_per_tile, D] of the vision tower's output."""
+        projector = self.model.multi_modal_projector
         norm = projector.layer_norm
-        rows = pixel_shuffle_norm(hidden, norm.weight, norm.bias, eps=norm.eps)
+        rows = pixel_shuffle_norm(hidden.to(norm.weight.dtype), norm.weight, norm.bias, eps=norm.eps)
         return projector.linear_2(projector.act(projector.linear_1(rows)))
+
+    @torch.no_grad()
+    def keep_only(self, tiles_ISSC: Tensor) -> None:
+        """Run the vision tower once, on the only tiles that this model will ever see."""
+        self.register_buffer("only_tiles", self.tower_output(tiles_ISSC), persistent=False)
 
     def embed_tiles(self, tiles_ISSC: Tensor) -> Tensor:
         """The vision encoder's input [I, 1 + patches, vision hidden], CLS first; the patch embedding is a product."""

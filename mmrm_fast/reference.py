@@ -111,7 +111,8 @@ def proxy(options: Mapping) -> dict:
     name = options.get("bias_model_path")
     if name is None:
         return {}
-    return {"robust": True} if name == options.get("model_name_or_path") else {"robust": True, "proxy_model": name}
+    ours = {"robust": True, "proxy_image": "white"}
+    return ours if name == options.get("model_name_or_path") else {**ours, "proxy_model": name}
 
 
 def tiling(options: Mapping) -> dict:

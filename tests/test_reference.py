@@ -21,6 +21,7 @@ def test_the_published_robust_file_means_the_same_here():
         "data": "data/train.jsonl",
         "output_dir": None,
         "robust": True,
+        "proxy_image": "white",
         "freeze_llm": False,
         "freeze_backbone": True,
         "freeze_mlp": False,
@@ -47,7 +48,7 @@ def test_the_published_robust_file_means_the_same_here():
 
 def test_the_standard_file_differs_in_the_proxy_alone():
     robust, standard = (translate(load(f"train_{m}_8B.yaml"), num_ranks=1)[0] for m in ("robust", "standard"))
-    assert {**standard, "robust": True} == robust
+    assert {**standard, "robust": True, "proxy_image": "white"} == robust
 
 
 @pytest.mark.parametrize("name", ["train_robust_8B.yaml", "train_standard_8B.yaml"])
@@ -69,7 +70,7 @@ def test_what_a_file_does_not_say_is_the_references_default_not_ours():
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"bias_model_path": "small"}, {"robust": True, "proxy_model": "small"}),
+        ({"bias_model_path": "small"}, {"robust": True, "proxy_image": "white", "proxy_model": "small"}),
         ({"use_text_only": True}, {"inputs": "text"}),
         ({"use_image_only": True}, {"inputs": "image"}),
         ({"use_llm_lora": True, "use_backbone_lora": True}, {"llm_lora": True, "vision_lora": True}),
