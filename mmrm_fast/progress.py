@@ -23,10 +23,8 @@ FREE = {
     "eval_every", "best", "report_to", "check", "check_records", "skip_bad", "tokens_per_micro_batch", "compile",
     "activation_checkpointing", "reshard_after_forward", "replicas", "cpu_offload", "max_bad_steps",
 }  # fmt: skip
-WRITTEN = (
-    CONFIG, CHECKPOINTS, "metrics.jsonl", "evaluations.jsonl", "tensorboard", "best", "final", "proxy", "results.json",
-    "skipped.jsonl", "eval-*.jsonl",
-)  # fmt: skip
+WORK = ("metrics.jsonl", CHECKPOINTS, "best", "final")  # what a run folder without progress does not have
+WRITTEN = (*WORK, CONFIG, "evaluations.jsonl", "tensorboard", "proxy", "results.json", "skipped.jsonl", "eval-*.jsonl")
 
 
 @dataclass
@@ -104,7 +102,7 @@ def require_writable(folder: Path) -> None:
 
 def require_free(folder: Path, overwrite: bool) -> None:
     """Raise `ValueError` where the folder holds a run, unless it may be replaced."""
-    if not (folder / CONFIG).exists():
+    if not any((folder / name).exists() for name in WORK):
         return
     if not overwrite:
         raise ValueError(
