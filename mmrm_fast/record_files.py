@@ -56,6 +56,8 @@ class LineFile:
     def __init__(self, path: Path):
         self.path = path
         self.file = open_lines(path)
+        if ".json" in path.suffixes and self.file.read(SCAN_BYTES).lstrip()[:1] == b"[":
+            raise ValueError(f"{path}: one JSON array; write a record a line: jq -c '.[]' {path} > records.jsonl")
         self.size = os.fstat(self.file.fileno()).st_size
         self.offsets, self.line_numbers = scan_lines(self.file)
 
@@ -108,7 +110,7 @@ def unpack(path: Path, packed: BinaryIO) -> BinaryIO:
                     )
     except (OSError, EOFError, gzip.zlib.error) as error:
         raise ValueError(f"{path}: cannot be unpacked ({error})") from None
-    plain.flush()
+    plain.seek(0)
     return plain
 
 

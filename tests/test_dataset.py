@@ -122,14 +122,15 @@ def test_image_inputs_have_no_question(make_dataset, pictures):
     asked = dataset.encode(group("a", prompt="What is it?", images=[pictures["wide"]]))
     unasked = dataset.encode(group("a", prompt="", images=[pictures["wide"]]))
     assert asked.main.sequences[0].tolist() == unasked.main.sequences[0].tolist()
+    assert asked.group.prompt == "What is it?"
 
 
 def test_encoded_images_are_read_again_instead_of_carried_along(make_dataset, write_jsonl, pictures):
     content = base64.b64encode(Path(pictures["wide"]).read_bytes()).decode()
     images = ["data:image/png;base64," + content, pictures["square"]]
-    dataset = make_dataset([open_records(write_jsonl([{"prompt": "p", "images": images, "responses": ["a"]}]))],
-                           kind=GroupDataset)  # fmt: skip
-    sample = dataset[0]
+    records = [{"prompt": "first", "responses": ["a"]}, {"prompt": "p", "images": images, "responses": ["a"]}]
+    dataset = make_dataset([open_records(write_jsonl(records))], kind=GroupDataset)
+    sample = dataset.select(np.array([1]))[0]
     assert sample.group.images == ()
     assert [len(tiles) for tiles in dataset.load(sample)] == list(sample.tiles_per_image) == [3, 1]
     assert len(pickle.dumps(sample)) < 5000
@@ -171,6 +172,13 @@ def test_truncate_keeps_every_pair_and_says_what_was_cut(make_dataset):
 def test_error_names_the_response(make_dataset):
     with pytest.raises(RecordError, match="response 1: does not fit into --max-length 100"):
         make_dataset(overlong="error").encode(group("a", LONG, pairs=[Pair(0, 1)]))
+
+
+def test_with_the_habits_of_the_reference_every_overlong_response_is_cut(make_dataset):
+    dataset = make_dataset(overlong="error")
+    dataset.encoder.compat = "reference"
+    sample = dataset.encode(group("a", LONG, pairs=[Pair(0, 1)]))
+    assert (sample.group.pairs, sample.main.truncated) == ((Pair(0, 1),), (False, True))
 
 
 @pytest.mark.parametrize("overlong", ["skip", "truncate", "error"])

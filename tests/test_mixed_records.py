@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmrm_fast.dataset import GroupDataset, check
+from mmrm_fast.dataset import GroupDataset, fault
 from mmrm_fast.records import RecordError, open_records
 
 NUM_RECORDS = 2000
@@ -86,8 +86,8 @@ def test_every_record_is_a_sample_or_an_error_that_names_its_line(make_checkpoin
     dataset = GroupDataset([open_records(path)], checkpoint.prompt_encoder(), checkpoint.tiling)
     assert len(dataset) == NUM_RECORDS
 
-    errors = check(dataset, range(NUM_RECORDS), decode=True)
-    assert [error.source for error in errors] == [f"{path}:{i + 1}" for i in range(NUM_RECORDS) if not good[i]]
+    faults = [fault(dataset, i, decode=True) for i in range(NUM_RECORDS)]
+    assert [error.source for error in faults if error] == [f"{path}:{i + 1}" for i in range(NUM_RECORDS) if not good[i]]
     samples = [dataset[i] for i in range(NUM_RECORDS) if good[i]]
     assert all(len(sequence) <= 256 for sample in samples for sequence in sample.main.sequences)
     assert sum(any(sample.main.truncated) for sample in samples) == 5

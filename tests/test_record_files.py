@@ -211,6 +211,14 @@ def test_a_folder_or_glob_without_record_files_is_refused(tmp_path, spec):
         open_records(tmp_path / spec)
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
+def test_a_json_array_is_refused_with_the_conversion(tmp_path, name):
+    content = json.dumps([{"prompt": "p", "responses": ["a"]}], indent=1).encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    with pytest.raises(ValueError, match=r"one JSON array; write a record a line: jq -c"):
+        open_records(tmp_path / name)
+
+
 def test_a_line_over_the_limit_is_an_error_of_that_record(monkeypatch, write_bytes):
     monkeypatch.setattr(record_files, "MAX_LINE_BYTES", 100)
     file = write_bytes(scoring_line("p") + b"\n" + scoring_line("p" * 200) + b"\n" + scoring_line("q"))
