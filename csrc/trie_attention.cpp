@@ -10,8 +10,10 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 namespace mmrm {
@@ -27,7 +29,7 @@ namespace {
 // maxima and sums over keys are taken between vectors, never within one. All query heads of a key/value head make rows
 // of one matrix, which reads keys and values once.
 constexpr int kRowVectors = 3;
-constexpr int64_t kRows = kRowVectors * kVector;  // of a block; with 8 left rows the sums of a product fill 24 registers
+constexpr int64_t kRows = kRowVectors * kVector;  // of a block; times 8 left rows, 24 registers hold a product's sums
 constexpr int64_t kKeys = 192;                    // of a block, a multiple of both kinds of left rows below
 constexpr int64_t kPadKeys = 24;                  // what 8 and 6 left rows divide
 constexpr int64_t kItemRows = 20 * kRows;         // of a forward work item
@@ -125,7 +127,7 @@ void pack_lanes(const Node<T>& node, const HeadRows<const T>& x, int64_t row, in
   for (int64_t lane = 0; lane < count; ++lane) {
     std::memcpy(words, node.at(x, row + lane), node.in.head_size * sizeof(T));
     char* column = reinterpret_cast<char*>(out) + lane * sizeof(uint32_t);
-    for (int64_t w = 0; w < num_words; ++w) std::memcpy(column + w * lanes * sizeof(uint32_t), words + w, sizeof(uint32_t));
+    for (int64_t w = 0; w < num_words; ++w) std::memcpy(column + w * lanes * sizeof(*words), words + w, sizeof(*words));
   }
 }
 
@@ -190,7 +192,9 @@ struct Softmax {
       for (int64_t j = 1; j < count; ++j) block_max = _mm512_max_ps(block_max, _mm512_loadu_ps(column + j * lanes));
       const __m512 factor = _mm512_set1_ps(scale);
       const __m512 new_max = _mm512_max_ps(max[n], _mm512_mul_ps(block_max, factor));
-      if (_mm512_cmp_ps_mask(new_max, max[n], _CMP_NEQ_UQ)) rescale(n, exp2_negative(_mm512_sub_ps(max[n], new_max)), out, size);
+      if (_mm512_cmp_ps_mask(new_max, max[n], _CMP_NEQ_UQ)) {
+        rescale(n, exp2_negative(_mm512_sub_ps(max[n], new_max)), out, size);
+      }
       max[n] = new_max;
       const auto weight = [&](int64_t j) {
         return exp2_negative(_mm512_fmsub_ps(_mm512_loadu_ps(column + j * lanes), factor, new_max));
@@ -244,7 +248,7 @@ void fwd_block(const Node<T>& node, int64_t row, int64_t count, const T* keys, c
     multiply<T, 8, NV, false>({as_words(keys + key * width), words, 1}, {as_words(queries), lanes}, num_keys, words,
                               scores, lanes);
     mask<NV>(visible, key, num_keys, -INFINITY, scores);
-    softmax.update(scores, num_keys, scale, weights, sums, size);
+    softmax.update(scores, num_keys, scale, weights, sums, width);
     multiply<T, 8, NV, true>({as_words(paired_values + key * width), 1, width}, {as_words(weights), lanes}, width,
                              steps, sums, lanes);
   }

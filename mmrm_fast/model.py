@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import InternVLConfig, InternVLModel
 
-from mmrm_fast.attention import use_trie_attention
+from mmrm_fast.attention import read_last_tokens, use_tile_attention, use_trie_attention
 from mmrm_fast.ops.pack_image_tokens import pack_image_tokens
 from mmrm_fast.ops.patchify import patchify
 from mmrm_fast.ops.pixel_shuffle_norm import pixel_shuffle_norm
@@ -31,6 +31,8 @@ class RewardModel(nn.Module):
         self.score = ScoreHead(hidden_size, score_dtype(model.dtype))
         self.pixel_mean, self.pixel_std = pixel_mean, pixel_std
         use_trie_attention(model.language_model)
+        use_tile_attention(model.vision_tower)
+        self.reads_last_tokens = read_last_tokens(model.language_model)
 
     def forward(self, plan: TokenPlan, tiles_ISSC: Tensor | None = None) -> Tensor:
         """Rewards [R] of the plan's responses, in fp32 (float64 for float64 models).
@@ -45,9 +47,13 @@ class RewardModel(nn.Module):
             inputs_embeds=pack_image_tokens(embedding, features, plan.source_T, plan.source_index).unsqueeze(0),
             position_ids=plan.position_ids_T.unsqueeze(0),
             use_cache=False,
+            last_index=plan.last_index_R,
             **plan.attention_plan(),
         ).last_hidden_state[0]
-        return self.score(hidden, plan.last_index_R)
+        index_R = plan.last_index_R
+        if self.reads_last_tokens:
+            index_R = torch.arange(len(index_R), device=index_R.device)
+        return self.score(hidden, index_R)
 
     def image_features(self, tiles_ISSC: Tensor) -> Tensor:
         """Projected image tokens [I * tokens_per_tile, D] of uint8 tiles."""
