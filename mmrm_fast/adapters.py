@@ -29,7 +29,7 @@ class TwoAdapterModel(RewardModel):
         self.branch = branch
         activate(self.model.language_model, branch)
         head = self.score if branch == MAIN else self.proxy_score
-        return head(self.hidden_states(plan, tiles_ISSC), plan.last_index_R)
+        return self.read(head, plan, tiles_ISSC)
 
     def image_features(self, tiles_ISSC: Tensor) -> Tensor:
         """Image tokens; the proxy's white tile passes through the model's projector without training it."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import InternVLConfig, InternVLModel
 
-from mmrm_fast.attention import use_trie_attention
+from mmrm_fast.attention import read_last_tokens, use_tile_attention, use_trie_attention
 from mmrm_fast.ops.pack_image_tokens import pack_image_tokens
 from mmrm_fast.ops.patchify import patchify
 from mmrm_fast.ops.pixel_shuffle_norm import pixel_shuffle_norm
@@ -32,6 +32,8 @@ class RewardModel(nn.Module):
         self.pixel_mean, self.pixel_std = pixel_mean, pixel_std
         self.register_buffer("only_tiles", None, persistent=False)  # the vision tower's output, see `keep_only`
         use_trie_attention(model.language_model)
+        use_tile_attention(model.vision_tower)
+        self.reads_last_tokens = read_last_tokens(model.language_model)
 
     def forward(self, plan: TokenPlan, tiles_ISSC: Tensor | None = None) -> Tensor:
         """Rewards [R] of the plan's responses, in fp32 (float64 for float64 models).
@@ -40,18 +42,23 @@ class RewardModel(nn.Module):
             plan: the packed tokens of one branch.
             tiles_ISSC: the batch's tiles, uint8; None for a plan without image tokens.
         """
-        return self.score(self.hidden_states(plan, tiles_ISSC), plan.last_index_R)
+        return self.read(self.score, plan, tiles_ISSC)
 
-    def hidden_states(self, plan: TokenPlan, tiles_ISSC: Tensor | None) -> Tensor:
-        """The language model's last hidden states [T, D]."""
+    def read(self, head: nn.Module, plan: TokenPlan, tiles_ISSC: Tensor | None) -> Tensor:
+        """What a score head reads [R] of the plan's last tokens."""
         embedding = self.model.get_input_embeddings().weight
         features = embedding.detach()[:0] if tiles_ISSC is None else self.image_features(tiles_ISSC)
-        return self.model.language_model(
+        hidden = self.model.language_model(
             inputs_embeds=pack_image_tokens(embedding, features, plan.source_T, plan.source_index).unsqueeze(0),
             position_ids=plan.position_ids_T.unsqueeze(0),
             use_cache=False,
+            last_index=plan.last_index_R,
             **plan.attention_plan(),
         ).last_hidden_state[0]
+        index_R = plan.last_index_R
+        if self.reads_last_tokens:
+            index_R = torch.arange(len(index_R), device=index_R.device)
+        return head(hidden, index_R)
 
     def heads(self) -> list[nn.Module]:
         """The score heads."""
