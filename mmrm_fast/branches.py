@@ -14,7 +14,7 @@ from mmrm_fast.config import TrainConfig
 from mmrm_fast.dataset import Sample
 from mmrm_fast.model import RewardModel
 from mmrm_fast.packing import TokenPlan, white_tile
-from mmrm_fast.weights import Checkpoint, load_checkpoint
+from mmrm_fast.weights import Checkpoint, configured, load_checkpoint
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ def make_branches(config: TrainConfig, device: torch.device) -> list[Branch]:
 
 
 def load(config: TrainConfig, folder: str | Path) -> Checkpoint:
-    """Load a checkpoint with this run's limits."""
-    return load_checkpoint(folder, max_length=config.max_length, max_tiles=config.max_tiles)
+    """Load a checkpoint with this run's limits and options for pictures."""
+    return configured(load_checkpoint(folder, max_length=config.max_length), config)
 
 
 def load_proxy(config: TrainConfig, main: Checkpoint) -> Checkpoint:

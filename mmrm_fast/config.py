@@ -20,6 +20,8 @@ class DataConfig:
     """Tokens of one prompt with its images plus one response. Default: what the checkpoint says."""
     max_tiles: int | None = None
     """Most tiles an image is cut into, without the thumbnail. Default: what the checkpoint says."""
+    compat: Literal["reference"] | None = None
+    """Prepare texts and pictures exactly as the reference implementation does; see README for what differs."""
     tokens_per_micro_batch: int = 16_384
     """Work of one forward, in tokens after sharing: tokens + gathered keys / 8 + image tokens."""
     check_records: int = 100_000
@@ -108,6 +110,14 @@ class TrainConfig(DataConfig):
     tokens_per_batch: int | None = None
     """Work of one optimizer step over all ranks, in the units of `--tokens-per-micro-batch`.
     Default: 131,072 (about 128 pairs), 6,144 for the tiny checkpoint."""
+    min_tiles: int | None = None
+    """Least tiles an image is cut into. Default: what the checkpoint says."""
+    thumbnail: bool | None = None
+    """Whether the whole image follows its tiles as one more. Default: what the checkpoint says."""
+    pad2square: bool | None = None
+    """With `--max-tiles 1`: pad an image to a square instead of stretching it. Default: what the checkpoint says."""
+    normalize_type: Literal["imagenet", "clip", "siglip"] | None = None
+    """Mean and deviation that pixels are normalised by. Default: what the checkpoint says."""
     inputs: Literal["all", "text", "image"] = "all"
     """What the model sees, for ablations: all, a white tile in place of every image, or images without the question."""
     pairs_per_step: int | None = None
@@ -195,6 +205,8 @@ class EvaluateConfig:
     """Tokens of one prompt with its images plus one response. Default: what the checkpoint says."""
     max_tiles: int | None = None
     """Most tiles an image is cut into, without the thumbnail. Default: what the checkpoint says."""
+    compat: Literal["reference"] | None = None
+    """Prepare texts and pictures exactly as the reference implementation does; see README for what differs."""
     tokens_per_micro_batch: int = 16_384
     """Work of one forward, in tokens after sharing: tokens + gathered keys / 8 + image tokens."""
 

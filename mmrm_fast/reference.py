@@ -35,13 +35,14 @@ RENAMED = {
     "resume_from_checkpoint": "resume",
     "center_rewards_coefficient": "center_rewards",
     "use_llm_lora": "llm_lora",
+    "min_dynamic_patch": "min_tiles",
+    "use_thumbnail": "thumbnail",
     "use_backbone_lora": "vision_lora",
 }
 MEANINGLESS = {
     "deepspeed": "FSDP2 shards weights, gradients and optimizer as ZeRO-3 does",
     "conv_style": "the checkpoint's own chat template is used",
-    "force_image_size": "tile size and normalisation are the checkpoint's",
-    "normalize_type": "tile size and normalisation are the checkpoint's",
+    "force_image_size": "the tile size is the checkpoint's",
     "per_device_eval_batch_size": "batches are filled to --tokens-per-micro-batch",
     "logging_steps": "every step is logged",
     "logging_first_step": "every step is logged",
@@ -66,11 +67,9 @@ ONLY = {  # options of which one value is supported, with the remedy for others
     "fp16": (False, "use bfloat16 or float32"),
     "adam_beta1": (0.9, "beta1 is 0.9"),
     "warmup_steps": (0, "use warmup_ratio"),
-    "min_dynamic_patch": (1, "images are cut into one tile or more"),
-    "pad2square": (False, "pictures are stretched over their tiles; set it in the checkpoint"),
 }
 CHECKPOINTING = ("grad_checkpoint", "gradient_checkpointing")
-TILING = ("dynamic_image_size", "use_thumbnail", "max_dynamic_patch")
+TILING = ("dynamic_image_size", "max_dynamic_patch")
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 ABLATIONS = {"use_text_only": "text", "use_image_only": "image"}
 COMBINED = (
@@ -117,8 +116,6 @@ def proxy(options: Mapping) -> dict:
 
 def tiling(options: Mapping) -> dict:
     """Tiles an image: one where dynamic tiling is off."""
-    if options["dynamic_image_size"] and not options["use_thumbnail"]:
-        raise ValueError("use_thumbnail: False is not supported: a thumbnail follows an image's tiles")
     return {"max_tiles": options["max_dynamic_patch"] if options["dynamic_image_size"] else 1}
 
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from transformers import InternVLModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from mmrm_fast.images import NORMALIZATION, Tiling
+from mmrm_fast.config import TrainConfig
+from mmrm_fast.images import NORMALIZATION, Tiling, mean_colour
 from mmrm_fast.model import RewardModel
 from mmrm_fast.prompt import PromptEncoder
 from mmrm_fast.tokenizer import load_tokenizer
@@ -178,3 +179,22 @@ def processor_settings(checkpoint: Checkpoint) -> dict:
         "image_mean": list(model.pixel_mean),
         "image_std": list(model.pixel_std),
     }
+
+
+def configured(checkpoint: Checkpoint, config: TrainConfig) -> Checkpoint:
+    """The checkpoint with a training's options for pictures in place of its own; what is saved of it has them too.
+
+    Raises:
+        ValueError: fewer tiles at most than at least.
+    """
+    options = {name: getattr(config, name) for name in ("min_tiles", "max_tiles", "thumbnail", "pad2square", "compat")}
+    options = {name: value for name, value in options.items() if value is not None}
+    if config.max_tiles and config.min_tiles is None:
+        options["min_tiles"] = min(checkpoint.tiling.min_tiles, config.max_tiles)
+    if config.normalize_type:
+        checkpoint.model.pixel_mean, checkpoint.model.pixel_std = NORMALIZATION[config.normalize_type]
+        options["pad_colour"] = mean_colour(config.normalize_type)
+    tiling = replace(checkpoint.tiling, **options)
+    if not 1 <= tiling.min_tiles <= tiling.max_tiles:
+        raise ValueError(f"--min-tiles {tiling.min_tiles} --max-tiles {tiling.max_tiles}: expected 1 <= least <= most")
+    return replace(checkpoint, tiling=tiling)

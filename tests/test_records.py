@@ -115,6 +115,7 @@ MALFORMED = {
     "an array": ("[1, 2]", "", "a record is a JSON object, this is a list"),
     "a string": ('"prompt"', "", "this is a string"),
     "null": ("null", "", "this is null"),
+    "id is a list": ('{"id": [1], "prompt": "p", "responses": ["a"]}', "id", "got a list"),
     "no form": ('{"prompt": "p"}', "", "needs `chosen` and `rejected`"),
     "no prompt": ('{"chosen": "a", "rejected": "b"}', "prompt", "missing"),
     "no rejected": ('{"prompt": "p", "chosen": "a"}', "rejected", "missing"),

@@ -27,6 +27,7 @@ def test_the_published_robust_file_means_the_same_here():
         "freeze_mlp": False,
         "activation_checkpointing": "full",
         "max_tiles": 6,
+        "thumbnail": True,
         "max_length": 4096,
         "epochs": 1,
         "pairs": "expand",
@@ -85,12 +86,18 @@ def test_other_options_keep_their_meaning(options, expected):
     assert expected.items() <= ours.items()
 
 
+def test_options_for_pictures_are_kept():
+    options = {"dynamic_image_size": True, "min_dynamic_patch": 2, "pad2square": True, "normalize_type": "clip"}
+    ours, _ = translate(options, num_ranks=1)
+    wanted = {"min_tiles": 2, "max_tiles": 12, "thumbnail": False, "pad2square": True, "normalize_type": "clip"}
+    assert wanted.items() <= ours.items()
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
         ({"drop_path_rate": 0.1, "freeze_backbone": False}, "drop_path_rate"),
         ({"ps_version": "v1"}, "ps_version: 'v1' is not supported"),
-        ({"dynamic_image_size": True}, "use_thumbnail"),
         ({"fp16": True}, "bfloat16"),
     ],
 )
