@@ -55,7 +55,7 @@ class ScoredPair:
 def evaluate(config: EvaluateConfig) -> int:
     """Score a benchmark, write results.json and plots; returns the exit status, 3 when any item was not scored."""
     scorer = Scorer.from_pretrained(
-        config.model, max_length=config.max_length, max_tiles=config.max_tiles,
+        config.model, max_length=config.max_length, max_tiles=config.max_tiles, compat=config.compat,
         tokens_per_micro_batch=config.tokens_per_micro_batch,
     )  # fmt: skip
     items = list(read_items(config.bench, config.data, config.images))

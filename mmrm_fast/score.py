@@ -31,6 +31,7 @@ class ScoringActor:
             config.model,
             max_length=config.max_length,
             max_tiles=config.max_tiles,
+            compat=config.compat,
             tokens_per_micro_batch=config.tokens_per_micro_batch,
         )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from mmrm_fast.dataset import GroupDataset, Sample
+from mmrm_fast.images import Compat
 from mmrm_fast.loader import balance
 from mmrm_fast.packing import MicroBatch, Packer
 from mmrm_fast.records import Group, RecordError, parse_group
@@ -48,6 +49,7 @@ class Scorer:
         *,
         max_length: int | None = None,
         max_tiles: int | None = None,
+        compat: Compat = None,
         tokens_per_micro_batch: int = TOKENS_PER_MICRO_BATCH,
     ) -> "Scorer":
         """Load a reward model's folder.
@@ -57,6 +59,7 @@ class Scorer:
             device: `auto` is CUDA where there is a GPU, else the CPU.
             dtype: `auto` is bfloat16 on CUDA and float32 on the CPU; or a torch dtype's name.
             max_length, max_tiles: override what the checkpoint says.
+            compat: `reference` prepares texts and pictures as the reference implementation does.
             tokens_per_micro_batch: work of one forward, see `config.DataConfig`.
 
         Raises:
@@ -72,6 +75,7 @@ class Scorer:
             dtype=default if dtype == "auto" else getattr(torch, dtype),
             max_length=max_length,
             max_tiles=max_tiles,
+            compat=compat,
         )
         return cls(checkpoint, chosen, tokens_per_micro_batch=tokens_per_micro_batch)
 

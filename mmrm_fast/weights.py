@@ -12,7 +12,7 @@ from transformers import InternVLModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from mmrm_fast.config import TrainConfig
-from mmrm_fast.images import NORMALIZATION, Tiling, mean_colour
+from mmrm_fast.images import NORMALIZATION, Compat, Tiling, mean_colour
 from mmrm_fast.model import RewardModel
 from mmrm_fast.prompt import PromptEncoder
 from mmrm_fast.tokenizer import load_tokenizer
@@ -33,9 +33,16 @@ class Checkpoint:
     tokens_per_tile: int
     max_length: int
 
+    @property
+    def compat(self) -> Compat:
+        """Whose habits texts and pictures are prepared with."""
+        return self.tiling.compat
+
     def prompt_encoder(self) -> PromptEncoder:
         """The encoder for this checkpoint's records."""
-        return PromptEncoder(self.tokenizer, tokens_per_tile=self.tokens_per_tile, max_length=self.max_length)
+        return PromptEncoder(
+            self.tokenizer, tokens_per_tile=self.tokens_per_tile, max_length=self.max_length, compat=self.compat
+        )
 
 
 def load_checkpoint(
@@ -44,6 +51,7 @@ def load_checkpoint(
     dtype: torch.dtype = torch.float32,
     max_length: int | None = None,
     max_tiles: int | None = None,
+    compat: Compat = None,
 ) -> Checkpoint:
     """Load a native `internvl` folder; a folder without `score.weight` gets a new score head.
 
@@ -51,6 +59,7 @@ def load_checkpoint(
         folder: a local folder with config.json, safetensors, tokenizer and preprocessor_config.json.
         dtype: of the weights.
         max_length, max_tiles: override what the folder says.
+        compat: `reference` prepares texts and pictures as the reference implementation does.
 
     Raises:
         ValueError: not such a folder; the message says what is missing.
@@ -69,7 +78,7 @@ def load_checkpoint(
     return Checkpoint(
         model=model,
         tokenizer=tokenizer,
-        tiling=read_tiling(processor, config.vision_config.image_size[0], max_tiles),
+        tiling=replace(read_tiling(processor, config.vision_config.image_size[0], max_tiles), compat=compat),
         tokens_per_tile=tokens_per_tile(config),
         max_length=max_length or min(tokenizer.model_max_length, MAX_LENGTH),
     )
