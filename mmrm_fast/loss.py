@@ -18,7 +18,7 @@ from mmrm_fast.packing import PackedBatch
 SUMS = ("main", "proxy", "weight", "weighted_sfc", "main_correct", "proxy_correct", "bt_main")
 MARGINS = ("margin", "margin_squared")
 COUNTS = ("pairs", "records", "tokens", "tokens_unshared", "text_tokens", "tiles", "errors")
-REQUESTS = ("stop", "save")
+REQUESTS = ("save",)
 NUM_BINS = 20  # of the SFC histogram over 0..1
 
 
@@ -110,7 +110,7 @@ def quantile(histogram: tuple[int, ...], share: float) -> float:
 class StepAccumulator:
     """Adds up a rank's micro-batches, on the device until the step's end.
 
-    `request` adds a rank's wish to stop or to save to the same sums, so that all ranks grant it at the same step.
+    `request` adds a rank's wish to save to the same sums, so that all ranks grant it at the same step.
     """
 
     def __init__(self, device: torch.device):
@@ -142,7 +142,7 @@ class StepAccumulator:
         )
 
     def request(self, name: str) -> None:
-        """Ask all ranks to `stop` or to `save` at the end of this step."""
+        """Ask all ranks for one of `REQUESTS` at the end of this step."""
         self.sums[self.names.index(name)] += 1
 
     def totals(self, all_sum: Callable[[Tensor], Tensor]) -> StepTotals:

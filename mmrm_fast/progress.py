@@ -38,6 +38,7 @@ class Progress:
     counts: Counter = field(default_factory=Counter)  # of what is not trained on, by its name
     bad_steps: int = 0  # in a row, not finite
     best: float | None = None
+    evaluated: int = 0  # step of the last evaluation
 
     def saved(self) -> dict:
         """As JSON; a copy."""
@@ -145,6 +146,10 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     yield aside
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(aside, folder)
+
+
+class Stopped(Exception):
+    """A rank was told to end, and all know it."""
 
 
 @contextmanager

@@ -61,6 +61,13 @@ def all_sum(values: Tensor) -> Tensor:
     return values
 
 
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank."""
+    flags = torch.tensor(int(flag))
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return bool(flags)
+
+
 def gather_lists(items: list) -> list:
     """Every rank's items, in the order of the ranks, on every rank."""
     gathered: list = [None] * num_ranks()

@@ -34,7 +34,7 @@ from mmrm_fast.evaluate import (
 )
 from mmrm_fast.inputs import MAX_LISTED, InputErrors, open_inputs
 from mmrm_fast.loader import load
-from mmrm_fast.loss import StepAccumulator, StepTotals, by_pair, preference_loss
+from mmrm_fast.loss import StepAccumulator, by_pair, preference_loss
 from mmrm_fast.metrics import MetricsLog, Rates, best_figure
 from mmrm_fast.optimizer import MovingAverage, gradient_norms, lr_factor, make_optimizer, scale_and_clip
 from mmrm_fast.packing import Notes, Packed, Packer
@@ -42,6 +42,7 @@ from mmrm_fast.progress import (
     CHECKPOINTS,
     CONFIG,
     Progress,
+    Stopped,
     config_json,
     open_run,
     replaced_folder,
@@ -86,7 +87,7 @@ class Trainer:
         self.rates = Rates(models, device, sharding.num_ranks())
         self.accumulator = StepAccumulator(device)
         self.sources: list[list[str]] = []  # of this rank's records in the step, by micro-batch
-        self.stopped = False
+        self.received: list[int] = []  # signals
 
     def open(self, paths: tuple[str | Path, ...], overlong: str) -> PreferenceDataset:
         """The preference records of some files, encoded for both branches."""
@@ -109,10 +110,11 @@ class Trainer:
         sharding.on_first_rank(self.open_folder)
         self.checkpoints = Checkpoints(folder / CHECKPOINTS, keep=self.config.keep)
         try:
-            with terminations() as received:
-                self.train_steps(received)
-            if not self.stopped:
+            with terminations() as self.received:
+                self.train_steps()
                 self.finish()
+        except Stopped:
+            self.stop()
         finally:
             self.warn(self.checkpoints.wait())
         self.checkpoints.close()
@@ -145,69 +147,72 @@ class Trainer:
         if self.is_main:
             print(f"resuming after step {self.progress.step}, {checkpoint}", file=sys.stderr)
 
-    def train_steps(self, received: list[int]) -> None:
+    def train_steps(self) -> None:
         """Every optimizer step that is left, with a progress bar over the records."""
         progress, total = self.progress, int(self.config.epochs * len(self.inputs.dataset))
-        order = self.inputs.order(total, self.config.seed)
-        bar = tqdm(total=total, unit=" records", disable=not self.is_main, desc="training", smoothing=0.1)
-        bar.update(progress.consumed)
         self.saved_at = started = time.perf_counter()
         waited = 0.0
         self.train_mode()
-        for packed, seconds in timed(
-            self.loader(self.inputs.dataset, order, start=progress.consumed) if self.is_left else ()
-        ):
-            waited += seconds
-            if packed.step:
-                self.note(packed.step.notes, training=True)
-                if not packed.step.records:
+        with tqdm(total=total, unit=" records", disable=not self.is_main, desc="training", smoothing=0.1) as bar:
+            bar.update(progress.consumed)
+            self.evaluate_when_due(bar)
+            for packed, seconds in timed(self.batches_left(total)):
+                self.end_when_told()
+                waited += seconds
+                if packed.step:
+                    if not packed.step.records:
+                        break
+                    self.note(packed.step.notes, training=True)
+                self.accumulate(packed)
+                if not packed.step:
+                    continue
+                row = self.optimizer_step(self.share(progress.consumed, packed.step.consumed, total))
+                row |= {"imbalance": packed.step.imbalance, "data_wait_seconds": waited}
+                bar.update(packed.step.consumed - progress.consumed)
+                progress.consumed, progress.step = packed.step.consumed, progress.step + 1
+                self.report({"step": progress.step, **row}, bar, time.perf_counter() - started)
+                self.evaluate_when_due(bar)
+                self.save_when_due()
+                started, waited = time.perf_counter(), 0.0
+                if progress.step == self.config.max_steps:
                     break
-            self.accumulate(packed)
-            if not packed.step:
-                continue
-            self.ask(received)
-            share = self.share(progress.consumed, packed.step.consumed, total)
-            totals, row = self.optimizer_step(share)
-            row |= {"imbalance": packed.step.imbalance, "data_wait_seconds": waited}
-            bar.update(packed.step.consumed - progress.consumed)
-            progress.consumed, progress.step = packed.step.consumed, progress.step + 1
-            self.report({"step": progress.step, **row}, bar, time.perf_counter() - started)
-            self.after_step(totals, bar)
-            started, waited = time.perf_counter(), 0.0
-            if self.stopped or not self.is_left:
-                break
-        bar.close()
         if not progress.step:
             raise ValueError(f"{', '.join(map(str, self.config.data))}: no pair to train on")
 
-    @property
-    def is_left(self) -> bool:
-        """Whether steps are left as far as `max_steps` is concerned."""
-        return self.config.max_steps is None or self.progress.step < self.config.max_steps
+    def batches_left(self, total: int) -> Iterator[Packed]:
+        """The micro-batches from where the run is to its end."""
+        if self.progress.step == self.config.max_steps:
+            return iter(())
+        order = self.inputs.order(total, self.config.seed)
+        return self.loader(self.inputs.dataset, order, start=self.progress.consumed)
 
-    def ask(self, received: list[int]) -> None:
-        """Tell the other ranks, in the sums of the step, that this one is to stop or that it is time to save."""
-        if received:
-            self.accumulator.request("stop")
-        minutes = (time.perf_counter() - self.saved_at) / 60
-        if self.is_main and self.config.save_minutes and minutes >= self.config.save_minutes:
-            self.accumulator.request("save")
+    def end_when_told(self) -> None:
+        """Raise `Stopped` on all ranks when one received a SIGTERM; called before every micro-batch."""
+        if sharding.any_rank(bool(self.received)):
+            raise Stopped
 
-    def after_step(self, totals: StepTotals, bar: tqdm) -> None:
-        """What follows a step: evaluation, checkpoint, stop."""
-        config, step = self.config, self.progress.step
-        self.stopped = totals.sums["stop"] > 0
-        if config.eval_every and step % config.eval_every == 0 and not self.stopped:
+    def stop(self) -> None:
+        """Save what is done, without the step that is under way, and say how to go on."""
+        self.save_progress()
+        problem = self.checkpoints.wait()
+        if problem:
+            raise OSError(problem)
+        if self.is_main:
+            print(f"stopped by SIGTERM after step {self.progress.step}; --resume auto goes on", file=sys.stderr)
+
+    def evaluate_when_due(self, bar: tqdm) -> None:
+        """Evaluate every `eval_every` steps, and after resuming where that did not happen any more."""
+        step, every = self.progress.step, self.config.eval_every
+        if every and step and step % every == 0 and self.progress.evaluated != step:
             with self.averaged():
                 self.log_evaluation(self.figures(self.evaluate()), bar)
-        if self.stopped or totals.sums["save"] or (config.save_every and step % config.save_every == 0):
+            self.progress.evaluated = step
+
+    def save_when_due(self) -> None:
+        """Write a checkpoint every `save_every` steps and `save_minutes` minutes."""
+        every = self.config.save_every
+        if self.save_asked or (every and self.progress.step % every == 0):
             self.save_progress()
-        if self.stopped:
-            problem = self.checkpoints.wait()
-            if problem:
-                raise OSError(problem)
-            if self.is_main:
-                bar.write(f"stopped by SIGTERM after step {step}; --resume auto goes on")
 
     def save_progress(self) -> None:
         """Write a checkpoint in the background; a failure is told, and tried again the next time."""
@@ -301,10 +306,14 @@ class Trainer:
         place = (self.config.seed, self.progress.step, len(self.sources), sharding.rank())
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1))
 
-    def optimizer_step(self, share: float) -> tuple[StepTotals, dict]:
-        """Scale, clip and apply the accumulated gradients, unless they are not finite; the step's sums and metrics."""
+    def optimizer_step(self, share: float) -> dict:
+        """Scale, clip and apply the accumulated gradients, unless they are not finite; the step's metrics."""
         config = self.config
+        minutes = (time.perf_counter() - self.saved_at) / 60
+        if self.is_main and config.save_minutes and minutes >= config.save_minutes:
+            self.accumulator.request("save")  # in the sums, as only one rank's clock counts
         totals = self.accumulator.totals(sharding.all_sum)
+        self.save_asked = totals.sums["save"] > 0
         if totals.sums["errors"]:
             self.refuse_undecoded()
         metrics = totals.metrics() | (totals.sfc_metrics() if config.robust else {})
@@ -324,7 +333,7 @@ class Trainer:
         self.count_bad(is_finite)
         self.optimizer.zero_grad()
         self.sources.clear()
-        return totals, metrics | {"bad_steps": self.progress.bad_steps}
+        return metrics | {"bad_steps": self.progress.bad_steps}
 
     def count_bad(self, is_finite: bool) -> None:
         """Count steps in a row that were not finite; too many stop the run and name the last one's records."""
@@ -361,10 +370,13 @@ class Trainer:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Evaluate and save the moving average of the weights, where there is one."""
-        if self.average:
-            self.average.swap()
-        yield
-        if self.average:
+        if not self.average:
+            yield
+            return
+        self.average.swap()
+        try:
+            yield
+        finally:
             self.average.swap()
 
     def evaluate(self) -> dict[str, list[PairRow]]:
@@ -389,6 +401,7 @@ class Trainer:
         batches = self.loader(dataset, np.arange(len(dataset)), training=False)
         rows = []
         for packed in self.progress_bar(f"evaluating {name}")(batches):
+            self.end_when_told()
             rows += batch_rows(self.main, self.proxy, packed, self.device)
             self.undecoded += packed.errors.values()
             if packed.step:
@@ -421,7 +434,7 @@ class Trainer:
     def finish(self) -> None:
         """The last evaluation, final/ (and proxy/), results.json and skipped.jsonl, and the table."""
         folder = self.config.output_dir
-        if self.start or self.config.save_every:
+        if (self.start or self.config.save_every) and self.checkpoints.saving_step != self.progress.step:
             self.save_progress()
         with self.averaged():
             rows = self.evaluate()

@@ -77,25 +77,29 @@ def test_killed_runs_resume_to_bitwise_the_same_end(make_config):
 
 
 def terminate_one(config):
-    """SIGTERM to the last rank, in the third step."""
-    method = Trainer.accumulate
+    """SIGTERM to the last rank: in the third step, or in the evaluation after the fourth."""
+    end_when_told = Trainer.end_when_told
 
-    def terminating(self, packed):
-        if self.progress.step == 2 and os.environ["RANK"] == "1":
+    def terminating(self):
+        step, evaluating = self.progress.step, not self.main.root.training
+        if os.environ["RANK"] == "1" and (evaluating if config.resume else step == 2):
             os.kill(os.getpid(), signal.SIGTERM)
-        method(self, packed)
+        end_when_told(self)
 
-    Trainer.accumulate = terminating
+    Trainer.end_when_told = terminating
     train(config)
 
 
 def test_sigterm_to_one_rank_saves_on_all_and_another_number_of_ranks_goes_on(make_config):
-    whole = train(make_config("whole", robust=True, epochs=2))
-    config = make_config("stopped", robust=True, epochs=2)
+    options = {"robust": True, "epochs": 2, "eval_every": 4, "keep": 3, "ema": 0.9}
+    whole, config = train(make_config("whole", **options)), make_config("stopped", **options)
     assert run_ranks(terminate_one, config) == [0, 0]
-    assert len(losses(config.output_dir)) == 3 and not (config.output_dir / "final").exists()
-    assert [path.name for path in (config.output_dir / "checkpoints").iterdir()] == ["step-00000003"]
+    assert len(losses(config.output_dir)) == 2 and not (config.output_dir / "final").exists()
+    assert [path.name for path in (config.output_dir / "checkpoints").iterdir()] == ["step-00000002"]
+    assert run_ranks(terminate_one, replace(config, resume="auto")) == [0, 0]
+    assert len(losses(config.output_dir)) == 4 and not (config.output_dir / "evaluations.jsonl").exists()
     train(replace(config, resume="auto"))
+    assert [row["step"] for row in read(config.output_dir / "evaluations.jsonl")] == [4]
     assert losses(config.output_dir) == pytest.approx(losses(whole), abs=1e-4)
     torch.testing.assert_close(
         *(load_file(f / "final" / "model.safetensors") for f in (config.output_dir, whole)), atol=1e-3, rtol=1e-3
