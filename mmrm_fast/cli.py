@@ -4,7 +4,15 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from mmrm_fast.config import BestOfNConfig, DoctorConfig, EvaluateConfig, ScoreConfig, StudyConfig, TrainConfig
+from mmrm_fast.config import (
+    BestOfNConfig,
+    DoctorConfig,
+    EvaluateConfig,
+    ReportConfig,
+    ScoreConfig,
+    StudyConfig,
+    TrainConfig,
+)
 from mmrm_fast.config_file import parse
 
 # GNU OpenMP's waiting threads otherwise spin without end: one busy neighbour made a training step ten times slower.
@@ -17,6 +25,7 @@ commands:
   score      score a JSONL with a reward model
   evaluate   a benchmark of the field, with calibration and confidence intervals
   best-of-n  true quality of what reward models select out of N
+  report     an HTML page about runs
   study      standard against robust on the shapes environments
   doctor     what was built here and what each op runs on
 
@@ -31,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "score": (ScoreConfig, run_score),
         "evaluate": (EvaluateConfig, run_evaluate),
         "best-of-n": (BestOfNConfig, run_best_of_n),
+        "report": (ReportConfig, run_report),
         "study": (StudyConfig, run_study),
         "doctor": (DoctorConfig, run_doctor),
     }
@@ -70,6 +80,13 @@ def run_best_of_n(config: BestOfNConfig) -> int:
     from mmrm_fast.best_of_n import best_of_n
 
     best_of_n(config)
+    return 0
+
+
+def run_report(config: ReportConfig) -> int:
+    from mmrm_fast.report import report
+
+    report(config)
     return 0
 
 

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import tyro
+
 SFC_MODES = ("paper", "reference", "normalized")
 
 
@@ -224,6 +226,16 @@ class BestOfNConfig:
     """Numbers of responses to choose from; `...` doubles."""
     output_dir: Path = Path("runs/best-of-n")
     """Folder of best-of-n.json, best-of-n.svg and best-of-n.png."""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Write one HTML page about runs: curves, margins, calibration, the pairs worth looking at."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders, such as runs/robust."""
+    out: Path | None = None
+    """The page. Default: report.html in the first run's folder."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from mmrm_fast.checkpoint import Checkpoints, load_tensors, read_progress, requi
 from mmrm_fast.config import TrainConfig
 from mmrm_fast.dataset import PreferenceDataset
 from mmrm_fast.defaults import with_defaults
+from mmrm_fast.environment import environment
 from mmrm_fast.evaluate import (
     EvalSet,
     PairRow,
@@ -127,6 +128,7 @@ class Trainer:
         folder = self.config.output_dir
         folder.mkdir(parents=True, exist_ok=True)
         require_space(folder, self.tensors())
+        write_text(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
         write_text(folder / CONFIG, json.dumps(config_json(self.config), indent=2) + "\n")
         self.log = MetricsLog(folder, self.config, step=self.progress.step)
 
