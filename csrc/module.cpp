@@ -1,5 +1,6 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <memory>
 #include <string>
@@ -14,6 +15,7 @@
 #include "pixel_shuffle_norm.h"
 #include "plan_trie.h"
 #include "reward_head.h"
+#include "trie_attention.h"
 
 namespace py = pybind11;
 
@@ -142,6 +144,59 @@ void pack_image_tokens_bwd_cpu(const std::string& dtype, Address grad, Address o
   });
 }
 
+using Strides = std::pair<int64_t, int64_t>;  // of tokens and heads
+
+template <typename T>
+mmrm::HeadRows<T> rows_at(Address data, Strides strides) {
+  return {at<T>(data), strides.first, strides.second};
+}
+
+template <typename T>
+mmrm::TrieAttention<T> trie_attention(const std::vector<Address>& plan, const std::vector<int64_t>& sizes, double scale,
+                                      bool causal, const std::vector<Address>& qkv,
+                                      const std::vector<Strides>& strides) {
+  return {{at<int32_t>(plan[0]), at<int64_t>(plan[1]), at<int32_t>(plan[2]), sizes[0]},
+          rows_at<const T>(qkv[0], strides[0]), rows_at<const T>(qkv[1], strides[1]),
+          rows_at<const T>(qkv[2], strides[2]), sizes[1], sizes[2], sizes[3], sizes[4], float(scale), causal};
+}
+
+// Of the types that trie_attention takes.
+template <typename F>
+void with_attention_dtype(const std::string& dtype, F f) {
+  if (dtype == "torch.float32") return f(float{});
+  if (dtype == "torch.bfloat16") return f(mmrm::bf16_t{});
+  throw py::value_error("unsupported dtype " + dtype);
+}
+
+// plan: cu_seqlens_q, kv_index, cu_seqlens_k; sizes: N, T, H, G, E; out and its lse are contiguous.
+void trie_attention_fwd_cpu(const std::string& dtype, const std::vector<Address>& plan,
+                            const std::vector<int64_t>& sizes, double scale, bool causal,
+                            const std::vector<Address>& qkv, const std::vector<Strides>& strides, Address out,
+                            Address lse, int num_threads) {
+  with_attention_dtype(dtype, [&](auto element) {
+    using T = decltype(element);
+    const Strides dense{sizes[2] * sizes[4], sizes[4]};
+    mmrm::trie_attention_fwd_cpu<T>(trie_attention<T>(plan, sizes, scale, causal, qkv, strides), rows_at<T>(out, dense),
+                                    at<float>(lse), num_threads);
+  });
+}
+
+// grad and out come after q, k and v in `inputs`; dq, dk and dv are contiguous.
+void trie_attention_bwd_cpu(const std::string& dtype, const std::vector<Address>& plan,
+                            const std::vector<int64_t>& sizes, double scale, bool causal,
+                            const std::vector<Address>& inputs, const std::vector<Strides>& strides, Address lse,
+                            Address dq, Address dk, Address dv, int num_threads) {
+  with_attention_dtype(dtype, [&](auto element) {
+    using T = decltype(element);
+    const Strides dense{sizes[2] * sizes[4], sizes[4]};
+    mmrm::trie_attention_bwd_cpu<T>(
+        trie_attention<T>(plan, sizes, scale, causal, inputs, strides),
+        {rows_at<const T>(inputs[3], strides[3]), rows_at<const T>(inputs[4], strides[4]), at<float>(lse),
+         rows_at<T>(dq, dense), at<float>(dk), at<float>(dv)},
+        num_threads);
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -162,4 +217,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("pixel_shuffle_norm_bwd_cpu", &pixel_shuffle_norm_bwd_cpu, without_gil);
   m.def("reward_head_fwd_cpu", &reward_head_fwd_cpu, without_gil);
   m.def("reward_head_bwd_cpu", &reward_head_bwd_cpu, without_gil);
+  m.def("has_trie_attention_cpu", &mmrm::has_trie_attention_cpu);
+  m.def("trie_attention_fwd_cpu", &trie_attention_fwd_cpu, without_gil);
+  m.def("trie_attention_bwd_cpu", &trie_attention_bwd_cpu, without_gil);
 }

@@ -10,16 +10,18 @@
 #define MMRM_HOST_DEVICE
 #endif
 
+// What a clone (below) calls must be inlined into it, lambdas too, to be compiled for the clone's CPU.
 #ifdef __GNUC__
-#define MMRM_INLINE __attribute__((always_inline)) inline
+#define MMRM_ALWAYS_INLINE __attribute__((always_inline))
 #else
-#define MMRM_INLINE inline
+#define MMRM_ALWAYS_INLINE
 #endif
+#define MMRM_INLINE MMRM_ALWAYS_INLINE inline
 
 // Compiles a function for each generation of x86-64; the loader picks the one that this CPU runs. All give the same
-// bits: nothing is reassociated or contracted.
+// bits: nothing is reassociated or contracted, and a fused multiply-add is written as one.
 #if defined(__x86_64__) && defined(__GLIBC__) && __GNUC__ >= 12 && !defined(__clang__) && !defined(__CUDACC__)
-#define MMRM_CLONES __attribute__((target_clones("default", "avx2", "arch=x86-64-v4")))
+#define MMRM_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
 #define MMRM_CLONES
 #endif

@@ -22,6 +22,19 @@ __device__ T lane_sum(T value) {
   return value;
 }
 
+template <typename T>
+__device__ PairTerms<T> load_terms(const PairLossInputs<T>& in, const PairLossOptions& options, int64_t pair) {
+  const int64_t chosen = in.chosen[pair], rejected = in.rejected[pair];
+  const bool has_proxy = in.proxy_rewards != nullptr, has_margin = in.margin != nullptr;
+  PairValues<T> values{};
+  values.difference = in.rewards[chosen] - in.rewards[rejected];
+  values.total = in.rewards[chosen] + in.rewards[rejected];
+  if (has_proxy) values.proxy_difference = in.proxy_rewards[chosen] - in.proxy_rewards[rejected];
+  if (has_margin) values.margin = in.margin[pair];
+  values.weight = in.weight ? in.weight[pair] : T(1);
+  return pair_terms(values, has_proxy, has_margin, options, ShortcutFailure<T>(options));
+}
+
 // A chunk's sums, in float64 as on the CPU, and the SFC of its pairs.
 template <typename T>
 __device__ void sum_chunk(const PairLossInputs<T>& in, const PairLossOptions& options, const PairLossOutputs<T>& out,
@@ -31,7 +44,7 @@ __device__ void sum_chunk(const PairLossInputs<T>& in, const PairLossOptions& op
   double sums[kNumPairLossSums] = {};
   const int64_t end = (chunk + 1) * kChunk < in.num_pairs ? (chunk + 1) * kChunk : in.num_pairs;
   for (int64_t pair = chunk * kChunk + thread; pair < end; pair += kThreads) {
-    const PairTerms<T> terms = pair_terms(in, options, pair);
+    const PairTerms<T> terms = load_terms(in, options, pair);
     out.sfc[pair] = terms.sfc;
 #pragma unroll
     for (int i = 0; i < kNumPairLossSums; ++i) sums[i] += terms.sums[i];
@@ -63,7 +76,7 @@ __device__ void gather_rows(const PairLossInputs<T>& in, const PairLossOptions& 
   if (row < in.num_rewards) {
     for (int64_t i = in.row_ptr[row] + lane; i < in.row_ptr[row + 1]; i += kRowLanes) {
       const int64_t entry = in.row_entry[i];
-      const PairTerms<T> terms = pair_terms(in, options, entry / 2);
+      const PairTerms<T> terms = load_terms(in, options, entry / 2);
       const bool is_chosen = entry % 2 == 0;
       main += terms.pull + (is_chosen ? terms.slope : -terms.slope);
       proxy += is_chosen ? terms.proxy_slope : -terms.proxy_slope;

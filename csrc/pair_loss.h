@@ -75,13 +75,25 @@ MMRM_HOST_DEVICE MMRM_INLINE LossAndSlope<T> smoothed(LossAndSlope<T> plain, T x
 // Shortcut-Failure Coefficient from the plain losses of the main model and the proxy. No branches: a loop of it
 // vectorises.
 template <typename T>
-MMRM_HOST_DEVICE MMRM_INLINE T shortcut_failure(T main_loss, T proxy_loss, const PairLossOptions& options) {
-  const T epsilon = T(1e-7);
-  const bool is_paper = options.mode == SfcMode::paper;
-  const T inside = is_paper ? epsilon / 2 : T(0), outside = is_paper ? T(0) : epsilon / 2;
-  const T sfc = larger(outside + (inside + proxy_loss) / (epsilon + main_loss + proxy_loss), T(options.floor));
-  return options.mode == SfcMode::standard ? T(1) : options.warmup ? T(0.5) : sfc;
-}
+class ShortcutFailure {
+ public:
+  MMRM_HOST_DEVICE MMRM_INLINE explicit ShortcutFailure(const PairLossOptions& options) {
+    const bool is_paper = options.mode == SfcMode::paper, is_standard = options.mode == SfcMode::standard;
+    inside_ = is_paper ? kEpsilon / 2 : T(0);
+    outside_ = is_paper ? T(0) : kEpsilon / 2;
+    lowest_ = is_standard ? T(1) : options.warmup ? T(0.5) : T(options.floor);
+    highest_ = is_standard || options.warmup ? lowest_ : T(2);  // 2: never reached
+  }
+
+  MMRM_HOST_DEVICE MMRM_INLINE T operator()(T main_loss, T proxy_loss) const {
+    const T sfc = larger(outside_ + (inside_ + proxy_loss) / (kEpsilon + main_loss + proxy_loss), lowest_);
+    return highest_ < sfc ? highest_ : sfc;
+  }
+
+ private:
+  static constexpr T kEpsilon = T(1e-7);
+  T inside_, outside_, lowest_, highest_;
+};
 
 // 1, 1/2 for a tie, 0.
 template <typename T>
@@ -89,22 +101,22 @@ MMRM_HOST_DEVICE MMRM_INLINE T correct(T margin) {
   return margin > T(0) ? T(1) : margin == T(0) ? T(0.5) : T(0);
 }
 
-// The loss of a pair whose difference of rewards is `difference`, with its margin and label smoothing.
-template <typename T>
-MMRM_HOST_DEVICE MMRM_INLINE LossAndSlope<T> optimised_loss(const PairLossInputs<T>& in, const PairLossOptions& options,
-                                                       int64_t pair, T difference, LossAndSlope<T> plain) {
-  const T smoothing = T(options.label_smoothing);
-  if (!in.margin) return smoothed(plain, difference, smoothing);
-  const T x = difference - in.margin[pair];
-  return smoothed(bradley_terry(x), x, smoothing);
-}
-
-// What the terms of a pair are computed from.
+// What a pair's terms are computed from; total: of its two rewards.
 template <typename T>
 struct PairValues {
-  T weight, difference, total, proxy_difference;       // total: of the two rewards
-  LossAndSlope<T> plain, optimised, proxy_plain, proxy_optimised;  // the last two are zero without a proxy
-  bool has_proxy;
+  T difference, total, proxy_difference, margin, weight;
+};
+
+// A branch's loss of a pair, plain, and as it is optimised: with margin and label smoothing.
+template <typename T>
+struct BranchLoss {
+  LossAndSlope<T> plain, optimised;
+
+  MMRM_HOST_DEVICE MMRM_INLINE BranchLoss(T difference, T margin, bool has_margin, T smoothing)
+      : plain(bradley_terry(difference)) {
+    const T x = has_margin ? difference - margin : difference;
+    optimised = smoothed(has_margin ? bradley_terry(x) : plain, x, smoothing);
+  }
 };
 
 // What one pair adds to the sums, its SFC, and its gradients: of sums[kMain] pull + slope at the chosen reward and
@@ -115,42 +127,28 @@ struct PairTerms {
   T sfc, slope, pull, proxy_slope;
 };
 
+// The values of the proxy and the margin are not used without them. A loop vectorises where both are constants.
 template <typename T>
-MMRM_HOST_DEVICE MMRM_INLINE PairTerms<T> combine(const PairValues<T>& pair, const PairLossOptions& options) {
-  const T weight = pair.weight, centering = T(options.centering);
-  const T sfc = shortcut_failure(pair.plain.loss, pair.proxy_plain.loss, options);
+MMRM_HOST_DEVICE MMRM_INLINE PairTerms<T> pair_terms(const PairValues<T>& pair, bool has_proxy, bool has_margin,
+                                                     const PairLossOptions& options,
+                                                     const ShortcutFailure<T>& shortcut_failure) {
+  const T weight = pair.weight, smoothing = T(options.label_smoothing), centering = T(options.centering);
+  const BranchLoss<T> main(pair.difference, pair.margin, has_margin, smoothing);
+  const BranchLoss<T> proxy(has_proxy ? pair.proxy_difference : T(0), pair.margin, has_margin, smoothing);
+  const T sfc = shortcut_failure(main.plain.loss, has_proxy ? proxy.plain.loss : T(0));
   PairTerms<T> terms;
-  terms.sums[kMain] = weight * (sfc * pair.optimised.loss + centering * pair.total * pair.total);
-  terms.sums[kProxy] = weight * pair.proxy_optimised.loss;
+  terms.sums[kMain] = weight * (sfc * main.optimised.loss + centering * pair.total * pair.total);
+  terms.sums[kProxy] = has_proxy ? weight * proxy.optimised.loss : T(0);
   terms.sums[kWeight] = weight;
   terms.sums[kWeightedSfc] = weight * sfc;
   terms.sums[kMainCorrect] = correct(pair.difference);
-  terms.sums[kProxyCorrect] = pair.has_proxy ? correct(pair.proxy_difference) : T(0);
-  terms.sums[kBtMain] = weight * pair.plain.loss;
+  terms.sums[kProxyCorrect] = has_proxy ? correct(pair.proxy_difference) : T(0);
+  terms.sums[kBtMain] = weight * main.plain.loss;
   terms.sfc = sfc;
-  terms.slope = weight * sfc * pair.optimised.slope;
+  terms.slope = weight * sfc * main.optimised.slope;
   terms.pull = 2 * weight * centering * pair.total;
-  terms.proxy_slope = weight * pair.proxy_optimised.slope;
+  terms.proxy_slope = has_proxy ? weight * proxy.optimised.slope : T(0);
   return terms;
-}
-
-template <typename T>
-MMRM_HOST_DEVICE MMRM_INLINE PairTerms<T> pair_terms(const PairLossInputs<T>& in, const PairLossOptions& options,
-                                                int64_t pair) {
-  const int64_t chosen = in.chosen[pair], rejected = in.rejected[pair];
-  PairValues<T> values{};
-  values.weight = in.weight ? in.weight[pair] : T(1);
-  values.difference = in.rewards[chosen] - in.rewards[rejected];
-  values.total = in.rewards[chosen] + in.rewards[rejected];
-  values.plain = bradley_terry(values.difference);
-  values.optimised = optimised_loss(in, options, pair, values.difference, values.plain);
-  values.has_proxy = in.proxy_rewards != nullptr;
-  if (values.has_proxy) {
-    values.proxy_difference = in.proxy_rewards[chosen] - in.proxy_rewards[rejected];
-    values.proxy_plain = bradley_terry(values.proxy_difference);
-    values.proxy_optimised = optimised_loss(in, options, pair, values.proxy_difference, values.proxy_plain);
-  }
-  return combine(values, options);
 }
 
 }  // namespace mmrm

@@ -23,7 +23,7 @@ struct LaneSums {
 template <typename A, typename F>
 MMRM_INLINE LaneSums<A> lane_sums(int64_t size, F value) {
   A first[kLanes] = {}, second[kLanes] = {};
-  const auto add = [&](int64_t lane, int64_t i) {
+  const auto add = [&](int64_t lane, int64_t i) MMRM_ALWAYS_INLINE {
     const LaneSums<A> term = value(i);
     first[lane] += term.first;
     second[lane] += term.second;
@@ -59,9 +59,9 @@ MMRM_CLONES void fwd_row(const PixelShuffle& shape, const PixelShuffleNormFwd<T>
   using A = compute_t<T>;
   const int64_t size = shape.row_size();
   load_row(shape, args.hidden, row, x);
-  const A mean = lane_sums<A>(size, [=](int64_t k) { return LaneSums<A>{x[k], 0}; }).first / size;
+  const A mean = lane_sums<A>(size, [=](int64_t k) MMRM_ALWAYS_INLINE { return LaneSums<A>{x[k], 0}; }).first / size;
   const A variance =
-      lane_sums<A>(size, [=](int64_t k) { return LaneSums<A>{(x[k] - mean) * (x[k] - mean), 0}; }).first / size;
+      lane_sums<A>(size, [=](int64_t k) MMRM_ALWAYS_INLINE { return LaneSums<A>{(x[k] - mean) * (x[k] - mean), 0}; }).first / size;
   const A rstd = 1 / std::sqrt(variance + A(args.eps));
   args.mean[row] = mean;
   args.rstd[row] = rstd;
@@ -83,7 +83,7 @@ MMRM_CLONES void bwd_row(const PixelShuffle& shape, const PixelShuffleNormBwd<T>
     const T *hidden = args.hidden + offsets[part], *grad = args.grad + row * size + part * half;
     const A* weight = args.weight + part * half;
     A *weight_sums = grad_weight + part * half, *bias_sums = grad_bias + part * half;
-    const LaneSums<A> sums = lane_sums<A>(half, [=](int64_t k) {
+    const LaneSums<A> sums = lane_sums<A>(half, [=](int64_t k) MMRM_ALWAYS_INLINE {
       const A g = convert<A>(grad[k]), normal = (convert<A>(hidden[k]) - mean) * rstd, slope = g * weight[k];
       weight_sums[k] += g * normal;
       bias_sums[k] += g;

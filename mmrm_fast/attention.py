@@ -1,12 +1,16 @@
-"""Trie attention as transformers' own attention interface, so that the language model's code stays theirs."""
+"""Attention as transformers' own interface, so that models stay theirs; and what no reward reads, left out."""
+
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from mmrm_fast.ops.trie_attention import trie_attention
+from mmrm_fast.ops.trie_attention import has_native, trie_attention
 
-NAME = "mmrm_trie"
+NAME, TILES_NAME = "mmrm_trie", "mmrm_tiles"
+PRE_NORM_LAYERS = ("LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 
 
 def trie_attention_forward(
@@ -37,7 +41,61 @@ def trie_attention_forward(
     return out.unsqueeze(0), None
 
 
+def tile_attention_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float, **kwargs
+) -> tuple[Tensor, None]:
+    """Every patch over its own tile's: `trie_attention` where it has a C++ kernel, torch's SDPA elsewhere.
+
+    q, k, v are [I, heads, L, E]: I tiles of L patches.
+    """
+    num_tiles, _, length, size = query.shape
+    if query.device.type != "cpu" or not has_native(query.dtype, size) or kwargs.get("dropout"):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    edges = length * torch.arange(num_tiles + 1, dtype=torch.int32)
+    out = trie_attention(
+        *(x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)),
+        cu_seqlens_q=edges,
+        kv_index=torch.arange(num_tiles * length),
+        cu_seqlens_k=edges,
+        max_seqlen_q=length,
+        max_seqlen_k=length,
+        scale=scaling,
+        causal=False,
+    )
+    return out.unflatten(0, (num_tiles, length)), None
+
+
 def use_trie_attention(language_model: PreTrainedModel) -> None:
-    """Let a transformers decoder attend through the trie plan (vision towers keep SDPA)."""
+    """Let a transformers decoder attend through the trie plan."""
     AttentionInterface.register(NAME, trie_attention_forward)
     language_model.set_attn_implementation(NAME)
+
+
+def use_tile_attention(vision_tower: PreTrainedModel) -> None:
+    """Let a transformers vision tower attend by `tile_attention_forward`."""
+    AttentionInterface.register(TILES_NAME, tile_attention_forward)
+    vision_tower.set_attn_implementation(TILES_NAME)
+
+
+def read_last_tokens(language_model: PreTrainedModel) -> bool:
+    """Let the last layer compute only the rows that `last_index`, a keyword argument of the forward, names.
+
+    Nothing but the keys and values of the last layer's other tokens is read by a reward; their MLP and norms are not.
+    False where the layer's class is not known to be attention and MLP, each behind its norm and added: nothing changes.
+    """
+    layer = language_model.layers[-1]
+    if type(layer).__name__ not in PRE_NORM_LAYERS:
+        return False
+    layer.forward = partial(last_layer_forward, layer)
+    return True
+
+
+def last_layer_forward(
+    layer: nn.Module, hidden_states: Tensor, *, last_index: Tensor | None = None, **kwargs
+) -> Tensor:
+    """A pre-norm decoder layer's output [1, R, D] at `last_index` [R] of its tokens [1, T, D]; all where it is None."""
+    if last_index is None:
+        return type(layer).forward(layer, hidden_states, **kwargs)
+    attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)
+    hidden = (hidden_states + attended).index_select(1, last_index)
+    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))

@@ -4,17 +4,19 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-import tyro
-
 from mmrm_fast.config import (
+    BestOfNConfig,
     ConvertConfig,
     DoctorConfig,
+    EvaluateConfig,
     ExportConfig,
     InspectConfig,
+    ReportConfig,
     ScoreConfig,
     StudyConfig,
     TrainConfig,
 )
+from mmrm_fast.config_file import parse
 
 # GNU OpenMP's waiting threads otherwise spin without end: one busy neighbour made a training step ten times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -22,13 +24,16 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 USAGE = """usage: mmrm-fast COMMAND [options]
 
 commands:
-  train    train a reward model, standard or --robust
-  score    score a JSONL with a reward model
-  study    standard against robust on the shapes environments
-  convert  an original InternVL checkpoint to transformers' own format
-  export   a reward model to the layout of vLLM or of the reference implementation
-  inspect  what a checkpoint folder holds
-  doctor   what was built here and what each op runs on
+  train      train a reward model, standard or --robust
+  score      score a JSONL with a reward model
+  evaluate   a benchmark of the field, with calibration and confidence intervals
+  best-of-n  true quality of what reward models select out of N
+  report     an HTML page about runs
+  study      standard against robust on the shapes environments
+  convert    an original InternVL checkpoint to transformers' own format
+  export     a reward model to the layout of vLLM or of the reference implementation
+  inspect    what a checkpoint folder holds
+  doctor     what was built here and what each op runs on
 
 `mmrm-fast COMMAND --help` explains every option."""
 
@@ -39,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands: dict[str, tuple[type, Callable]] = {
         "train": (TrainConfig, run_train),
         "score": (ScoreConfig, run_score),
+        "evaluate": (EvaluateConfig, run_evaluate),
+        "best-of-n": (BestOfNConfig, run_best_of_n),
+        "report": (ReportConfig, run_report),
         "study": (StudyConfig, run_study),
         "convert": (ConvertConfig, run_convert),
         "export": (ExportConfig, run_export),
@@ -51,9 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if asked else 2
     name, *rest = arguments
     config_type, run = commands[name]
-    config = tyro.cli(config_type, prog=f"mmrm-fast {name}", description=config_type.__doc__, args=rest)
     try:
-        return run(config)
+        return run(parse(config_type, rest, prog=f"mmrm-fast {name}"))
     except (ValueError, FloatingPointError, OSError) as error:
         print(f"mmrm-fast {name}: {error}", file=sys.stderr)
         return 2
@@ -70,6 +77,26 @@ def run_score(config: ScoreConfig) -> int:
     from mmrm_fast.score import score
 
     return score(config)
+
+
+def run_evaluate(config: EvaluateConfig) -> int:
+    from mmrm_fast.benchmark import evaluate
+
+    return evaluate(config)
+
+
+def run_best_of_n(config: BestOfNConfig) -> int:
+    from mmrm_fast.best_of_n import best_of_n
+
+    best_of_n(config)
+    return 0
+
+
+def run_report(config: ReportConfig) -> int:
+    from mmrm_fast.report import report
+
+    report(config)
+    return 0
 
 
 def run_study(config: StudyConfig) -> int:

@@ -13,12 +13,17 @@ SFC_MODES = ("paper", "reference", "normalized")
 class DataConfig:
     """How records become batches; shared by training, evaluation and scoring."""
 
+    config: str | None = None
+    """YAML file of these options, or a preset such as internvl2-8b-robust; flags win over it. The reference
+    implementation's files work as they are."""
     image_root: Path | None = None
     """Folder that relative `img_path`s start from. Default: the folder of the JSONL file."""
     max_length: int | None = None
     """Tokens of one prompt with its images plus one response. Default: what the checkpoint says."""
     max_tiles: int | None = None
     """Most tiles an image is cut into, without the thumbnail. Default: what the checkpoint says."""
+    compat: Literal["reference"] | None = None
+    """Prepare texts and pictures exactly as the reference implementation does; see README for what differs."""
     tokens_per_micro_batch: int = 16_384
     """Work of one forward, in tokens after sharing: tokens + gathered keys / 8 + image tokens."""
     check_records: int = 100_000
@@ -50,14 +55,38 @@ class TrainConfig(DataConfig):
     """Test sets from other distributions, NAME=FILE; the o.o.d. accuracy is their mean."""
     model: Path | None = None
     """Local folder of an InternVL checkpoint in transformers' format. Default: the tiny one."""
-    proxy_model: Path | None = None
-    """Checkpoint whose language model the proxy starts from, with the same tokenizer. Default: `--model`."""
+    proxy_model: str = "full"
+    """What the text-only proxy is. `full`: a copy of the model's language model; a folder: the (smaller) checkpoint
+    there, with the same tokenizer; `lora`: a second adapter on the model's own frozen weights (with `--llm-lora`);
+    a JSONL file: no model at all, but margins computed before, rows `record, chosen, rejected, proxy_margin` as in
+    the eval-NAME.jsonl of a robust run that had the training file as a test set."""
+    proxy_image: Literal["none", "white"] = "none"
+    """What the proxy has in place of an image: nothing, or a white tile as in the reference implementation."""
     output_dir: Path | None = None
     """Run folder. Default: runs/standard or runs/robust."""
+    overwrite: bool = False
+    """Replace the run that is in the run folder already."""
+    resume: str | None = None
+    """Continue a run: `auto` from the newest good checkpoint of the run folder, from the start where there is none;
+    or the folder of one checkpoint, RUN/checkpoints/step-N."""
+    save_every: int | None = None
+    """Write a checkpoint to resume from every so many steps. On SIGTERM one is written in any case."""
+    save_minutes: float = 30.0
+    """Write one when the last is so many minutes old; 0 never."""
+    keep: int = 2
+    """Checkpoints to resume from that are kept, the newest ones."""
     environment: Literal["opening", "length", "hedging"] = "opening"
     """Shapes environment to train on when there is no `--data`: opening, length or hedging."""
     sfc_mode: Literal["paper", "reference", "normalized"] = "paper"
     """Weight of a pair: L_t / (L + L_t), the reference implementation's, or divided by its mean."""
+    sfc_floor: float = 0.0
+    """Least weight of a pair, 0 to 1."""
+    sfc_warmup_steps: int = 0
+    """Steps in which the weight is held at 0.5, for the proxy to learn."""
+    label_smoothing: float = 0.0
+    """Share of the labels taken to be the wrong way round, 0 to 0.5; in the losses of both branches."""
+    center_rewards: float = 0.0
+    """Factor of (r_chosen + r_rejected)^2 in the loss of the model, which keeps rewards around zero."""
     epochs: float = 1.0
     """Passes over the data."""
     max_steps: int | None = None
@@ -65,16 +94,34 @@ class TrainConfig(DataConfig):
     lr: float | None = None
     """Peak learning rate. Default: 1e-5, 5e-4 for the tiny checkpoint."""
     warmup_ratio: float = 0.1
-    """Share of the training in which the learning rate rises; after it, a cosine to zero."""
+    """Share of the training in which the learning rate rises."""
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after it: half a cosine or a line to zero, or not at all."""
     weight_decay: float = 0.05
     """AdamW weight decay."""
     beta2: float = 0.98
     """AdamW second moment decay."""
     max_grad_norm: float = 1.0
     """Gradient norm that each branch is clipped to."""
+    clip: Literal["branch", "joint"] = "branch"
+    """Clip the gradients of model and proxy each by its own norm, or by their norm together."""
+    ema: float | None = None
+    """Decay a step of a moving average of the weights (such as 0.999), which is what is evaluated and saved."""
+    max_bad_steps: int = 5
+    """Steps with a loss or gradient that is not finite are skipped; so many in a row stop the run."""
     tokens_per_batch: int | None = None
     """Work of one optimizer step over all ranks, in the units of `--tokens-per-micro-batch`.
     Default: 131,072 (about 128 pairs), 6,144 for the tiny checkpoint."""
+    min_tiles: int | None = None
+    """Least tiles an image is cut into. Default: what the checkpoint says."""
+    thumbnail: bool | None = None
+    """Whether the whole image follows its tiles as one more. Default: what the checkpoint says."""
+    pad2square: bool | None = None
+    """With `--max-tiles 1`: pad an image to a square instead of stretching it. Default: what the checkpoint says."""
+    normalize_type: Literal["imagenet", "clip", "siglip"] | None = None
+    """Mean and deviation that pixels are normalised by. Default: what the checkpoint says."""
+    inputs: Literal["all", "text", "image"] = "all"
+    """What the model sees, for ablations: all, a white tile in place of every image, or images without the question."""
     pairs_per_step: int | None = None
     """Pairs of one optimizer step over all ranks, instead of `--tokens-per-batch`."""
     overlong: Literal["skip", "truncate", "error"] = "skip"
@@ -87,8 +134,36 @@ class TrainConfig(DataConfig):
     """Do not train the vision tower."""
     freeze_mlp: bool = False
     """Do not train the projector."""
+    llm_lora: bool = False
+    """Train low-rank adapters of the language model's linear layers instead of its weights."""
+    vision_lora: bool = False
+    """Train low-rank adapters of the vision tower's linear layers."""
+    lora_r: int = 64
+    """Rank of the adapters."""
+    lora_alpha: float = 16.0
+    """Scale of the adapters, times their rank."""
+    lora_dropout: float = 0.0
+    """Dropout before the adapters: noise that the responses of a group share."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the model computes in; trained weights, optimizer and sums of gradients are float32. Default: bfloat16
+    with a GPU, float32 without."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """Recompute activations in the backward pass: all but matrix products and attention, or all of a block."""
+    compile: bool = False
+    """torch.compile every block."""
+    reshard_after_forward: bool = True
+    """Free gathered weights after a block's forward pass; no keeps them for the backward pass."""
+    replicas: int = 1
+    """Groups of ranks that each hold a whole sharded copy (HSDP), such as the number of nodes."""
+    cpu_offload: bool = False
+    """Keep sharded weights, gradients and optimizer in host memory."""
     eval_every: int | None = None
     """Evaluate every so many steps; always at the end."""
+    best: str | None = None
+    """Figure to keep the best evaluated weights by, SET.FIGURE such as iid.accuracy, in best/. Default: the mean
+    accuracy of the o.o.d. sets, of all where there are none."""
+    report_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """Where metrics go besides metrics.jsonl."""
     num_workers: int | None = None
     """Processes a rank that decode, tile and pack; 0 does it in the training process.
     Default: 4 with a GPU, 0 without, where they would take the cores that train."""
@@ -112,6 +187,55 @@ class ScoreConfig(DataConfig):
     """GPUs of an actor. Default: 1 where there are any."""
     address: str | None = None
     """Ray cluster to join. Default: start one on this machine."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Score a benchmark of the field, or any preference file, and say how far its numbers can be trusted."""
+
+    bench: Literal["vl-rewardbench", "multimodal-rewardbench", "mm-rlhf-rewardbench", "rewardbench", "pairs"] = "pairs"
+    """Layout, groups and metrics: a benchmark as published, or `pairs` for any preference records."""
+    data: Path = Path("pairs.jsonl")
+    """Parquet, JSONL, JSON or CSV file, or the folder that holds it."""
+    images: Path | None = None
+    """Folder that image file names start from. Default: the folder of the file."""
+    model: Path = Path("runs/robust/final")
+    """Folder of the reward model, such as runs/NAME/final."""
+    output_dir: Path = Path("runs/evaluate")
+    """Folder of results.json, reliability.svg and margins.svg."""
+    max_length: int | None = None
+    """Tokens of one prompt with its images plus one response. Default: what the checkpoint says."""
+    max_tiles: int | None = None
+    """Most tiles an image is cut into, without the thumbnail. Default: what the checkpoint says."""
+    compat: Literal["reference"] | None = None
+    """Prepare texts and pictures exactly as the reference implementation does; see README for what differs."""
+    tokens_per_micro_batch: int = 16_384
+    """Work of one forward, in tokens after sharing: tokens + gathered keys / 8 + image tokens."""
+
+
+@dataclass(frozen=True)
+class BestOfNConfig:
+    """True quality of the response that reward models select out of N, as N grows: a curve a model on one plot."""
+
+    scores: tuple[str, ...] = ()
+    """Scores of one model each, as `mmrm-fast score` writes them: FILE or NAME=FILE."""
+    truth: Path = Path("candidates.jsonl")
+    """The records with their true qualities, a list `truth` in the order of the responses; or rows `record,
+    response_index, truth`."""
+    n: str = "1,2,4,...,64"
+    """Numbers of responses to choose from; `...` doubles."""
+    output_dir: Path = Path("runs/best-of-n")
+    """Folder of best-of-n.json, best-of-n.svg and best-of-n.png."""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Write one HTML page about runs: curves, margins, calibration, the pairs worth looking at."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders, such as runs/robust."""
+    out: Path | None = None
+    """The page. Default: report.html in the first run's folder."""
 
 
 @dataclass(frozen=True)

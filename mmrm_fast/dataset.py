@@ -9,7 +9,7 @@ import numpy as np
 
 from mmrm_fast.images import ImageError, Tiling, image_size, load_tiles, white_tile
 from mmrm_fast.prompt import Encoded, PromptEncoder, PromptError
-from mmrm_fast.records import Group, Pair, RecordError, RecordFile
+from mmrm_fast.records import Group, Pair, Prompt, RecordError, RecordFile
 
 ProxyImage = Literal["none", "white"]
 Inputs = Literal["all", "text", "image"]
@@ -25,6 +25,7 @@ class Sample:
     main: Encoded
     text: Encoded | None = None  # the same group as the text-only proxy sees it
     dropped: tuple[RecordError, ...] = ()  # one note a response whose pairs were left out
+    position: int | None = None  # where the dataset finds encoded images again, which are not carried along
 
     @property
     def num_tokens_unshared(self) -> int:
@@ -47,7 +48,7 @@ class GroupDataset:
         encoder: the checkpoint's prompt encoder.
         tiling: how its images become tiles.
         overlong: a response that does not fit into the encoder's `max_length`: `skip` drops the pairs with it,
-            `truncate` cuts it, `error` raises.
+            `truncate` cuts it, `error` raises; with the encoder's `compat` it is always cut.
         with_text: also encode the text-only proxy's sequences.
         proxy_image: what the proxy has in place of each image: `none`, no placeholder either, or `white`, the tokens of
             one white tile, as in the reference implementation.
@@ -77,13 +78,24 @@ class GroupDataset:
 
     def __getitem__(self, index: int) -> Sample:
         """Encode record `index`. Raises `RecordError`."""
-        return self.encode(self.group(index))
+        group = self.group(index)
+        sample = self.encode(group)
+        if not any(isinstance(image, bytes) for image in group.images):
+            return sample
+        return replace(sample, group=replace(sample.group, images=()), position=self.position(index))
+
+    def position(self, index: int) -> int:
+        """Where record `index` stands among all records of the files."""
+        return int(index if self.records is None else self.records[index])
 
     def group(self, index: int) -> Group:
         """Parse record `index`. Raises `RecordError`."""
-        record = index if self.records is None else int(self.records[index])
-        file = int(np.searchsorted(self.edges, record, side="right")) - 1
-        return self.files[file].group(int(record - self.edges[file]))
+        return self.read(self.position(index))
+
+    def read(self, position: int) -> Group:
+        """Parse the record at this position of the files. Raises `RecordError`."""
+        file = int(np.searchsorted(self.edges, position, side="right")) - 1
+        return self.files[file].group(int(position - self.edges[file]))
 
     def select(self, records: np.ndarray):
         """The same data set with only these of its records (increasing indices)."""
@@ -98,8 +110,6 @@ class GroupDataset:
 
     def encode(self, group: Group) -> Sample:
         """Encode one group. Raises `RecordError` naming the field that cannot be encoded."""
-        if self.inputs == "image":
-            group = replace(group, prompt="")
         try:
             tiles_per_image = tuple(map(self.num_tiles, group.images))
             sample = self.encode_sized(group, tiles_per_image)
@@ -107,21 +117,25 @@ class GroupDataset:
             raise RecordError(group.source, "img_path", str(error)) from None
         except PromptError as error:
             raise RecordError(group.source, error.field, str(error)) from None
-        if self.overlong == "truncate" or not any(sample.main.truncated):
+        if self.overlong == "truncate" or self.encoder.compat or not any(sample.main.truncated):
             return sample
         return self.without_overlong(sample)
 
     def encode_sized(self, group: Group, tiles_per_image: tuple[int, ...]) -> Sample:
         """Encode one group whose images have `tiles_per_image` tiles."""
-        main = self.encoder.encode(group.prompt, group.responses, tiles_per_image)
+        main = self.encoder.encode(self.prompt(group), group.responses, tiles_per_image)
         text = self.encode_text(group) if self.with_text else None
         return Sample(group, tiles_per_image, main, text)
+
+    def prompt(self, group: Group) -> Prompt:
+        """The question that the model sees."""
+        return "" if self.inputs == "image" else group.prompt
 
     def encode_text(self, group: Group) -> Encoded:
         """Encode one group as the text-only proxy sees it."""
         if self.proxy_image == "white":
-            return self.encoder.encode(group.prompt, group.responses, (1,) * len(group.images))
-        return self.encoder.encode_text_only(group.prompt, group.responses, len(group.images))
+            return self.encoder.encode(self.prompt(group), group.responses, (1,) * len(group.images))
+        return self.encoder.encode_text_only(self.prompt(group), group.responses, len(group.images))
 
     def num_tiles(self, image: str | bytes) -> int:
         """Tiles that an image becomes, from its header. Raises `ImageError`."""
@@ -143,9 +157,10 @@ class GroupDataset:
     def load(self, sample: Sample) -> list[np.ndarray]:
         """Decode a sample's images: uint8 `[I, S, S, 3]` each. Raises `RecordError`."""
         if self.inputs == "text":
-            return [white_tile(self.tiling.tile_size) for _ in sample.group.images]
+            return [white_tile(self.tiling.tile_size) for _ in sample.tiles_per_image]
+        group = sample.group if sample.position is None else self.read(sample.position)
         try:
-            return [load_tiles(image, self.tiling) for image in sample.group.images]
+            return [load_tiles(image, self.tiling) for image in group.images]
         except ImageError as error:
             raise RecordError(sample.group.source, "img_path", str(error)) from None
 

@@ -20,7 +20,7 @@ OPS = {  # backends beside the reference
     "pixel_shuffle_norm": ("C++", "Triton"),
     "patchify": ("C++", "Triton"),
     "plan_trie": ("C++",),
-    "trie_attention": ("SDPA", "flash-attn"),
+    "trie_attention": ("C++", "SDPA", "flash-attn"),
 }
 REBUILD = "pip install -e . -v shows why; it needs a C++17 compiler"
 
@@ -31,6 +31,7 @@ class Machine:
 
     native: str | None  # file of the module; None where it did not load
     openmp: bool
+    attention: bool  # the native module's attention runs on this CPU
     architectures: tuple[int, ...]  # of the CUDA kernels in the native module, 80 is sm_80
     cudart: int  # 1000 * major + 10 * minor, linked statically; 0 without CUDA kernels
     driver: int  # in the same units; 0 without one
@@ -53,6 +54,7 @@ def inspect() -> Machine:
     return Machine(
         native=None if module is None else module.__file__,
         openmp=hasattr(module, "openmp"),
+        attention=module is not None and module.has_trie_attention_cpu(),
         architectures=tuple(getattr(module, "cuda_architectures", ())),
         cudart=module.cuda_versions()[1] if hasattr(module, "cuda_versions") else 0,
         driver=driver_version(),
@@ -98,8 +100,8 @@ def choose(op: str, machine: Machine) -> Choice:
 
 def choose_on_cpu(op: str, machine: Machine) -> Choice:
     where = "host code" if op == "plan_trie" else "torch sees no GPU"
-    if op == "trie_attention":
-        return Choice("SDPA", f"{where}: torch's CPU kernel, node by node")
+    if op == "trie_attention" and not machine.attention:
+        return Choice("SDPA", f"{where}, and C++ needs a CPU with AVX-512 BF16: torch's kernel, node by node")
     if machine.native is None:
         return Choice("reference", f"{where}, and the native module did not load")
     return Choice("C++", where)

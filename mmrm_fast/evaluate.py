@@ -48,6 +48,7 @@ class PairRow:
     margin: float
     proxy_margin: float | None
     truth: float | None  # true quality of chosen minus that of rejected
+    reward: float | None = None  # of chosen
 
 
 def pair_rows(sample: Sample, rewards: list[float], proxy_rewards: list[float] | None) -> Iterable[PairRow]:
@@ -63,16 +64,17 @@ def pair_rows(sample: Sample, rewards: list[float], proxy_rewards: list[float] |
             rewards[chosen] - rewards[rejected],
             None if proxy_rewards is None else proxy_rewards[chosen] - proxy_rewards[rejected],
             None if truth is None else truth[chosen] - truth[rejected],
+            rewards[chosen],
         )
 
 
 @torch.no_grad()  # not inference_mode: sharded weights must stay trainable
 def batch_rows(model: RewardModel, proxy: RewardModel | None, packed: Packed, device: torch.device) -> list[PairRow]:
     """Rows of one packed batch, scored by the main model and, where there is one, the proxy."""
-    batch = packed.batch
+    batch = packed.batch.to(device)
     count = sum(batch.num_responses)
-    rewards = model(batch.main.to(device), batch.tiles.to(device))[:count].tolist()
-    proxy_rewards = None if proxy is None else proxy(batch.text.to(device))[:count].tolist()
+    rewards = model(batch.main, batch.tiles)[:count].tolist()
+    proxy_rewards = None if proxy is None else proxy(batch.text, batch.text_tiles)[:count].tolist()
     rows, first = [], 0
     for sample, number in zip(packed.samples, batch.num_responses, strict=True):
         own = slice(first, first + number)
@@ -115,6 +117,20 @@ def summarize(rows: list[PairRow]) -> dict[str, float]:
     return figures
 
 
+def reward_stats(rows: dict[str, list[PairRow]], kinds: dict[str, str]) -> dict:
+    """Mean and spread of the rewards of evaluated pairs, by test set and over the i.i.d. ones (else all) together."""
+    rewards = {name: [r for row in own for r in (row.reward, row.reward - row.margin)] for name, own in rows.items()}
+    iid = [name for name in rewards if kinds[name] == "iid"]
+    pooled = [reward for name in iid or rewards for reward in rewards[name]]
+    return {**spread(pooled), "sets": {name: spread(own) for name, own in rewards.items()}}
+
+
+def spread(rewards: list[float]) -> dict[str, float | None]:
+    """Number, mean and standard deviation."""
+    mean, std = (float(np.mean(rewards)), float(np.std(rewards))) if rewards else (None, None)
+    return {"responses": len(rewards), "mean": mean, "std": std}
+
+
 def write_rows(path: Path, rows: list[PairRow]) -> None:
     """Write evaluated pairs as JSON lines."""
     with open(path, "w") as file:
@@ -125,6 +141,20 @@ def read_rows(path: Path) -> list[PairRow]:
     """Read what `write_rows` wrote."""
     with open(path) as file:
         return [PairRow(**json.loads(line)) for line in file]
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write indented JSON, null where a number is NaN or infinite."""
+    path.write_text(json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def finite(value: object) -> object:
+    """The same nested value with None for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def judged_accuracy(figures: dict) -> float:

@@ -193,7 +193,7 @@ def load_image(source: str | Path | bytes, compat: Compat = None) -> Image.Image
             turn = UPRIGHT.get(orientation(image))
             if image.has_transparency_data:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            if image.mode.startswith("I;16"):  # Pillow would clip it at 255
+            if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # Pillow would clip it
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             image = image.convert("RGB")
         except (OSError, SyntaxError, ValueError) as error:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import InternVLConfig, InternVLModel
 
-from mmrm_fast.attention import use_trie_attention
+from mmrm_fast.attention import read_last_tokens, use_tile_attention, use_trie_attention
 from mmrm_fast.ops.pack_image_tokens import pack_image_tokens
 from mmrm_fast.ops.patchify import patchify
 from mmrm_fast.ops.pixel_shuffle_norm import pixel_shuffle_norm
@@ -35,8 +35,11 @@ class RewardModel(nn.Module):
         self.pixel_mean, self.pixel_std = pixel_mean, pixel_std
         self.num_vision_layers = num_vision_layers(model.config)
         self.is_transposed = original_facts(model.config).get("ps_version") == "v1"
+        self.register_buffer("only_tiles", None, persistent=False)  # the vision tower's output, see `keep_only`
         use_trie_attention(model.language_model)
         use_own_length_rope(model.language_model)
+        use_tile_attention(model.vision_tower)
+        self.reads_last_tokens = read_last_tokens(model.language_model)
 
     def forward(self, plan: TokenPlan, tiles_ISSC: Tensor | None = None) -> Tensor:
         """Rewards [R] of the plan's responses, in fp32 (float64 for float64 models).
@@ -45,40 +48,62 @@ class RewardModel(nn.Module):
             plan: the packed tokens of one branch.
             tiles_ISSC: the batch's tiles, uint8; None for a plan without image tokens.
         """
+        return self.read(self.score, plan, tiles_ISSC)
+
+    def read(self, head: nn.Module, plan: TokenPlan, tiles_ISSC: Tensor | None) -> Tensor:
+        """What a score head reads [R] of the plan's last tokens."""
         embedding = self.model.get_input_embeddings().weight
         features = embedding.detach()[:0] if tiles_ISSC is None else self.image_features(tiles_ISSC)
         hidden = self.model.language_model(
             inputs_embeds=pack_image_tokens(embedding, features, plan.source_T, plan.source_index).unsqueeze(0),
             position_ids=plan.rope_positions(),
             use_cache=False,
+            last_index=plan.last_index_R,
             **plan.attention_plan(),
         ).last_hidden_state[0]
-        return self.score(hidden, plan.last_index_R)
+        index_R = plan.last_index_R
+        if self.reads_last_tokens:
+            index_R = torch.arange(len(index_R), device=index_R.device)
+        return head(hidden, index_R)
+
+    def heads(self) -> list[nn.Module]:
+        """The score heads."""
+        return [self.score]
 
     def image_features(self, tiles_ISSC: Tensor) -> Tensor:
         """Projected image tokens [I * tokens_per_tile, D] of uint8 tiles."""
-        tower, projector = self.model.vision_tower, self.model.multi_modal_projector
+        return self.project(self.tower_output(tiles_ISSC) if self.only_tiles is None else self.only_tiles)
+
+    def tower_output(self, tiles_ISSC: Tensor) -> Tensor:
+        """The vision tower's hidden states [I, 1 + patches, vision hidden] of the layer that the config picks."""
+        tower = self.model.vision_tower
         hidden = self.embed_tiles(tiles_ISSC)
         for layer in tower.encoder.layer[: self.num_vision_layers]:
             hidden = layer(hidden)
-        rows = self.shuffled_rows(
-            hidden if self.num_vision_layers < len(tower.encoder.layer) else tower.layernorm(hidden)
-        )
+        return tower.layernorm(hidden) if self.model.config.vision_feature_layer == -1 else hidden
+
+    def project(self, hidden_ITC: Tensor) -> Tensor:
+        """Image tokens [I * tokens_per_tile, D] of the vision tower's output."""
+        projector = self.model.multi_modal_projector
+        rows = self.shuffled_rows(hidden_ITC.to(projector.layer_norm.weight.dtype))
+        if self.is_transposed:
+            side = math.isqrt(len(rows) // len(hidden_ITC))
+            rows = rows.unflatten(0, (-1, side, side)).transpose(1, 2).flatten(0, 2)
         return projector.linear_2(projector.act(projector.linear_1(rows)))
 
     def shuffled_rows(self, hidden_ITC: Tensor) -> Tensor:
         """The projector's normalised input [I * tokens_per_tile, C / ratio^2] of the tower's output, CLS first."""
-        config, norm = self.model.config, self.model.multi_modal_projector.layer_norm
-        if config.downsample_ratio == 0.5:
-            rows = pixel_shuffle_norm(hidden_ITC, norm.weight, norm.bias, eps=norm.eps)
-        else:
-            side = math.isqrt(hidden_ITC.shape[1] - 1)
-            grid = hidden_ITC[:, 1:].unflatten(1, (side, side))
-            rows = norm(self.model.pixel_shuffle(grid, config.downsample_ratio).flatten(0, 2))
-        if self.is_transposed:
-            side = math.isqrt(len(rows) // len(hidden_ITC))
-            rows = rows.unflatten(0, (-1, side, side)).transpose(1, 2).flatten(0, 2)
-        return rows
+        ratio, norm = self.model.config.downsample_ratio, self.model.multi_modal_projector.layer_norm
+        if ratio == 0.5:
+            return pixel_shuffle_norm(hidden_ITC, norm.weight, norm.bias, eps=norm.eps)
+        side = math.isqrt(hidden_ITC.shape[1] - 1)
+        grid = hidden_ITC[:, 1:].unflatten(1, (side, side))
+        return norm(self.model.pixel_shuffle(grid, ratio).flatten(0, 2))
+
+    @torch.no_grad()
+    def keep_only(self, tiles_ISSC: Tensor) -> None:
+        """Run the vision tower once, on the only tiles that this model will ever see."""
+        self.register_buffer("only_tiles", self.tower_output(tiles_ISSC), persistent=False)
 
     def embed_tiles(self, tiles_ISSC: Tensor) -> Tensor:
         """The vision encoder's input [I, 1 + patches, vision hidden], CLS first; the patch embedding is a product."""

@@ -137,6 +137,10 @@ class PromptEncoder:
         self.specials = {token.content: id for id, token in added.items() if token.special}
         self.single_turn = self.template(("user",))
 
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ |= state
+        self.backend.encode_special_tokens = self.compat is None  # tokenizers does not pickle it
+
     def encode(self, prompt: Prompt, responses: tuple[str, ...], tiles_per_image: tuple[int, ...] = ()) -> Encoded:
         """Encode one prompt, its images (`tiles_per_image` in slot order) and all its responses.
 
@@ -262,11 +266,19 @@ def cut_right(sequences: list[list[int]], prefix_length: int, max_length: int) -
 
 
 def text_tokenizer(tokenizer: PreTrainedTokenizerBase, image_tokens: tuple[str, ...], *, literal: bool) -> Tokenizer:
-    """A copy of the tokenizer's backend; `literal` reads special and image tokens in text as ordinary text."""
+    """A copy of the tokenizer's backend for the runs of text between special tokens.
+
+    `literal` reads special and image tokens in text as ordinary text. A space that the tokenizer puts before the first
+    word of a sequence alone is not put before each run.
+    """
     fields = json.loads(tokenizer.backend_tokenizer.to_str())
     for token in fields["added_tokens"]:
         token["special"] = token["special"] or token["content"] in image_tokens
     fields["truncation"] = fields["padding"] = None
+    pre_tokenizer = fields["pre_tokenizer"] or {}
+    for step in pre_tokenizer.get("pretokenizers", [pre_tokenizer]):
+        if step.get("prepend_scheme") == "first":
+            step["prepend_scheme"] = "never"
     backend = Tokenizer.from_str(json.dumps(fields))
     backend.encode_special_tokens = literal
     return backend

@@ -46,7 +46,8 @@ def open_rows(spec: str | Path, columns: AbstractSet[str]) -> list["LineFile | R
     if not paths:
         what = "no record files in this folder" if path.is_dir() else "no such file"
         raise ValueError(f"{spec}: {what}; expected {', '.join(KINDS)}, a folder or a glob of them")
-    return [RowFile(path, columns) if path.name.endswith(PARQUET) else LineFile(path) for path in paths]
+    kept: dict = {}
+    return [RowFile(path, columns, kept) if path.name.endswith(PARQUET) else LineFile(path) for path in paths]
 
 
 class LineFile:
@@ -55,6 +56,8 @@ class LineFile:
     def __init__(self, path: Path):
         self.path = path
         self.file = open_lines(path)
+        if ".json" in path.suffixes and self.file.read(SCAN_BYTES).lstrip()[:1] == b"[":
+            raise ValueError(f"{path}: one JSON array; write a record a line: jq -c '.[]' {path} > records.jsonl")
         self.size = os.fstat(self.file.fileno()).st_size
         self.offsets, self.line_numbers = scan_lines(self.file)
 
@@ -107,7 +110,7 @@ def unpack(path: Path, packed: BinaryIO) -> BinaryIO:
                     )
     except (OSError, EOFError, gzip.zlib.error) as error:
         raise ValueError(f"{path}: cannot be unpacked ({error})") from None
-    plain.flush()
+    plain.seek(0)
     return plain
 
 
@@ -144,13 +147,13 @@ def blank(file: BinaryIO, start: int, stop: int) -> bool:
 
 
 class RowFile:
-    """A Parquet file read by row group, the last one kept."""
+    """A Parquet file read by row group; the last one read is kept, one for all files that share `kept`."""
 
-    def __init__(self, path: Path, columns: AbstractSet[str]):
+    def __init__(self, path: Path, columns: AbstractSet[str], kept: dict):
         import pyarrow
         from pyarrow import parquet
 
-        self.path, self.all_columns = path, columns
+        self.path, self.all_columns, self.kept = path, columns, kept
         try:
             self.file = parquet.ParquetFile(path)
         except (OSError, pyarrow.ArrowException) as error:
@@ -164,10 +167,9 @@ class RowFile:
                 f"{path}: a row group of {largest} bytes is too large to be read at random; write row_group_size=100"
             )
         self.edges = np.cumsum([0, *(group.num_rows for group in groups)])
-        self.kept, self.table = -1, None
 
     def __reduce__(self):
-        return RowFile, (self.path, self.all_columns)
+        return RowFile, (self.path, self.all_columns, {})
 
     def __len__(self) -> int:
         return int(self.edges[-1])
@@ -181,9 +183,11 @@ class RowFile:
         import pyarrow
 
         group = int(np.searchsorted(self.edges, row, side="right")) - 1
+        key = (self.path, group)
         try:
-            if group != self.kept:
-                self.table, self.kept = self.file.read_row_group(group, columns=self.columns, use_threads=False), group
-            return self.table.slice(row - self.edges[group], 1).to_pylist()[0]
+            if key not in self.kept:
+                self.kept.clear()
+                self.kept[key] = self.file.read_row_group(group, columns=self.columns, use_threads=False)
+            return self.kept[key].slice(row - self.edges[group], 1).to_pylist()[0]
         except (OSError, ValueError, pyarrow.ArrowException) as error:
             raise RecordError(self.source(row), "", f"not a row that can be read ({error})") from None

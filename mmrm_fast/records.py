@@ -65,11 +65,10 @@ def parse_group(
             )
         images = tuple(resolve_image(image, "image", source, image_root, confined) for image in form.images)
         shown = list(form.images)
-    identity = next((fields[name] for name in ID_FIELDS if fields.get(name) is not None), None)
     return Group(
         source=source,
         record=record,
-        id=None if identity is None else text(str(identity), "id", source),
+        id=parse_id(fields, source),
         prompt=form.prompt,
         img_path=shown_images(shown),
         images=images,
@@ -78,6 +77,15 @@ def parse_group(
         truth=parse_truth(fields, len(form.responses), source),
         num_unrated=form.num_unrated,
     )
+
+
+def parse_id(fields: dict, source: str) -> str | None:
+    """The record's own name, text or a number, as text."""
+    name = next((name for name in ID_FIELDS if fields.get(name) is not None), None)
+    if name is None:
+        return None
+    value = fields[name]
+    return str(value) if isinstance(value, (int, float)) else text(value, name, source)
 
 
 def parse_truth(fields: dict, num_responses: int, source: str) -> tuple[float, ...] | None:

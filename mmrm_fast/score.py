@@ -31,12 +31,14 @@ class ScoringActor:
             config.model,
             max_length=config.max_length,
             max_tiles=config.max_tiles,
+            compat=config.compat,
             tokens_per_micro_batch=config.tokens_per_micro_batch,
         )
 
     def score(self, records: range) -> list[Scored | RecordError]:
-        """Score the records at these positions of the file."""
-        return self.scorer.score_groups(list(iter_groups(self.file, records)))
+        """Score the records at these positions of the file; encoded images do not travel back."""
+        results = self.scorer.score_groups(list(iter_groups(self.file, records)))
+        return [replace(r, group=replace(r.group, images=())) if isinstance(r, Scored) else r for r in results]
 
 
 def score(config: ScoreConfig) -> int:

@@ -1,18 +1,22 @@
 """Ranks and FSDP2: who runs where, and how a model is sharded over them."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.utils.logging import disable_progress_bar
 
+from mmrm_fast.config import TrainConfig
 from mmrm_fast.model import RewardModel
 
 TIMEOUT = timedelta(minutes=10)
@@ -26,7 +30,8 @@ def ranks():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     alone = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT, **alone)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=TIMEOUT, **alone)
     if dist.get_rank():
         disable_progress_bar()
     try:
@@ -56,6 +61,13 @@ def all_sum(values: Tensor) -> Tensor:
     return values
 
 
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank."""
+    flags = torch.tensor(int(flag))
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return bool(flags)
+
+
 def gather_lists(items: list) -> list:
     """Every rank's items, in the order of the ranks, on every rank."""
     gathered: list = [None] * num_ranks()
@@ -63,30 +75,81 @@ def gather_lists(items: list) -> list:
     return [item for part in gathered for item in part]
 
 
-def shard(model: RewardModel, device: torch.device, *, compute_dtype: torch.dtype) -> RewardModel:
-    """Shard a model over all ranks: one FSDP2 group a block, one for the score head, the root for the rest.
+def on_first_rank(function: Callable[[], Any]) -> Any:
+    """Call `function` on the first rank alone; its result, or its `ValueError` or `OSError`, on all of them."""
+    outcome = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = function()
+        except (ValueError, OSError) as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
-    Master weights and reduction are fp32, compute is `compute_dtype`; gradients are summed over ranks, not averaged,
-    because the step divides by its global pair weight. One rank computing in fp32 needs no sharding.
+
+def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """What models compute in."""
+    automatic = "bfloat16" if device.type == "cuda" else "float32"
+    return getattr(torch, automatic if config.dtype == "auto" else config.dtype)
+
+
+def shard(model: RewardModel, device: torch.device, config: TrainConfig) -> RewardModel:
+    """Checkpoint, compile and shard a model: one FSDP2 group a block, one a score head, the root for the rest.
+
+    Trained weights are fp32 shards, reduced in fp32 and computed with in `config.dtype`, in which frozen weights are
+    kept; gradients are summed over ranks, not averaged, because the step divides by its global pair weight. Embedding,
+    projector, patch embedding and final norm stay in the root's group, as they are used in its forward alone. One rank
+    computing in fp32 needs no sharding.
     """
-    model.to(device)
-    if num_ranks() == 1 and compute_dtype == torch.float32:
-        return model
-    mesh = init_device_mesh(device.type, (num_ranks(),))
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    dtype = compute_dtype(config, device)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
     for block in blocks(model):
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+        if config.compile:
+            block.forward = torch.compile(block.forward)
+        if config.activation_checkpointing != "none":
+            block.forward = partial(checkpoint, block.forward, **checkpoint_options(config.activation_checkpointing))
+    offloads = config.cpu_offload and device.type != "cpu"
+    if not offloads:
+        model.to(device)
+    if num_ranks() == 1 and dtype == torch.float32 and not offloads:
+        return model
+    options = {"mesh": make_mesh(device, config.replicas), "reshard_after_forward": config.reshard_after_forward}
+    if offloads:
+        options["offload_policy"] = CPUOffloadPolicy()
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    groups = [fully_shard(model.score, mesh=mesh, mp_policy=exact), fully_shard(model, mesh=mesh, mp_policy=policy)]
-    for group in [*blocks(model), *groups]:
-        sum_gradients(group)
+    groups = [fully_shard(block, mp_policy=policy, **options) for block in blocks(model)]
+    groups += [fully_shard(head, mp_policy=exact, **options) for head in model.heads()]
+    for group in [*groups, fully_shard(model, mp_policy=policy, **options)]:
+        group.set_gradient_divide_factor(1.0)
+        group.set_force_sum_reduction_for_comms(True)
     return model
 
 
-def sum_gradients(group: nn.Module) -> None:
-    """Reduce a group's gradients by summation."""
-    group.set_gradient_divide_factor(1.0)
-    group.set_force_sum_reduction_for_comms(True)
+def make_mesh(device: torch.device, replicas: int) -> DeviceMesh:
+    """All ranks in a row, or `replicas` rows of them."""
+    if num_ranks() % replicas:
+        raise ValueError(f"--replicas {replicas} does not divide {num_ranks()} ranks")
+    if replicas == 1:
+        return init_device_mesh(device.type, (num_ranks(),))
+    return init_device_mesh(device.type, (replicas, num_ranks() // replicas), mesh_dim_names=("replicate", "shard"))
+
+
+def checkpoint_options(mode: str) -> dict:
+    """Arguments of `torch.utils.checkpoint` that recompute a whole block, or all but its expensive operations."""
+    if mode == "full":
+        return {"use_reentrant": False}
+    return {"use_reentrant": False, "context_fn": partial(create_selective_checkpoint_contexts, keep_expensive)}
+
+
+def keep_expensive(context, op, *args, **kwargs) -> CheckpointPolicy:
+    """Selective checkpointing: matrix products and attention are kept, the rest is computed again."""
+    kept = {"aten::mm", "aten::addmm", "aten::bmm", "mmrm_fast::trie_attention_fwd"}
+    is_kept = op.name().split(".")[0] in kept or "scaled_dot_product" in op.name()
+    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def blocks(model: RewardModel) -> Iterable[nn.Module]:

@@ -75,7 +75,7 @@ def train_cell(cell: Cell, config: StudyConfig) -> None:
     folder = cell.folder(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "mmrm_fast.cli", "train", "--environment", cell.environment]
-    command += ["--seed", str(cell.seed), "--output-dir", str(folder)]
+    command += ["--seed", str(cell.seed), "--output-dir", str(folder), "--overwrite"]
     command += ["--robust"] if cell.method == "robust" else []
     threads = max(1, len(os.sched_getaffinity(0)) // config.jobs)
     with open(folder / "log.txt", "w") as log:

@@ -2,10 +2,11 @@
 
 import json
 import math
+import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,31 +15,44 @@ import torch
 from tqdm import tqdm
 
 from mmrm_fast import sharding
+from mmrm_fast.adapters import MAIN, PROXY
+from mmrm_fast.branches import ProxyMargins, check_proxy, make_branches, proxy_file, train_mode
+from mmrm_fast.checkpoint import Checkpoints, load_tensors, read_progress, require_space
 from mmrm_fast.config import TrainConfig
 from mmrm_fast.dataset import PreferenceDataset
+from mmrm_fast.defaults import with_defaults
+from mmrm_fast.environment import environment
 from mmrm_fast.evaluate import (
     EvalSet,
     PairRow,
     batch_rows,
     judged_accuracy,
-    named_sets,
     print_table,
     results_table,
+    reward_stats,
     summarize,
     write_rows,
 )
-from mmrm_fast.inputs import InputErrors, open_inputs
+from mmrm_fast.inputs import MAX_LISTED, InputErrors, open_inputs
 from mmrm_fast.loader import load
-from mmrm_fast.loss import StepAccumulator, preference_loss
-from mmrm_fast.model import RewardModel
+from mmrm_fast.loss import StepAccumulator, by_pair, preference_loss
+from mmrm_fast.metrics import MetricsLog, Rates, best_figure
+from mmrm_fast.optimizer import MovingAverage, gradient_norms, lr_factor, make_optimizer, scale_and_clip
 from mmrm_fast.packing import Notes, Packed, Packer
+from mmrm_fast.progress import (
+    CHECKPOINTS,
+    CONFIG,
+    Progress,
+    Stopped,
+    config_json,
+    open_run,
+    replaced_folder,
+    terminations,
+    write_text,
+)
 from mmrm_fast.records import RecordError, RecordFile
-from mmrm_fast.shapes import cached_environments
-from mmrm_fast.weights import Checkpoint, load_checkpoint, save_checkpoint
+from mmrm_fast.weights import save_checkpoint
 
-TINY_CHECKPOINT = Path(__file__).parent / "assets" / "shapes-internvl"
-TINY = {"lr": 5e-4, "tokens_per_batch": 6_144, "tokens_per_micro_batch": 6_144}
-DEFAULTS = {"lr": 1e-5, "tokens_per_batch": 131_072}
 EVALUATED_TOGETHER = 16  # micro-batches a rank that are balanced together in evaluation
 
 
@@ -46,132 +60,188 @@ def train(config: TrainConfig) -> Path:
     """Train, evaluate and save; returns the run folder. Called once on every rank."""
     with sharding.ranks() as device:
         config, eval_sets = with_defaults(config)
-        return Trainer(config, eval_sets, device).run()
-
-
-def with_defaults(config: TrainConfig) -> tuple[TrainConfig, list[EvalSet]]:
-    """The config with every default filled in, and the test sets."""
-    if not config.data and config.model is not None:
-        raise ValueError("--model without --data: give the JSONL to train on")
-    eval_sets = [*named_sets(config.eval, "iid"), *named_sets(config.eval_ood, "ood")]
-    if not config.data:
-        if sharding.rank() == 0:
-            cached_environments()
-        sharding.barrier()
-        folders = cached_environments()
-        config = replace(config, data=(str(folders[config.environment] / "train.jsonl"),))
-        eval_sets = eval_sets or shapes_sets(folders, config.environment)
-    model = config.model or TINY_CHECKPOINT
-    filled = TINY if model == TINY_CHECKPOINT else DEFAULTS
-    filled = {name: value for name, value in filled.items() if getattr(config, name) is None}
-    if model == TINY_CHECKPOINT:
-        filled["tokens_per_micro_batch"] = min(config.tokens_per_micro_batch, TINY["tokens_per_micro_batch"])
-    output_dir = config.output_dir or Path("runs") / ("robust" if config.robust else "standard")
-    return replace(config, model=model, output_dir=output_dir, **filled), eval_sets
-
-
-def shapes_sets(folders: dict[str, Path], trained: str) -> list[EvalSet]:
-    """The trained environment's own test sets, and the i.i.d. tests of the others as o.o.d."""
-    own = folders[trained]
-    sets = [EvalSet("iid", "iid", own / "iid.jsonl")]
-    sets += [EvalSet(name, "ood", folders[name] / "iid.jsonl") for name in folders if name != trained]
-    return sets + [EvalSet(name, "probe", own / f"{name}.jsonl") for name in ("neutral", "reversed")]
+        check_proxy(config)
+        start, problems = open_run(config)
+        if problems and sharding.rank() == 0:
+            print("\n".join([*problems, f"resuming from {start}"]), file=sys.stderr)
+        return Trainer(config, eval_sets, device, start).run()
 
 
 class Trainer:
     """One training run on one rank."""
 
-    def __init__(self, config: TrainConfig, eval_sets: list[EvalSet], device: torch.device):
-        self.config, self.device = config, device
+    def __init__(self, config: TrainConfig, eval_sets: list[EvalSet], device: torch.device, start: Path | None):
+        self.config, self.device, self.start = config, device, start
         self.is_main = sharding.rank() == 0
         torch.manual_seed(config.seed)
-        self.main = self.load(config.model)
-        self.proxy = self.load(config.proxy_model or config.model) if config.robust else None
-        self.inputs = open_inputs(config, eval_sets, self.open, self.progress_bar)
-        self.skipped: list[RecordError] = []  # the same on every rank
+        self.branches = make_branches(config, device)
+        self.main, self.proxy = self.branches[0], self.branches[1] if len(self.branches) > 1 else None
+        self.margins = ProxyMargins(proxy_file(config)) if proxy_file(config) else None
+        unchecked = {"check_records": 0} if start else {}  # they were checked when the run began
+        self.inputs = open_inputs(replace(config, **unchecked), eval_sets, self.open, self.progress_bar)
         self.undecoded: list[RecordError] = []  # this rank's
-        self.counts = Counter()
-        self.models = self.shard_models()
-        self.optimizer = make_optimizer(self.models, config)
+        self.progress = Progress(config_json(config))
+        parameters = [p for branch in self.branches for p in branch.trained().values()]
+        self.optimizer = make_optimizer(parameters, config)
+        self.average = MovingAverage(parameters, config.ema) if config.ema else None
+        models = [(branch.root, branch.checkpoint.tokens_per_tile) for branch in self.branches]
+        self.rates = Rates(models, device, sharding.num_ranks())
         self.accumulator = StepAccumulator(device)
-        self.step = 0
-
-    def load(self, folder: Path) -> Checkpoint:
-        """Load a checkpoint with this run's limits."""
-        return load_checkpoint(folder, max_length=self.config.max_length, max_tiles=self.config.max_tiles)
+        self.sources: list[list[str]] = []  # of this rank's records in the step, by micro-batch
+        self.received: list[int] = []  # signals
 
     def open(self, paths: tuple[str | Path, ...], overlong: str) -> PreferenceDataset:
         """The preference records of some files, encoded for both branches."""
         files = [RecordFile(path, self.config.image_root, need_pairs=True) for path in paths]
-        encoder, tiling = self.main.prompt_encoder(), self.main.tiling
-        return PreferenceDataset(files, encoder, tiling, overlong=overlong, with_text=self.config.robust)
+        checkpoint = self.main.checkpoint
+        return PreferenceDataset(
+            files, checkpoint.prompt_encoder(), checkpoint.tiling, overlong=overlong, with_text=self.proxy is not None,
+            proxy_image=self.config.proxy_image, inputs=self.config.inputs,
+        )  # fmt: skip
 
     def progress_bar(self, description: str):
         """A tqdm wrapper that only the first rank shows."""
         return partial(tqdm, desc=description, leave=False, delay=2, disable=not self.is_main)
 
-    def shard_models(self) -> list[RewardModel]:
-        """Freeze, sharding, device: the main model and, when robust, the proxy."""
-        config, models = self.config, [self.main.model]
-        freeze(self.main.model, llm=config.freeze_llm, backbone=config.freeze_backbone, mlp=config.freeze_mlp)
-        if self.proxy:
-            models.append(self.proxy.model.drop_vision())
-        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        return [sharding.shard(model, self.device, compute_dtype=dtype) for model in models]
-
     def run(self) -> Path:
-        """The whole run."""
+        """The whole run, from where it starts to its end or to a SIGTERM."""
         folder = self.config.output_dir
+        if self.start is not None:
+            self.restore(self.start)
+        sharding.on_first_rank(self.open_folder)
+        self.checkpoints = Checkpoints(folder / CHECKPOINTS, keep=self.config.keep)
+        try:
+            with terminations() as self.received:
+                self.train_steps()
+                self.finish()
+        except Stopped:
+            self.stop()
+        finally:
+            self.warn(self.checkpoints.wait())
+        self.checkpoints.close()
         if self.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2, default=str) + "\n")
-            (folder / "metrics.jsonl").unlink(missing_ok=True)
-        self.train_steps()
-        results = self.evaluate(save_to=folder)
-        self.save(folder, results)
+            self.log.close()
         return folder
 
-    def train_steps(self) -> None:
-        """Every optimizer step, with a progress bar over the records."""
-        config = self.config
-        dataset = self.inputs.dataset
-        total = int(config.epochs * len(dataset))
-        bar = tqdm(total=total, unit=" records", disable=not self.is_main, desc="training", smoothing=0.1)
-        consumed, started = 0, time.perf_counter()
-        for packed in self.loader(dataset, self.inputs.order(total, config.seed)):
-            if packed.step:
-                self.note(packed.step.notes, training=True)
-                if not packed.step.records:
-                    break
-            self.accumulate(packed)
-            if not packed.step:
-                continue
-            share = self.share(consumed, packed.step.consumed, total)
-            row = {"step": self.step + 1, **self.optimizer_step(share), "imbalance": packed.step.imbalance}
-            row["seconds"] = time.perf_counter() - started
-            bar.update(packed.step.consumed - consumed)
-            consumed, started = packed.step.consumed, time.perf_counter()
-            self.step += 1
-            self.log(row, bar)
-            if self.step == config.max_steps:
-                break
-            if config.eval_every and self.step % config.eval_every == 0:
-                self.log_evaluation(self.evaluate(), bar)
-        bar.close()
-        if not self.step:
-            raise ValueError(f"{', '.join(map(str, config.data))}: no pair to train on")
+    def open_folder(self) -> None:
+        """The run folder, its config and its metrics; on the first rank."""
+        folder = self.config.output_dir
+        folder.mkdir(parents=True, exist_ok=True)
+        require_space(folder, self.tensors())
+        write_text(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
+        write_text(folder / CONFIG, json.dumps(config_json(self.config), indent=2) + "\n")
+        self.log = MetricsLog(folder, self.config, step=self.progress.step)
 
-    def loader(self, dataset: PreferenceDataset, order: np.ndarray, *, training: bool = True) -> Iterator[Packed]:
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds, by name; the tensors themselves, not copies. Frozen weights are not among it."""
+        named = {f"{b.name}.{name}": p for b in self.branches for name, p in b.trained().items()}
+        tensors = {f"model.{name}": parameter.detach() for name, parameter in named.items()}
+        for name, parameter in named.items():
+            tensors |= {f"{key}.{name}": value for key, value in self.optimizer.state[parameter].items()}
+        if self.average:
+            tensors |= {f"ema.{name}": value for name, value in zip(named, self.average.averages, strict=True)}
+        return tensors
+
+    def restore(self, checkpoint: Path) -> None:
+        """Go on where a checkpoint was written."""
+        load_tensors(checkpoint, self.tensors())
+        self.progress = Progress.of(read_progress(checkpoint))
+        if self.is_main:
+            print(f"resuming after step {self.progress.step}, {checkpoint}", file=sys.stderr)
+
+    def train_steps(self) -> None:
+        """Every optimizer step that is left, with a progress bar over the records."""
+        progress, total = self.progress, int(self.config.epochs * len(self.inputs.dataset))
+        self.saved_at = started = time.perf_counter()
+        waited = 0.0
+        self.train_mode()
+        with tqdm(total=total, unit=" records", disable=not self.is_main, desc="training", smoothing=0.1) as bar:
+            bar.update(progress.consumed)
+            self.evaluate_when_due(bar)
+            for packed, seconds in timed(self.batches_left(total)):
+                self.end_when_told()
+                waited += seconds
+                if packed.step:
+                    if not packed.step.records:
+                        break
+                    self.note(packed.step.notes, training=True)
+                self.accumulate(packed)
+                if not packed.step:
+                    continue
+                row = self.optimizer_step(self.share(progress.consumed, packed.step.consumed, total))
+                row |= {"imbalance": packed.step.imbalance, "data_wait_seconds": waited}
+                bar.update(packed.step.consumed - progress.consumed)
+                progress.consumed, progress.step = packed.step.consumed, progress.step + 1
+                self.report({"step": progress.step, **row}, bar, time.perf_counter() - started)
+                self.evaluate_when_due(bar)
+                self.save_when_due()
+                started, waited = time.perf_counter(), 0.0
+                if progress.step == self.config.max_steps:
+                    break
+        if not progress.step:
+            raise ValueError(f"{', '.join(map(str, self.config.data))}: no pair to train on")
+
+    def batches_left(self, total: int) -> Iterator[Packed]:
+        """The micro-batches from where the run is to its end."""
+        if self.progress.step == self.config.max_steps:
+            return iter(())
+        order = self.inputs.order(total, self.config.seed)
+        return self.loader(self.inputs.dataset, order, start=self.progress.consumed)
+
+    def end_when_told(self) -> None:
+        """Raise `Stopped` on all ranks when one received a SIGTERM; called before every micro-batch."""
+        if sharding.any_rank(bool(self.received)):
+            raise Stopped
+
+    def stop(self) -> None:
+        """Save what is done, without the step that is under way, and say how to go on."""
+        self.save_progress()
+        problem = self.checkpoints.wait()
+        if problem:
+            raise OSError(problem)
+        if self.is_main:
+            print(f"stopped by SIGTERM after step {self.progress.step}; --resume auto goes on", file=sys.stderr)
+
+    def evaluate_when_due(self, bar: tqdm) -> None:
+        """Evaluate every `eval_every` steps, and after resuming where that did not happen any more."""
+        step, every = self.progress.step, self.config.eval_every
+        if every and step and step % every == 0 and self.progress.evaluated != step:
+            with self.averaged():
+                self.log_evaluation(self.figures(self.evaluate()), bar)
+            self.progress.evaluated = step
+
+    def save_when_due(self) -> None:
+        """Write a checkpoint every `save_every` steps and `save_minutes` minutes."""
+        every = self.config.save_every
+        if self.save_asked or (every and self.progress.step % every == 0):
+            self.save_progress()
+
+    def save_progress(self) -> None:
+        """Write a checkpoint in the background; a failure is told, and tried again the next time."""
+        self.progress.skip(sharding.gather_lists(self.undecoded))
+        self.undecoded.clear()
+        self.warn(self.checkpoints.save(self.progress.step, self.tensors(), self.progress.saved()))
+        self.saved_at = time.perf_counter()
+
+    def warn(self, problem: str | None) -> None:
+        """Say what did not work, once."""
+        if problem and self.is_main:
+            print(f"warning: {problem}; the checkpoint before it is kept", file=sys.stderr)
+
+    def loader(
+        self, dataset: PreferenceDataset, order: np.ndarray, *, training: bool = True, start: int = 0
+    ) -> Iterator[Packed]:
         """This rank's packed micro-batches over `order`, prepared by worker processes."""
         config, on_gpu = self.config, self.device.type == "cuda"
         budget = config.tokens_per_micro_batch * sharding.num_ranks() * EVALUATED_TOGETHER
         return load(
             dataset,
             order,
-            packer=Packer(dataset, with_text=config.robust),
+            packer=Packer(dataset, with_text=self.proxy is not None),
             tokens_per_batch=config.tokens_per_batch if training else budget,
             pairs_per_step=config.pairs_per_step if training else None,
             tokens_per_micro_batch=config.tokens_per_micro_batch,
+            start=start,
             rank=sharding.rank(),
             num_ranks=sharding.num_ranks(),
             gather=sharding.gather_lists,
@@ -183,45 +253,102 @@ class Trainer:
         """Keep account of records that cannot be used, or stop; in training also of what is not trained on."""
         if notes.errors and not self.config.skip_bad:
             raise InputErrors(list(notes.errors), "mend them, or pass --skip-bad to leave such records out")
-        self.skipped += notes.errors
+        self.progress.skip([*notes.errors, *(notes.dropped if training else ())])
         if training:
-            self.skipped += notes.dropped
-            self.counts["responses without a numeric rating"] += notes.unrated
-            self.counts["records without a preference"] += notes.unpaired
+            self.progress.counts["responses without a numeric rating"] += notes.unrated
+            self.progress.counts["records without a preference"] += notes.unpaired
 
     def share(self, before: int, after: int, total: int) -> float:
         """How far the training is, 0 to 1, in the middle of a step."""
         by_records = (before + after) / 2 / total
-        return max(by_records, (self.step + 0.5) / self.config.max_steps) if self.config.max_steps else by_records
+        max_steps = self.config.max_steps
+        return max(by_records, (self.progress.step + 0.5) / max_steps) if max_steps else by_records
 
-    def accumulate(self, packed) -> None:
-        """Forward and backward of one micro-batch, gradients as sums over pairs."""
-        batch = packed.batch.to(self.device)
-        rewards = self.models[0](batch.main, batch.tiles)
-        proxy_rewards = self.models[1](batch.text) if self.proxy else None
-        loss = preference_loss(rewards, proxy_rewards, batch, sfc_mode=self.config.sfc_mode)
-        (loss.main + loss.proxy if self.proxy else loss.main).backward()
-        self.accumulator.add(loss, packed.batch, len(packed.errors))
+    def train_mode(self) -> None:
+        """Training mode for what is trained."""
+        for branch in self.branches:
+            train_mode(branch.root)
+
+    def accumulate(self, packed: Packed) -> None:
+        """Forward and backward of one micro-batch, gradients as sums over pairs.
+
+        The proxy's pass is over before the model's begins, so that the activations of one branch are held at a time.
+        """
+        config, batch = self.config, packed.batch.to(self.device)
+        self.seed_noise()
+        proxy_rewards, options = None, {"label_smoothing": config.label_smoothing}
+        if self.proxy:
+            proxy_rewards = self.proxy(batch.text, batch.text_tiles)
+            preference_loss(proxy_rewards, None, batch, **options).main.backward()
+            proxy_rewards = proxy_rewards.detach()
+        rewards = self.main(batch.main, batch.tiles)
+        if self.margins:
+            rewards, pairs = by_pair(rewards, batch.pairs)
+            batch = replace(batch, pairs=pairs)
+            margins = self.margins.of(packed.samples).to(rewards)
+            proxy_rewards = torch.cat([margins, torch.zeros_like(margins)])
+        loss = preference_loss(
+            rewards,
+            proxy_rewards,
+            batch,
+            sfc_mode=config.sfc_mode,
+            centering=config.center_rewards,
+            warmup=self.progress.step < config.sfc_warmup_steps,
+            floor=config.sfc_floor,
+            **options,
+        )
+        loss.main.backward()
+        margin_P = rewards[batch.pairs.chosen] - rewards[batch.pairs.rejected]
+        self.accumulator.add(loss, margin_P, packed.batch, len(packed.errors))
         self.undecoded += packed.errors.values()
+        self.sources.append([sample.group.source for sample in packed.samples])
 
-    def optimizer_step(self, share: float) -> dict[str, float]:
-        """Scale, clip and apply the accumulated gradients; the step's metrics."""
+    def seed_noise(self) -> None:
+        """Let dropout depend on seed, step, micro-batch and rank alone, so that no random state has to be kept."""
+        place = (self.config.seed, self.progress.step, len(self.sources), sharding.rank())
+        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1))
+
+    def optimizer_step(self, share: float) -> dict:
+        """Scale, clip and apply the accumulated gradients, unless they are not finite; the step's metrics."""
         config = self.config
+        minutes = (time.perf_counter() - self.saved_at) / 60
+        if self.is_main and config.save_minutes and minutes >= config.save_minutes:
+            self.accumulator.request("save")  # in the sums, as only one rank's clock counts
         totals = self.accumulator.totals(sharding.all_sum)
+        self.save_asked = totals.sums["save"] > 0
         if totals.sums["errors"]:
             self.refuse_undecoded()
-        metrics = totals.metrics()
-        if not math.isfinite(metrics["loss"]):
-            raise FloatingPointError(f"step {self.step + 1}: the loss is {metrics['loss']}; lower --lr")
-        metrics["lr"] = config.lr * lr_factor(share, config.warmup_ratio)
-        for group in self.optimizer.param_groups:
-            group["lr"] = metrics["lr"]
+        metrics = totals.metrics() | (totals.sfc_metrics() if config.robust else {})
         scales = totals.gradient_scales(config.sfc_mode if config.robust else "standard")
-        for name, model, scale in zip(("grad_norm", "proxy_grad_norm"), self.models, scales, strict=False):
-            metrics[name] = scale_and_clip(model, scale, config.max_grad_norm)
-        self.optimizer.step()
+        parameters = [list(branch.trained().values()) for branch in self.branches]
+        norms = gradient_norms(parameters, scales)
+        metrics |= dict(zip(("grad_norm", "proxy_grad_norm"), norms, strict=False))
+        metrics["lr"] = config.lr * lr_factor(share, config.warmup_ratio, config.lr_schedule)
+        is_finite = all(map(math.isfinite, (metrics["loss"], *norms)))
+        if is_finite:
+            scale_and_clip(parameters, scales, norms, max_norm=config.max_grad_norm, joint=config.clip == "joint")
+            for group in self.optimizer.param_groups:
+                group["lr"] = metrics["lr"]
+            self.optimizer.step()
+            if self.average:
+                self.average.update()
+        self.count_bad(is_finite)
         self.optimizer.zero_grad()
-        return metrics
+        self.sources.clear()
+        return metrics | {"bad_steps": self.progress.bad_steps}
+
+    def count_bad(self, is_finite: bool) -> None:
+        """Count steps in a row that were not finite; too many stop the run and name the last one's records."""
+        progress = self.progress
+        progress.bad_steps = 0 if is_finite else progress.bad_steps + 1
+        progress.counts["steps skipped: loss or gradient not finite"] += not is_finite
+        if progress.bad_steps and progress.bad_steps >= self.config.max_bad_steps:
+            sources = sharding.gather_lists([source for micro in self.sources for source in micro])
+            listed = ", ".join(sources[:MAX_LISTED]) + (" ..." if len(sources) > MAX_LISTED else "")
+            raise FloatingPointError(
+                f"{progress.bad_steps} steps in a row with a loss or gradient that is not finite, the last one, "
+                f"{progress.step + 1}, over {listed}; look at these records, or lower --lr"
+            )
 
     def refuse_undecoded(self) -> None:
         """Images that could not be decoded, on any rank: stop on all of them, unless `skip_bad`."""
@@ -231,107 +358,110 @@ class Trainer:
         if errors:
             raise InputErrors(errors, "mend them, or pass --skip-bad to leave them out")
 
-    def log(self, row: dict, bar: tqdm) -> None:
+    def report(self, row: dict, bar: tqdm, seconds: float) -> None:
         """One row of metrics.jsonl and the progress bar's figures."""
         if not self.is_main:
             return
-        row["sharing"] = row["tokens_unshared"] / max(row["tokens"], 1)
-        row["tokens_per_second"] = row["tokens"] / row["seconds"]
-        append_json(self.config.output_dir / "metrics.jsonl", row)
-        shown = {"loss": row["loss"], "acc": row["accuracy"], "sfc": row["sfc_mean"], "sharing": row["sharing"]}
-        if not self.config.robust:
-            shown.pop("sfc")
+        row |= self.rates(row, seconds)
+        self.log.step(row)
+        shown = {"loss": row["loss"], "acc": row["accuracy"], "sharing": row["sharing"]}
+        shown |= {"sfc": row["sfc_mean"]} if self.config.robust else {}
         figures = [f"{name} {value:.3f}" for name, value in shown.items()]
         bar.set_postfix_str(", ".join([*figures, f"{row['tokens_per_second']:,.0f} tok/s"]))
 
-    def evaluate(self, save_to: Path | None = None) -> dict[str, dict]:
-        """The figures of every test set; with `save_to` also its pairs, in eval-NAME.jsonl."""
-        results = {}
-        for eval_set, dataset in zip(self.inputs.eval_sets, self.inputs.eval_datasets, strict=True):
-            rows = self.evaluate_one(dataset, eval_set.name)
-            results[eval_set.name] = {"kind": eval_set.kind, **summarize(rows)}
-            if save_to and self.is_main:
-                write_rows(save_to / f"eval-{eval_set.name}.jsonl", rows)
-        return results
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Evaluate and save the moving average of the weights, where there is one."""
+        if not self.average:
+            yield
+            return
+        self.average.swap()
+        try:
+            yield
+        finally:
+            self.average.swap()
+
+    def evaluate(self) -> dict[str, list[PairRow]]:
+        """Every pair of every test set, by its name."""
+        inputs = self.inputs
+        sets = zip(inputs.eval_sets, inputs.eval_datasets, strict=True)
+        return {eval_set.name: self.evaluate_one(dataset, eval_set.name) for eval_set, dataset in sets}
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """The kind of every test set, by its name."""
+        return {eval_set.name: eval_set.kind for eval_set in self.inputs.eval_sets}
+
+    def figures(self, rows: dict[str, list[PairRow]]) -> dict[str, dict]:
+        """The figures of every test set, by its name."""
+        return {name: {"kind": self.kinds[name], **summarize(own)} for name, own in rows.items()}
 
     def evaluate_one(self, dataset: PreferenceDataset, name: str) -> list[PairRow]:
         """Every pair of a test set, on every rank, in the order of the file."""
-        for model in self.models:
-            model.eval()
-        proxy = self.models[1] if self.proxy else None
+        for branch in self.branches:
+            branch.root.eval()
         batches = self.loader(dataset, np.arange(len(dataset)), training=False)
         rows = []
         for packed in self.progress_bar(f"evaluating {name}")(batches):
-            rows += batch_rows(self.models[0], proxy, packed, self.device)
+            self.end_when_told()
+            rows += batch_rows(self.main, self.proxy, packed, self.device)
             self.undecoded += packed.errors.values()
             if packed.step:
                 self.note(packed.step.notes, training=False)
-        for model in self.models:
-            model.train()
+        self.train_mode()
         self.refuse_undecoded()
         return sorted(sharding.gather_lists(rows), key=lambda row: (row.record, row.chosen, row.rejected))
 
     def log_evaluation(self, results: dict[str, dict], bar: tqdm) -> None:
-        """One row of evaluations.jsonl and a line above the progress bar."""
+        """One row of evaluations.jsonl, a line above the progress bar, and best/ where these weights are the best."""
         if self.is_main:
-            append_json(self.config.output_dir / "evaluations.jsonl", {"step": self.step, "sets": results})
+            self.log.evaluation(self.progress.step, results)
             judged = (f"{name} {judged_accuracy(figures):.1%}" for name, figures in results.items())
-            bar.write(f"step {self.step}: " + ", ".join(judged))
+            bar.write(f"step {self.progress.step}: " + ", ".join(judged))
+        value = best_figure(results, self.config.best)
+        if value is not None and (self.progress.best is None or value > self.progress.best):
+            self.progress.best = value
+            self.save_weights({MAIN: "best"})
 
-    def save(self, folder: Path, results: dict[str, dict]) -> None:
-        """Write final/ (and proxy/), results.json and skipped.jsonl, and print the table."""
-        skipped = self.skipped + sharding.gather_lists(self.undecoded)
-        states = [sharding.full_state(model) for model in self.models]
+    def save_weights(self, names: dict[str, str]) -> None:
+        """Write the branches' weights as plain checkpoints, into folders of these names."""
+        for branch in self.branches:
+            if branch.name not in names:
+                continue
+            state = branch.state()
+            if self.is_main:
+                with replaced_folder(self.config.output_dir / names[branch.name]) as folder:
+                    save_checkpoint(folder, branch.checkpoint, state)
+
+    def finish(self) -> None:
+        """The last evaluation, final/ (and proxy/), results.json and skipped.jsonl, and the table."""
+        folder = self.config.output_dir
+        if (self.start or self.config.save_every) and self.checkpoints.saving_step != self.progress.step:
+            self.save_progress()
+        with self.averaged():
+            rows = self.evaluate()
+            self.save_weights({MAIN: "final", PROXY: "proxy"})
+        self.progress.skip(sharding.gather_lists(self.undecoded))
         if not self.is_main:
             return
-        for name, checkpoint, state in zip(("final", "proxy"), (self.main, self.proxy), states, strict=False):
-            save_checkpoint(folder / name, checkpoint, state)
-        (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        with open(folder / "skipped.jsonl", "w") as file:
-            file.writelines(
-                json.dumps({"source": e.source, "field": e.field, "reason": e.reason}) + "\n" for e in skipped
-            )
+        results = self.figures(rows)
+        for name, own in rows.items():
+            write_rows(folder / f"eval-{name}.jsonl", own)
+        write_text(folder / "final" / "reward_stats.json", json.dumps(reward_stats(rows, self.kinds), indent=2) + "\n")
+        write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
+        write_text(folder / "skipped.jsonl", "".join(json.dumps(row) + "\n" for row in self.progress.skipped))
         if results:
             print_table(results_table(results))
-        for what, number in [("records or responses skipped, see skipped.jsonl", len(skipped)), *self.counts.items()]:
+        notes = [("records or responses skipped, see skipped.jsonl", len(self.progress.skipped))]
+        for what, number in [*notes, *self.progress.counts.items()]:
             if number:
                 print(f"{number} {what}")
         print(f"Score with it:\n  python scripts/score.py --model {folder / 'final'} --data in.jsonl --out out.jsonl")
 
 
-def freeze(model: RewardModel, *, llm: bool, backbone: bool, mlp: bool) -> None:
-    """Take parts out of the training."""
-    parts = {"language_model": llm, "vision_tower": backbone, "multi_modal_projector": mlp}
-    for name, frozen in parts.items():
-        getattr(model.model, name).requires_grad_(not frozen)
-
-
-def make_optimizer(models: list[RewardModel], config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over all branches; biases and norms do not decay."""
-    trained = [p for model in models for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2))
-
-
-def lr_factor(share: float, warmup_ratio: float) -> float:
-    """Learning rate over its peak: linear warm-up, then half a cosine to zero."""
-    if share < warmup_ratio:
-        return share / warmup_ratio
-    return 0.5 * (1 + math.cos(math.pi * (share - warmup_ratio) / (1 - warmup_ratio)))
-
-
-def scale_and_clip(model: RewardModel, scale: float, max_norm: float) -> float:
-    """Multiply a branch's gradients by `scale`, clip them to `max_norm`; their norm before clipping."""
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = float(sharding.full_value(torch.nn.utils.get_total_norm(grads))) * scale
-    torch._foreach_mul_(grads, scale * min(1.0, max_norm / (norm + 1e-6)))
-    return norm
-
-
-def append_json(path: Path, row: dict) -> None:
-    """Append one JSON line."""
-    with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
+def timed(items: Iterator[Packed]) -> Iterator[tuple[Packed, float]]:
+    """Items with the seconds waited for each."""
+    items, started = iter(items), time.perf_counter()
+    for item in items:
+        yield item, time.perf_counter() - started
+        started = time.perf_counter()

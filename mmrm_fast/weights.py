@@ -5,7 +5,7 @@ that is already sharded is filled with this rank's rows alone.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import InternVLConfig, InternVLModel, PreTrainedTokenizerBase
 
 from mmrm_fast import convert
+from mmrm_fast.config import TrainConfig
 from mmrm_fast.convert import SCORE
-from mmrm_fast.images import NORMALIZATION, Compat, Tiling
+from mmrm_fast.images import NORMALIZATION, Compat, Tiling, mean_colour
 from mmrm_fast.model import RewardModel
 from mmrm_fast.parameters import ORIGINAL, load_weights, native_name, read_json, read_tensors
 from mmrm_fast.prompt import PromptEncoder
@@ -242,3 +243,22 @@ def processor_settings(checkpoint: Checkpoint) -> dict:
         "use_thumbnail": tiling.thumbnail,
         "pad2square": tiling.pad2square,
     }
+
+
+def configured(checkpoint: Checkpoint, config: TrainConfig) -> Checkpoint:
+    """The checkpoint with a training's options for pictures in place of its own; what is saved of it has them too.
+
+    Raises:
+        ValueError: fewer tiles at most than at least.
+    """
+    options = {name: getattr(config, name) for name in ("min_tiles", "max_tiles", "thumbnail", "pad2square", "compat")}
+    options = {name: value for name, value in options.items() if value is not None}
+    if config.max_tiles and config.min_tiles is None:
+        options["min_tiles"] = min(checkpoint.tiling.min_tiles, config.max_tiles)
+    if config.normalize_type:
+        checkpoint.model.pixel_mean, checkpoint.model.pixel_std = NORMALIZATION[config.normalize_type]
+        options["pad_colour"] = mean_colour(config.normalize_type)
+    tiling = replace(checkpoint.tiling, **options)
+    if not 1 <= tiling.min_tiles <= tiling.max_tiles:
+        raise ValueError(f"--min-tiles {tiling.min_tiles} --max-tiles {tiling.max_tiles}: expected 1 <= least <= most")
+    return replace(checkpoint, tiling=tiling)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import mixed_records
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     InternVLConfig,
@@ -16,9 +17,10 @@ from transformers import (
     Qwen2Config,
 )
 
+from mmrm_fast.config import TrainConfig
 from mmrm_fast.images import NORMALIZATION, Tiling
 from mmrm_fast.model import RewardModel
-from mmrm_fast.weights import Checkpoint
+from mmrm_fast.weights import Checkpoint, save_checkpoint
 
 TOKENS_PER_TILE = 4
 CHATML = (
@@ -132,3 +134,30 @@ def write_jsonl(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture
+def model_folder(make_checkpoint, tmp_path):
+    save_checkpoint(tmp_path / "model", make_checkpoint(max_length=256))
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def make_config(model_folder, pictures, write_jsonl, tmp_path):
+    """A TrainConfig on small mixed data, in a run folder of its own."""
+    data = write_jsonl(mixed_records(pictures), "train.jsonl")
+    evaluation = write_jsonl(mixed_records(pictures)[:3], "eval.jsonl")
+
+    def make(name, **options):
+        defaults = {
+            "data": (str(data),),
+            "eval": (f"small={evaluation}", f"one={write_jsonl(mixed_records(pictures)[1:2], 'one.jsonl')}"),
+            "model": model_folder,
+            "output_dir": tmp_path / name,
+            "lr": 1e-3,
+            "tokens_per_batch": 400,
+            "tokens_per_micro_batch": 200,
+        }
+        return TrainConfig(**{**defaults, **options})
+
+    return make

@@ -13,7 +13,7 @@ def run_ranks(function: Callable, *args, world: int = 2) -> list[int]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")  # no second import of torch
     processes = [context.Process(target=on_rank, args=(rank, world, port, function, args)) for rank in range(world)]
     for process in processes:
         process.start()

@@ -6,6 +6,7 @@ import torch
 from torch.library import opcheck
 
 from mmrm_fast.attention import trie_attention_forward
+from mmrm_fast.ops import trie_attention as op
 from mmrm_fast.ops.plan_trie import plan_trie
 from mmrm_fast.ops.trie_attention import trie_attention, trie_attention_ref
 
@@ -58,18 +59,62 @@ def relative_error(value, exact):
     return float((value - exact).abs().max() / exact.abs().max())
 
 
+@pytest.fixture(params=["C++", "SDPA"])
+def backend(request, monkeypatch):
+    """Each CPU backend in turn."""
+    if request.param == "SDPA":
+        monkeypatch.setattr(op, "has_native", lambda dtype, head_size: False)
+    elif not op.has_native(torch.float32, SIZE):
+        pytest.skip("this CPU has no AVX-512 BF16 instructions, or there is no native module")
+
+
+def assert_errors_at_most_twice_those_of_plain_torch(plan, tensors, scale=SCALE, **options):
+    wide = [x.detach().double().requires_grad_() for x in tensors]
+    exact = with_gradients(lambda *x: trie_attention_ref(*x, *edges_of(plan), scale, **options), wide)
+    plain = with_gradients(lambda *x: trie_attention_ref(*x, *edges_of(plan), scale, **options), tensors)
+    ours = with_gradients(lambda *x: trie_attention(*x, **keywords(plan), scale=scale, **options), tensors)
+    for name, value, other, truth in zip(("out", "dq", "dk", "dv"), ours, plain, exact, strict=True):
+        assert relative_error(value, truth) <= 2 * relative_error(other, truth) + FLOORS[tensors[0].dtype], name
+
+
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("seed", range(3))
-def test_errors_are_at_most_twice_those_of_plain_torch(seed, dtype, kv_heads):
+def test_errors_are_at_most_twice_those_of_plain_torch(backend, seed, dtype, kv_heads):
     plan = forest(seed)
-    tensors = inputs(plan, dtype, kv_heads=kv_heads)
-    wide = [x.detach().double().requires_grad_() for x in tensors]
-    exact = with_gradients(lambda *x: trie_attention_ref(*x, *edges_of(plan), SCALE), wide)
-    plain = with_gradients(lambda *x: trie_attention_ref(*x, *edges_of(plan), SCALE), tensors)
-    ours = with_gradients(lambda *x: trie_attention(*x, **keywords(plan), scale=SCALE), tensors)
-    for name, value, other, truth in zip(("out", "dq", "dk", "dv"), ours, plain, exact, strict=True):
-        assert relative_error(value, truth) <= 2 * relative_error(other, truth) + FLOORS[dtype], name
+    assert_errors_at_most_twice_those_of_plain_torch(plan, inputs(plan, dtype, kv_heads=kv_heads))
+
+
+@pytest.mark.parametrize("size", [1, 5, 64, 80, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_head_sizes_and_nodes_longer_than_a_block_in_cpp(dtype, size):
+    plan = forest(0, num_groups=2, num_responses=2, longest=500)
+    assert_errors_at_most_twice_those_of_plain_torch(plan, inputs(plan, dtype, size=size), scale=size**-0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_without_a_mask_every_query_sees_all_keys_of_its_node(backend, dtype):
+    plan = forest(0, num_groups=2, longest=300)
+    assert_errors_at_most_twice_those_of_plain_torch(plan, inputs(plan, dtype), causal=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_bits_do_not_depend_on_the_number_of_threads(dtype):
+    plan = forest(0, longest=300)
+    tensors, threads, results = inputs(plan, dtype), torch.get_num_threads(), []
+    for number in (1, 3):
+        torch.set_num_threads(number)
+        results.append(with_gradients(lambda *x: trie_attention(*x, **keywords(plan), scale=SCALE), tensors))
+    torch.set_num_threads(threads)
+    assert all(map(torch.equal, *results))
+
+
+def test_a_key_outside_the_packed_tokens_is_an_error(backend):
+    plan = forest(0)
+    tensors, arguments = inputs(plan, torch.float32), keywords(plan)
+    arguments["kv_index"][-1] = len(tensors[0])
+    with pytest.raises(IndexError):
+        trie_attention(*tensors, **arguments, scale=SCALE)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -182,6 +227,11 @@ def test_attention_dropout_is_refused():
     forward(forest(0), dropout=0.0)
     with pytest.raises(ValueError, match=r"dropout 0\.1 is not supported"):
         forward(forest(0), dropout=0.1)
+
+
+def test_a_scale_that_is_not_positive_is_refused():
+    with pytest.raises(ValueError, match=r"scale must be positive, got 0\.0"):
+        trie_attention(*inputs(forest(0)), **keywords(forest(0)), scale=0.0)
 
 
 def test_heads_that_cannot_be_grouped_are_refused():

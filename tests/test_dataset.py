@@ -1,11 +1,15 @@
 """Records to samples: only paired responses are encoded, overlong ones follow the policy, faults are found."""
 
+import base64
+import pickle
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from mmrm_fast.dataset import GroupDataset, PreferenceDataset, fault, only_paired
-from mmrm_fast.records import Group, Pair, RecordError, RecordFile
+from mmrm_fast.records import Group, Pair, RecordError, RecordFile, open_records
 
 LONG = "I think so. " * 40
 
@@ -97,6 +101,41 @@ def test_a_group_that_cannot_be_encoded_is_an_error_naming_its_line_and_field(
     assert (caught.value.source, caught.value.field) == ("file.jsonl:1", field)
 
 
+def test_a_white_proxy_sees_one_tile_in_place_of_each_image(make_dataset, pictures):
+    record = group(
+        "a", "b", pairs=[Pair(0, 1)], prompt="<image> or <image>?", images=[pictures["photo"], pictures["wide"]]
+    )
+    sample = make_dataset(with_text=True, proxy_image="white", max_length=512).encode(record)
+    assert [(sequence < 0).sum() for sequence in sample.text.sequences] == [2 * 4, 2 * 4]
+    assert [(sequence < 0).sum() for sequence in sample.main.sequences] == [10 * 4, 10 * 4]
+
+
+def test_text_inputs_are_a_white_tile_for_each_image_whatever_it_is(make_dataset):
+    dataset = make_dataset(inputs="text", kind=GroupDataset)
+    sample = dataset.encode(group("a", images=["/none.png", "/none either.png"]))
+    assert sample.tiles_per_image == (1, 1)
+    assert [tiles.min() for tiles in dataset.load(sample)] == [255, 255]
+
+
+def test_image_inputs_have_no_question(make_dataset, pictures):
+    dataset = make_dataset(inputs="image", kind=GroupDataset)
+    asked = dataset.encode(group("a", prompt="What is it?", images=[pictures["wide"]]))
+    unasked = dataset.encode(group("a", prompt="", images=[pictures["wide"]]))
+    assert asked.main.sequences[0].tolist() == unasked.main.sequences[0].tolist()
+    assert asked.group.prompt == "What is it?"
+
+
+def test_encoded_images_are_read_again_instead_of_carried_along(make_dataset, write_jsonl, pictures):
+    content = base64.b64encode(Path(pictures["wide"]).read_bytes()).decode()
+    images = ["data:image/png;base64," + content, pictures["square"]]
+    records = [{"prompt": "first", "responses": ["a"]}, {"prompt": "p", "images": images, "responses": ["a"]}]
+    dataset = make_dataset([open_records(write_jsonl(records))], kind=GroupDataset)
+    sample = dataset.select(np.array([1]))[0]
+    assert sample.group.images == ()
+    assert [len(tiles) for tiles in dataset.load(sample)] == list(sample.tiles_per_image) == [3, 1]
+    assert len(pickle.dumps(sample)) < 5000
+
+
 # overlong responses
 
 
@@ -133,6 +172,13 @@ def test_truncate_keeps_every_pair_and_says_what_was_cut(make_dataset):
 def test_error_names_the_response(make_dataset):
     with pytest.raises(RecordError, match="response 1: does not fit into --max-length 100"):
         make_dataset(overlong="error").encode(group("a", LONG, pairs=[Pair(0, 1)]))
+
+
+def test_with_the_habits_of_the_reference_every_overlong_response_is_cut(make_dataset):
+    dataset = make_dataset(overlong="error")
+    dataset.encoder.compat = "reference"
+    sample = dataset.encode(group("a", LONG, pairs=[Pair(0, 1)]))
+    assert (sample.group.pairs, sample.main.truncated) == ((Pair(0, 1),), (False, True))
 
 
 @pytest.mark.parametrize("overlong", ["skip", "truncate", "error"])

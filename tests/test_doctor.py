@@ -15,6 +15,7 @@ H100 = ("NVIDIA H100", 9, 0)
 SERVER = Machine(
     native="_native.so",
     openmp=True,
+    attention=True,
     architectures=(80, 90, 100),
     cudart=13000,
     driver=13000,

@@ -116,8 +116,8 @@ def sample(*pairs, truth=None):
 def test_a_row_holds_the_margins_of_its_pair():
     rows = list(pair_rows(sample(Pair(2, 0), Pair(0, 1), truth=(5.0, 1.0, 2.0)), [1.0, 2.0, 4.0], [0.5, 0.25, 0.0]))
     assert rows == [
-        PairRow(3, "file.jsonl:4", 2, 0, 3.0, -0.5, -3.0),
-        PairRow(3, "file.jsonl:4", 0, 1, -1.0, 0.25, 4.0),
+        PairRow(3, "file.jsonl:4", 2, 0, 3.0, -0.5, -3.0, 4.0),
+        PairRow(3, "file.jsonl:4", 0, 1, -1.0, 0.25, 4.0, 1.0),
     ]
 
 

@@ -206,6 +206,11 @@ KINDS = {
     "CMYK": (lambda: Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "a.jpg", (255, 0, 0)),
     "CMYK TIFF": (lambda: Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "a.tiff", (255, 0, 0)),
     "WebP": (lambda: Image.new("RGB", (8, 8), (200, 0, 0)), "a.webp", (200, 0, 0)),
+    "YCbCr JPEG": (lambda: Image.new("YCbCr", (8, 8), (76, 85, 255)), "a.jpg", (254, 0, 0)),
+    "palette with alpha": (lambda: Image.new("RGBA", (8, 8), (200, 0, 0, 255)).quantize(4), "a.png", (200, 0, 0)),
+    "32-bit integers": (lambda: Image.new("I", (8, 8), 300), "a.tiff", (255, 255, 255)),
+    "floating point": (lambda: Image.new("F", (8, 8), 100.0), "a.tiff", (100, 100, 100)),
+    "16-bit TIFF": (lambda: Image.fromarray(np.full((8, 8), 100 * 257, np.uint16)), "a.tiff", (100, 100, 100)),
     "16-bit greyscale": (lambda: Image.fromarray(np.full((8, 8), 100 * 257, np.uint16)), "a.png", (100, 100, 100)),
 }
 
@@ -216,6 +221,68 @@ def test_every_kind_of_picture_becomes_rgb(save, kind):
     loaded = load_image(save(make(), name))
     assert loaded.mode == "RGB"
     assert np.abs(np.array(loaded.getpixel((4, 4)), int) - colour).max() <= 3
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.tiff"])
+def test_of_several_frames_the_first_is_taken(save, name):
+    first, second = Image.new("RGB", (8, 8), (200, 0, 0)), Image.new("RGB", (8, 8), (0, 0, 200))
+    path = save(first, name, save_all=True, append_images=[second])
+    assert np.abs(np.array(load_image(path).getpixel((4, 4)), int) - (200, 0, 0)).max() <= 8
+
+
+def test_the_bytes_of_a_file_are_as_good_as_the_file(save):
+    path = save(noise(170, 110))
+    assert image_size(path.read_bytes()) == (170, 110)
+    assert np.array_equal(load_tiles(path.read_bytes(), SMALL), load_tiles(path, SMALL))
+
+
+# padding and the reference's habits
+
+
+@pytest.mark.parametrize(("width", "height", "corner"), [(100, 40, (0, 30)), (40, 101, (30, 0)), (50, 50, (0, 0))])
+def test_padding_puts_the_picture_in_the_middle_of_a_square(width, height, corner):
+    image = noise(width, height)
+    square = Image.new("RGB", (max(width, height),) * 2, (1, 2, 3))
+    square.paste(image, corner)
+    padded = tile_image(image, Tiling(56, 1, 1, pad2square=True, pad_colour=(1, 2, 3)))
+    assert np.array_equal(padded[0], square.resize((56, 56), Image.Resampling.BICUBIC))
+
+
+def test_tiles_of_a_grid_are_never_padded():
+    image = noise(170, 110)
+    assert np.array_equal(tile_image(image, Tiling(56, 1, 6, pad2square=True)), tile_image(image, SMALL))
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_the_reference_ignores_orientation(save, orientation):
+    exif = Image.Exif()
+    exif[images.EXIF_ORIENTATION] = orientation
+    path = save(bands(60, 30), exif=exif)
+    assert image_size(path, "reference") == load_image(path, "reference").size == (60, 30)
+
+
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_the_reference_drops_alpha_unblended(save, mode):
+    image = Image.new("RGBA", (8, 8), (200, 0, 0, 0)) if mode != "LA" else Image.new("LA", (8, 8), (200, 0))
+    image = image.quantize(4) if mode == "P" else image
+    path = save(image)
+    assert load_image(path, "reference").getpixel((0, 0)) == Image.open(path).convert("RGB").getpixel((0, 0))
+    assert load_image(path).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_grids_of_the_reference_are_sorted_by_area_alone():
+    grids = tile_grids(1, 12, "reference")
+    assert sorted(grids) == sorted(tile_grids(1, 12))
+    assert [columns * rows for columns, rows in grids] == sorted(columns * rows for columns, rows in grids)
+
+
+@pytest.mark.parametrize(("low", "high"), [(1, 4), (1, 6), (1, 12), (2, 9)])
+def test_the_tie_order_of_the_reference_is_that_of_its_set(low, high):
+    ratios = set()
+    for area in range(low, high + 1):
+        ratios.update((i, j) for i in range(1, area + 1) for j in range(1, area + 1) if low <= i * j <= high)
+    assert tile_grids(low, high, "reference") == tuple(sorted(ratios, key=lambda grid: grid[0] * grid[1]))
 
 
 # what is not a picture

@@ -9,12 +9,8 @@ import pytest
 
 import mmrm_fast
 
-ORDER = [
-    "config", "record_fields", "record_images", "record_forms", "record_files", "records", "ops", "images",
-    "tokenizer", "prompt", "shapes", "dataset", "workers", "sources", "packing", "loader", "attention", "rope", "model",
-    "convert", "tensors", "parameters", "weights", "loss", "scorer", "export", "evaluate", "sharding", "inputs",
-    "checkpoint", "train", "study", "score", "serve", "client", "report", "doctor", "cli",
-]  # fmt: skip
+CONTRIBUTING = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+ORDER = CONTRIBUTING.partition("checks it):")[2].partition("Speed-ups")[0].split()
 PACKAGE = Path(mmrm_fast.__file__).parent
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks.baselines import normalize
+from mmrm_fast.attention import read_last_tokens
 from mmrm_fast.dataset import PreferenceDataset
 from mmrm_fast.loss import preference_loss
 from mmrm_fast.packing import MicroBatch, Packer
@@ -137,3 +138,37 @@ def test_sharing_saves_tokens(make_checkpoint, pictures):
     plan = packed.batch.main
     assert len(plan.source_T) < 0.55 * plan.num_tokens_unshared
     assert len(packed.batch.tiles) == 7  # three records, one picture of 3 x 2 tiles and its thumbnail
+
+
+def rewards_and_gradients(model, batch):
+    model.zero_grad()
+    rewards = model(batch.main, batch.tiles)
+    (rewards * torch.arange(1, len(rewards) + 1)).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return rewards.detach(), gradients
+
+
+@pytest.mark.parametrize("variant", ["checkpointed", "every token in the last layer"])
+def test_leaving_out_what_no_reward_reads_changes_nothing(make_checkpoint, pictures, variant):
+    """The last layer's MLP and norms run on last tokens alone, under activation checkpointing too."""
+    checkpoint = make_checkpoint(dtype=torch.float64)
+    model = checkpoint.model.train()
+    batch = pack_groups(checkpoint, batches(pictures)["k-wise"])[2].batch
+    rewards, gradients = rewards_and_gradients(model, batch)
+    if variant == "checkpointed":
+        model.model.language_model.activation_checkpointing_enable()
+    else:
+        model.reads_last_tokens = False
+        del model.model.language_model.layers[-1].forward
+    same_rewards, same_gradients = rewards_and_gradients(model, batch)
+    torch.testing.assert_close(rewards, same_rewards, rtol=1e-12, atol=0)
+    assert gradients.keys() == same_gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, same_gradients[name], rtol=1e-9, atol=1e-12)
+
+
+def test_a_last_layer_of_another_kind_computes_every_token(make_checkpoint):
+    language_model = make_checkpoint().model.model.language_model
+    layer = language_model.layers[-1]
+    layer.__class__ = type("OtherLayer", (type(layer),), {})
+    assert not read_last_tokens(language_model)

@@ -93,6 +93,25 @@ def test_different_pictures_with_the_same_text_have_different_rewards(rewards_of
     assert abs(first - second) > 1e-3
 
 
+def test_every_image_of_the_white_proxy_is_the_same_tile(checkpoint, pictures):
+    dataset = GroupDataset([], checkpoint.prompt_encoder(), checkpoint.tiling, with_text=True, proxy_image="white")
+    records = [
+        group("<image>, <image>", [pictures["photo"], pictures["wide"]], "a"),
+        group("", [pictures["tall"]], "b"),
+    ]
+    batch = Packer(dataset, with_text=True)[MicroBatch(tuple(map(dataset.encode, records)))].batch
+    assert batch.text_tiles.shape == (1, 56, 56, 3)
+    assert batch.text_tiles.min() == 255
+    assert (-1 - batch.text.source_T[batch.text.source_T < 0]).tolist() == [*range(4), *range(4), *range(4)]
+
+
+@pytest.mark.parametrize(("proxy_image", "with_text", "has_tile"),
+                         [("none", True, False), ("white", True, True), ("white", False, False)])  # fmt: skip
+def test_a_batch_has_a_white_tile_even_without_images_where_the_proxy_looks_at_one(proxy_image, with_text, has_tile):
+    batch = pack([], [], **TILES, with_text=with_text, proxy_image=proxy_image)
+    assert (batch.text_tiles is not None) == has_tile
+
+
 # batches
 
 

@@ -1,11 +1,14 @@
 """Records to token keys: the template tokenised at once, user text literal, images as negative keys, length limits."""
 
+import pickle
+
 import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mmrm_fast.prompt import PromptEncoder, PromptError, split_images, without_images
+from mmrm_fast.records import Message
 
 TOKENS_PER_TILE = 4
 UNICODE = {
@@ -182,6 +185,136 @@ def test_all_responses_share_the_prefix(make_encoder):
 
 def test_no_responses_give_no_sequences(make_encoder):
     assert make_encoder().encode("What?", ()).sequences == ()
+
+
+# conversations
+
+TURNS = (
+    Message("system", "Be <image> brief."),
+    Message("user", "<image>\nWhat?"),
+    Message("assistant", "two <image>"),
+    Message("user", "And <image>?"),
+)
+DEFAULT_SYSTEM = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nInternVL<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+)
+
+
+def whole_conversation(tokenizer, turns, response):
+    messages = [{"role": turn.role, "content": turn.content} for turn in (*turns, Message("assistant", response))]
+    ids = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False), add_special_tokens=False).input_ids
+    return ids[: len(ids) - ids[::-1].index(tokenizer.convert_tokens_to_ids("<|im_end|>"))]
+
+
+def test_a_conversation_is_the_rendered_template_tokenised_at_once(make_encoder, tokenizer):
+    turns = (Message("user", "What?"), Message("assistant", "two"), Message("user", "red?"))
+    (sequence,) = make_encoder().encode(turns, ("so",)).sequences
+    assert sequence.tolist() == whole_conversation(tokenizer, turns, "so")
+
+
+def test_a_lone_turn_is_the_same_as_its_text(make_encoder):
+    as_text, as_turns = make_encoder().encode("What?", ("so",), (1,)), make_encoder().encode(TURNS[1:2], ("so",), (1,))
+    assert as_text.sequences[0].tolist() == as_turns.sequences[0].tolist()
+
+
+def test_slots_of_a_conversation_are_those_of_its_users(make_encoder, tokenizer):
+    (sequence,) = make_encoder().encode(TURNS, ("so",), (1, 2)).sequences
+    assert (sequence < 0).sum() == 3 * TOKENS_PER_TILE
+    text = written(tokenizer, sequence)
+    assert "Be <image> brief." in text
+    assert "two <image><|im_end|>" in text
+
+
+def test_slots_are_prepended_to_the_first_user_turn():
+    turns = (Message("system", "s"), Message("user", "a"), Message("assistant", "b"), Message("user", "c"))
+    pieces = [pieces for _, pieces in split_images(turns, 2)]
+    assert pieces == [["s"], ["", "\n", "\na"], ["b"], ["c"]]
+
+
+def test_a_system_message_replaces_that_of_the_template(tokenizer):
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
+    wrapped.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    wrapped.chat_template = DEFAULT_SYSTEM
+    encoder = PromptEncoder(wrapped, tokens_per_tile=TOKENS_PER_TILE, max_length=400)
+    for turns, system in ((TURNS[1:2], "InternVL"), (TURNS[:2], "Be <image> brief.")):
+        (sequence,) = encoder.encode(turns, ("so",), (1,)).sequences
+        assert written(tokenizer, sequence).startswith(f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user")
+
+
+def test_turns_that_the_template_does_not_take_are_an_error_of_the_prompt(tokenizer):
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
+    wrapped.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    wrapped.chat_template = (
+        "{% if messages|length > 2 %}{{ raise_exception('one turn only') }}{% endif %}" + DEFAULT_SYSTEM
+    )
+    encoder = PromptEncoder(wrapped, tokens_per_tile=TOKENS_PER_TILE, max_length=400)
+    with pytest.raises(PromptError, match="does not take the turns system, user: one turn only"):
+        encoder.encode(TURNS[:2], ("so",), (1,))
+
+
+@pytest.mark.parametrize(("prompt", "response"), [(" What?\n", " two \n"), ("", "  "), ("\n", "\ttwo")])
+@pytest.mark.parametrize("tiles_per_image", [(), (1,)])
+def test_a_template_that_trims_texts_trims_them_here(tokenizer, prompt, response, tiles_per_image):
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
+    wrapped.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    wrapped.chat_template = tokenizer.chat_template.replace("message['content']", "message['content'] | trim")
+    encoder = PromptEncoder(wrapped, tokens_per_tile=TOKENS_PER_TILE, max_length=400)
+    (sequence,) = encoder.encode(prompt, (response,), tiles_per_image).sequences
+    asked = "<image>\n" * len(tiles_per_image) + prompt
+    assert with_image_token(wrapped, sequence) == whole(wrapped, asked, response, tiles_per_image)
+
+
+def test_a_space_before_the_first_word_of_a_sequence_is_not_put_before_each_run(tokenizer):
+    backend = Tokenizer(models.BPE({"<e>": 0, "▁": 1, "a": 2, "b": 3, "<i>": 4}, [], unk_token="▁"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=backend)
+    wrapped.add_special_tokens({"additional_special_tokens": ["<e>", "<i>"]})
+    wrapped.chat_template = "{% for m in messages %}<e>{{ m['content'] }}{% endfor %}<e>"
+    encoder = PromptEncoder(wrapped, tokens_per_tile=1, max_length=99, image_tokens=("<i>", "<i>", "<i>"))
+    assert encoder.encode("a", ("b",)).sequences[0].tolist() == wrapped("<e>a<e>b<e>").input_ids == [0, 2, 0, 3, 0]
+
+
+@pytest.mark.parametrize("compat", [None, "reference"])
+def test_an_encoder_encodes_the_same_in_another_process(make_encoder, compat):
+    encoder = make_encoder(compat=compat)
+    copy = pickle.loads(pickle.dumps(encoder))
+    texts = ("say <|im_end|>", ("<|im_end|>",), (1,))
+    assert copy.encode(*texts).sequences[0].tolist() == encoder.encode(*texts).sequences[0].tolist()
+
+
+# the reference's habits
+
+
+def test_reference_special_tokens_in_user_text_are_parsed(make_encoder, tokenizer):
+    (sequence,) = make_encoder(compat="reference").encode("say <|im_end|>", ("a <|im_end|> b",)).sequences
+    assert (sequence == tokenizer.convert_tokens_to_ids("<|im_end|>")).sum() == 4
+
+
+def test_reference_slots_are_always_prepended_and_a_typed_one_is_text(make_encoder, tokenizer):
+    encoder = make_encoder(compat="reference")
+    (sequence,) = encoder.encode("is <image> a slot?", ("no",), (1,)).sequences
+    assert with_image_token(tokenizer, sequence) == whole(tokenizer, "<image>\nis <image> a slot?", "no", (1,))
+    assert encoder.encode("<image><image>", ("no",), (1,)).sequences
+
+
+def test_reference_cuts_on_the_right_whatever_stands_there(make_encoder):
+    (sequence,) = make_encoder().encode("What?", ("two red circles",), (1,)).sequences
+    for length in (len(sequence) - 2, 5):
+        encoded = make_encoder(max_length=length, compat="reference").encode("What?", ("two red circles", ""), (1,))
+        assert encoded.sequences[0].tolist() == sequence[:length].tolist()
+        assert encoded.truncated == (True, length == 5)
+        assert encoded.prefix_length <= length
+
+
+def test_reference_ends_no_empty_response(tokenizer):
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
+    wrapped.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    wrapped.chat_template = tokenizer.chat_template + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    encoder = PromptEncoder(wrapped, tokens_per_tile=TOKENS_PER_TILE, max_length=400, compat="reference")
+    empty, answered = encoder.encode("What?", ("", "two"), (1,)).sequences
+    assert written(tokenizer, empty).endswith("What?<|im_end|>\n<|im_start|>assistant\n")
+    assert written(tokenizer, answered) == written(tokenizer, empty) + "two<|im_end|>"
 
 
 # length

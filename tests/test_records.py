@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from mmrm_fast import record_files
 from mmrm_fast.records import Group, Pair, RecordError, RecordFile, iter_groups, parse_group
 
 GOLDEN = Path(__file__).parent / "golden" / "common"
@@ -28,16 +27,6 @@ def parse(fields) -> Group:
 
 def chosen_rejected(group: Group) -> list[tuple[int, int]]:
     return [(pair.chosen, pair.rejected) for pair in group.pairs]
-
-
-@pytest.fixture
-def write_bytes(tmp_path):
-    def write(content: bytes) -> RecordFile:
-        path = tmp_path / "records.jsonl"
-        path.write_bytes(content)
-        return RecordFile(path)
-
-    return write
 
 
 # the three forms
@@ -126,6 +115,7 @@ MALFORMED = {
     "an array": ("[1, 2]", "", "a record is a JSON object, this is a list"),
     "a string": ('"prompt"', "", "this is a string"),
     "null": ("null", "", "this is null"),
+    "id is a list": ('{"id": [1], "prompt": "p", "responses": ["a"]}', "id", "got a list"),
     "no form": ('{"prompt": "p"}', "", "needs `chosen` and `rejected`"),
     "no prompt": ('{"chosen": "a", "rejected": "b"}', "prompt", "missing"),
     "no rejected": ('{"prompt": "p", "chosen": "a"}', "rejected", "missing"),
@@ -169,11 +159,6 @@ def test_a_malformed_record_is_an_error_naming_file_line_and_field(write_jsonl, 
     assert str(caught.value).startswith(f"{path}:2: {field}")
 
 
-def test_bytes_that_are_not_utf8_are_an_error(write_bytes):
-    with pytest.raises(RecordError, match="not valid JSON"):
-        write_bytes(b'{"prompt": "\xff", "responses": ["a"]}\n').group(0)
-
-
 def test_json_nested_without_end_is_an_error(write_jsonl):
     with pytest.raises(RecordError, match="not valid JSON"):
         RecordFile(write_jsonl(["[" * 100_000])).group(0)
@@ -202,57 +187,6 @@ def test_an_error_takes_its_place_among_the_groups(write_jsonl):
 def test_an_error_survives_pickling():
     error = pickle.loads(pickle.dumps(RecordError("file.jsonl:3", "prompt", "missing")))
     assert (error.source, error.field, error.reason) == ("file.jsonl:3", "prompt", "missing")
-
-
-def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"none\.jsonl: no such file"):
-        RecordFile(tmp_path / "none.jsonl")
-
-
-# lines
-
-
-def scoring_line(prompt: str) -> bytes:
-    return json.dumps({"prompt": prompt, "responses": ["a"]}).encode()
-
-
-LINES = {
-    "blank lines": (b"\n\n%s\n\n%s\n", [3, 5]),
-    "lines of white space": (b"  \t\n%s\n \r\n%s\n   ", [2, 4]),
-    "CRLF": (b"%s\r\n\r\n%s\r\n", [1, 3]),
-    "no newline at the end": (b"%s\n%s", [1, 2]),
-    "byte order mark": (b"\xef\xbb\xbf%s\n%s\n", [1, 2]),
-    "indented": (b"   %s\n\t%s \n", [1, 2]),
-}
-
-
-@pytest.mark.parametrize("kind", LINES)
-@pytest.mark.parametrize("scan_bytes", [1, 7, 1 << 24])
-def test_records_keep_their_line_numbers(monkeypatch, write_bytes, kind, scan_bytes):
-    monkeypatch.setattr(record_files, "SCAN_BYTES", scan_bytes)
-    form, numbers = LINES[kind]
-    file = write_bytes(form % (scoring_line("first"), scoring_line("second")))
-    assert [(group.prompt, group.source) for group in iter_groups(file)] == [
-        ("first", f"{file.path}:{numbers[0]}"),
-        ("second", f"{file.path}:{numbers[1]}"),
-    ]
-
-
-def test_a_long_line_of_spaces_is_not_a_record(write_bytes):
-    assert len(write_bytes(b" " * 200 + b"\n" + scoring_line("p") + b"\n")) == 1
-
-
-@pytest.mark.parametrize("content", [b"", b"\n", b"\n\n \n", b"   "])
-def test_a_file_of_blank_lines_has_no_records(write_bytes, content):
-    assert len(write_bytes(content)) == 0
-
-
-def test_a_file_longer_than_the_scan_chunk_is_read_whole(monkeypatch, write_bytes):
-    monkeypatch.setattr(record_files, "SCAN_BYTES", 64)
-    prompts = ["x" * length for length in range(150)]
-    file = write_bytes(b"\n".join(map(scoring_line, prompts)))
-    assert [file.group(index).prompt for index in range(len(file))] == prompts
-    assert file.group(149).source.endswith(":150")
 
 
 # images

@@ -1,8 +1,10 @@
 """A scorer's rewards: the same whatever else is in the batch, in their places, from the folder that training saved."""
 
+import base64
 import json
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,6 +57,20 @@ def broken_copy(path, tmp_path):
 
 
 # rewards
+
+
+def test_the_habits_of_the_reference_are_one_switch_for_texts_and_pictures(folder):
+    scorer = Scorer.from_pretrained(folder, "cpu", compat="reference")
+    assert (scorer.checkpoint.tiling.compat, scorer.encoder.compat) == ("reference", "reference")
+
+
+def test_conversations_and_encoded_pictures_are_scored_as_texts_and_files_are(scorer, pictures):
+    content = base64.b64encode(Path(pictures["wide"]).read_bytes()).decode()
+    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + content}}
+    turn = {"role": "user", "content": [part, {"type": "text", "text": "What?"}]}
+    as_file = {"prompt": "What?", "img_path": pictures["wide"], "responses": ["two"]}
+    plain, encoded = scorer.score([as_file, {"prompt": [turn], "responses": ["two"]}])
+    assert encoded == pytest.approx(plain, abs=1e-6)
 
 
 @pytest.mark.parametrize("tokens_per_micro_batch", [16_384, 1_000])

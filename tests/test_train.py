@@ -6,74 +6,14 @@ import sys
 import pytest
 import torch
 from ranks import run_ranks
+from runs import losses, margins, mixed_records, read
 from safetensors.torch import load_file
 
 from mmrm_fast.cli import main
-from mmrm_fast.config import TrainConfig
 from mmrm_fast.loss import COUNTS, SUMS, StepTotals
+from mmrm_fast.optimizer import lr_factor
 from mmrm_fast.scorer import Scorer
-from mmrm_fast.train import lr_factor, train
-from mmrm_fast.weights import save_checkpoint
-
-
-@pytest.fixture
-def model_folder(make_checkpoint, tmp_path):
-    save_checkpoint(tmp_path / "model", make_checkpoint(max_length=256))
-    return tmp_path / "model"
-
-
-def mixed_records(pictures):
-    """Pairwise and K-wise, with one image, two and none; 11 records, so that some step is uneven."""
-    photo, wide = pictures["photo"], pictures["wide"]
-    pairs = [
-        {"prompt": f"What is in picture {i}?", "img_path": image, "chosen": f"two red circles {i}", "rejected": "a cat"}
-        for i, image in enumerate([photo, None, wide, None, None, [photo, wide], wide, pictures["tall"]])
-    ]
-    kwise = [
-        {
-            "prompt": "Rate them.",
-            "img_path": photo,
-            "completions": {
-                "annotations": [{"Helpfulness": {"Rating": rating}} for rating in ("5", "3", "N/A", "1")],
-                "response": [f"answer {i} of {j}" for j in range(4)],
-            },
-        }
-        for i in range(3)
-    ]
-    return pairs + kwise
-
-
-@pytest.fixture
-def make_config(model_folder, pictures, write_jsonl, tmp_path):
-    """A TrainConfig on small mixed data, in a run folder of its own."""
-    data = write_jsonl(mixed_records(pictures), "train.jsonl")
-    evaluation = write_jsonl(mixed_records(pictures)[:3], "eval.jsonl")
-
-    def make(name, **options):
-        defaults = {
-            "data": (str(data),),
-            "eval": (f"small={evaluation}", f"one={write_jsonl(mixed_records(pictures)[1:2], 'one.jsonl')}"),
-            "model": model_folder,
-            "output_dir": tmp_path / name,
-            "lr": 1e-3,
-            "tokens_per_batch": 400,
-            "tokens_per_micro_batch": 200,
-        }
-        return TrainConfig(**{**defaults, **options})
-
-    return make
-
-
-def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def losses(folder):
-    return [row["loss"] for row in read(folder / "metrics.jsonl")]
-
-
-def margins(folder, name="small"):
-    return [row["margin"] for row in read(folder / f"eval-{name}.jsonl")]
+from mmrm_fast.train import train
 
 
 def test_a_run_leaves_metrics_evaluation_and_a_reward_model(make_config, capsys):

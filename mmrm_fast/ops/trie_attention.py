@@ -1,9 +1,9 @@
-"""`trie_attention`: causal attention over a packed forest of token tries.
+"""`trie_attention`: attention over a packed forest of token tries.
 
 Each node's queries are its own tokens, its keys its ancestors' tokens and its own, gathered by `kv_index`.
 One op with its own backward, so that gathered keys and values are never kept: only q, k, v, out and the
-log-sum-exp are. On CUDA it is flash-attn's variable-length kernel with `cu_seqlens_q != cu_seqlens_k`; elsewhere
-the CPU flash kernel, node by node.
+log-sum-exp are. On CUDA it is flash-attn's variable-length kernel with `cu_seqlens_q != cu_seqlens_k`; on a CPU with
+AVX-512 and its BF16 instructions it is C++ (csrc/trie_attention.cpp), on others torch's CPU flash kernel, node by node.
 
 Shapes: T packed tokens, K gathered keys, N nodes, H query heads, G key/value heads, E head size.
 """
@@ -13,17 +13,24 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from mmrm_fast.ops.native import addresses, native
+
 library = torch.library.Library("mmrm_fast", "FRAGMENT")
-PLAN = "Tensor cu_seqlens_q, Tensor kv_index, Tensor cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, float scale"
+PLAN = (
+    "Tensor cu_seqlens_q, Tensor kv_index, Tensor cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, float scale,"
+    " bool causal=True"
+)
 library.define(f"trie_attention_fwd(Tensor q, Tensor k, Tensor v, {PLAN}) -> (Tensor, Tensor)")
 library.define(
     f"trie_attention_bwd(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {PLAN})"
     " -> (Tensor, Tensor, Tensor)"
 )
+NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+MAX_NATIVE_HEAD_SIZE = 256
 
 
 def trie_attention_ref(
-    q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, cu_seqlens_q, kv_index, cu_seqlens_k, scale
+    q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, cu_seqlens_q, kv_index, cu_seqlens_k, scale, causal: bool = True
 ) -> Tensor:
     """What the op means: softmax attention per node, masked bottom-right, in plain differentiable torch."""
     outputs = [q_THE[:0]]
@@ -32,9 +39,10 @@ def trie_attention_ref(
         q = q_THE[rows]
         k, v = (x[index].repeat_interleave(repeat, dim=1) for x in (k_TGE, v_TGE))
         scores = torch.einsum("qhe,khe->hqk", q, k) * scale
-        visible = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(len(k) - len(q))
-        weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
-        outputs.append(torch.einsum("hqk,khe->qhe", weights, v))
+        if causal:
+            visible = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(len(k) - len(q))
+            scores = scores.masked_fill(~visible, float("-inf"))
+        outputs.append(torch.einsum("hqk,khe->qhe", scores.softmax(-1), v))
     return torch.cat(outputs)
 
 
@@ -45,33 +53,26 @@ def nodes(cu_seqlens_q: Tensor, kv_index: Tensor, cu_seqlens_k: Tensor):
         yield slice(q_edges[node], q_edges[node + 1]), kv_index[k_edges[node] : k_edges[node + 1]]
 
 
-def causal_mask(num_queries: int, num_keys: int, like: Tensor) -> Tensor | None:
-    """Additive bottom-right causal mask [queries, keys] in `like`'s dtype; None where `is_causal` says it."""
-    if num_queries == num_keys:
-        return None
-    hidden = torch.ones(num_queries, num_keys, dtype=torch.bool).triu(num_keys - num_queries + 1)
-    return torch.zeros(num_queries, num_keys, dtype=like.dtype).masked_fill_(hidden, float("-inf"))
+def has_native(dtype: torch.dtype, head_size: int) -> bool:
+    """Whether the C++ kernel computes this attention here."""
+    compiled = native() is not None and native().has_trie_attention_cpu()
+    return compiled and dtype in NATIVE_DTYPES and head_size <= MAX_NATIVE_HEAD_SIZE
 
 
-def heads_first(x: Tensor) -> Tensor:
-    """[tokens, heads, E] -> [1, heads, tokens, E], a view."""
-    return x.transpose(0, 1).unsqueeze(0)
-
-
-def trie_attention_fwd_cpu(q, k, v, cu_seqlens_q, kv_index, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale):
-    """Output [T, H, E] and log-sum-exp [H, T] (fp32; float64 for float64), node by node."""
+def trie_attention_fwd_cpu(
+    q, k, v, cu_seqlens_q, kv_index, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal=True
+):
+    """Output [T, H, E] and log-sum-exp [H, T] (fp32; float64 for float64)."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
-    for rows, index in nodes(cu_seqlens_q, kv_index, cu_seqlens_k):
-        mask = causal_mask(rows.stop - rows.start, len(index), q)
+    plan = (cu_seqlens_q, kv_index, cu_seqlens_k)
+    if has_native(q.dtype, q.shape[2]):
+        run_native(native().trie_attention_fwd_cpu, (q, k, v), plan, scale, causal, out, lse)
+        return out, lse
+    for rows, index in nodes(*plan):
+        is_causal, mask = causal_mask(rows.stop - rows.start, len(index), causal, q.dtype)
         node_out, node_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            heads_first(q[rows]),
-            heads_first(k[index]),
-            heads_first(v[index]),
-            0.0,
-            mask is None,
-            attn_mask=mask,
-            scale=scale,
+            *map(heads_first, (q[rows], k[index], v[index])), 0.0, is_causal, attn_mask=mask, scale=scale
         )
         out[rows] = node_out[0].transpose(0, 1)
         lse[:, rows] = node_lse[0]
@@ -79,16 +80,20 @@ def trie_attention_fwd_cpu(q, k, v, cu_seqlens_q, kv_index, cu_seqlens_k, max_se
 
 
 def trie_attention_bwd_cpu(
-    grad, q, k, v, out, lse, cu_seqlens_q, kv_index, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale
+    grad, q, k, v, out, lse, cu_seqlens_q, kv_index, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal=True
 ):
     """dq, dk, dv; gradients of shared keys and values are summed over nodes in fp32 (float64 for float64)."""
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk, dv = (torch.zeros(x.shape, dtype=lse.dtype) for x in (k, v))
-    for rows, index in nodes(cu_seqlens_q, kv_index, cu_seqlens_k):
-        mask = causal_mask(rows.stop - rows.start, len(index), q)
+    plan = (cu_seqlens_q, kv_index, cu_seqlens_k)
+    if has_native(q.dtype, q.shape[2]):
+        run_native(native().trie_attention_bwd_cpu, (q, k, v, grad, out), plan, scale, causal, lse, dq, dk, dv)
+        return dq, dk.to(k.dtype), dv.to(v.dtype)
+    for rows, index in nodes(*plan):
+        is_causal, mask = causal_mask(rows.stop - rows.start, len(index), causal, q.dtype)
         node_dq, node_dk, node_dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *map(heads_first, (grad[rows], q[rows], k[index], v[index], out[rows])),
-            lse[None, :, rows].contiguous(), 0.0, mask is None, attn_mask=mask, scale=scale,
+            lse[None, :, rows].contiguous(), 0.0, is_causal, attn_mask=mask, scale=scale,
         )  # fmt: skip
         dq[rows] = node_dq[0].transpose(0, 1)
         dk.index_add_(0, index, node_dk[0].transpose(0, 1).to(dk.dtype))
@@ -96,24 +101,52 @@ def trie_attention_bwd_cpu(
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-def trie_attention_fwd_cuda(q, k, v, cu_seqlens_q, kv_index, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale):
+def run_native(function, inputs, plan, scale: float, causal: bool, *outputs: Tensor) -> None:
+    """Call a C++ kernel on `inputs` (q, k, v, ...: [T, heads, E] each) and a plan; `outputs` are contiguous."""
+    inputs = [x if x.stride(2) == 1 else x.contiguous() for x in inputs]
+    num_tokens, num_heads, size = inputs[0].shape
+    sizes = [len(plan[0]) - 1, num_tokens, num_heads, inputs[1].shape[1], size]
+    pointers = addresses(*plan, *inputs, *outputs, device=inputs[0].device)
+    first, second = len(plan), len(plan) + len(inputs)
+    function(
+        str(inputs[0].dtype), pointers[:first], sizes, scale, causal, pointers[first:second],
+        [x.stride()[:2] for x in inputs], *pointers[second:], torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def causal_mask(num_queries: int, num_keys: int, causal: bool, dtype: torch.dtype) -> tuple[bool, Tensor | None]:
+    """torch's `is_causal` (aligned top-left) where it says it all, and otherwise an additive mask [queries, keys]."""
+    if not causal or num_queries == num_keys:
+        return causal, None
+    hidden = torch.ones(num_queries, num_keys, dtype=torch.bool).triu(num_keys - num_queries + 1)
+    return False, torch.zeros(num_queries, num_keys, dtype=dtype).masked_fill_(hidden, float("-inf"))
+
+
+def heads_first(x: Tensor) -> Tensor:
+    """[tokens, heads, E] -> [1, heads, tokens, E], a view."""
+    return x.transpose(0, 1).unsqueeze(0)
+
+
+def trie_attention_fwd_cuda(
+    q, k, v, cu_seqlens_q, kv_index, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal=True
+):
     """flash-attn's variable-length forward on gathered keys and values."""
     out, lse, *_ = flash_attn()._flash_attn_varlen_forward(
         q.contiguous(), k[kv_index], v[kv_index], cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-        dropout_p=0.0, softmax_scale=scale, causal=True,
+        dropout_p=0.0, softmax_scale=scale, causal=causal,
     )  # fmt: skip
     return out, lse
 
 
 def trie_attention_bwd_cuda(
-    grad, q, k, v, out, lse, cu_seqlens_q, kv_index, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale
+    grad, q, k, v, out, lse, cu_seqlens_q, kv_index, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal=True
 ):
     """flash-attn's variable-length backward, then an fp32 sum of each key's gradients over the nodes."""
     q, gathered_k, gathered_v = q.contiguous(), k[kv_index], v[kv_index]
     dq, node_dk, node_dv = torch.empty_like(q), torch.empty_like(gathered_k), torch.empty_like(gathered_v)
     flash_attn()._flash_attn_varlen_backward(
         grad.contiguous(), q, gathered_k, gathered_v, out, lse, dq, node_dk, node_dv,
-        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=scale, causal=True,
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=scale, causal=causal,
         window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None,
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
@@ -142,13 +175,13 @@ for name, device, function in (
 
 
 @torch.library.register_fake("mmrm_fast::trie_attention_fwd", lib=library)
-def _(q, k, v, cu_seqlens_q, kv_index, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale):
+def _(q, k, v, cu_seqlens_q, kv_index, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal=True):
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=lse_dtype)
 
 
 @torch.library.register_fake("mmrm_fast::trie_attention_bwd", lib=library)
-def _(grad, q, k, v, out, lse, cu_seqlens_q, kv_index, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale):
+def _(grad, q, k, v, out, lse, cu_seqlens_q, kv_index, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal=True):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -160,7 +193,7 @@ def save_for_backward(ctx, inputs, output):
 
 def backward(ctx, grad, _):
     grads = torch.ops.mmrm_fast.trie_attention_bwd(grad, *ctx.saved_tensors, *ctx.scalars)
-    return *grads, *[None] * 6
+    return *grads, *[None] * 7
 
 
 torch.library.register_autograd("mmrm_fast::trie_attention_fwd", backward, setup_context=save_for_backward, lib=library)
@@ -177,6 +210,7 @@ def trie_attention(
     max_seqlen_q: int,
     max_seqlen_k: int,
     scale: float,
+    causal: bool = True,
 ) -> Tensor:
     """Attention of every packed token over its ancestors in the trie and itself.
 
@@ -186,14 +220,17 @@ def trie_attention(
         cu_seqlens_q, cu_seqlens_k: [N + 1] int32, edges of the nodes' queries and gathered keys.
         kv_index: [K] int64, packed index of every gathered key, ancestors first.
         max_seqlen_q, max_seqlen_k: longest node in queries and in keys.
-        scale: factor on the dot products, usually E ** -0.5.
+        scale: positive factor on the dot products, usually E ** -0.5.
+        causal: False lets every query of a node see all of the node's keys, as the patches of a tile do.
 
     Returns:
         [T, H, E] in q's dtype; softmax and the sums of shared gradients in fp32 (float64 for float64).
     """
     if q_THE.shape[1] % k_TGE.shape[1]:
         raise ValueError(f"{q_THE.shape[1]} query heads are not a multiple of {k_TGE.shape[1]} key/value heads")
+    if scale <= 0:
+        raise ValueError(f"scale must be positive, got {scale}")
     out, _ = torch.ops.mmrm_fast.trie_attention_fwd(
-        q_THE, k_TGE, v_TGE, cu_seqlens_q, kv_index, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale
+        q_THE, k_TGE, v_TGE, cu_seqlens_q, kv_index, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal
     )
     return out

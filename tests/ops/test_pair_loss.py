@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-from mmrm_fast.ops.pair_loss import MODES, PairLoss, pair_index, pair_loss, pair_loss_fwd_cpu, pair_loss_ref
+from mmrm_fast.ops.pair_loss import (
+    MODES,
+    PairLoss,
+    PairLossFunction,
+    pair_index,
+    pair_loss,
+    pair_loss_fwd_cpu,
+    pair_loss_ref,
+)
 
 OPTIONS = {
     "plain": {},
@@ -132,8 +140,8 @@ def test_gradients_are_those_of_the_plain_formula(mode, options, dtype):
     args = op_args(mode, options, dtype=dtype)
     rewards, proxy, chosen, rejected, margin, weight, *_ = args
     leaves = [t.clone().requires_grad_() for t in (rewards, proxy) if t is not None]
-    sums, sfc, _, _ = torch.ops.mmrm_fast.pair_loss_fwd(*leaves, *args[len(leaves) :])
-    (2 * sums[0] + (3 * sums[1] if proxy is not None else 0)).backward()
+    main_loss, proxy_loss, *_, sfc = PairLossFunction.apply(*leaves, *args[len(leaves) :])
+    (2 * main_loss + (3 * proxy_loss if proxy is not None else 0)).backward()
 
     expected = [t.double().requires_grad_() for t in (rewards, proxy) if t is not None]
     m, *b = (r[chosen] - r[rejected] for r in expected)
@@ -207,8 +215,8 @@ def test_same_bits_for_any_thread_count(cpp):
 def test_opcheck(mode, dtype, num_groups):
     args = list(op_args(mode, OPTIONS["all"] if mode == "paper" else {}, num_groups=num_groups, dtype=dtype))
     torch.library.opcheck(torch.ops.mmrm_fast.pair_loss_fwd, tuple(args))
-    leaves = [t.requires_grad_() if t is not None else None for t in args[:2]]
-    torch.library.opcheck(torch.ops.mmrm_fast.pair_loss_fwd, (*leaves, *args[2:]))
+    strided = [a.repeat_interleave(2)[::2] if isinstance(a, torch.Tensor) else a for a in args]
+    torch.library.opcheck(torch.ops.mmrm_fast.pair_loss_fwd, tuple(strided))
 
 
 def test_strided_rewards():

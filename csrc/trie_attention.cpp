@@ -1,0 +1,527 @@
+#include "trie_attention.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define MMRM_HAS_AVX512 1
+#include "avx512.h"
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+namespace mmrm {
+
+#ifdef MMRM_HAS_AVX512
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
+
+namespace {
+
+// A row is one query token under one query head. Rows are the lanes of vectors: scores are computed transposed, so that
+// maxima and sums over keys are taken between vectors, never within one. All query heads of a key/value head make rows
+// of one matrix, which reads keys and values once.
+constexpr int kRowVectors = 3;
+constexpr int64_t kRows = kRowVectors * kVector;  // of a block; times 8 left rows, 24 registers hold a product's sums
+constexpr int64_t kKeys = 192;                    // of a block, a multiple of both kinds of left rows below
+constexpr int64_t kPadKeys = 24;                  // what 8 and 6 left rows divide
+constexpr int64_t kItemRows = 20 * kRows;         // of a forward work item
+constexpr float kLog2E = 1.4426950408889634f;
+
+int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// Memory that grows and is used again.
+template <typename T>
+class Scratch {
+ public:
+  T* get(int64_t size) {
+    if (size > size_) {
+      size_ = size;
+      data_.reset(static_cast<T*>(std::aligned_alloc(64, round_up(size * int64_t(sizeof(T)), 64))));
+      if (!data_) throw std::bad_alloc();
+    }
+    return data_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(T* data) const { std::free(data); }
+  };
+  std::unique_ptr<T, Free> data_;
+  int64_t size_ = 0;
+};
+
+// One node's rows under one key/value head.
+template <typename T>
+struct Node {
+  const TrieAttention<T>& in;
+  int64_t first, num_tokens, num_keys, group;
+  const int64_t* keys;
+
+  Node(const TrieAttention<T>& attention, int64_t node, int64_t kv_head) : in(attention), group(kv_head) {
+    const TriePlanView& plan = in.plan;
+    first = plan.cu_seqlens_q[node];
+    num_tokens = plan.cu_seqlens_q[node + 1] - first;
+    keys = plan.kv_index + plan.cu_seqlens_k[node];
+    num_keys = plan.cu_seqlens_k[node + 1] - plan.cu_seqlens_k[node];
+  }
+
+  int64_t heads_per_group() const { return in.num_heads / in.num_kv_heads; }
+  int64_t num_rows() const { return num_tokens * heads_per_group(); }
+  int64_t token(int64_t row) const { return first + row / heads_per_group(); }
+  int64_t head(int64_t row) const { return group * heads_per_group() + row % heads_per_group(); }
+  template <typename U>
+  U* at(const HeadRows<U>& x, int64_t row) const {
+    return x.row(token(row), head(row));
+  }
+  // How many keys the row sees.
+  int64_t visible(int64_t row) const {
+    return in.causal ? num_keys - num_tokens + row / heads_per_group() + 1 : num_keys;
+  }
+  int64_t width() const { return round_up(in.head_size, kVector); }
+  int64_t words() const { return width() / Word<T>::kValues; }
+};
+
+// The first `count` keys (or values), [round_up(count, kPadKeys), width], padded with zeros.
+template <typename T>
+void gather(const Node<T>& node, const HeadRows<const T>& x, int64_t count, T* out) {
+  const int64_t size = node.in.head_size, width = node.width();
+  std::memset(static_cast<void*>(out), 0, round_up(count, kPadKeys) * width * sizeof(T));
+  for (int64_t j = 0; j < count; ++j) {
+    std::memcpy(static_cast<void*>(out + j * width), x.row(node.keys[j], node.group), size * sizeof(T));
+  }
+}
+
+// Rows [num_rows, width] as words of consecutive rows, [num_rows / kValues, width]; num_rows is a multiple of kValues.
+const float* pair_rows(const float* rows, int64_t, int64_t, Scratch<float>&) { return rows; }
+const bf16_t* pair_rows(const bf16_t* rows, int64_t num_rows, int64_t width, Scratch<bf16_t>& scratch) {
+  bf16_t* out = scratch.get(num_rows * width);
+  for (int64_t j = 0; j < num_rows; j += 2) {
+    const bf16_t *a = rows + j * width, *b = a + width;
+    for (int64_t e = 0; e < width; ++e) {
+      out[j * width + 2 * e] = a[e];
+      out[j * width + 2 * e + 1] = b[e];
+    }
+  }
+  return out;
+}
+
+template <typename T>
+const uint32_t* as_words(const T* values) {
+  return reinterpret_cast<const uint32_t*>(values);
+}
+
+// `count` rows of x from `row` as words of consecutive values, [words, lanes]; lanes without a row are zero.
+template <typename T>
+void pack_lanes(const Node<T>& node, const HeadRows<const T>& x, int64_t row, int64_t count, int64_t lanes, T* out) {
+  alignas(64) uint32_t words[256] = {};
+  const int64_t num_words = node.words();
+  if (count < lanes) std::memset(static_cast<void*>(out), 0, num_words * lanes * sizeof(uint32_t));
+  for (int64_t lane = 0; lane < count; ++lane) {
+    std::memcpy(words, node.at(x, row + lane), node.in.head_size * sizeof(T));
+    char* column = reinterpret_cast<char*>(out) + lane * sizeof(uint32_t);
+    for (int64_t w = 0; w < num_words; ++w) std::memcpy(column + w * lanes * sizeof(*words), words + w, sizeof(*words));
+  }
+}
+
+// The same rows as they are, [lanes, width], padded with zeros.
+template <typename T>
+void copy_rows(const Node<T>& node, const HeadRows<const T>& x, int64_t row, int64_t count, int64_t lanes, T* out) {
+  const int64_t size = node.in.head_size, width = node.width();
+  if (count < lanes || size < width) std::memset(static_cast<void*>(out), 0, lanes * width * sizeof(T));
+  for (int64_t lane = 0; lane < count; ++lane) {
+    std::memcpy(static_cast<void*>(out + lane * width), node.at(x, row + lane), size * sizeof(T));
+  }
+}
+
+// Column `lane` of in [size, lanes], times scale, to a row.
+template <typename T>
+void write_row(const float* in, int64_t lane, int64_t lanes, int64_t size, float scale, T* out) {
+  for (int64_t e = 0; e < size; ++e) out[e] = convert<T>(in[e * lanes + lane] * scale);
+}
+
+// What a block of rows sees of its keys: all lanes see the first `all`, the lanes of `limits` more, none over `any`.
+struct Visible {
+  int64_t all, any;
+  __m512i limits[kRowVectors];
+
+  template <typename T>
+  Visible(const Node<T>& node, int64_t row, int64_t count) {
+    all = node.visible(row);
+    any = node.visible(row + count - 1);
+    alignas(64) int32_t lanes[kRows];
+    for (int64_t lane = 0; lane < kRows; ++lane) lanes[lane] = int32_t(node.visible(row + std::min(lane, count - 1)));
+    for (int n = 0; n < kRowVectors; ++n) limits[n] = _mm512_load_si512(lanes + n * kVector);
+  }
+
+  __mmask16 lanes(int n, int64_t key) const { return _mm512_cmpgt_epi32_mask(limits[n], _mm512_set1_epi32(int(key))); }
+};
+
+template <typename T>
+struct ForwardScratch {
+  Scratch<T> keys, values, paired_values, queries, weights;
+  Scratch<float> scores, out;
+};
+
+// Softmax over keys as they come: running maxima (of scores times log2(e)) and sums of each lane.
+template <int NV>
+struct Softmax {
+  __m512 max[NV], sum[NV];
+
+  Softmax() {
+    for (int n = 0; n < NV; ++n) {
+      max[n] = _mm512_set1_ps(-INFINITY);
+      sum[n] = _mm512_setzero_ps();
+    }
+  }
+
+  // Scores [count, lanes] to weights, as words of consecutive keys; scales what was summed before, `out` [size, lanes].
+  template <typename T>
+  MMRM_INLINE void update(const float* scores, int64_t count, float scale, T* weights, float* out, int64_t size) {
+    constexpr int64_t lanes = NV * kVector;
+    for (int n = 0; n < NV; ++n) {
+      const float* column = scores + n * kVector;
+      __m512 block_max = _mm512_loadu_ps(column);
+      for (int64_t j = 1; j < count; ++j) block_max = _mm512_max_ps(block_max, _mm512_loadu_ps(column + j * lanes));
+      const __m512 factor = _mm512_set1_ps(scale);
+      const __m512 new_max = _mm512_max_ps(max[n], _mm512_mul_ps(block_max, factor));
+      if (_mm512_cmp_ps_mask(new_max, max[n], _CMP_NEQ_UQ)) {
+        rescale(n, exp2_negative(_mm512_sub_ps(max[n], new_max)), out, size);
+      }
+      max[n] = new_max;
+      const auto weight = [&](int64_t j) {
+        return exp2_negative(_mm512_fmsub_ps(_mm512_loadu_ps(column + j * lanes), factor, new_max));
+      };
+      __m512 total = _mm512_setzero_ps();  // of the block alone: long sums of rounded terms drift
+      for (int64_t j = 0; j < count; j += 2) {
+        const __m512 a = weight(j), b = j + 1 < count ? weight(j + 1) : _mm512_setzero_ps();
+        total = _mm512_add_ps(total, _mm512_add_ps(a, b));
+        store_steps(weights + (j * lanes + n * kVector * Word<T>::kValues), lanes, a, b);
+      }
+      sum[n] = _mm512_add_ps(sum[n], total);
+    }
+  }
+
+  MMRM_INLINE void rescale(int n, __m512 factor, float* out, int64_t size) {
+    sum[n] = _mm512_mul_ps(sum[n], factor);
+    for (int64_t e = 0; e < size; ++e) {
+      float* values = out + e * NV * kVector + n * kVector;
+      _mm512_storeu_ps(values, _mm512_mul_ps(_mm512_loadu_ps(values), factor));
+    }
+  }
+};
+
+// Sets scores of keys that a lane does not see to `hidden`; scores are those of keys first_key, first_key + 1, ...
+template <int NV>
+MMRM_INLINE void mask(const Visible& visible, int64_t first_key, int64_t count, float hidden, float* scores) {
+  for (int64_t key = std::max(visible.all, first_key); key < first_key + count; ++key) {
+    for (int n = 0; n < NV; ++n) {
+      float* lanes = scores + (key - first_key) * NV * kVector + n * kVector;
+      _mm512_mask_storeu_ps(lanes, _knot_mask16(visible.lanes(n, key)), _mm512_set1_ps(hidden));
+    }
+  }
+}
+
+// Rows [row, row + count) against all keys they see.
+template <typename T, int NV>
+void fwd_block(const Node<T>& node, int64_t row, int64_t count, const T* keys, const T* paired_values,
+               ForwardScratch<T>& scratch, const HeadRows<T>& out, float* lse) {
+  constexpr int64_t lanes = NV * kVector;
+  const int64_t width = node.width(), words = node.words(), size = node.in.head_size;
+  const Visible visible(node, row, count);
+  const float scale = node.in.scale * kLog2E;
+  T *queries = scratch.queries.get(width * lanes), *weights = scratch.weights.get((kKeys + 1) * lanes);
+  float *scores = scratch.scores.get(kKeys * lanes), *sums = scratch.out.get(width * lanes);
+  pack_lanes(node, node.in.q, row, count, lanes, queries);
+  std::memset(sums, 0, width * lanes * sizeof(float));
+  Softmax<NV> softmax;
+  for (int64_t key = 0; key < visible.any; key += kKeys) {
+    const int64_t num_keys = std::min(kKeys, visible.any - key);
+    const int64_t steps = (num_keys + Word<T>::kValues - 1) / Word<T>::kValues;
+    multiply<T, 8, NV, false>({as_words(keys + key * width), words, 1}, {as_words(queries), lanes}, num_keys, words,
+                              scores, lanes);
+    mask<NV>(visible, key, num_keys, -INFINITY, scores);
+    softmax.update(scores, num_keys, scale, weights, sums, width);
+    multiply<T, 8, NV, true>({as_words(paired_values + key * width), 1, width}, {as_words(weights), lanes}, width,
+                             steps, sums, lanes);
+  }
+  alignas(64) float max[lanes], sum[lanes];
+  for (int n = 0; n < NV; ++n) {
+    _mm512_store_ps(max + n * kVector, softmax.max[n]);
+    _mm512_store_ps(sum + n * kVector, softmax.sum[n]);
+  }
+  for (int64_t lane = 0; lane < count; ++lane) {
+    write_row(sums, lane, lanes, size, 1 / sum[lane], node.at(out, row + lane));
+    const double largest = double(max[lane]) / scale * node.in.scale;  // free of the rounding of `scale`
+    lse[node.head(row + lane) * node.in.num_tokens + node.token(row + lane)] = float(largest + std::log(sum[lane]));
+  }
+}
+
+// Calls f with the number of vectors that `count` rows fill, as a constant.
+template <typename F>
+MMRM_INLINE void with_vectors(int64_t count, F f) {
+  if (count > 2 * kVector) return f(std::integral_constant<int, 3>{});
+  if (count > kVector) return f(std::integral_constant<int, 2>{});
+  f(std::integral_constant<int, 1>{});
+}
+
+// Rows [begin, end) of a node.
+template <typename T>
+void fwd_item(const Node<T>& node, int64_t begin, int64_t end, ForwardScratch<T>& scratch, const HeadRows<T>& out,
+              float* lse) {
+  const int64_t num_keys = node.visible(end - 1), size = round_up(num_keys, kPadKeys) * node.width();
+  T *keys = scratch.keys.get(size), *values = scratch.values.get(size);
+  gather(node, node.in.k, num_keys, keys);
+  gather(node, node.in.v, num_keys, values);
+  const T* paired_values = pair_rows(values, round_up(num_keys, kPadKeys), node.width(), scratch.paired_values);
+  for (int64_t row = begin; row < end; row += kRows) {
+    const int64_t count = std::min(kRows, end - row);
+    with_vectors(count, [&](auto vectors) {
+      fwd_block<T, vectors.value>(node, row, count, keys, paired_values, scratch, out, lse);
+    });
+  }
+}
+
+template <typename T>
+struct BackwardScratch {
+  Scratch<T> keys, paired_keys, values, queries, grads, query_rows, grad_rows, paired_queries, paired_grads;
+  Scratch<T> weights, slopes, paired_slopes;
+  Scratch<float> scores, weight_grads, dq, dk, dv;
+};
+
+// Scores to weights and weight_grads [count, lanes] to score gradients, in T: of keys as left rows [count, lanes], and
+// the latter also as words of consecutive keys. Rows up to a multiple of 6 are zero.
+template <typename T, int NV>
+MMRM_INLINE void bwd_weights(const float* scores, const float* weight_grads, int64_t count, float scale,
+                             const float* lse, const float* delta, T* weights, T* slopes, T* paired_slopes) {
+  constexpr int64_t lanes = NV * kVector;
+  const __m512 factor = _mm512_set1_ps(scale), log2e = _mm512_set1_ps(kLog2E), zero = _mm512_setzero_ps();
+  for (int n = 0; n < NV; ++n) {
+    const __m512 log_sum = _mm512_loadu_ps(lse + n * kVector), mean = _mm512_loadu_ps(delta + n * kVector);
+    const auto slope = [&](int64_t j) {
+      const int64_t at = j * lanes + n * kVector;
+      if (j >= count) {
+        store(weights + at, zero);
+        store(slopes + at, zero);
+        return zero;
+      }
+      const __m512 log_weight = _mm512_fmsub_ps(_mm512_loadu_ps(scores + at), factor, log_sum);
+      const __m512 weight = exp2_negative(_mm512_mul_ps(log_weight, log2e));
+      const __m512 grad = _mm512_sub_ps(_mm512_loadu_ps(weight_grads + at), mean);
+      const __m512 value = _mm512_mul_ps(_mm512_mul_ps(weight, grad), factor);
+      store(weights + at, weight);
+      store(slopes + at, value);
+      return value;
+    };
+    for (int64_t j = 0; j < round_up(count, 6); j += 2) {
+      const __m512 a = slope(j), b = slope(j + 1);
+      store_steps(paired_slopes + (j * lanes + n * kVector * Word<T>::kValues), lanes, a, b);
+    }
+  }
+}
+
+// out[rows, width] += left[rows, steps] * right[steps, width].
+template <typename T>
+MMRM_INLINE void multiply_wide(const Left& left, const Right& right, int64_t rows, int64_t steps, int64_t width,
+                               float* out) {
+  int64_t column = 0;
+  for (; column + 4 * kVector <= width; column += 4 * kVector) {
+    multiply<T, 6, 4, true>(left, {right.words + column, right.step}, rows, steps, out + column, width);
+  }
+  for (; column < width; column += kVector) {
+    multiply<T, 6, 1, true>(left, {right.words + column, right.step}, rows, steps, out + column, width);
+  }
+}
+
+// A node's keys, values and the sums of their gradients.
+template <typename T>
+struct NodeKeys {
+  const T *keys, *paired_keys, *values;
+  float *dk, *dv;
+};
+
+template <typename T, int NV>
+void bwd_block(const Node<T>& node, int64_t row, int64_t count, const NodeKeys<T>& path, BackwardScratch<T>& scratch,
+               const TrieAttentionGrads<T>& grads) {
+  constexpr int64_t lanes = NV * kVector;
+  const int64_t width = node.width(), words = node.words(), size = node.in.head_size;
+  const Visible visible(node, row, count);
+  T *queries = scratch.queries.get(width * lanes), *lane_grads = scratch.grads.get(width * lanes);
+  T *query_rows = scratch.query_rows.get(width * lanes), *grad_rows = scratch.grad_rows.get(width * lanes);
+  pack_lanes(node, node.in.q, row, count, lanes, queries);
+  pack_lanes(node, grads.grad, row, count, lanes, lane_grads);
+  copy_rows(node, node.in.q, row, count, lanes, query_rows);
+  copy_rows(node, grads.grad, row, count, lanes, grad_rows);
+  const T* paired_queries = pair_rows(query_rows, lanes, width, scratch.paired_queries);
+  const T* paired_grads = pair_rows(grad_rows, lanes, width, scratch.paired_grads);
+  float lse[lanes], delta[lanes];
+  for (int64_t lane = 0; lane < lanes; ++lane) {
+    lse[lane] = INFINITY;  // a lane without a row has no weights
+    delta[lane] = 0;
+    if (lane >= count) continue;
+    lse[lane] = grads.lse[node.head(row + lane) * node.in.num_tokens + node.token(row + lane)];
+    const T *grad = node.at(grads.grad, row + lane), *out = node.at(grads.out, row + lane);
+    for (int64_t e = 0; e < size; ++e) delta[lane] += convert<float>(grad[e]) * convert<float>(out[e]);
+  }
+  T *weights = scratch.weights.get(kKeys * lanes), *slopes = scratch.slopes.get(kKeys * lanes);
+  T* paired_slopes = scratch.paired_slopes.get(kKeys * lanes);
+  float *scores = scratch.scores.get(kKeys * lanes), *weight_grads = scratch.weight_grads.get(kKeys * lanes);
+  float* dq = scratch.dq.get(width * lanes);
+  std::memset(dq, 0, width * lanes * sizeof(float));
+  for (int64_t key = 0; key < visible.any; key += kKeys) {
+    const int64_t num_keys = std::min(kKeys, visible.any - key), row_words = lanes / Word<T>::kValues;
+    const int64_t steps = (num_keys + Word<T>::kValues - 1) / Word<T>::kValues;
+    multiply<T, 8, NV, false>({as_words(path.keys + key * width), words, 1}, {as_words(queries), lanes}, num_keys,
+                              words, scores, lanes);
+    multiply<T, 8, NV, false>({as_words(path.values + key * width), words, 1}, {as_words(lane_grads), lanes}, num_keys,
+                              words, weight_grads, lanes);
+    mask<NV>(visible, key, num_keys, -INFINITY, scores);
+    bwd_weights<T, NV>(scores, weight_grads, num_keys, node.in.scale, lse, delta, weights, slopes, paired_slopes);
+    multiply_wide<T>({as_words(weights), row_words, 1}, {as_words(paired_grads), width}, num_keys, row_words, width,
+                     path.dv + key * width);
+    multiply_wide<T>({as_words(slopes), row_words, 1}, {as_words(paired_queries), width}, num_keys, row_words, width,
+                     path.dk + key * width);
+    multiply<T, 8, NV, true>({as_words(path.paired_keys + key * width), 1, width}, {as_words(paired_slopes), lanes},
+                             width, steps, dq, lanes);
+  }
+  for (int64_t lane = 0; lane < count; ++lane) write_row(dq, lane, lanes, size, 1, node.at(grads.dq, row + lane));
+}
+
+template <typename T>
+void bwd_node(const Node<T>& node, BackwardScratch<T>& scratch, const TrieAttentionGrads<T>& grads) {
+  const int64_t width = node.width(), padded = round_up(node.num_keys, kPadKeys), size = padded * width;
+  T *keys = scratch.keys.get(size), *values = scratch.values.get(size);
+  gather(node, node.in.k, node.num_keys, keys);
+  gather(node, node.in.v, node.num_keys, values);
+  const NodeKeys<T> path{keys, pair_rows(keys, padded, width, scratch.paired_keys), values, scratch.dk.get(size),
+                         scratch.dv.get(size)};
+  std::fill_n(path.dk, size, 0.0f);
+  std::fill_n(path.dv, size, 0.0f);
+  for (int64_t row = 0; row < node.num_rows(); row += kRows) {
+    const int64_t count = std::min(kRows, node.num_rows() - row);
+    with_vectors(count, [&](auto vectors) { bwd_block<T, vectors.value>(node, row, count, path, scratch, grads); });
+  }
+  const int64_t head_size = node.in.head_size;
+  for (int64_t j = 0; j < node.num_keys; ++j) {
+    const int64_t at = (node.keys[j] * node.in.num_kv_heads + node.group) * head_size;
+    for (int64_t e = 0; e < head_size; ++e) {
+      grads.dk[at + e] += path.dk[j * width + e];
+      grads.dv[at + e] += path.dv[j * width + e];
+    }
+  }
+}
+
+struct Range {
+  int64_t begin, end;
+};
+
+// Runs of nodes that share no key with each other: the trees of the forest.
+std::vector<Range> trees(const TriePlanView& plan) {
+  std::vector<Range> runs;
+  int64_t end = plan.num_nodes, first_key = INT64_MAX;
+  for (int64_t node = plan.num_nodes - 1; node >= 0; --node) {
+    for (int64_t j = plan.cu_seqlens_k[node]; j < plan.cu_seqlens_k[node + 1]; ++j) {
+      first_key = std::min(first_key, plan.kv_index[j]);
+    }
+    if (node > 0 && first_key < plan.cu_seqlens_q[node]) continue;
+    runs.push_back({node, end});
+    end = node;
+  }
+  return runs;
+}
+
+template <typename T>
+void check_keys(const TrieAttention<T>& in) {
+  const TriePlanView& plan = in.plan;
+  const int64_t num_keys = plan.num_nodes ? plan.cu_seqlens_k[plan.num_nodes] : 0;
+  for (int64_t j = 0; j < num_keys; ++j) {
+    if (plan.kv_index[j] >= 0 && plan.kv_index[j] < in.num_tokens) continue;
+    throw std::out_of_range("kv_index " + std::to_string(plan.kv_index[j]) + " is outside 0:" +
+                            std::to_string(in.num_tokens));
+  }
+}
+
+}  // namespace
+
+template <typename T>
+void trie_attention_fwd_cpu(const TrieAttention<T>& in, HeadRows<T> out, float* lse,
+                            [[maybe_unused]] int num_threads) {
+  check_keys(in);
+  struct Item {
+    int64_t node, group, begin;
+  };
+  std::vector<Item> items;
+  for (int64_t n = 0; n < in.plan.num_nodes; ++n) {
+    const Node<T> node(in, n, 0);
+    for (int64_t begin = (node.num_rows() - 1) / kItemRows * kItemRows; begin >= 0; begin -= kItemRows) {
+      for (int64_t group = 0; group < in.num_kv_heads; ++group) items.push_back({n, group, begin});
+    }
+  }
+#pragma omp parallel num_threads(num_threads)
+  {
+    ForwardScratch<T> scratch;
+#pragma omp for schedule(dynamic)
+    for (size_t i = 0; i < items.size(); ++i) {
+      const Node<T> node(in, items[i].node, items[i].group);
+      const int64_t end = std::min(items[i].begin + kItemRows, node.num_rows());
+      if (items[i].begin < end) fwd_item(node, items[i].begin, end, scratch, out, lse);
+    }
+  }
+}
+
+template <typename T>
+void trie_attention_bwd_cpu(const TrieAttention<T>& in, const TrieAttentionGrads<T>& grads,
+                            [[maybe_unused]] int num_threads) {
+  check_keys(in);
+  const std::vector<Range> runs = trees(in.plan);
+  const int64_t num_items = int64_t(runs.size()) * in.num_kv_heads;
+#pragma omp parallel num_threads(num_threads)
+  {
+    BackwardScratch<T> scratch;
+#pragma omp for schedule(dynamic)
+    for (int64_t item = 0; item < num_items; ++item) {
+      const Range& run = runs[item / in.num_kv_heads];
+      for (int64_t n = run.begin; n < run.end; ++n) bwd_node(Node<T>(in, n, item % in.num_kv_heads), scratch, grads);
+    }
+  }
+}
+
+bool has_trie_attention_cpu() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512bf16");
+}
+
+#pragma GCC pop_options
+
+#else
+
+bool has_trie_attention_cpu() { return false; }
+
+template <typename T>
+void trie_attention_fwd_cpu(const TrieAttention<T>&, HeadRows<T>, float*, int) {
+  throw std::logic_error("trie_attention was not compiled for this CPU");
+}
+
+template <typename T>
+void trie_attention_bwd_cpu(const TrieAttention<T>&, const TrieAttentionGrads<T>&, int) {
+  throw std::logic_error("trie_attention was not compiled for this CPU");
+}
+
+#endif
+
+#define MMRM_INSTANTIATE(T)                                                                      \
+  template void trie_attention_fwd_cpu(const TrieAttention<T>&, HeadRows<T>, float*, int);       \
+  template void trie_attention_bwd_cpu(const TrieAttention<T>&, const TrieAttentionGrads<T>&, int);
+MMRM_INSTANTIATE(float)
+MMRM_INSTANTIATE(bf16_t)
+#undef MMRM_INSTANTIATE
+
+}  // namespace mmrm

@@ -1,0 +1,36 @@
+"""Records to train on, and what a run folder says."""
+
+import json
+
+
+def mixed_records(pictures):
+    """Pairwise and K-wise, with one image, two and none; 11 records, so that some step is uneven."""
+    photo, wide = pictures["photo"], pictures["wide"]
+    pairs = [
+        {"prompt": f"What is in picture {i}?", "img_path": image, "chosen": f"two red circles {i}", "rejected": "a cat"}
+        for i, image in enumerate([photo, None, wide, None, None, [photo, wide], wide, pictures["tall"]])
+    ]
+    kwise = [
+        {
+            "prompt": "Rate them.",
+            "img_path": photo,
+            "completions": {
+                "annotations": [{"Helpfulness": {"Rating": rating}} for rating in ("5", "3", "N/A", "1")],
+                "response": [f"answer {i} of {j}" for j in range(4)],
+            },
+        }
+        for i in range(3)
+    ]
+    return pairs + kwise
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def losses(folder):
+    return [row["loss"] for row in read(folder / "metrics.jsonl")]
+
+
+def margins(folder, name="small"):
+    return [row["margin"] for row in read(folder / f"eval-{name}.jsonl")]
