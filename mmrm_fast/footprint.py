@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import InternVLConfig, InternVLModel
+from transformers import InternVLModel
 
 from mmrm_fast.adapters import MAIN, PROXY, TwoAdapterModel, add_lora
 from mmrm_fast.branches import adapt, freeze, proxy_file
@@ -20,7 +20,7 @@ from mmrm_fast.config import TrainConfig
 from mmrm_fast.images import NORMALIZATION
 from mmrm_fast.model import RewardModel
 from mmrm_fast.sharding import blocks
-from mmrm_fast.weights import read_json
+from mmrm_fast.weights import read_config
 
 GIB = 1 << 30
 WORKSPACE = GIB  # the CUDA context, libraries' workspaces, fragments
@@ -71,21 +71,13 @@ def make_models(config: TrainConfig, num_layers: int | None = None) -> dict[str,
 
 def meta_model(folder: Path, dtype: torch.dtype, num_layers: int | None) -> RewardModel:
     """A checkpoint's model without its weights: only config.json is read."""
-    config = model_config(folder)
+    config = read_config(folder)
     if num_layers is not None:
         for part in (config.vision_config, config.text_config):
             part.num_hidden_layers = num_layers
             if getattr(part, "layer_types", None):
                 part.layer_types = part.layer_types[:num_layers]
     return RewardModel(InternVLModel(config).to(dtype), *NORMALIZATION["imagenet"])
-
-
-def model_config(folder: Path) -> InternVLConfig:
-    """The model that a folder's config.json describes."""
-    settings = read_json(folder / "config.json")
-    if settings.get("model_type") != "internvl":
-        raise ValueError(f"{folder}: model_type is {settings.get('model_type')!r}, expected `internvl`")
-    return InternVLConfig.from_dict(settings)
 
 
 def compute_bytes(config: TrainConfig) -> int:

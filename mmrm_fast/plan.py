@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from rich.table import Table
-from transformers import AutoTokenizer
 
 from mmrm_fast.adapters import MAIN, PROXY
 from mmrm_fast.branches import check_proxy
@@ -15,13 +14,13 @@ from mmrm_fast.config import TrainConfig
 from mmrm_fast.dataset import PreferenceDataset, Sample
 from mmrm_fast.defaults import DEFAULTS, TINY, TINY_CHECKPOINT
 from mmrm_fast.evaluate import print_table
-from mmrm_fast.footprint import GIB, WORKSPACE, Memory, count, make_models, memory, model_config
+from mmrm_fast.footprint import GIB, WORKSPACE, Memory, count, make_models, memory
 from mmrm_fast.metrics import pass_flops
 from mmrm_fast.model import RewardModel
-from mmrm_fast.prompt import Encoded, PromptEncoder
+from mmrm_fast.prompt import Encoded
 from mmrm_fast.records import RecordError, RecordFile
 from mmrm_fast.sources import parse_sources
-from mmrm_fast.weights import PROCESSOR, read_json, read_tiling, tokens_per_tile
+from mmrm_fast.weights import configured, load_checkpoint
 
 SAMPLED = 256  # records whose tokens stand for all
 
@@ -134,18 +133,12 @@ def measure(config: TrainConfig) -> Work | None:
 
 
 def open_data(config: TrainConfig) -> PreferenceDataset:
-    """The training records, encoded by the checkpoint's tokenizer."""
-    model = model_config(config.model)
-    tokenizer = AutoTokenizer.from_pretrained(config.model, local_files_only=True)
-    size = model.vision_config.image_size[0]
-    encoder = PromptEncoder(
-        tokenizer, tokens_per_tile=tokens_per_tile(model), max_length=config.max_length or tokenizer.model_max_length
-    )
+    """The training records, encoded as the training does it."""
+    checkpoint = configured(load_checkpoint(config.model, max_length=config.max_length, with_weights=False), config)
     files = [RecordFile(path, config.image_root, need_pairs=True) for path in parse_sources(config.data).paths]
-    tiling = read_tiling(read_json(config.model / PROCESSOR), size, config.max_tiles)
     return PreferenceDataset(
-        files, encoder, tiling, overlong="skip", with_text=config.robust, proxy_image=config.proxy_image,
-        inputs=config.inputs,
+        files, checkpoint.prompt_encoder(), checkpoint.tiling, overlong="skip", with_text=config.robust,
+        proxy_image=config.proxy_image, inputs=config.inputs,
     )  # fmt: skip
 
 
@@ -167,7 +160,7 @@ def record_flops(config: TrainConfig, models: dict[str, RewardModel], work: Work
     """Operations a record in all passes of all models, as `metrics.Rates` counts them."""
     main = models[MAIN]
     text = models.get(PROXY) or (main if config.robust and config.proxy_model == "lora" else None)
-    patches = 4 * tokens_per_tile(main.model.config) + 1
+    patches = 4 * main.model.config.image_seq_length + 1
     flops = work.tokens * pass_flops(main.model.language_model.layers)
     flops += work.tiles * patches * pass_flops(main.model.vision_tower.encoder)
     return flops + (work.text_tokens * pass_flops(text.model.language_model.layers) if text else 0)
