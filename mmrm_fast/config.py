@@ -169,6 +169,12 @@ class TrainConfig(DataConfig):
     Default: 4 with a GPU, 0 without, where they would take the cores that train."""
     seed: int = 0
     """Seed of the score head and of the order of the records."""
+    dry_run: bool = False
+    """Train nothing: print parameters, memory a GPU, tokens and FLOPs a step, and refuse what cannot fit."""
+    num_gpus: int | None = None
+    """GPUs that `--dry-run` plans for. Default: the processes that torchrun started."""
+    gpu_memory: float | None = None
+    """Memory of a GPU for `--dry-run`, in GiB. Default: that of the first GPU here."""
 
 
 @dataclass(frozen=True)

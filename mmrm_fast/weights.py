@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import InternVLModel, PreTrainedTokenizerBase
+from transformers import InternVLConfig, InternVLModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from mmrm_fast.config import TrainConfig
@@ -52,6 +52,7 @@ def load_checkpoint(
     max_length: int | None = None,
     max_tiles: int | None = None,
     compat: Compat = None,
+    with_weights: bool = True,
 ) -> Checkpoint:
     """Load a native `internvl` folder; a folder without `score.weight` gets a new score head.
 
@@ -60,17 +61,18 @@ def load_checkpoint(
         dtype: of the weights.
         max_length, max_tiles: override what the folder says.
         compat: `reference` prepares texts and pictures as the reference implementation does.
+        with_weights: False leaves the model on the meta device; the folder needs no weights.
 
     Raises:
         ValueError: not such a folder; the message says what is missing.
     """
     folder = Path(folder)
-    check_folder(folder)
     processor = read_json(folder / PROCESSOR)
-    backbone = load_backbone(folder, dtype)
     mean, std = (tuple(processor.get(key, default)) for key, default in image_statistics().items())
-    model = RewardModel(backbone, mean, std)
-    score = read_score(folder)
+    with torch.device("cpu" if with_weights else "meta"):
+        backbone = load_backbone(folder, dtype) if with_weights else InternVLModel(read_config(folder)).to(dtype)
+        model = RewardModel(backbone, mean, std)
+    score = read_score(folder) if with_weights else None
     if score is not None:
         model.score.weight.data.copy_(score)
     tokenizer = load_tokenizer(folder)
@@ -84,10 +86,17 @@ def load_checkpoint(
     )
 
 
+def read_config(folder: Path) -> InternVLConfig:
+    """The config of a native InternVL checkpoint. Raises `ValueError` for any other."""
+    settings = read_json(folder / "config.json")
+    if settings.get("model_type") != "internvl":
+        raise ValueError(f"{folder}: model_type is not `internvl`; expected a transformers InternVL checkpoint")
+    return InternVLConfig.from_dict(settings)
+
+
 def check_folder(folder: Path) -> None:
     """Raise `ValueError` unless the folder looks like a native InternVL checkpoint with safetensors."""
-    if read_json(folder / "config.json").get("model_type") != "internvl":
-        raise ValueError(f"{folder}: model_type is not `internvl`; expected a transformers InternVL checkpoint")
+    read_config(folder)
     if not any((folder / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX)):
         raise ValueError(f"{folder}: no {WEIGHTS}; weights are read from safetensors only")
 
@@ -101,6 +110,7 @@ def require_reward_model(folder: str | Path) -> None:
 
 def load_backbone(folder: Path, dtype: torch.dtype) -> InternVLModel:
     """transformers' own model; every weight must be there, in its shape."""
+    check_folder(folder)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # transformers would report score.weight as unexpected
     try:
