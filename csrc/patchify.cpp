@@ -1,6 +1,8 @@
 #include "patchify.h"
 
-#include <array>
+#include <algorithm>
+#include <cstring>
+#include <vector>
 
 #include "memory.h"
 
@@ -8,30 +10,41 @@ namespace mmrm {
 namespace {
 
 constexpr int64_t kChannels = 3;
+constexpr int64_t kWide = 16;               // values of a copy, no fewer than most patches have
 constexpr int64_t kParallelPixels = 1 << 14;  // below this, starting threads costs more than it saves
 
-// Every value a channel's byte can become: exact, and without a conversion a pixel.
+// A line of pixels, normalised, each channel by itself: [3, side + kWide], the last values unset.
 template <typename T>
-using Table = std::array<std::array<T, 256>, kChannels>;
-
-template <typename T>
-Table<T> make_table(const PatchifyArgs<T>& args) {
-  Table<T> table;
-  for (int64_t c = 0; c < kChannels; ++c) {
-    for (int value = 0; value < 256; ++value) {
-      table[c][value] = convert<T>(compute_t<T>(value) * args.scale[c] + args.shift[c]);
-    }
+MMRM_CLONES void normalise_line(const uint8_t* __restrict pixels, const compute_t<T>* scale, const compute_t<T>* shift,
+                                int64_t side, uint8_t* __restrict bytes, T* __restrict line) {
+  using A = compute_t<T>;
+  for (int64_t x = 0; x < side; ++x) {
+    bytes[x] = pixels[kChannels * x];
+    bytes[side + x] = pixels[kChannels * x + 1];
+    bytes[2 * side + x] = pixels[kChannels * x + 2];
   }
-  return table;
+  for (int64_t c = 0; c < kChannels; ++c) {
+    const A a = scale[c], b = shift[c];
+    T* out = line + c * (side + kWide);
+    for (int64_t x = 0; x < side; ++x) out[x] = convert<T>(A(bytes[c * side + x]) * a + b);
+  }
 }
 
-// One line of pixels of a patch, to each channel's plane.
+// A patch's row [3, patch, patch] from the lines [patch, 3, stride] of its strip that begin with it. Copies of a fixed
+// size are fast: they run on into what is written next, but for the end of the row.
 template <typename T>
-inline void patch_line(const uint8_t* pixels, const Table<T>& table, int64_t patch, int64_t plane, T* out) {
-  for (int64_t x = 0; x < patch; ++x) {
-    out[x] = table[0][pixels[kChannels * x]];
-    out[plane + x] = table[1][pixels[kChannels * x + 1]];
-    out[2 * plane + x] = table[2][pixels[kChannels * x + 2]];
+void copy_patch(const T* lines, int64_t stride, int64_t patch, T* row) {
+  const int64_t last_wide = kChannels * patch * patch - (patch + kWide - 1) / kWide * kWide;  // that ends in the row
+  int64_t place = 0;
+  for (int64_t c = 0; c < kChannels; ++c) {
+    const T* from = lines + c * stride;
+    for (int64_t y = 0; y < patch; ++y, from += kChannels * stride, place += patch) {
+      if (place > last_wide) {
+        std::copy_n(from, patch, row + place);
+        continue;
+      }
+      for (int64_t x = 0; x < patch; x += kWide) std::memcpy(row + place + x, from + x, kWide * sizeof(T));
+    }
   }
 }
 
@@ -39,18 +52,21 @@ inline void patch_line(const uint8_t* pixels, const Table<T>& table, int64_t pat
 
 template <typename T>
 void patchify_cpu(const PatchifyArgs<T>& args, [[maybe_unused]] int num_threads) {
-  const int64_t patch = args.patch, side = args.side, grid = side / patch, plane = patch * patch;
+  const int64_t patch = args.patch, side = args.side, grid = side / patch, stride = side + kWide;
   const int64_t num_strips = args.num_tiles * grid;  // lines of patches
-  const Table<T> table = make_table(args);
   use_huge_pages(args.rows, num_strips * patch * side * kChannels * int64_t(sizeof(T)));
-#pragma omp parallel for num_threads(num_threads) if (num_strips * patch * side >= kParallelPixels)
-  for (int64_t strip = 0; strip < num_strips; ++strip) {
-    const uint8_t* pixels = args.tiles + strip * patch * side * kChannels;
-    T* rows = args.rows + strip * grid * kChannels * plane;
-    for (int64_t x = 0; x < grid; ++x) {
+#pragma omp parallel num_threads(num_threads) if (num_strips * patch * side >= kParallelPixels)
+  {
+    std::vector<T> lines(patch * kChannels * stride);
+    std::vector<uint8_t> bytes(kChannels * side);
+#pragma omp for
+    for (int64_t strip = 0; strip < num_strips; ++strip) {
       for (int64_t y = 0; y < patch; ++y) {
-        patch_line(pixels + (y * side + x * patch) * kChannels, table, patch, plane,
-                   rows + x * kChannels * plane + y * patch);
+        const uint8_t* pixels = args.tiles + (strip * patch + y) * side * kChannels;
+        normalise_line(pixels, args.scale, args.shift, side, bytes.data(), lines.data() + y * kChannels * stride);
+      }
+      for (int64_t x = 0; x < grid; ++x) {
+        copy_patch(lines.data() + x * patch, stride, patch, args.rows + (strip * grid + x) * kChannels * patch * patch);
       }
     }
   }

@@ -9,98 +9,128 @@
 namespace mmrm {
 namespace {
 
-constexpr int64_t kLanes = 64;             // partial sums of a row; fixed, so that the bits are the same on every CPU
+constexpr int64_t kLanes = 32;             // partial sums of a row; fixed, so that the bits are the same on every CPU
+constexpr int64_t kBlockRows = 4;          // rows that share a trip of weights and of their gradients through the cache
+constexpr int64_t kColumns = 256;          // columns that stay in the first-level cache meanwhile
 constexpr int64_t kChunkRows = 64;         // rows whose weight gradients are summed in turn, at least
 constexpr int64_t kMaxChunks = 256;        // bounds the memory of their sums
 constexpr int64_t kParallelSize = 1 << 15;  // values; below this, starting threads costs more than it saves
 
 template <typename A>
 struct LaneSums {
-  A first, second;
+  A first[kLanes] = {}, second[kLanes] = {};
+
+  // Adds value(0), ..., value(size - 1) to both sums, in a fixed order that vectorises.
+  template <typename F>
+  MMRM_INLINE void add(int64_t size, F value) {
+    LaneSums<A> sums = *this;  // in registers
+    int64_t i = 0;
+    for (; i + kLanes <= size; i += kLanes) {
+      for (int64_t lane = 0; lane < kLanes; ++lane) value(i + lane, sums.first[lane], sums.second[lane]);
+    }
+    for (int64_t lane = 0; i < size; ++i, ++lane) value(i, sums.first[lane], sums.second[lane]);
+    *this = sums;
+  }
+
+  MMRM_INLINE static A total(A* lanes) {
+    for (int64_t width = kLanes / 2; width > 0; width /= 2) {
+      for (int64_t lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+    }
+    return lanes[0];
+  }
 };
 
-// Sums of value(0), ..., value(size - 1) in a fixed order that vectorises.
-template <typename A, typename F>
-MMRM_INLINE LaneSums<A> lane_sums(int64_t size, F value) {
-  A first[kLanes] = {}, second[kLanes] = {};
-  const auto add = [&](int64_t lane, int64_t i) MMRM_ALWAYS_INLINE {
-    const LaneSums<A> term = value(i);
-    first[lane] += term.first;
-    second[lane] += term.second;
-  };
-  int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) add(lane, i + lane);
+template <typename A>
+struct Statistics {
+  A mean, rstd;
+};
+
+template <typename T>
+MMRM_INLINE Statistics<compute_t<T>> row_statistics(const T* const* halves, int64_t half, double eps) {
+  using A = compute_t<T>;
+  const A size = A(2 * half);
+  LaneSums<A> sums;
+  for (int part = 0; part < 2; ++part) {
+    const T* x = halves[part];
+    sums.add(half, [=](int64_t k, A& sum, A&) MMRM_ALWAYS_INLINE { sum += convert<A>(x[k]); });
   }
-  for (int64_t lane = 0; i < size; ++i, ++lane) add(lane, i);
-  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
-    for (int64_t lane = 0; lane < width; ++lane) {
-      first[lane] += first[lane + width];
-      second[lane] += second[lane + width];
+  const A mean = sums.total(sums.first) / size;
+  for (int part = 0; part < 2; ++part) {
+    const T* x = halves[part];
+    sums.add(half, [=](int64_t k, A&, A& sum) MMRM_ALWAYS_INLINE {
+      const A centered = convert<A>(x[k]) - mean;
+      sum += centered * centered;
+    });
+  }
+  return {mean, 1 / std::sqrt(sums.total(sums.second) / size + A(eps))};
+}
+
+// Rows [first, last), at most kBlockRows.
+template <typename T>
+MMRM_CLONES void fwd_rows(const PixelShuffle& shape, const PixelShuffleNormFwd<T>& args, int64_t first, int64_t last) {
+  using A = compute_t<T>;
+  const int64_t half = 2 * shape.channels;
+  for (int64_t row = first; row < last; ++row) {
+    const T* x = args.hidden + shape.offset(row);
+    const T* const halves[] = {x, x + shape.grid * shape.channels};
+    const Statistics<A> found = row_statistics(halves, half, args.eps);
+    args.mean[row] = found.mean;
+    args.rstd[row] = found.rstd;
+  }
+  for (int part = 0; part < 2; ++part) {
+    for (int64_t column = 0; column < half; column += kColumns) {
+      const int64_t size = std::min(kColumns, half - column), place = part * half + column;
+      const A *weight = args.weight + place, *bias = args.bias + place;
+      for (int64_t row = first; row < last; ++row) {
+        const A mean = args.mean[row], rstd = args.rstd[row];
+        const T* x = args.hidden + shape.offset(row) + part * shape.grid * shape.channels + column;
+        T* __restrict out = args.out + row * 2 * half + place;
+        for (int64_t k = 0; k < size; ++k) out[k] = convert<T>((convert<A>(x[k]) - mean) * rstd * weight[k] + bias[k]);
+      }
     }
   }
-  return {first[0], second[0]};
 }
 
-// A row's values from the two halves of its block.
+// Adds the rows' shares to the sums [4C] and writes their gradients: rows [first, last), at most kBlockRows.
 template <typename T>
-MMRM_INLINE void load_row(const PixelShuffle& shape, const T* hidden, int64_t row, compute_t<T>* values) {
-  const T* first = hidden + shape.offset(row);
-  const T* second = first + shape.grid * shape.channels;
-  const int64_t half = 2 * shape.channels;
-  for (int64_t k = 0; k < half; ++k) values[k] = convert<compute_t<T>>(first[k]);
-  for (int64_t k = 0; k < half; ++k) values[half + k] = convert<compute_t<T>>(second[k]);
-}
-
-// `x` [4C] is scratch.
-template <typename T>
-MMRM_CLONES void fwd_row(const PixelShuffle& shape, const PixelShuffleNormFwd<T>& args, int64_t row,
-                         compute_t<T>* x) {
+MMRM_CLONES void bwd_rows(const PixelShuffle& shape, const PixelShuffleNormBwd<T>& args, int64_t first, int64_t last,
+                          compute_t<T>* grad_weight, compute_t<T>* grad_bias) {
   using A = compute_t<T>;
-  const int64_t size = shape.row_size();
-  load_row(shape, args.hidden, row, x);
-  const A mean = lane_sums<A>(size, [=](int64_t k) MMRM_ALWAYS_INLINE { return LaneSums<A>{x[k], 0}; }).first / size;
-  const A variance =
-      lane_sums<A>(size, [=](int64_t k) MMRM_ALWAYS_INLINE { return LaneSums<A>{(x[k] - mean) * (x[k] - mean), 0}; }).first / size;
-  const A rstd = 1 / std::sqrt(variance + A(args.eps));
-  args.mean[row] = mean;
-  args.rstd[row] = rstd;
-  const A *weight = args.weight, *bias = args.bias;
-  T* out = args.out + row * size;
-  for (int64_t k = 0; k < size; ++k) out[k] = convert<T>((x[k] - mean) * rstd * weight[k] + bias[k]);
-}
-
-// Adds the row's share to the sums [4C] and writes its gradient.
-template <typename T>
-MMRM_CLONES void bwd_row(const PixelShuffle& shape, const PixelShuffleNormBwd<T>& args, int64_t row,
-                         compute_t<T>* grad_weight, compute_t<T>* grad_bias) {
-  using A = compute_t<T>;
-  const int64_t size = shape.row_size(), half = size / 2, offset = shape.offset(row);
-  const int64_t offsets[] = {offset, offset + shape.grid * shape.channels};
-  const A mean = args.mean[row], rstd = args.rstd[row];
-  A slope_sum = 0, along_sum = 0;
+  const int64_t size = shape.row_size(), half = size / 2;
+  LaneSums<A> sums[kBlockRows];
   for (int part = 0; part < 2; ++part) {
-    const T *hidden = args.hidden + offsets[part], *grad = args.grad + row * size + part * half;
-    const A* weight = args.weight + part * half;
-    A *weight_sums = grad_weight + part * half, *bias_sums = grad_bias + part * half;
-    const LaneSums<A> sums = lane_sums<A>(half, [=](int64_t k) MMRM_ALWAYS_INLINE {
-      const A g = convert<A>(grad[k]), normal = (convert<A>(hidden[k]) - mean) * rstd, slope = g * weight[k];
-      weight_sums[k] += g * normal;
-      bias_sums[k] += g;
-      return LaneSums<A>{slope, slope * normal};
-    });
-    slope_sum += sums.first;
-    along_sum += sums.second;
+    for (int64_t column = 0; column < half; column += kColumns) {
+      const int64_t count = std::min(kColumns, half - column), place = part * half + column;
+      const A* weight = args.weight + place;
+      A *__restrict weight_sums = grad_weight + place, *__restrict bias_sums = grad_bias + place;
+      for (int64_t row = first; row < last; ++row) {
+        const A mean = args.mean[row], rstd = args.rstd[row];
+        const T* hidden = args.hidden + shape.offset(row) + part * shape.grid * shape.channels + column;
+        const T* grad = args.grad + row * size + place;
+        sums[row - first].add(count, [=](int64_t k, A& slope_sum, A& along_sum) MMRM_ALWAYS_INLINE {
+          const A g = convert<A>(grad[k]), normal = (convert<A>(hidden[k]) - mean) * rstd, slope = g * weight[k];
+          weight_sums[k] += g * normal;
+          bias_sums[k] += g;
+          slope_sum += slope;
+          along_sum += slope * normal;
+        });
+      }
+    }
   }
   if (!args.grad_hidden) return;
-  const A slope_mean = slope_sum / size, along_mean = along_sum / size;
-  for (int part = 0; part < 2; ++part) {
-    const T *hidden = args.hidden + offsets[part], *grad = args.grad + row * size + part * half;
-    const A* weight = args.weight + part * half;
-    T* out = args.grad_hidden + offsets[part];
-    for (int64_t k = 0; k < half; ++k) {
-      const A normal = (convert<A>(hidden[k]) - mean) * rstd;
-      out[k] = convert<T>(rstd * (convert<A>(grad[k]) * weight[k] - slope_mean - normal * along_mean));
+  for (int64_t row = first; row < last; ++row) {
+    const A mean = args.mean[row], rstd = args.rstd[row];
+    LaneSums<A>& row_sums = sums[row - first];
+    const A slope_mean = row_sums.total(row_sums.first) / size, along_mean = row_sums.total(row_sums.second) / size;
+    for (int part = 0; part < 2; ++part) {
+      const int64_t offset = shape.offset(row) + part * shape.grid * shape.channels;
+      const T *hidden = args.hidden + offset, *grad = args.grad + row * size + part * half;
+      const A* weight = args.weight + part * half;
+      T* __restrict out = args.grad_hidden + offset;
+      for (int64_t k = 0; k < half; ++k) {
+        const A normal = (convert<A>(hidden[k]) - mean) * rstd;
+        out[k] = convert<T>(rstd * (convert<A>(grad[k]) * weight[k] - slope_mean - normal * along_mean));
+      }
     }
   }
 }
@@ -119,11 +149,9 @@ void pixel_shuffle_norm_fwd_cpu(const PixelShuffle& shape, const PixelShuffleNor
                                 [[maybe_unused]] int num_threads) {
   const int64_t num_rows = shape.num_rows();
   use_huge_pages(args.out, num_rows * shape.row_size() * int64_t(sizeof(T)));
-#pragma omp parallel num_threads(num_threads) if (num_rows * shape.row_size() >= kParallelSize)
-  {
-    std::vector<compute_t<T>> scratch(shape.row_size());
-#pragma omp for
-    for (int64_t row = 0; row < num_rows; ++row) fwd_row(shape, args, row, scratch.data());
+#pragma omp parallel for num_threads(num_threads) if (num_rows * shape.row_size() >= kParallelSize)
+  for (int64_t row = 0; row < num_rows; row += kBlockRows) {
+    fwd_rows(shape, args, row, std::min(row + kBlockRows, num_rows));
   }
 }
 
@@ -145,8 +173,8 @@ void pixel_shuffle_norm_bwd_cpu(const PixelShuffle& shape, const PixelShuffleNor
     for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
       A* grad_weight = sums.data() + chunk * 2 * size;
       const int64_t end = std::min((chunk + 1) * chunk_rows, num_rows);
-      for (int64_t row = chunk * chunk_rows; row < end; ++row) {
-        bwd_row(shape, args, row, grad_weight, grad_weight + size);
+      for (int64_t row = chunk * chunk_rows; row < end; row += kBlockRows) {
+        bwd_rows(shape, args, row, std::min(row + kBlockRows, end), grad_weight, grad_weight + size);
       }
     }
 #pragma omp for

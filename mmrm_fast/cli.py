@@ -67,6 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_train(config: TrainConfig) -> int:
+    if config.dry_run:
+        from mmrm_fast.plan import dry_run
+
+        dry_run(config)
+        return 0
     from mmrm_fast.train import train
 
     train(config)

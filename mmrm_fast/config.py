@@ -169,6 +169,12 @@ class TrainConfig(DataConfig):
     Default: 4 with a GPU, 0 without, where they would take the cores that train."""
     seed: int = 0
     """Seed of the score head and of the order of the records."""
+    dry_run: bool = False
+    """Train nothing: print parameters, memory a GPU, tokens and FLOPs a step, and refuse what cannot fit."""
+    num_gpus: int | None = None
+    """GPUs that `--dry-run` plans for. Default: the processes that torchrun started."""
+    gpu_memory: float | None = None
+    """Memory of a GPU for `--dry-run`, in GiB. Default: that of the first GPU here."""
 
 
 @dataclass(frozen=True)
@@ -277,10 +283,23 @@ class DoctorConfig:
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """Train standard and robust on every shapes environment and test each on all of them."""
+    """Train every method on every environment and test it on all: accuracies in and out of distribution, SFD, tests.
 
+    Without `--env` on the synthetic environments of coloured shapes.
+    """
+
+    env: tuple[str, ...] = ()
+    """Environments NAME=TRAIN,TEST: preference files of any form, such as VLFeedback, POVID, RLHF-V as published."""
+    methods: str = "standard,robust"
+    """Methods, with commas: standard, robust, robust-reference, robust-normalized. The first is compared against."""
+    model: Path | None = None
+    """Local folder of the checkpoint that trainings start from. Default: the tiny one."""
+    options: str = ""
+    """Further options of `mmrm-fast train` for every training, such as '--epochs 2 --max-tiles 6'."""
+    processes: int = 1
+    """Ranks of a training, such as the number of GPUs; over 1 they are started by torchrun."""
     output_dir: Path = Path("runs/study")
-    """Folder of all runs and of the table."""
+    """Folder of all runs and of study.json, study.csv and study.html. Finished runs in it are not repeated."""
     seeds: int = 1
     """Trainings of each method on each environment."""
     quick: bool = False

@@ -1,7 +1,8 @@
-"""Plots, each an SVG (or PNG) of its own: reliability, margins, best of N, curves over training."""
+"""Plots, each an SVG (or PNG) of its own: reliability, margins, best of N, the SFC over training."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import matplotlib
 import numpy as np
@@ -17,9 +18,10 @@ matplotlib.rcParams.update(
 from matplotlib import pyplot  # noqa: E402
 
 
-def save(figure, path: Path) -> None:
-    """Write a figure in the format of its name, without a date, so that equal figures are equal files."""
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+def save(figure, file: Path | BinaryIO) -> None:
+    """Write a figure in the format of its name, SVG where there is none, without a date: equal figures, equal files."""
+    suffix = file.suffix[1:] if isinstance(file, Path) else "svg"
+    figure.savefig(file, format=suffix, metadata={"Date": None} if suffix == "svg" else None)
     pyplot.close(figure)
 
 
@@ -76,3 +78,19 @@ def plot_best_of_n(curves: Mapping[str, Sequence[dict]], path: Path, *, quality:
     top.set_xlabel("N responses to choose from")
     axes.legend(fontsize=8)
     save(figure, path)
+
+
+def plot_sfc(curves: Mapping[str, Sequence[dict]], file: Path | BinaryIO) -> None:
+    """The SFC of a step over training, a line a method and, where known, the band of its middle 80 % of pairs."""
+    figure, axes = pyplot.subplots()
+    for name, rows in curves.items():
+        shares = [100 * row["share"] for row in rows]
+        (line,) = axes.plot(shares, [row["sfc_mean"] for row in rows], label=f"{name}, mean")
+        if all("sfc_p10" in row and "sfc_p90" in row for row in rows):
+            low, high = [row["sfc_p10"] for row in rows], [row["sfc_p90"] for row in rows]
+            axes.fill_between(
+                shares, low, high, color=line.get_color(), alpha=0.12, linewidth=0, label="middle 80 % of pairs"
+            )
+    axes.set(xlabel="share of the training (%)", ylabel="SFC of a pair", ylim=(-0.02, 1.02))
+    axes.legend(fontsize=8)
+    save(figure, file)

@@ -1,11 +1,9 @@
 """Training: JSONL of preferences in, `runs/NAME/` with metrics, evaluation and the reward model out."""
 
 import json
-import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +14,7 @@ from tqdm import tqdm
 
 from mmrm_fast import sharding
 from mmrm_fast.adapters import MAIN, PROXY
-from mmrm_fast.branches import ProxyMargins, check_proxy, make_branches, proxy_file, train_mode
+from mmrm_fast.branches import check_proxy, make_branches, train_mode
 from mmrm_fast.checkpoint import Checkpoints, load_tensors, read_progress, require_space
 from mmrm_fast.config import TrainConfig
 from mmrm_fast.dataset import PreferenceDataset
@@ -35,9 +33,7 @@ from mmrm_fast.evaluate import (
 )
 from mmrm_fast.inputs import MAX_LISTED, InputErrors, open_inputs
 from mmrm_fast.loader import load
-from mmrm_fast.loss import StepAccumulator, by_pair, preference_loss
 from mmrm_fast.metrics import MetricsLog, Rates, best_figure
-from mmrm_fast.optimizer import MovingAverage, gradient_norms, lr_factor, make_optimizer, scale_and_clip
 from mmrm_fast.packing import Notes, Packed, Packer
 from mmrm_fast.progress import (
     CHECKPOINTS,
@@ -51,6 +47,7 @@ from mmrm_fast.progress import (
     write_text,
 )
 from mmrm_fast.records import RecordError, RecordFile
+from mmrm_fast.step import Steps
 from mmrm_fast.weights import save_checkpoint
 
 EVALUATED_TOGETHER = 16  # micro-batches a rank that are balanced together in evaluation
@@ -76,18 +73,13 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.branches = make_branches(config, device)
         self.main, self.proxy = self.branches[0], self.branches[1] if len(self.branches) > 1 else None
-        self.margins = ProxyMargins(proxy_file(config)) if proxy_file(config) else None
         unchecked = {"check_records": 0} if start else {}  # they were checked when the run began
         self.inputs = open_inputs(replace(config, **unchecked), eval_sets, self.open, self.progress_bar)
         self.undecoded: list[RecordError] = []  # this rank's
         self.progress = Progress(config_json(config))
-        parameters = [p for branch in self.branches for p in branch.trained().values()]
-        self.optimizer = make_optimizer(parameters, config)
-        self.average = MovingAverage(parameters, config.ema) if config.ema else None
+        self.steps = Steps(self.branches, config, device)
         models = [(branch.root, branch.checkpoint.tokens_per_tile) for branch in self.branches]
         self.rates = Rates(models, device, sharding.num_ranks())
-        self.accumulator = StepAccumulator(device)
-        self.sources: list[list[str]] = []  # of this rank's records in the step, by micro-batch
         self.received: list[int] = []  # signals
 
     def open(self, paths: tuple[str | Path, ...], overlong: str) -> PreferenceDataset:
@@ -127,24 +119,14 @@ class Trainer:
         """The run folder, its config and its metrics; on the first rank."""
         folder = self.config.output_dir
         folder.mkdir(parents=True, exist_ok=True)
-        require_space(folder, self.tensors())
+        require_space(folder, self.steps.tensors())
         write_text(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
         write_text(folder / CONFIG, json.dumps(config_json(self.config), indent=2) + "\n")
         self.log = MetricsLog(folder, self.config, step=self.progress.step)
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint holds, by name; the tensors themselves, not copies. Frozen weights are not among it."""
-        named = {f"{b.name}.{name}": p for b in self.branches for name, p in b.trained().items()}
-        tensors = {f"model.{name}": parameter.detach() for name, parameter in named.items()}
-        for name, parameter in named.items():
-            tensors |= {f"{key}.{name}": value for key, value in self.optimizer.state[parameter].items()}
-        if self.average:
-            tensors |= {f"ema.{name}": value for name, value in zip(named, self.average.averages, strict=True)}
-        return tensors
-
     def restore(self, checkpoint: Path) -> None:
         """Go on where a checkpoint was written."""
-        load_tensors(checkpoint, self.tensors())
+        load_tensors(checkpoint, self.steps.tensors())
         self.progress = Progress.of(read_progress(checkpoint))
         if self.is_main:
             print(f"resuming after step {self.progress.step}, {checkpoint}", file=sys.stderr)
@@ -206,7 +188,7 @@ class Trainer:
         """Evaluate every `eval_every` steps, and after resuming where that did not happen any more."""
         step, every = self.progress.step, self.config.eval_every
         if every and step and step % every == 0 and self.progress.evaluated != step:
-            with self.averaged():
+            with self.steps.averaged():
                 self.log_evaluation(self.figures(self.evaluate()), bar)
             self.progress.evaluated = step
 
@@ -220,7 +202,7 @@ class Trainer:
         """Write a checkpoint in the background; a failure is told, and tried again the next time."""
         self.progress.skip(sharding.gather_lists(self.undecoded))
         self.undecoded.clear()
-        self.warn(self.checkpoints.save(self.progress.step, self.tensors(), self.progress.saved()))
+        self.warn(self.checkpoints.save(self.progress.step, self.steps.tensors(), self.progress.saved()))
         self.saved_at = time.perf_counter()
 
     def warn(self, problem: str | None) -> None:
@@ -270,80 +252,29 @@ class Trainer:
             train_mode(branch.root)
 
     def accumulate(self, packed: Packed) -> None:
-        """Forward and backward of one micro-batch, gradients as sums over pairs.
-
-        The proxy's pass is over before the model's begins, so that the activations of one branch are held at a time.
-        """
-        config, batch = self.config, packed.batch.to(self.device)
-        self.seed_noise()
-        proxy_rewards, options = None, {"label_smoothing": config.label_smoothing}
-        if self.proxy:
-            proxy_rewards = self.proxy(batch.text, batch.text_tiles)
-            preference_loss(proxy_rewards, None, batch, **options).main.backward()
-            proxy_rewards = proxy_rewards.detach()
-        rewards = self.main(batch.main, batch.tiles)
-        if self.margins:
-            rewards, pairs = by_pair(rewards, batch.pairs)
-            batch = replace(batch, pairs=pairs)
-            margins = self.margins.of(packed.samples).to(rewards)
-            proxy_rewards = torch.cat([margins, torch.zeros_like(margins)])
-        loss = preference_loss(
-            rewards,
-            proxy_rewards,
-            batch,
-            sfc_mode=config.sfc_mode,
-            centering=config.center_rewards,
-            warmup=self.progress.step < config.sfc_warmup_steps,
-            floor=config.sfc_floor,
-            **options,
-        )
-        loss.main.backward()
-        margin_P = rewards[batch.pairs.chosen] - rewards[batch.pairs.rejected]
-        self.accumulator.add(loss, margin_P, packed.batch, len(packed.errors))
+        """Add a micro-batch to the step."""
+        self.steps.add(packed, self.progress.step)
         self.undecoded += packed.errors.values()
-        self.sources.append([sample.group.source for sample in packed.samples])
-
-    def seed_noise(self) -> None:
-        """Let dropout depend on seed, step, micro-batch and rank alone, so that no random state has to be kept."""
-        place = (self.config.seed, self.progress.step, len(self.sources), sharding.rank())
-        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1))
 
     def optimizer_step(self, share: float) -> dict:
-        """Scale, clip and apply the accumulated gradients, unless they are not finite; the step's metrics."""
-        config = self.config
+        """Apply the step's gradients; its metrics."""
         minutes = (time.perf_counter() - self.saved_at) / 60
-        if self.is_main and config.save_minutes and minutes >= config.save_minutes:
-            self.accumulator.request("save")  # in the sums, as only one rank's clock counts
-        totals = self.accumulator.totals(sharding.all_sum)
-        self.save_asked = totals.sums["save"] > 0
-        if totals.sums["errors"]:
+        if self.is_main and self.config.save_minutes and minutes >= self.config.save_minutes:
+            self.steps.accumulator.request("save")  # in the sums, as only one rank's clock counts
+        outcome = self.steps.apply(share)
+        self.save_asked = outcome.save_asked
+        if outcome.num_errors:
             self.refuse_undecoded()
-        metrics = totals.metrics() | (totals.sfc_metrics() if config.robust else {})
-        scales = totals.gradient_scales(config.sfc_mode if config.robust else "standard")
-        parameters = [list(branch.trained().values()) for branch in self.branches]
-        norms = gradient_norms(parameters, scales)
-        metrics |= dict(zip(("grad_norm", "proxy_grad_norm"), norms, strict=False))
-        metrics["lr"] = config.lr * lr_factor(share, config.warmup_ratio, config.lr_schedule)
-        is_finite = all(map(math.isfinite, (metrics["loss"], *norms)))
-        if is_finite:
-            scale_and_clip(parameters, scales, norms, max_norm=config.max_grad_norm, joint=config.clip == "joint")
-            for group in self.optimizer.param_groups:
-                group["lr"] = metrics["lr"]
-            self.optimizer.step()
-            if self.average:
-                self.average.update()
-        self.count_bad(is_finite)
-        self.optimizer.zero_grad()
-        self.sources.clear()
-        return metrics | {"bad_steps": self.progress.bad_steps}
+        self.count_bad(outcome.is_finite, self.steps.forget_sources())
+        return outcome.metrics | {"bad_steps": self.progress.bad_steps}
 
-    def count_bad(self, is_finite: bool) -> None:
+    def count_bad(self, is_finite: bool, sources: list[str]) -> None:
         """Count steps in a row that were not finite; too many stop the run and name the last one's records."""
         progress = self.progress
         progress.bad_steps = 0 if is_finite else progress.bad_steps + 1
         progress.counts["steps skipped: loss or gradient not finite"] += not is_finite
         if progress.bad_steps and progress.bad_steps >= self.config.max_bad_steps:
-            sources = sharding.gather_lists([source for micro in self.sources for source in micro])
+            sources = sharding.gather_lists(sources)
             listed = ", ".join(sources[:MAX_LISTED]) + (" ..." if len(sources) > MAX_LISTED else "")
             raise FloatingPointError(
                 f"{progress.bad_steps} steps in a row with a loss or gradient that is not finite, the last one, "
@@ -368,18 +299,6 @@ class Trainer:
         shown |= {"sfc": row["sfc_mean"]} if self.config.robust else {}
         figures = [f"{name} {value:.3f}" for name, value in shown.items()]
         bar.set_postfix_str(", ".join([*figures, f"{row['tokens_per_second']:,.0f} tok/s"]))
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Evaluate and save the moving average of the weights, where there is one."""
-        if not self.average:
-            yield
-            return
-        self.average.swap()
-        try:
-            yield
-        finally:
-            self.average.swap()
 
     def evaluate(self) -> dict[str, list[PairRow]]:
         """Every pair of every test set, by its name."""
@@ -438,7 +357,7 @@ class Trainer:
         folder = self.config.output_dir
         if (self.start or self.config.save_every) and self.checkpoints.saving_step != self.progress.step:
             self.save_progress()
-        with self.averaged():
+        with self.steps.averaged():
             rows = self.evaluate()
             self.save_weights({MAIN: "final", PROXY: "proxy"})
         self.progress.skip(sharding.gather_lists(self.undecoded))

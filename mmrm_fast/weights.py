@@ -72,7 +72,8 @@ def load_checkpoint(
             attention is plain attention.
         compat: `reference` prepares texts and pictures as the reference implementation does.
         proxy: load the text-only branch that the reference implementation saves beside the main one.
-        with_weights: False leaves the model on the meta device, to be sharded and then filled by `load_weights`.
+        with_weights: False leaves the model on the meta device, for `parameters.load_weights` to fill once it is
+            sharded; the folder needs no weights.
 
     Raises:
         ValueError: not such a folder; the message says what is missing.
@@ -80,13 +81,10 @@ def load_checkpoint(
     folder = Path(folder)
     settings = read_json(folder / "config.json")
     is_original = check_type(folder, settings) == ORIGINAL
-    stored_names(folder)
-    tokenizer = (
-        load_tokenizer(folder, template=settings.get("template"), original=True)
-        if is_original
-        else load_tokenizer(folder)
-    )
-    config = read_config(folder, settings, tokenizer)
+    if with_weights:
+        stored_names(folder)
+    tokenizer = folder_tokenizer(folder, settings)
+    config = read_config(folder, tokenizer)
     processor = original_processor(settings) if is_original else read_processor(folder)
     tiling = read_tiling(processor, config.vision_config.image_size[0], max_tiles, compat)
     mean, std = (tuple(processor.get(key, default)) for key, default in image_statistics().items())
@@ -110,10 +108,20 @@ def check_type(folder: Path, settings: dict) -> str:
     return kind
 
 
-def read_config(folder: Path, settings: dict, tokenizer: PreTrainedTokenizerBase) -> InternVLConfig:
-    """The native config of either kind of folder, with room for every token of the tokenizer."""
+def folder_tokenizer(folder: Path, settings: dict) -> PreTrainedTokenizerBase:
+    """The tokenizer of either kind of folder."""
+    if settings["model_type"] == ORIGINAL:
+        return load_tokenizer(folder, template=settings.get("template"), original=True)
+    return load_tokenizer(folder)
+
+
+def read_config(folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> InternVLConfig:
+    """The native config of either kind of folder, with room for every token of its tokenizer. Raises `ValueError`."""
+    settings = read_json(folder / "config.json")
+    is_original = check_type(folder, settings) == ORIGINAL
     try:
-        if settings["model_type"] == ORIGINAL:
+        if is_original:
+            tokenizer = tokenizer or folder_tokenizer(folder, settings)
             rows = max(settings["llm_config"].get("vocab_size", 0), len(tokenizer))
             image_token = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
             return convert.native_config(settings, vocab_size=rows, image_token_id=image_token)
@@ -122,7 +130,7 @@ def read_config(folder: Path, settings: dict, tokenizer: PreTrainedTokenizerBase
         raise ValueError(f"{folder}/config.json: lacks {error}") from None
     except ValueError as error:
         raise ValueError(f"{folder}/config.json: {error}") from None
-    config.text_config.vocab_size = max(config.text_config.vocab_size, len(tokenizer))
+    config.text_config.vocab_size = max(config.text_config.vocab_size, len(tokenizer or ()))
     return config
 
 

@@ -1,62 +1,161 @@
-"""The study's figures, from run folders as trainings leave them."""
+"""The study's figures, from run folders as trainings leave them, and the trainings it starts."""
 
+import csv
 import json
 
 import pytest
+from tyro import cli
 
 from mmrm_fast import study
-from mmrm_fast.config import StudyConfig
+from mmrm_fast.config import StudyConfig, TrainConfig
 from mmrm_fast.evaluate import PairRow, write_rows
+from mmrm_fast.study_figures import Cell
 
-SETS = {"iid": "iid", "length": "ood", "hedging": "ood", "neutral": "probe", "reversed": "probe"}
+ENVIRONMENTS = ("a", "b", "c")
+RECORDS = 4
 
 
-def write_cell(root, method, environment, seed, accuracy):
-    """A finished run whose every accuracy is `accuracy`; the proxy is right on the first half of the pairs."""
-    folder = study.Cell(method, environment, seed).folder(root)
+def write_cell(root, method, environment, seed, num_right, truth=1.0):
+    """A finished run that is right on the first `num_right` pairs of every test; its proxy on the first two."""
+    folder = Cell(method, environment, seed).folder(root)
     folder.mkdir(parents=True)
-    sets = {
-        name: {"kind": kind, "pairs": 4, "accuracy": accuracy, "truth_accuracy": accuracy}
-        for name, kind in SETS.items()
-    }
-    (folder / "results.json").write_text(json.dumps(sets))
-    right = round(4 * accuracy)
-    for name in SETS:
+    (folder / "results.json").write_text("{}")
+    steps = [{"step": i, "sfc_mean": 1.0 if method == "standard" else i / 50} for i in range(50)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    for name in ("iid", *(name for name in ENVIRONMENTS if name != environment)):
         rows = [
-            PairRow(i, f"f:{i}", 0, 1, 1.0 if i < right else -1.0, (1.0 if i < 2 else -1.0), truth=1.0)
-            for i in range(4)
-        ]
+            PairRow(
+                i, f"f:{i}", 0, 1, 1.0 if i < num_right else -1.0,
+                None if method == "standard" else (1.0 if i < 2 else -1.0), truth,
+            )
+            for i in range(RECORDS)
+        ]  # fmt: skip
         write_rows(folder / f"eval-{name}.jsonl", rows)
+
+
+@pytest.fixture
+def files(write_jsonl):
+    """Environments on files of four pairs, in the option's form."""
+    rows = [{"prompt": "?", "chosen": "a" * (i + 1), "rejected": "aa"} for i in range(RECORDS)]
+    paths = {name: write_jsonl(rows, f"{name}.jsonl") for name in ENVIRONMENTS}
+    return tuple(f"{name}={path},{path}" for name, path in paths.items())
 
 
 @pytest.fixture
 def finished(tmp_path, monkeypatch):
     """A study of which every cell is trained; training one more is a failure."""
-    for environment in study.ENVIRONMENTS:
+    for environment in ENVIRONMENTS:
         for seed in (0, 1):
-            write_cell(tmp_path, "standard", environment, seed, 0.5)
-            write_cell(tmp_path, "robust", environment, seed, 0.75 + 0.25 * seed)
+            write_cell(tmp_path / "runs", "standard", environment, seed, 2)
+            write_cell(tmp_path / "runs", "robust", environment, seed, 3 + seed)
     monkeypatch.setattr(study, "train_cell", lambda *_: pytest.fail("a finished cell was trained again"))
-    monkeypatch.setattr(study, "iid_bounds", lambda *_: [])
-    monkeypatch.setattr(study, "cached_environments", dict)
-    return tmp_path
+    return tmp_path / "runs"
 
 
-def test_means_are_over_environments_and_spread_is_over_seeds(finished, capsys):
-    results = study.study(StudyConfig(output_dir=finished, seeds=2))
-    assert results["means"]["standard"]["ood_truth"] == [0.5, 0.0]
-    assert results["means"]["robust"]["ood_truth"] == [0.875, 0.125]
-    assert len(results["cells"]) == 12 == len((finished / "study.csv").read_text().splitlines()) - 1
+def run(finished, files, seeds=2, **options):
+    return study.study(StudyConfig(env=files, output_dir=finished, seeds=seeds, **options))
+
+
+def test_means_are_over_environments_and_spread_is_over_seeds(finished, files, capsys):
+    results = run(finished, files)
+    assert results["means"]["standard"]["ood"] == {"mean": 0.5, "spread": 0.0}
+    assert results["means"]["robust"]["ood"] == {"mean": 0.875, "spread": 0.125}
     assert "87.5 ± 12.5" in capsys.readouterr().out
 
 
-def test_degradation_is_judged_by_the_proxy_of_the_same_data_and_seed(finished):
-    cells = study.study(StudyConfig(output_dir=finished))["cells"]
-    degradation = {cell["method"]: cell["sfd"] for cell in cells}
-    assert degradation == {"standard": 1.0, "robust": 0.5}  # right where the proxy is, and half where it is not
+def test_there_is_a_row_a_model_and_test_set(finished, files):
+    tests = run(finished, files)["tests"]
+    assert len(tests) == 2 * 2 * len(ENVIRONMENTS) ** 2
+    assert {row["kind"] for row in tests if row["environment"] == row["test"]} == {"iid"}
+    with open(finished / "study.csv", newline="") as file:
+        assert [row["judged"] for row in csv.DictReader(file)] == [str(row["judged"]) for row in tests]
+    assert json.loads((finished / "study.json").read_text())["tests"] == tests
 
 
-def test_a_failing_training_stops_the_study_with_its_log(tmp_path, monkeypatch):
+def test_degradation_is_judged_by_the_proxy_of_the_same_data_and_seed(finished, files):
+    tests = run(finished, files, seeds=1)["tests"]
+    by_method = {row["method"]: row["sfd"] for row in tests}
+    assert by_method == {"standard": 1.0, "robust": 0.5}  # right where the proxy is, and half where it is not
+
+
+def test_without_a_method_that_has_a_proxy_there_is_no_degradation(finished, files):
+    results = run(finished, files, methods="standard")
+    assert "sfd" not in results["means"]["standard"]
+    assert not any("sfd" in row for row in results["tests"])
+
+
+def test_truth_judges_where_it_is_known(tmp_path, files):
+    for environment in ENVIRONMENTS:
+        write_cell(tmp_path / "runs", "robust", environment, 0, 3, truth=-1.0)
+    (row, *_) = run(tmp_path / "runs", files, seeds=1, methods="robust")["tests"]
+    assert (row["labels"], row["judged"]) == (0.75, 0.25)
+
+
+def test_the_difference_is_paired_by_record(finished, files):
+    (row,) = run(finished, files)["significance"]
+    assert (row["first"], row["second"], row["records"]) == ("standard", "robust", 3 * RECORDS)
+    assert row["difference"] == pytest.approx(0.375)
+    assert row["low"] <= 0.375 <= row["high"]
+    assert row["p_value"] == pytest.approx(2 / 2**6, abs=0.01)  # six of the twelve records differ, all the same way
+
+
+def test_rules_and_buckets_are_of_the_test_files(finished, files):
+    results = run(finished, files)
+    assert results["rules"]["a"]["longer wins"] == (2 + 0.5) / 4
+    buckets = results["controls"]["robust"]["buckets"]
+    assert sum(bucket["pairs"] for bucket in buckets.values()) == 2 * 3 * 2 * RECORDS
+
+
+def test_the_sfc_is_averaged_over_runs_by_share_of_the_training(finished, files):
+    curve = run(finished, files)["sfc"]
+    assert curve["standard"] == []
+    assert [row["sfc_mean"] for row in curve["robust"]] == pytest.approx([(2 * i + 0.5) / 50 for i in range(25)])
+
+
+def test_the_page_holds_everything_itself(finished, files):
+    run(finished, files)
+    page = (finished / "study.html").read_text()
+    assert page.count('class="map"') == 2 * 2 + 1
+    assert "<svg" in page and "width=device-width" in page
+    assert not any(outside in page.replace("http://www.w3.org", "") for outside in ("src=", "<link", "@import"))
+
+
+# trainings
+
+
+@pytest.mark.parametrize("method", study.METHODS)
+def test_every_method_is_options_of_train(method, files, tmp_path):
+    config = StudyConfig(env=files, output_dir=tmp_path, model=tmp_path / "m", options="--max-tiles 6")
+    environments = study.chosen_environments(files)
+    arguments = study.command(Cell(method, "b", 7), environments, config)
+    parsed = cli(TrainConfig, args=arguments[arguments.index("train") + 1 :])
+    assert (parsed.robust, parsed.seed, parsed.max_tiles) == (method != "standard", 7, 6)
+    assert parsed.data == (str(environments["b"].train),)
+    assert [spec.split("=")[0] for spec in (*parsed.eval, *parsed.eval_ood)] == ["iid", "a", "c"]
+
+
+def test_several_ranks_are_started_by_torchrun(files, tmp_path):
+    config = StudyConfig(env=files, output_dir=tmp_path, processes=8)
+    arguments = study.command(Cell("robust", "a", 0), study.chosen_environments(files), config)
+    assert arguments[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=8", "-m"]
+
+
+def test_a_failing_training_stops_the_study_with_its_log(tmp_path, files, monkeypatch):
     monkeypatch.setattr(study.sys, "executable", "false")
+    config = StudyConfig(env=files, output_dir=tmp_path, jobs=1)
     with pytest.raises(RuntimeError, match=r"log\.txt"):
-        study.train_cells([study.Cell("standard", "opening", 0)], StudyConfig(output_dir=tmp_path, jobs=1))
+        study.train_cells([Cell("standard", "a", 0)], study.chosen_environments(files), config)
+
+
+@pytest.mark.parametrize(
+    "spec", ["a", "a=x.jsonl", "=x,y", "iid={file},{file}", "a={file},absent.jsonl", "a/b={file},{file}"]
+)
+def test_an_environment_that_cannot_be_is_named(spec, write_jsonl):
+    file = write_jsonl([])
+    with pytest.raises(ValueError, match="--env"):
+        study.chosen_environments((spec.format(file=file),))
+
+
+def test_an_unknown_method_is_answered_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"robust-normalized"):
+        study.chosen_methods("standard,robst")

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -214,3 +215,15 @@ def test_the_frozen_vision_tower_does_not_change_and_the_rest_does(make_config, 
         if not torch.equal(p, q)
     }
     assert changed == {"language_model", "multi_modal_projector", "weight"}
+
+
+@pytest.mark.parametrize("method", ["robust", "standard"])
+def test_the_references_own_yaml_runs_with_paths_overridden(make_config, method, capsys):
+    config = make_config(method)
+    name = Path(__file__).parent / "reference" / f"train_{method}_8B.yaml"
+    places = ["--model", str(config.model), "--data", *config.data, "--output-dir", str(config.output_dir)]
+    assert main(["train", "--config", str(name), *places]) == 0
+    assert "deepspeed" in capsys.readouterr().out
+    rows = read(config.output_dir / "metrics.jsonl")
+    assert [row["pairs"] for row in rows] == [8, 8, 1]
+    assert all(("proxy_grad_norm" in row) == (method == "robust") for row in rows)

@@ -11,11 +11,14 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from transformers import InternVLForConditionalGeneration, LlamaConfig, Qwen2Config, Qwen3Config
 
 from mmrm_fast.cli import main
 from mmrm_fast.config import TrainConfig
 from mmrm_fast.images import NORMALIZATION, Tiling
 from mmrm_fast.parameters import load_weights
+from mmrm_fast.records import Group
+from mmrm_fast.scorer import Scorer
 from mmrm_fast.sharding import num_ranks, ranks
 from mmrm_fast.tensors import TensorFolder
 from mmrm_fast.weights import configured, load_checkpoint, save_checkpoint
@@ -180,3 +183,40 @@ def test_fewer_tiles_at_most_also_lower_the_least(make_checkpoint):
 def test_impossible_numbers_of_tiles_are_refused(make_checkpoint):
     with pytest.raises(ValueError, match="--min-tiles 8 --max-tiles 6: expected 1 <= least <= most"):
         configured(make_checkpoint(), TrainConfig(min_tiles=8))
+
+
+# native checkpoints
+
+
+@pytest.mark.parametrize("text", [Qwen2Config, Qwen3Config, LlamaConfig], ids=lambda config: config.model_type)
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_transformers_saved_loads_with_equal_hidden_states(folder, tmp_path, text, tied):
+    checkpoint = load_checkpoint(folder)
+    save_checkpoint(tmp_path / "native", checkpoint)
+    config = checkpoint.model.model.config
+    config.text_config = text(
+        vocab_size=578, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, tie_word_embeddings=tied, pad_token_id=None,
+    )  # fmt: skip
+    config.tie_word_embeddings, config.internvl_chat = tied, {}
+    torch.manual_seed(0)
+    whole = InternVLForConditionalGeneration(config)
+    whole.save_pretrained(tmp_path / "native", max_shard_size="20KB")
+    (tmp_path / "native" / "model.safetensors").unlink()
+    scorer = Scorer(load_checkpoint(tmp_path / "native"), torch.device("cpu"))
+    group = Group("test", 0, None, "What?", None, (), ("the red circle",))
+    (ids,) = scorer.encoder.encode(group.prompt, group.responses).sequences
+    hidden = whole.model(input_ids=torch.from_numpy(ids)[None]).last_hidden_state[0, -1]
+    expected = float((hidden @ scorer.model.score.weight[0]).detach())
+    assert scorer.score_groups([group])[0].rewards[0] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_sliding_window_caps_the_length_of_sequences(tmp_path):
+    config = original_config("Phi3", "300M", 578)
+    config["llm_config"]["sliding_window"] = 120
+    write_checkpoint(tmp_path, config)
+    scorer = Scorer.from_pretrained(tmp_path, device="cpu", max_length=4096)
+    group = Group("test", 0, None, "What?", None, (), ("the red circle " * 40, "the red circle"))
+    assert scorer.checkpoint.max_length == 120
+    (scored,) = scorer.score_groups([group])
+    assert scored.truncated == (True, False)

@@ -5,9 +5,11 @@ TRITON_INTERPRET=1 must be set before kernels are imported, so these cases have 
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import triton
+from triton.runtime import interpreter
 
 from mmrm_fast.ops.pack_image_tokens import pack_image_tokens_bwd_ref, pack_image_tokens_ref, source_index
 from mmrm_fast.ops.pair_loss import MODES, pair_index, pair_loss_ref
@@ -20,7 +22,7 @@ from mmrm_fast.ops.triton import patchify as patch
 from mmrm_fast.ops.triton import pixel_shuffle_norm as norm
 from mmrm_fast.ops.triton import reward_head as head
 from mmrm_fast.ops.triton import use_triton
-from mmrm_fast.ops.triton.launch import sum_chunks
+from mmrm_fast.ops.triton.launch import Launch, sum_chunks
 
 FLOAT32_SUM = 1e-6  # of a sum whose terms cancel, relative to the largest result
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -193,19 +195,110 @@ def test_float64_takes_the_reference():
     assert torch.equal(function(*double), reward_head_ref(*double))
 
 
-def test_offsets_past_int32():
-    """Rows that start past 2^31 elements, of a table that is reserved and never touched elsewhere."""
-    width = 1024
-    rows = 2**31 // width + 3
-    table = torch.empty(0)
-    torch.use_deterministic_algorithms(False)  # which would fill it
-    try:
-        table = torch.empty(rows, width, dtype=torch.float16)
-    except RuntimeError as error:
-        pytest.skip(f"no address space for {rows * width * 2} bytes: {error}")
-    table[-2:] = random(2, width, dtype=torch.float16)
-    last = torch.tensor([rows - 2, rows - 1])
-    rewards = head.reward_head_fwd_triton(table, last, torch.ones(width))
-    torch.testing.assert_close(rewards, table[-2:].float().sum(1))
-    assert torch.equal(pack.pack_image_tokens_fwd_triton(table, table[:0], last), table[-2:])
-    assert torch.equal(pack.pack_image_tokens_fwd_triton(table[:0], table, -1 - last), table[-2:])
+FAR = 2**26  # rows that exist as addresses only; of WIDTH values or more they are past 2^31 elements
+WIDTH = 64
+
+
+def run_far(launch, *, programs=0, missing=(), **changes):
+    """Run a launch from program number `programs` on, of arrays whose first `missing[name]` elements do not exist."""
+    arguments = {**launch.arguments, **changes}
+    missing = {
+        arguments[name].data_ptr(): size * arguments[name].element_size() for name, size in dict(missing).items()
+    }
+    convert, builder = interpreter._implicit_cvt, interpreter.interpreter_builder
+
+    def convert_far(argument):
+        converted = convert(argument)
+        if isinstance(argument, torch.Tensor):
+            converted.handle.data -= np.uint64(missing.get(argument.data_ptr(), 0))
+        return converted
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(interpreter, "_implicit_cvt", convert_far)
+        patched.setattr(builder, "set_grid_idx", lambda x, y, z: setattr(builder, "grid_idx", (x + programs, y, z)))
+        launch.kernel[launch.grid](**arguments, num_warps=launch.num_warps)
+
+
+def assert_same_far(plan, far_plan, *launches):
+    """The launches of `far_plan`, each with the options of `run_far`, do what `plan` does."""
+    expected = plan.run()
+    for launch, options in zip(far_plan.launches, launches, strict=True):
+        run_far(launch, **options)
+    assert all(torch.equal(a, b) for a, b in zip(far_plan.outputs, expected, strict=True))
+
+
+def test_reward_head_past_2_to_the_31():
+    hidden, weight, last_index = random(5, WIDTH), random(WIDTH), torch.tensor([4, 0, 4])
+    far = {"missing": {"hidden": FAR * WIDTH}}
+    plans = [head.reward_head_fwd_plan(hidden, index, weight) for index in (last_index, last_index + FAR)]
+    assert_same_far(*plans, far)
+    grad = random(3, seed=1)
+    plans = [head.reward_head_bwd_plan(grad, hidden, index, weight) for index in (last_index, last_index + FAR)]
+    assert_same_far(*plans, {"missing": {"grad_hidden": FAR * WIDTH}}, far, {})
+
+
+def test_pack_image_tokens_past_2_to_the_31():
+    embedding, features, source = random(4, WIDTH), random(3, WIDTH, seed=1), torch.tensor([3, -1, -3, 0, 3])
+    far_source = torch.where(source < 0, source - FAR, source + FAR)
+    rows = {"embedding": FAR * WIDTH, "features": FAR * WIDTH, "out": FAR * WIDTH, "source": FAR}
+    plans = [pack.pack_image_tokens_fwd_plan(embedding, features, s) for s in (source, far_source)]
+    assert_same_far(*plans, {"programs": FAR, "missing": rows})
+    grad, index = random(5, WIDTH, seed=2), source_index(source)
+    rows = {"grad": FAR * WIDTH, "grad_embedding": FAR * WIDTH, "grad_features": FAR * WIDTH, "segment_source": FAR,
+            "segment_ptr": FAR}  # fmt: skip
+    segments = index.segment_source
+    far_segments = torch.where(segments < 0, segments - FAR, segments + FAR)
+    plans = [
+        pack.pack_image_tokens_bwd_plan(grad, order, index.segment_ptr, sources, 4, 3, True)
+        for order, sources in ((index.order, segments), (index.order + FAR, far_segments))
+    ]
+    assert_same_far(*plans, {"programs": FAR, "missing": rows})
+
+
+def test_pixel_shuffle_norm_past_2_to_the_31():
+    tiles, side, channels = FAR // 4, 4, WIDTH // 4  # FAR rows of WIDTH
+    hidden, weight, bias = random(2, 1 + side**2, channels), random(WIDTH), random(WIDTH, seed=1)
+    arguments = (hidden, weight, bias, 1e-6)
+    hidden_size = tiles * (1 + side**2) * channels
+    rows = {"hidden": hidden_size, "out": FAR * WIDTH, "mean": FAR, "rstd": FAR}
+    plans = [norm.pixel_shuffle_norm_fwd_plan(*arguments) for _ in range(2)]
+    assert_same_far(*plans, {"programs": FAR, "missing": rows})
+    _, mean, rstd = plans[0].outputs
+    arguments = (random(8, WIDTH, seed=2), hidden, weight, mean, rstd, True)
+    rows = {"hidden": hidden_size, "grad": FAR * WIDTH, "mean": FAR, "rstd": FAR}
+    to_hidden = {"programs": FAR, "missing": rows | {"grad_hidden": hidden_size}}
+    chunks = FAR // norm.CHUNK
+    to_weight = {"programs": chunks, "missing": rows | {"weight_chunks": chunks * WIDTH, "bias_chunks": chunks * WIDTH},
+                 "num_rows": FAR + 8}  # fmt: skip
+    plans = [norm.pixel_shuffle_norm_bwd_plan(*arguments) for _ in range(2)]
+    assert_same_far(*plans, to_hidden, to_weight, {}, {})
+
+
+def test_patchify_past_2_to_the_31():
+    tiles = torch.arange(2 * 8 * 8 * 3).to(torch.uint8).view(2, 8, 8, 3)
+    arguments = (tiles, random(3), random(3, seed=1), 4, torch.float32)  # 4 rows of 48 a tile
+    plans = [patch.patchify_plan(*arguments) for _ in range(2)]
+    assert_same_far(*plans, {"programs": FAR, "missing": {"tiles": FAR // 4 * 192, "out": FAR * 48}})
+
+
+def test_sum_of_chunks_past_2_to_the_31():
+    chunks, out = random(1, WIDTH), torch.empty(WIDTH)
+    far = {"chunks": FAR * WIDTH, "out": FAR * WIDTH}
+    run_far(sum_chunks(chunks, out), programs=FAR, missing=far, num_columns=(FAR + 1) * WIDTH)
+    assert torch.equal(out, chunks[0])
+
+
+def test_pair_loss_past_2_to_the_31():
+    args = list(pair_loss_args("paper", 100, **OPTIONS["all"]))  # 600 pairs of 400 rewards, blocks of 512
+    plans = [pairs.pair_loss_fwd_plan(*args)]
+    args[2], args[3] = args[2] + 512 * FAR, args[3] + 512 * FAR
+    plans.append(pairs.pair_loss_fwd_plan(*args))
+    (launch, total), far = plans[1].launches, 512 * FAR
+    of_rewards, of_pairs = dict.fromkeys(("rewards", "proxy_rewards"), far), ("chosen", "rejected", "margin", "weight")
+    pair_blocks, row_blocks = (Launch(launch.kernel, (n,), launch.arguments) for n in (2, 1))
+    missing = of_rewards | dict.fromkeys((*of_pairs, "sfc"), far) | {"sums": 7 * FAR}
+    run_far(pair_blocks, programs=FAR, missing=missing, num_pairs=far + 600, num_chunks=FAR + 2)
+    missing = of_rewards | dict.fromkeys(("row_ptr", "grad_rewards", "grad_proxy"), far)
+    run_far(row_blocks, programs=FAR, missing=missing, num_rewards=far + 400, num_chunks=0)
+    total.run()
+    assert all(torch.equal(a, b) for a, b in zip(plans[1].outputs, plans[0].run(), strict=True))
