@@ -55,6 +55,7 @@ def sfc_over_time(steps: Sequence[int], histograms: np.ndarray) -> str:
         shares = columns / np.maximum(columns.sum(1, keepdims=True), 1)
         extent = (steps[0] - 0.5, steps[-1] + 0.5, 0, 1)
         axes.imshow(shares.T, origin="lower", aspect="auto", extent=extent, cmap="Blues", interpolation="nearest")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.axhline(0.5, color=COLOURS[1], lw=0.8, ls=":")
         axes.set(xlabel="step", ylabel="SFC")
         return svg(figure, title)

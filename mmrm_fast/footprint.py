@@ -197,7 +197,9 @@ def vision_pass(model: RewardModel, tiles: int) -> Pass:
     side, patch = vision.image_size[0], vision.patch_size[0]
     pixels = torch.zeros(tiles, side, side, 3, dtype=torch.uint8, device="meta")
     rows = tiles * ((side // patch) ** 2 + 1)
-    return Pass(lambda: model.image_features(pixels), model, rows * vision.hidden_size * model.model.dtype.itemsize)
+    return Pass(
+        lambda: model.project(model.tower_output(pixels)), model, rows * vision.hidden_size * model.model.dtype.itemsize
+    )
 
 
 def count(module: nn.Module, trained: bool | None = None) -> int:

@@ -51,7 +51,7 @@ def dry_run(config: TrainConfig) -> None:
     num_gpus = config.num_gpus or int(os.environ.get("WORLD_SIZE", "1"))
     models, work = make_models(config), measure(config)
     memories = {name: branch_memory(config, name, model, work, num_gpus) for name, model in models.items()}
-    table = Table(title=f"{config.model.name}: {num_gpus} GPUs")
+    table = Table(title=f"{config.model.name}, GPUs: {num_gpus}")
     for column in ("", *models):
         table.add_column(column, justify="right" if column else "left")
     for cells in [*parameter_rows(models), *memory_rows(memories)]:

@@ -116,6 +116,11 @@ def test_every_proxy_choice_has_its_models(eight, options, names):
     assert list(models) == names
     if options.get("llm_lora"):
         assert count(models["main"], True) < 0.1 * count(models["main"])
+        both, full = (
+            bytes_of(replace(eight, **options)).total,
+            sum(bytes_of(eight, name).total for name in ("main", "proxy")),
+        )
+        assert both < 0.6 * full
 
 
 def run(config, *arguments):
