@@ -176,7 +176,8 @@ def inspect(folder: Path) -> dict[str, str]:
     tiling, facts = checkpoint.tiling, original_facts(config)
     count = sum(int(np.prod(shape)) for name, shape in stored.shapes.items() if name != LM_HEAD)
     thumbnail = " and a thumbnail" if tiling.thumbnail and tiling.max_tiles > 1 else ""
-    proxy = "in this folder" if has_proxy(folder) else "in proxy/" if (folder / "proxy").is_dir() else "none"
+    beside = [path for path in (folder / "proxy", folder.resolve().parent / "proxy") if path.is_dir()]
+    proxy = "in this folder" if has_proxy(folder) else f"in {beside[0]}" if beside else "none"
     vision, text = config.vision_config, config.text_config
     return {
         "layout": "original internvl_chat" if is_original(folder) else "native transformers internvl",
