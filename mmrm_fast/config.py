@@ -6,7 +6,7 @@ from typing import Literal
 
 import tyro
 
-SFC_MODES = ("paper", "reference", "normalized")
+SFC_MODES = ("paper", "reference", "normalized", "balanced")
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,9 @@ class TrainConfig(DataConfig):
     """Checkpoints to resume from that are kept, the newest ones."""
     environment: Literal["opening", "length", "hedging"] = "opening"
     """Shapes environment to train on when there is no `--data`: opening, length or hedging."""
-    sfc_mode: Literal["paper", "reference", "normalized"] = "paper"
-    """Weight of a pair: L_t / (L + L_t), the reference implementation's, or divided by its mean."""
+    sfc_mode: Literal["paper", "reference", "normalized", "balanced"] = "paper"
+    """Weight of a pair: L_t / (L + L_t), the reference implementation's, or divided by its mean; `balanced`: one over
+    the probability that the text-only proxy gives to the label, divided by its mean."""
     sfc_floor: float = 0.0
     """Least weight of a pair, 0 to 1."""
     sfc_warmup_steps: int = 0
@@ -259,7 +260,8 @@ class StudyConfig:
     env: tuple[str, ...] = ()
     """Environments NAME=TRAIN,TEST: preference files of any form, such as VLFeedback, POVID, RLHF-V as published."""
     methods: str = "standard,robust"
-    """Methods, with commas: standard, robust, robust-reference, robust-normalized. The first is compared against."""
+    """Methods, with commas: standard; robust (the paper's), robust-reference, robust-normalized, robust-balanced by
+    `--sfc-mode`; robust-white by `--proxy-image`, robust-warmup, robust-floor. Each is compared with the first."""
     model: Path | None = None
     """Local folder of the checkpoint that trainings start from. Default: the tiny one."""
     options: str = ""
