@@ -6,8 +6,11 @@ from collections.abc import Callable, Sequence
 
 from mmrm_fast.config import (
     BestOfNConfig,
+    ConvertConfig,
     DoctorConfig,
     EvaluateConfig,
+    ExportConfig,
+    InspectConfig,
     ReportConfig,
     ScoreConfig,
     StudyConfig,
@@ -27,6 +30,9 @@ commands:
   best-of-n  true quality of what reward models select out of N
   report     an HTML page about runs
   study      standard against robust on the shapes environments
+  convert    an original InternVL checkpoint to transformers' own format
+  export     a reward model to the layout of vLLM or of the reference implementation
+  inspect    what a checkpoint folder holds
   doctor     what was built here and what each op runs on
 
 `mmrm-fast COMMAND --help` explains every option."""
@@ -42,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "best-of-n": (BestOfNConfig, run_best_of_n),
         "report": (ReportConfig, run_report),
         "study": (StudyConfig, run_study),
+        "convert": (ConvertConfig, run_convert),
+        "export": (ExportConfig, run_export),
+        "inspect": (InspectConfig, run_inspect),
         "doctor": (DoctorConfig, run_doctor),
     }
     if not arguments or arguments[0] not in commands:
@@ -99,6 +108,41 @@ def run_study(config: StudyConfig) -> int:
     from mmrm_fast.study import study
 
     study(config)
+    return 0
+
+
+def run_convert(config: ConvertConfig) -> int:
+    from tqdm import tqdm
+
+    from mmrm_fast.export import convert_folder, reward_check
+
+    convert_folder(config.source, config.target, progress=lambda names: tqdm(names, desc="convert", unit="tensor"))
+    if config.check:
+        before, after = reward_check([config.source, config.target])
+        print(
+            f"reward of a sample record: {before:.6f} before, {after:.6f} after, difference {abs(before - after):.1e}"
+        )
+        return 0 if before == after else 1
+    return 0
+
+
+def run_export(config: ExportConfig) -> int:
+    from tqdm import tqdm
+
+    from mmrm_fast.export import export_original, export_vllm
+
+    export = {"vllm": export_vllm, "original": export_original}[config.format]
+    export(config.source, config.target, progress=lambda names: tqdm(names, desc="export", unit="tensor"))
+    print(f"wrote {config.target}")
+    return 0
+
+
+def run_inspect(config: InspectConfig) -> int:
+    from mmrm_fast.export import inspect
+
+    facts = inspect(config.folder)
+    for name, value in facts.items():
+        print(f"{name:16} {value}")
     return 0
 
 

@@ -246,6 +246,38 @@ class ReportConfig:
 
 
 @dataclass(frozen=True)
+class ConvertConfig:
+    """Convert a checkpoint, original or native, to a native transformers one, and compare a reward of both."""
+
+    source: tyro.conf.Positional[Path]
+    """Folder of the checkpoint: config.json, safetensors and the tokenizer's files."""
+    target: tyro.conf.Positional[Path]
+    """Folder to write."""
+    check: bool = True
+    """Load both and compare the rewards of a sample record (needs room for the weights in fp32)."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a reward model in the layout that other programs read."""
+
+    source: tyro.conf.Positional[Path]
+    """Folder of the reward model, such as runs/NAME/final."""
+    target: tyro.conf.Positional[Path]
+    """Folder to write."""
+    format: Literal["vllm", "original"] = "vllm"
+    """`vllm` for vLLM's and SGLang's sequence classification, `original` for the reference implementation."""
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Say what a checkpoint folder holds: architecture, parameters, template, tiles, score head, proxy."""
+
+    folder: tyro.conf.Positional[Path]
+    """Folder of the checkpoint."""
+
+
+@dataclass(frozen=True)
 class DoctorConfig:
     """Print what was built here, what each op runs on and why, and what to do where something is missing."""
 

@@ -19,6 +19,7 @@ from mmrm_fast.ops.plan_trie import plan_trie
 from mmrm_fast.records import RecordError
 
 MIN_SHARED = 32
+REGIME_SHIFT = 40  # token keys are far below it
 
 
 class OnDevice:
@@ -52,6 +53,12 @@ class TokenPlan(OnDevice):
     max_seqlen_q: int
     max_seqlen_k: int
     num_tokens_unshared: int  # tokens of all sequences, as if nothing were shared
+    rope_regimes_T: Tensor | None = None  # int64, of each token's sequence; None where all have the usual frequencies
+
+    def rope_positions(self) -> Tensor:
+        """Position ids [1, T], or [2, T] with `rope_regimes_T` below them, as `rope.OwnLengthRope` takes them."""
+        rows = [self.position_ids_T] if self.rope_regimes_T is None else [self.position_ids_T, self.rope_regimes_T]
+        return torch.stack(rows)
 
     def attention_plan(self) -> dict[str, Tensor | int]:
         """The keyword arguments that the attention reads."""
@@ -81,6 +88,7 @@ def pack(
     min_shared: int = MIN_SHARED,
     with_text: bool = False,
     proxy_image: ProxyImage = "none",
+    rope_regime: Callable[[int], int] | None = None,
 ) -> PackedBatch:
     """Pack samples and their images' tiles into one batch.
 
@@ -93,6 +101,7 @@ def pack(
         min_shared: shorter shared runs are recomputed instead of becoming a node.
         with_text: also plan the text-only proxy's tokens.
         proxy_image: `white` where the samples' `text` was encoded with white tiles.
+        rope_regime: see `rope.RopeRegime`; only sequences of one regime share a prefix.
     """
     tiles, bases = unique_tiles(images, tile_size)
     main = [
@@ -108,8 +117,8 @@ def pack(
     ]
     pairs, margin_P = flatten_pairs(samples)
     return PackedBatch(
-        main=plan_tokens(main, min_shared),
-        text=plan_tokens(text, min_shared) if with_text else None,
+        main=plan_tokens(main, min_shared, rope_regime),
+        text=plan_tokens(text, min_shared, rope_regime) if with_text else None,
         tiles=torch.from_numpy(tiles),
         text_tiles=torch.from_numpy(white_tile(tile_size)) if white else None,
         pairs=pairs,
@@ -159,11 +168,15 @@ def white_images(sequence: np.ndarray, tokens_per_tile: int) -> np.ndarray:
     return np.where(sequence < 0, -1 - (-1 - sequence) % tokens_per_tile, sequence)
 
 
-def plan_tokens(sequences: Sequence[np.ndarray], min_shared: int) -> TokenPlan:
+def plan_tokens(
+    sequences: Sequence[np.ndarray], min_shared: int, rope_regime: Callable[[int], int] | None = None
+) -> TokenPlan:
     """Plan one branch's sequences; none becomes a single sequence of one token."""
     sequences = sequences or [np.zeros(1, np.int64)]
     keys = np.concatenate(sequences)
-    plan = plan_trie(keys, np.cumsum([0, *map(len, sequences)]), min_shared=min_shared)
+    lengths = [*map(len, sequences)]
+    regimes = np.repeat([rope_regime(length) if rope_regime else 0 for length in lengths], lengths).astype(np.int64)
+    plan = plan_trie(keys + (regimes << REGIME_SHIFT), np.cumsum([0, *lengths]), min_shared=min_shared)
     source_T = torch.from_numpy(keys[plan.token_index])
     return TokenPlan(
         source_T=source_T,
@@ -176,6 +189,7 @@ def plan_tokens(sequences: Sequence[np.ndarray], min_shared: int) -> TokenPlan:
         max_seqlen_q=int(np.diff(plan.cu_seqlens_q).max()),
         max_seqlen_k=int(np.diff(plan.cu_seqlens_k).max()),
         num_tokens_unshared=len(keys),
+        rope_regimes_T=torch.from_numpy(regimes[plan.token_index]) if regimes.any() else None,
     )
 
 
@@ -267,5 +281,6 @@ class Packer:
             min_shared=self.min_shared,
             with_text=self.with_text,
             proxy_image=self.dataset.proxy_image,
+            rope_regime=self.dataset.encoder.rope_regime,
         )
         return Packed(batch, tuple(samples), errors, micro.step)

@@ -21,6 +21,7 @@ White space around a text stays, unless the chat template trims it (as `internlm
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,6 +111,7 @@ class PromptEncoder:
         max_length: tokens of prefix plus one response; the prefix is never cut.
         image_tokens: the tokens that open an image, stand for it and close it.
         compat: `reference` takes over the habits of the reference implementation (table above).
+        rope_regime: which RoPE frequencies a sequence of so many tokens has (`rope.RopeRegime`).
     """
 
     def __init__(
@@ -120,9 +122,10 @@ class PromptEncoder:
         max_length: int,
         image_tokens: tuple[str, str, str] = ("<img>", "<IMG_CONTEXT>", "</img>"),
         compat: Compat = None,
+        rope_regime: Callable[[int], int] | None = None,
     ):
         self.tokenizer, self.tokens_per_tile, self.max_length = tokenizer, tokens_per_tile, max_length
-        self.compat = compat
+        self.compat, self.rope_regime = compat, rope_regime
         self.backend = text_tokenizer(tokenizer, image_tokens, literal=compat is None)
         start, _, end = (self.backend.token_to_id(token) for token in image_tokens)
         if start is None or end is None:

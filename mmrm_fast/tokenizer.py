@@ -24,13 +24,16 @@ TEMPLATES = files("mmrm_fast") / "assets" / "templates"
 FLAGS = ("lstrip", "rstrip", "single_word", "special")
 
 
-def load_tokenizer(folder: str | Path, *, template: str | None = None, slow: bool = False) -> PreTrainedTokenizerFast:
-    """A folder's tokenizer, with the nine image tokens of InternVL added where it lacks them.
+def load_tokenizer(
+    folder: str | Path, *, template: str | None = None, original: bool = False
+) -> PreTrainedTokenizerFast:
+    """A folder's tokenizer.
 
     Args:
         folder: holds tokenizer_config.json and tokenizer.json, tokenizer.model or vocab.json + merges.txt.
         template: name of an InternVL template (`template_names`); None takes the folder's own chat template.
-        slow: take the slow tokenizer's files where there are both, as code for original checkpoints does.
+        original: as code for original checkpoints does, take the slow tokenizer's files where there are both, and add
+            InternVL's nine image tokens where the vocabulary lacks them.
 
     Raises:
         ValueError: a file is missing or not of these kinds.
@@ -38,10 +41,10 @@ def load_tokenizer(folder: str | Path, *, template: str | None = None, slow: boo
     folder = Path(folder)
     settings = read_settings(folder)
     declared = added_tokens(folder, settings)
-    backend, begins = build_backend(folder, settings, declared, slow)
-    present = backend.get_vocab()
-    image_tokens = [AddedToken(token, special=True) for token in IMAGE_TOKENS if token not in present]
-    backend.add_special_tokens(image_tokens)
+    backend, begins = build_backend(folder, settings, declared, slow=original)
+    if original:
+        present = backend.get_vocab()
+        backend.add_special_tokens([AddedToken(token) for token in IMAGE_TOKENS if token not in present])
     named = {role: content_of(settings[role]) for role in ROLES if settings.get(role)}
     chat_template = read_template(folder, settings) if template is None else named_template(template, begins)
     return PreTrainedTokenizerFast(
@@ -79,7 +82,7 @@ def content_of(token: str | dict) -> str:
     return token if isinstance(token, str) else token["content"]
 
 
-def build_backend(folder: Path, settings: dict, added: dict[int, AddedToken], slow: bool) -> tuple[Tokenizer, bool]:
+def build_backend(folder: Path, settings: dict, added: dict[int, AddedToken], *, slow: bool) -> tuple[Tokenizer, bool]:
     """The fast tokenizer and whether its sequences begin with the bos token."""
     fast, sentencepiece = folder / "tokenizer.json", folder / "tokenizer.model"
     if fast.is_file() and not (slow and sentencepiece.is_file()):

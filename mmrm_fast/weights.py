@@ -1,25 +1,29 @@
-"""Checkpoint folders in and out: native transformers InternVL plus `score.weight`, safetensors only, no remote code."""
+"""Checkpoint folders in and out: native transformers InternVL or original `internvl_chat`, no remote code.
+
+The model is built without weights and filled tensor by tensor, so that loading never holds two copies of them; a model
+that is already sharded is filled with this rank's rows alone.
+"""
 
 import json
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from torch import Tensor
 from transformers import InternVLConfig, InternVLModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
+from mmrm_fast import convert
 from mmrm_fast.config import TrainConfig
+from mmrm_fast.convert import SCORE
 from mmrm_fast.images import NORMALIZATION, Compat, Tiling, mean_colour
 from mmrm_fast.model import RewardModel
+from mmrm_fast.parameters import ORIGINAL, load_weights, native_name, read_json, read_tensors
 from mmrm_fast.prompt import PromptEncoder
+from mmrm_fast.rope import rope_regime
+from mmrm_fast.tensors import stored_names, write_tensors
 from mmrm_fast.tokenizer import load_tokenizer
 
-WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
-SCORE = "score.weight"
-PROCESSOR = "preprocessor_config.json"
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 MAX_LENGTH = 4096
 
 
@@ -41,7 +45,11 @@ class Checkpoint:
     def prompt_encoder(self) -> PromptEncoder:
         """The encoder for this checkpoint's records."""
         return PromptEncoder(
-            self.tokenizer, tokens_per_tile=self.tokens_per_tile, max_length=self.max_length, compat=self.compat
+            self.tokenizer,
+            tokens_per_tile=self.tokens_per_tile,
+            max_length=self.max_length,
+            compat=self.compat,
+            rope_regime=rope_regime(self.model.model.config.text_config),
         )
 
 
@@ -53,84 +61,118 @@ def load_checkpoint(
     max_tiles: int | None = None,
     compat: Compat = None,
     with_weights: bool = True,
+    proxy: bool = False,
 ) -> Checkpoint:
-    """Load a native `internvl` folder; a folder without `score.weight` gets a new score head.
+    """Load a folder; one without `score.weight` gets a new score head.
 
     Args:
-        folder: a local folder with config.json, safetensors, tokenizer and preprocessor_config.json.
+        folder: a local folder, native (`internvl`) or original (`internvl_chat`), with safetensors and tokenizer.
         dtype: of the weights.
-        max_length, max_tiles: override what the folder says.
+        max_length, max_tiles: override what the folder says. A sliding window caps `max_length`: within it sliding
+            attention is plain attention.
         compat: `reference` prepares texts and pictures as the reference implementation does.
-        with_weights: False leaves the model on the meta device; the folder needs no weights.
+        proxy: load the text-only branch that the reference implementation saves beside the main one.
+        with_weights: False leaves the model on the meta device, for `parameters.load_weights` to fill once it is
+            sharded; the folder needs no weights.
 
     Raises:
         ValueError: not such a folder; the message says what is missing.
     """
     folder = Path(folder)
-    processor = read_json(folder / PROCESSOR)
-    mean, std = (tuple(processor.get(key, default)) for key, default in image_statistics().items())
-    with torch.device("cpu" if with_weights else "meta"):
-        backbone = load_backbone(folder, dtype) if with_weights else InternVLModel(read_config(folder)).to(dtype)
-        model = RewardModel(backbone, mean, std)
-    score = read_score(folder) if with_weights else None
-    if score is not None:
-        model.score.weight.data.copy_(score)
-    tokenizer = load_tokenizer(folder)
-    config = backbone.config
-    return Checkpoint(
-        model=model,
-        tokenizer=tokenizer,
-        tiling=replace(read_tiling(processor, config.vision_config.image_size[0], max_tiles), compat=compat),
-        tokens_per_tile=tokens_per_tile(config),
-        max_length=max_length or min(tokenizer.model_max_length, MAX_LENGTH),
-    )
-
-
-def read_config(folder: Path) -> InternVLConfig:
-    """The config of a native InternVL checkpoint. Raises `ValueError` for any other."""
     settings = read_json(folder / "config.json")
-    if settings.get("model_type") != "internvl":
-        raise ValueError(f"{folder}: model_type is not `internvl`; expected a transformers InternVL checkpoint")
-    return InternVLConfig.from_dict(settings)
+    is_original = check_type(folder, settings) == ORIGINAL
+    if with_weights:
+        stored_names(folder)
+    tokenizer = folder_tokenizer(folder, settings)
+    config = read_config(folder, tokenizer)
+    processor = original_processor(settings) if is_original else read_processor(folder)
+    tiling = read_tiling(processor, config.vision_config.image_size[0], max_tiles, compat)
+    mean, std = (tuple(processor.get(key, default)) for key, default in image_statistics().items())
+    checkpoint = Checkpoint(
+        model=empty_model(config, dtype, mean, std),
+        tokenizer=tokenizer,
+        tiling=tiling,
+        tokens_per_tile=tokens_per_tile(config, tiling.tile_size),
+        max_length=within_window(max_length or min(tokenizer.model_max_length, MAX_LENGTH), config),
+    )
+    if with_weights:
+        load_weights(checkpoint.model, folder, proxy=proxy)
+    return checkpoint
 
 
-def check_folder(folder: Path) -> None:
-    """Raise `ValueError` unless the folder looks like a native InternVL checkpoint with safetensors."""
-    read_config(folder)
-    if not any((folder / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX)):
-        raise ValueError(f"{folder}: no {WEIGHTS}; weights are read from safetensors only")
+def check_type(folder: Path, settings: dict) -> str:
+    """config.json's model type. Raises `ValueError` unless it is one that loads."""
+    kind = settings.get("model_type")
+    if kind not in ("internvl", ORIGINAL):
+        raise ValueError(f"{folder}: model_type is {kind!r}; expected `internvl` or the original `internvl_chat`")
+    return kind
+
+
+def folder_tokenizer(folder: Path, settings: dict) -> PreTrainedTokenizerBase:
+    """The tokenizer of either kind of folder."""
+    if settings["model_type"] == ORIGINAL:
+        return load_tokenizer(folder, template=settings.get("template"), original=True)
+    return load_tokenizer(folder)
+
+
+def read_config(folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> InternVLConfig:
+    """The native config of either kind of folder, with room for every token of its tokenizer. Raises `ValueError`."""
+    settings = read_json(folder / "config.json")
+    is_original = check_type(folder, settings) == ORIGINAL
+    try:
+        if is_original:
+            tokenizer = tokenizer or folder_tokenizer(folder, settings)
+            rows = max(settings["llm_config"].get("vocab_size", 0), len(tokenizer))
+            image_token = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+            return convert.native_config(settings, vocab_size=rows, image_token_id=image_token)
+        config = InternVLConfig.from_dict(settings)
+    except KeyError as error:
+        raise ValueError(f"{folder}/config.json: lacks {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{folder}/config.json: {error}") from None
+    config.text_config.vocab_size = max(config.text_config.vocab_size, len(tokenizer or ()))
+    return config
+
+
+def within_window(max_length: int, config: InternVLConfig) -> int:
+    """`max_length`, at most the LLM's sliding window."""
+    return min(max_length, getattr(config.text_config, "sliding_window", None) or max_length)
+
+
+def empty_model(config: InternVLConfig, dtype: torch.dtype, mean: tuple, std: tuple) -> RewardModel:
+    """The model on the meta device, in evaluation mode."""
+    with torch.device("meta"):
+        return RewardModel(InternVLModel(config).to(dtype), mean, std).eval()
 
 
 def require_reward_model(folder: str | Path) -> None:
     """Raise `ValueError` unless the folder is a checkpoint with a score head."""
-    check_folder(Path(folder))
-    if read_score(Path(folder)) is None:
+    folder = Path(folder)
+    check_type(folder, read_json(folder / "config.json"))
+    if SCORE not in read_tensors(folder):
         raise ValueError(f"{folder}: no `{SCORE}`: this is not a reward model, train one first")
 
 
-def load_backbone(folder: Path, dtype: torch.dtype) -> InternVLModel:
-    """transformers' own model; every weight must be there, in its shape."""
-    check_folder(folder)
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # transformers would report score.weight as unexpected
-    try:
-        model, report = InternVLModel.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
-    finally:
-        logging.set_verbosity(verbosity)
-    for problem in ("missing_keys", "mismatched_keys"):
-        if report[problem]:
-            first = sorted(map(str, report[problem]))[0]
-            raise ValueError(f"{folder}: {len(report[problem])} {problem.replace('_', ' ')}, such as {first}")
-    return model
+def read_processor(folder: Path) -> dict:
+    """A native folder's image processor settings."""
+    for name in PROCESSORS:
+        if (folder / name).is_file():
+            settings = read_json(folder / name)
+            return settings.get("image_processor", settings)
+    raise ValueError(f"{folder}: no {PROCESSORS[0]}; expected a folder that transformers' save_pretrained wrote")
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object from a file of a checkpoint folder."""
-    if not path.is_file():
-        raise ValueError(f"{path.parent}: no {path.name}; expected a folder that transformers' save_pretrained wrote")
-    return json.loads(path.read_text())
+def original_processor(settings: dict) -> dict:
+    """An original config's image settings in the names of transformers' processor (and two it has not)."""
+    side = convert.tile_size(settings)
+    return {
+        "crop_to_patches": settings.get("dynamic_image_size", False),
+        "min_patches": settings.get("min_dynamic_patch", 1),
+        "max_patches": settings.get("max_dynamic_patch", 6),
+        "size": {"height": side, "width": side},
+        "use_thumbnail": settings.get("use_thumbnail", False),
+        "pad2square": settings.get("pad2square", False),
+    }
 
 
 def image_statistics() -> dict[str, tuple[float, ...]]:
@@ -138,33 +180,29 @@ def image_statistics() -> dict[str, tuple[float, ...]]:
     return dict(zip(("image_mean", "image_std"), NORMALIZATION["imagenet"], strict=True))
 
 
-def read_tiling(processor: dict, tile_size: int, max_tiles: int | None) -> Tiling:
-    """The tiling that the processor settings describe (transformers adds the thumbnail by itself)."""
+def read_tiling(processor: dict, image_size: int, max_tiles: int | None, compat: Compat) -> Tiling:
+    """The tiling that processor settings describe; transformers adds the thumbnail unless `use_thumbnail` is false."""
     cropped = processor.get("crop_to_patches", True)
     limit = max_tiles or (processor.get("max_patches", 12) if cropped else 1)
-    return Tiling(tile_size, min(processor.get("min_patches", 1), limit), limit)
+    mean = processor.get("image_mean", image_statistics()["image_mean"])
+    return Tiling(
+        tile_size=(processor.get("size") or {}).get("height", image_size),
+        min_tiles=min(processor.get("min_patches", 1), limit),
+        max_tiles=limit,
+        thumbnail=processor.get("use_thumbnail", True),
+        pad2square=processor.get("pad2square", False),
+        pad_colour=tuple(int(value * 255) for value in mean),
+        compat=compat,
+    )
 
 
-def tokens_per_tile(config) -> int:
+def tokens_per_tile(config: InternVLConfig, tile_size: int) -> int:
     """Image tokens of a tile: patches after the pixel shuffle."""
-    vision = config.vision_config
-    patches = math.prod(size // patch for size, patch in zip(vision.image_size, vision.patch_size, strict=True))
-    return int(patches * config.downsample_ratio**2)
+    return int((tile_size // config.vision_config.patch_size[0]) ** 2 * config.downsample_ratio**2)
 
 
-def read_score(folder: Path) -> torch.Tensor | None:
-    """`score.weight` [1, D] of a reward model's folder, None where there is none."""
-    index = folder / WEIGHTS_INDEX
-    name = json.loads(index.read_text())["weight_map"].get(SCORE) if index.is_file() else WEIGHTS
-    if name is None or Path(name).name != name:
-        return None
-    with safe_open(folder / name, "pt") as file:
-        names = file.keys()
-        return file.get_tensor(SCORE) if SCORE in names else None
-
-
-def save_checkpoint(folder: str | Path, checkpoint: Checkpoint, state: dict[str, torch.Tensor] | None = None) -> None:
-    """Write a folder that `load_checkpoint` reads, weights bit for bit.
+def save_checkpoint(folder: str | Path, checkpoint: Checkpoint, state: dict[str, Tensor] | None = None) -> None:
+    """Write a native folder that `load_checkpoint` reads, weights bit for bit, in shards where they are large.
 
     Args:
         folder: created; its files are replaced.
@@ -174,19 +212,32 @@ def save_checkpoint(folder: str | Path, checkpoint: Checkpoint, state: dict[str,
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = state or checkpoint.model.state_dict()
-    state = {name.removeprefix("model."): value.contiguous() for name, value in state.items()}
-    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    state = {native_name(name): value for name, value in state.items()}
+    write_tensors(folder, state.items(), {name: value.nbytes for name, value in state.items()})
+    save_settings(folder, checkpoint)
+
+
+def save_settings(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write everything of a native folder but the weights."""
     config = checkpoint.model.model.config
     config.num_labels = config.text_config.num_labels = 1
     config.problem_type = "regression"
     config.save_pretrained(folder)
+    save_tokenizer(folder, checkpoint)
+    (folder / PROCESSORS[0]).write_text(json.dumps(processor_settings(checkpoint), indent=2) + "\n")
+
+
+def save_tokenizer(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write the tokenizer under the class name that transformers 4 and 5 both know."""
     checkpoint.tokenizer.model_max_length = checkpoint.max_length
     checkpoint.tokenizer.save_pretrained(folder)
-    (folder / PROCESSOR).write_text(json.dumps(processor_settings(checkpoint), indent=2) + "\n")
+    path = folder / "tokenizer_config.json"
+    settings = {**read_json(path), "tokenizer_class": "PreTrainedTokenizerFast"}
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def processor_settings(checkpoint: Checkpoint) -> dict:
-    """The image processor settings in transformers' own names."""
+    """The image processor settings in transformers' own names, and two that it has not."""
     tiling, model = checkpoint.tiling, checkpoint.model
     return {
         "image_processor_type": "GotOcr2ImageProcessor",
@@ -197,6 +248,8 @@ def processor_settings(checkpoint: Checkpoint) -> dict:
         "size": {"height": tiling.tile_size, "width": tiling.tile_size},
         "image_mean": list(model.pixel_mean),
         "image_std": list(model.pixel_std),
+        "use_thumbnail": tiling.thumbnail,
+        "pad2square": tiling.pad2square,
     }
 
 

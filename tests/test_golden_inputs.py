@@ -28,7 +28,7 @@ def name(request):
 @pytest.fixture
 def open_golden(name):
     def make(file="records.jsonl", max_length=4096, **options):
-        tokenizer = load_tokenizer(GOLDEN / name / "checkpoint", template=TEMPLATES[name], slow=True)
+        tokenizer = load_tokenizer(GOLDEN / name / "checkpoint", template=TEMPLATES[name], original=True)
         encoder = PromptEncoder(tokenizer, tokens_per_tile=4, max_length=max_length, compat="reference")
         return GroupDataset([open_records(GOLDEN / name / file)], encoder, TILING, **options)
 

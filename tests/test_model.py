@@ -86,17 +86,50 @@ def test_tower_with_a_final_norm_and_without_positions(make_model):
     torch.testing.assert_close(model.image_features(tiles), transformers_features(model, tiles), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("layer", [-1, -2, -3, 0, 1, 2])
+def test_any_layer_of_the_tower_may_be_read(make_model, layer):
+    model, tiles = make_model(torch.float32), random_tiles(2)
+    backbone = model.model
+    backbone.config.vision_feature_layer = layer
+    model, tower = RewardModel(backbone, *NORMALIZATION["imagenet"]), backbone.vision_tower
+    hidden = [tower.embeddings(normalize(tiles, model.pixel_mean, model.pixel_std, torch.float32))]
+    for block in tower.encoder.layer:
+        hidden.append(block(hidden[-1]))
+    grid = hidden[layer][:, 1:].unflatten(1, (4, 4))
+    expected = backbone.multi_modal_projector(backbone.pixel_shuffle(grid, 0.5).flatten(0, 2))
+    torch.testing.assert_close(model.image_features(tiles), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("ratio", [0.25, 1.0])
+def test_other_pixel_shuffles_are_those_of_transformers(make_model, ratio):
+    backbone, tiles = make_model(torch.float32).model, random_tiles(2)
+    backbone.config.downsample_ratio = ratio
+    torch.manual_seed(0)
+    backbone.multi_modal_projector = type(backbone.multi_modal_projector)(backbone.config)
+    model = RewardModel(backbone, *NORMALIZATION["imagenet"])
+    torch.testing.assert_close(model.image_features(tiles), transformers_features(model, tiles), rtol=1e-5, atol=1e-5)
+
+
+def test_the_first_pixel_shuffle_leaves_the_grid_transposed(make_model):
+    backbone, tiles = make_model(torch.float32).model, random_tiles(2, 112)
+    expected = transformers_features(RewardModel(backbone, *NORMALIZATION["imagenet"]), tiles)
+    backbone.config.internvl_chat = {"ps_version": "v1"}
+    features = RewardModel(backbone, *NORMALIZATION["imagenet"]).image_features(tiles)
+    expected = expected.unflatten(0, (2, 4, 4)).transpose(1, 2).flatten(0, 2)
+    torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("part", "name", "value", "message"),
     [
-        ("model", "vision_feature_layer", -2, "vision_feature_layer must be -1, got -2"),
-        ("model", "vision_feature_layer", [-1, -2], r"got \[-1, -2\]"),
+        ("model", "vision_feature_layer", 3, "vision_feature_layer must be one layer of 2, got 3"),
+        ("model", "vision_feature_layer", [-1, -2], r"one layer of 2, got \[-1, -2\]"),
         ("model", "vision_feature_select_strategy", "full", "must be 'default', got 'full'"),
-        ("model", "downsample_ratio", 0.25, "downsample_ratio must be 0.5, got 0.25"),
+        ("model", "downsample_ratio", 0.3, "multiple of 3.33333 patches of 14 pixels, got 56"),
         ("vision", "num_channels", 1, "num_channels must be 3, got 1"),
         ("vision", "image_size", (56, 112), "image_size must be square, got 56 x 112"),
         ("vision", "patch_size", (14, 7), "patch_size must be square, got 14 x 7"),
-        ("vision", "image_size", (42, 42), "image_size must be an even number of patches of 14 pixels, got 42"),
+        ("vision", "image_size", (42, 42), "image_size must be a multiple of 2 patches of 14 pixels, got 42"),
     ],
 )
 def test_unsupported_vision_is_refused(make_model, part, name, value, message):

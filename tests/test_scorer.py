@@ -3,12 +3,14 @@
 import base64
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from mmrm_fast.images import Tiling
 from mmrm_fast.records import Group, RecordError
 from mmrm_fast.scorer import Scored, Scorer
 from mmrm_fast.weights import load_checkpoint, save_checkpoint
@@ -170,11 +172,12 @@ def test_a_saved_model_comes_back_bit_for_bit(make_checkpoint, tmp_path, dtype):
     before, after = saved.model.state_dict(), loaded.model.state_dict()
     assert before.keys() == after.keys()
     assert all(before[name].dtype == after[name].dtype for name in before)
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
 
 
 def test_a_saved_folder_remembers_how_records_are_read(make_checkpoint, tmp_path):
-    saved = make_checkpoint(max_length=300, max_tiles=4)
+    tiling = Tiling(56, 1, 4, thumbnail=False, pad2square=True, pad_colour=(127, 102, 76))
+    saved = replace(make_checkpoint(max_length=300), tiling=tiling)
     saved.model.pixel_mean, saved.model.pixel_std = (0.5, 0.4, 0.3), (0.3, 0.2, 0.1)
     save_checkpoint(tmp_path / "model", saved)
     loaded = load_checkpoint(tmp_path / "model")
@@ -205,7 +208,7 @@ def test_a_folder_without_a_score_weight_is_refused(checkpoint, tmp_path):
 def test_a_folder_of_another_kind_of_model_is_refused(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "qwen2"}))
-    with pytest.raises(ValueError, match="model_type is not `internvl`"):
+    with pytest.raises(ValueError, match=r"model_type is .qwen2.; expected `internvl`"):
         Scorer.from_pretrained(folder, "cpu")
 
 
@@ -221,5 +224,5 @@ def test_a_folder_with_a_weight_missing_is_refused(checkpoint, tmp_path):
     name = next(name for name in state if "q_proj" in name and "language" in name)
     del state[name]
     save_checkpoint(tmp_path / "model", checkpoint, state)
-    with pytest.raises(ValueError, match="missing keys"):
+    with pytest.raises(ValueError, match=r"no tensor language_model.*q_proj.weight, expected \[32, 32\]"):
         Scorer.from_pretrained(tmp_path / "model", "cpu")

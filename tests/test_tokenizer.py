@@ -41,7 +41,7 @@ def texts(count):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_ids_are_those_of_the_reference(name):
-    tokenizer = load_tokenizer(GOLDEN / name / "checkpoint", template=TEMPLATES[name], slow=True)
+    tokenizer = load_tokenizer(GOLDEN / name / "checkpoint", template=TEMPLATES[name], original=True)
     records = [json.loads(line) for line in (GOLDEN / name / "records.jsonl").read_text().splitlines()]
     items = json.loads((GOLDEN / name / "expected.json").read_text())["items"]
     assert len(items) == 17
@@ -57,14 +57,14 @@ def test_ids_are_those_of_the_reference(name):
 
 def test_sentencepiece_ids_are_those_of_sentencepiece():
     slow = sentencepiece.SentencePieceProcessor(model_file=str(SENTENCEPIECE / "tokenizer.model"))
-    fast = load_tokenizer(SENTENCEPIECE, template="internlm2-chat", slow=True)
+    fast = load_tokenizer(SENTENCEPIECE, template="internlm2-chat", original=True)
     for text in texts(3_000):
         assert fast.encode(text, add_special_tokens=False) == slow.encode(text), repr(text)
 
 
 def test_runs_between_special_tokens_begin_anew():
     slow = sentencepiece.SentencePieceProcessor(model_file=str(SENTENCEPIECE / "tokenizer.model"))
-    fast = load_tokenizer(SENTENCEPIECE, template="internlm2-chat", slow=True)
+    fast = load_tokenizer(SENTENCEPIECE, template="internlm2-chat", original=True)
     end = fast.convert_tokens_to_ids("<|im_end|>")
     assert end == slow.piece_to_id("[UNUSED_TOKEN_145]")
     expected = [*slow.encode("a circle"), end, *slow.encode("\n b")]
@@ -84,7 +84,7 @@ def phi3(tmp_path):
 
 
 def test_phi3_has_no_prefix_space_and_swallows_white_space_after_special_tokens(phi3):
-    tokenizer = load_tokenizer(phi3, template="phi3-chat", slow=True)
+    tokenizer = load_tokenizer(phi3, template="phi3-chat", original=True)
     ids = tokenizer.encode("<|user|>\n the<|end|>", add_special_tokens=False)
     assert tokenizer.convert_ids_to_tokens(ids) == ["<|user|>", "t", "he", "<|end|>"]
     rendered = tokenizer.apply_chat_template([{"role": "user", "content": "Q"}], tokenize=False)
@@ -92,13 +92,13 @@ def test_phi3_has_no_prefix_space_and_swallows_white_space_after_special_tokens(
 
 
 def test_missing_image_tokens_are_added_in_their_order(phi3):
-    tokenizer = load_tokenizer(phi3, template="phi3-chat", slow=True)
+    tokenizer = load_tokenizer(phi3, template="phi3-chat", original=True)
     ids = tokenizer.convert_tokens_to_ids(list(IMAGE_TOKENS))
     assert ids == list(range(len(tokenizer) - 9, len(tokenizer)))
 
 
 def test_a_saved_tokenizer_loads_with_the_same_ids(tmp_path):
-    tokenizer = load_tokenizer(SENTENCEPIECE, template="internlm2-chat", slow=True)
+    tokenizer = load_tokenizer(SENTENCEPIECE, template="internlm2-chat", original=True)
     tokenizer.save_pretrained(tmp_path)
     again = load_tokenizer(tmp_path)
     assert again.chat_template == tokenizer.chat_template and len(again) == len(tokenizer)
@@ -108,7 +108,7 @@ def test_a_saved_tokenizer_loads_with_the_same_ids(tmp_path):
 
 @pytest.mark.parametrize("name", [name for name in template_names() if name != "internvl_zh"])
 def test_templates_take_a_system_prompt_and_several_turns(name):
-    tokenizer = load_tokenizer(SENTENCEPIECE, template=name, slow=True)
+    tokenizer = load_tokenizer(SENTENCEPIECE, template=name, original=True)
     turns = [("system", "S"), ("user", "Q"), ("assistant", "A"), ("user", "Q2")]
     messages = [{"role": role, "content": content} for role, content in turns]
     rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -118,7 +118,7 @@ def test_templates_take_a_system_prompt_and_several_turns(name):
 
 
 def test_the_oldest_template_has_no_system_prompt():
-    tokenizer = load_tokenizer(SENTENCEPIECE, template="internvl_zh", slow=True)
+    tokenizer = load_tokenizer(SENTENCEPIECE, template="internvl_zh", original=True)
     messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
     assert tokenizer.apply_chat_template(messages, tokenize=False) == "<s> <human>: Q <bot>: A</s>"
 
@@ -134,9 +134,9 @@ def test_the_oldest_template_has_no_system_prompt():
 def test_what_is_wrong_with_a_folder_is_said(phi3, break_it, message):
     break_it(phi3)
     with pytest.raises(ValueError, match=message):
-        load_tokenizer(phi3, template="phi3-chat", slow=True)
+        load_tokenizer(phi3, template="phi3-chat", original=True)
 
 
 def test_an_unknown_template_is_named_with_those_there_are(phi3):
     with pytest.raises(ValueError, match="'vicuna' is not one of Hermes-2, internlm2-chat"):
-        load_tokenizer(phi3, template="vicuna", slow=True)
+        load_tokenizer(phi3, template="vicuna", original=True)

@@ -1,0 +1,155 @@
+"""Safetensors of a checkpoint folder: found by name, read by rows, written in shards. Nothing else is ever opened."""
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from itertools import islice
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+PICKLE_REMEDY = (
+    'python -c "import torch; from safetensors.torch import save_file as s;'
+    " s({k: v.contiguous().clone() for k, v in torch.load('pytorch_model.bin', weights_only=True).items()},"
+    " 'model.safetensors')\""
+)
+SHARD_BYTES = 5 * 10**9
+LORA = re.compile(r"\.lora_([AB])(?:\.\w+)?\.weight$")
+
+
+class TensorFolder:
+    """The tensors of a folder's safetensors files, under the names that `rename` gives them.
+
+    LoRA adapters of peft (`lora_A`, `lora_B` beside `base_layer`) are added to the weights they adapt as rows are read.
+
+    Args:
+        folder: a local folder.
+        rename: a stored name to the name it goes by; None leaves the tensor out.
+        lora_scale: alpha / rank of adapters.
+
+    Raises:
+        ValueError: no safetensors, or an index that names a file outside of the folder.
+    """
+
+    def __init__(
+        self, folder: Path, rename: Callable[[str], str | None] = lambda name: name, *, lora_scale: float = 1.0
+    ):
+        self.folder, self.lora_scale, self.files = folder, lora_scale, {}
+        self.places: dict[str, tuple[str, str]] = {}  # name: file, stored name
+        self.adapters: dict[str, dict[str, tuple[str, str]]] = {}  # adapted name: "A" or "B": file, stored name
+        for stored, file in stored_names(folder).items():
+            adapter = LORA.search(stored)
+            name = rename(without_peft(LORA.sub(".weight", stored)))
+            if name is None or ".original_module." in stored:
+                continue
+            if adapter:
+                self.adapters.setdefault(name, {})[adapter[1]] = (file, stored)
+            else:
+                self.places[name] = (file, stored)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.places
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, without reading it."""
+        return tuple(self.slice(*self.places[name]).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype a tensor is stored in."""
+        return self.slice(*self.places[name])[:0].dtype
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` of a tensor, adapters added in fp32."""
+        rows = self.slice(*self.places[name])[start:stop]
+        adapter = self.adapters.get(name)
+        if adapter is None:
+            return rows
+        a, b = self.slice(*adapter["A"])[:], self.slice(*adapter["B"])[start:stop]
+        return rows.float() + self.lora_scale * (b.float() @ a.float())
+
+    def whole(self, name: str) -> Tensor:
+        """A whole tensor."""
+        return self.rows(name, 0, self.shape(name)[0])
+
+    def slice(self, file: str, stored: str):
+        """safetensors' lazy slice of a stored tensor."""
+        if file not in self.files:
+            self.files[file] = open_tensors(self.folder / file)
+        return self.files[file].get_slice(stored)
+
+
+def open_tensors(path: Path):
+    """safetensors' reader of a file. Raises `ValueError` for what is not one."""
+    try:
+        return safe_open(path, "pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file: {error}") from None
+
+
+def stored_names(folder: Path) -> dict[str, str]:
+    """Stored tensor names of a folder and the file that holds each. Raises `ValueError`, see `TensorFolder`."""
+    index, single = folder / WEIGHTS_INDEX, folder / WEIGHTS
+    if index.is_file():
+        names = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {})
+        for file in set(names.values()):
+            if Path(file).name != file or not file.endswith(".safetensors"):
+                raise ValueError(f"{index}: names the file {file!r}; expected a safetensors file of this folder")
+            if not (folder / file).is_file():
+                raise ValueError(f"{index}: names {file}, which is not there")
+        return names
+    if single.is_file():
+        return dict.fromkeys(open_tensors(single).keys(), WEIGHTS)
+    for name in PICKLES:
+        if (folder / name).is_file():
+            raise ValueError(f"{folder}: {name} is a pickle, which can run code; convert it there: {PICKLE_REMEDY}")
+    raise ValueError(f"{folder}: no {WEIGHTS}; weights are read from safetensors only")
+
+
+def without_peft(name: str) -> str:
+    """A name without what peft's wrappers put into it."""
+    for part in ("base_model.model.", "base_layer.", "modules_to_save.default."):
+        name = name.replace(part, "")
+    return name
+
+
+def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], sizes: dict[str, int]) -> None:
+    """Write tensors as one safetensors file, or as shards of at most `SHARD_BYTES` with an index, one at a time.
+
+    Args:
+        folder: exists; its former weights are removed.
+        tensors: names and values, in the order of `sizes`.
+        sizes: bytes of each.
+    """
+    for path in (*folder.glob("model-*-of-*.safetensors"), folder / WEIGHTS, folder / WEIGHTS_INDEX):
+        path.unlink(missing_ok=True)
+    shards = cut_shards(sizes, SHARD_BYTES)
+    stream = iter(tensors)
+    weight_map = {}
+    for number, names in enumerate(shards, 1):
+        file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        shard = {name: value.contiguous() for name, value in islice(stream, len(names))}
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # safetensors would leave it to its owner
+        weight_map |= dict.fromkeys(names, file)
+    assert next(stream, None) is None, "more tensors than sizes"
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def cut_shards(sizes: dict[str, int], shard_bytes: int) -> list[list[str]]:
+    """Consecutive names whose sizes sum to at most `shard_bytes`; a larger one stands alone."""
+    shards: list[list[str]] = [[]]
+    total = 0
+    for name, size in sizes.items():
+        if shards[-1] and total + size > shard_bytes:
+            shards.append([])
+            total = 0
+        shards[-1].append(name)
+        total += size
+    return shards
