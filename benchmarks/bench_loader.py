@@ -33,7 +33,7 @@ def case_rows(options: Options) -> Iterator[Row]:
     order = np.random.default_rng(0).permutation(len(dataset))[:RECORDS]
     sides = [partial(one_pass, dataset, order, workers) for workers in (2, 0)]
     results = [side() for side in sides]
-    timings = interleaved(sides, repeats=options.repeats, min_seconds=0)
+    timings = interleaved(sides, repeats=options.model_repeats, min_seconds=0)
     yield make_row(
         "loader", "loader shapes, 2 workers", "uint8", ours=timings[0], baseline="1 process", theirs=timings[1],
         checks=[Check(float(results[0] != results[1]), 0)],

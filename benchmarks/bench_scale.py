@@ -41,7 +41,7 @@ def pair_rows(size: int, options: Options) -> Iterator[Row]:
     model = cast(make_model(records.sizes), torch.float32, options.device)
     side = our_side(records.pack().to(options.device), [model], "paper")
     side.step()
-    (timing,) = interleaved([side.step], repeats=options.repeats, min_seconds=0)
+    (timing,) = interleaved([side.step], repeats=options.model_repeats, min_seconds=0)
     yield alone(
         f"train-step {size} pairs", timing.median, options, axis="pairs a step", size=size, spread=timing.spread
     )

@@ -58,7 +58,9 @@ def case_rows(
             sides[name] = partial(padded_rewards, kind(model.model, model.score.weight).eval(), batches)
     results = {name: side() for name, side in sides.items()}
     peaks = {name: peak_bytes(side) for name, side in sides.items()}
-    timings = dict(zip(sides, interleaved(list(sides.values()), repeats=options.repeats, min_seconds=0), strict=True))
+    timings = dict(
+        zip(sides, interleaved(list(sides.values()), repeats=options.model_repeats, min_seconds=0), strict=True)
+    )
     work = batch_work(Sizes.of(model.model.config), batch, trained=False)
     fraction = bound_seconds(work, dtype, device) / timings["ours"].median
     exact = exact_rewards(model, batch) if dtype != torch.float32 else None

@@ -74,7 +74,7 @@ class Side:
 
 
 def cases(options: Options) -> Iterator[Case]:
-    """Standard, robust with both proxies, K-wise; in fp32 and bf16."""
+    """Standard, robust with both proxies, K-wise; in fp32 and bf16. `--quick` leaves out the slowest."""
     sizes = geometry(options)
     pairwise = partial(make_records, sizes, PROBE)
     kwise = partial(make_records, sizes, K_WISE, all_pairs=True)
@@ -86,6 +86,8 @@ def cases(options: Options) -> Iterator[Case]:
     ):
         for dtype in DTYPES:
             title = f"train-step {name}"
+            if options.quick and (branch == "text" or (make is kwise and dtype == torch.float32)):
+                continue
             yield Case(f"{title}, {short(dtype)}", partial(case_rows, title, make, branch, dtype, options))
 
 
@@ -101,7 +103,7 @@ def case_rows(title: str, make_records, branch: str | None, dtype: torch.dtype, 
     results = [side.result() for side in sides]
     exact = None if dtype == torch.float32 else exact_side(sides[0], records, branch, device).result()
     peaks = [side.peak_bytes() for side in sides]
-    timings = interleaved([side.step for side in sides], repeats=options.repeats, min_seconds=0)
+    timings = interleaved([side.step for side in sides], repeats=options.model_repeats, min_seconds=0)
     batch = records.pack(with_text=branch is not None, white=branch == "white")
     work = batch_work(Sizes.of(sides[0].modules[0].model.config), batch, trained=True)
     bound = bound_seconds(work, dtype, device)

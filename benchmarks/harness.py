@@ -44,8 +44,13 @@ class Options:
 
     @property
     def repeats(self) -> int:
-        """Timed samples of each side."""
-        return 1 if self.quick else 3 if self.full else 5
+        """Timed samples of each side of an op."""
+        return 1 if self.quick else 5
+
+    @property
+    def model_repeats(self) -> int:
+        """Timed samples of each side of a whole model."""
+        return 1 if self.quick else 3
 
     @property
     def device(self) -> torch.device:
