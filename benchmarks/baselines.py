@@ -17,27 +17,30 @@ from transformers import InternVLModel
 
 @dataclass(frozen=True)
 class PaddedBatch:
-    """Right-padded sequences, each with its own copy of its images, ready for the model."""
+    """Right-padded sequences, each with its own copy of its images, ready for the model.
+
+    No mask: under causal attention nothing sees the padding to its right, and without one SDPA skips half of the work.
+    """
 
     input_ids_RL: Tensor  # int64
-    attention_mask_RL: Tensor  # int64
+    lengths_R: Tensor  # int64
     pixels_ICSS: Tensor | None  # normalised; None for text-only sequences
 
     def forward_arguments(self) -> dict[str, Tensor | None]:
         """The keyword arguments of `InternVLModel`."""
-        return {
-            "input_ids": self.input_ids_RL,
-            "attention_mask": self.attention_mask_RL,
-            "pixel_values": self.pixels_ICSS,
-        }
+        return {"input_ids": self.input_ids_RL, "pixel_values": self.pixels_ICSS}
+
+    def to(self, device: torch.device) -> "PaddedBatch":
+        """The same on a device."""
+        pixels = None if self.pixels_ICSS is None else self.pixels_ICSS.to(device)
+        return PaddedBatch(self.input_ids_RL.to(device), self.lengths_R.to(device), pixels)
 
 
 def pad(sequences: Sequence[np.ndarray], pixels: Sequence[Tensor], image_token_id: int) -> PaddedBatch:
     """Pad token keys (image rows are negative) to their longest; `pixels` are each sequence's tiles [I, 3, S, S]."""
     rows = [torch.from_numpy(np.where(sequence < 0, image_token_id, sequence)) for sequence in sequences]
     input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-    return PaddedBatch(input_ids, mask, torch.cat(list(pixels)) if pixels else None)
+    return PaddedBatch(input_ids, torch.tensor(list(map(len, rows))), torch.cat(list(pixels)) if pixels else None)
 
 
 class PaddedRewardModel(nn.Module):
@@ -51,15 +54,17 @@ class PaddedRewardModel(nn.Module):
     def __init__(self, model: InternVLModel, score_weight_1D: Tensor):
         super().__init__()
         self.model = copy.deepcopy(model)
-        self.model.language_model.set_attn_implementation("sdpa")
+        for part in (self.model.language_model, self.model.vision_tower):
+            if part is not None:
+                part.set_attn_implementation("sdpa")
         self.score = nn.Linear(score_weight_1D.shape[1], 1, bias=False, dtype=score_weight_1D.dtype)
         self.score.weight.data.copy_(score_weight_1D.detach())
 
     def forward(self, batch: PaddedBatch) -> Tensor:
         """Rewards [R]."""
         hidden_RLD = self.hidden(batch)
-        last_R = batch.attention_mask_RL.sum(1) - 1
-        return self.score(hidden_RLD[torch.arange(len(last_R)), last_R])[:, 0]
+        last_RD = hidden_RLD[torch.arange(len(hidden_RLD)), batch.lengths_R - 1]
+        return self.score(last_RD.to(self.score.weight.dtype))[:, 0]
 
     def hidden(self, batch: PaddedBatch) -> Tensor:
         """Last hidden states [R, L, D]."""
@@ -72,7 +77,7 @@ class ReferenceRewardModel(PaddedRewardModel):
     def __init__(self, model: InternVLModel, score_weight_1D: Tensor):
         super().__init__(model, score_weight_1D)
         config = model.config.text_config
-        self.vocabulary_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.vocabulary_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, dtype=model.dtype)
 
     def hidden(self, batch: PaddedBatch) -> Tensor:
         hidden_RLD = super().hidden(batch)
@@ -101,9 +106,15 @@ def robust_loss_and_logs(rewards_R: Tensor, proxy_rewards_R: Tensor, chosen_P: T
     return (sfc * loss + proxy_loss).sum(), sfc.sum(), *right
 
 
-def robust_loss(rewards_R: Tensor, proxy_rewards_R: Tensor, chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
-    """Sum over pairs of `SFC * L + L_t`, SFC detached (Li et al., arXiv 2503.03122), in eager torch."""
+def robust_loss(
+    rewards_R: Tensor, proxy_rewards_R: Tensor, chosen_P: Tensor, rejected_P: Tensor, *, mode: str = "paper"
+) -> Tensor:
+    """Sum over pairs of `SFC * L + L_t`, SFC detached (Li et al., arXiv 2503.03122), in eager torch.
+
+    `mode` is `paper`, or `reference`: the reference implementation's operator precedence.
+    """
     loss = -logsigmoid(rewards_R[chosen_P] - rewards_R[rejected_P])
     proxy_loss = -logsigmoid(proxy_rewards_R[chosen_P] - proxy_rewards_R[rejected_P])
-    sfc = ((5e-8 + proxy_loss) / (1e-7 + loss + proxy_loss)).detach()
-    return (sfc * loss).sum() + proxy_loss.sum()
+    denominator = 1e-7 + loss + proxy_loss
+    sfc = 5e-8 + proxy_loss / denominator if mode == "reference" else (5e-8 + proxy_loss) / denominator
+    return (sfc.detach() * loss).sum() + proxy_loss.sum()

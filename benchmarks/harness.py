@@ -1,4 +1,4 @@
-"""What every benchmark shares: options, rows, interleaved timing, verification, the table and the JSON file.
+"""What every benchmark shares: options, cases, rows, interleaved timing and verification.
 
 A row compares our implementation with one baseline in one process, on the same data and weights. Its results are
 compared in the same run; a speed-up whose results differ is a failed row.
@@ -6,49 +6,64 @@ compared in the same run; a speed-up whose results differ is a failed row.
 
 import ctypes
 import gc
-import json
 import math
 import mmap
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from datetime import date
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
-import transformers
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-RESULTS = Path(__file__).parent / "results"
 MIN_SAMPLE_SECONDS = 0.05
-BYTES_PER_MIB = 1 << 20
+SLOW_SECONDS = 20.0  # a call over it is timed twice at most
 HUGE_PAGE = 1 << 21
+Suite = Literal["ops", "preprocess", "plan", "loader", "train-step", "score", "scale", "end-to-end", "flops"]
 
 
 @dataclass(frozen=True)
 class Options:
     """Benchmarks of mmrm_fast: every row is timed against a baseline and verified against it in the same run."""
 
-    suite: Literal["train-step", "ops", "plan"] | None = None
+    suite: Suite | None = None
     """Run one suite only."""
     quick: bool = False
-    """One repeat of everything."""
+    """One repeat of everything, without the slowest cases."""
     full: bool = False
-    """448-pixel tiles of 256 tokens in the training step, instead of a quarter of every length and half the layers."""
+    """448-pixel tiles of 256 tokens in the model suites, instead of a quarter of every length and half the layers.
+    Finished cases of an unfinished run are not run again."""
     threads: int = 2
     """Threads of torch and of the C++ ops."""
     json: Path | None = None
     """Where the rows go; default benchmarks/results/<date>-<device>.json, with the options above in the name."""
+    compare: Path | None = None
+    """An earlier file of rows: list what is slower now."""
 
     @property
     def repeats(self) -> int:
-        """Timed samples of each side."""
-        return 1 if self.quick else 3 if self.full else 5
+        """Timed samples of each side of an op."""
+        return 1 if self.quick else 5
+
+    @property
+    def model_repeats(self) -> int:
+        """Timed samples of each side of a whole model."""
+        return 1 if self.quick else 3
+
+    @property
+    def device(self) -> torch.device:
+        """The GPU where there is one."""
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Rows that are measured together; `name` is unique in its suite."""
+
+    name: str
+    run: Callable[[], Iterable["Row"]]
 
 
 @dataclass(frozen=True)
@@ -59,17 +74,19 @@ class Row:
     case: str
     device: str
     dtype: str
-    seconds: float  # median of a call
+    seconds: float | None  # median of a call
     baseline: str  # what `baseline_seconds` is the median of
-    baseline_seconds: float
-    ratio: float  # baseline_seconds / seconds
-    spread: float  # (slowest - fastest) / median over the repeats
-    baseline_spread: float
-    verified: bool  # both sides' results are equal within the case's bounds
-    max_error: float | None  # largest relative error of a result; None where that is not finite
+    baseline_seconds: float | None
+    ratio: float | None  # baseline_seconds / seconds
+    spread: float | None = None  # (slowest - fastest) / median over the repeats
+    baseline_spread: float | None = None
+    verified: bool | None = None  # both sides' results are equal within the case's bounds; None where nothing compares
+    max_error: float | None = None  # largest relative error of a result; None where that is not finite
     peak_bytes: int | None = None  # resident memory that a call adds at its peak
     baseline_peak_bytes: int | None = None
     bound_fraction: float | None = None  # a lower bound, which the case's file names, / seconds
+    computed: bool = False  # by formula: nothing was timed
+    details: dict[str, float | str] = field(default_factory=dict)  # what else the case counts, units in the names
 
 
 @dataclass(frozen=True)
@@ -93,14 +110,14 @@ class Check:
 
 
 def make_row(
-    suite: str, case: str, dtype: str, *, ours: Timing, baseline: str, theirs: Timing, checks: Sequence[Check], **peaks
+    suite: str, case: str, dtype: str, *, ours: Timing, baseline: str, theirs: Timing, checks: Sequence[Check], **others
 ) -> Row:
-    """A row from both sides' timings and the checks of their results; `peaks` are its `*peak_bytes`."""
+    """A row from both sides' timings and the checks of their results; `others` are the fields that have a default."""
     errors = [check.error for check in checks]
     return Row(
         suite=suite,
         case=case,
-        device="cpu",
+        device=others.pop("device", "cpu"),
         dtype=dtype,
         seconds=ours.median,
         baseline=baseline,
@@ -110,7 +127,7 @@ def make_row(
         baseline_spread=theirs.spread,
         verified=all(check.passed for check in checks),
         max_error=max(errors, default=0.0) if all(map(math.isfinite, errors)) else None,
-        **peaks,
+        **others,
     )
 
 
@@ -126,7 +143,9 @@ def interleaved(
     """
     numbers = [calls_per_sample(function, min_seconds) for function in functions]
     samples: list[list[float]] = [[] for _ in functions]
-    for _ in range(repeats):
+    for repeat in range(repeats):
+        if repeat >= 2 and max(map(max, samples)) > SLOW_SECONDS:
+            break
         for function, number, seconds in zip(functions, numbers, samples, strict=True):
             seconds.append(time_calls(function, number) / number)
     return [timing(seconds) for seconds in samples]
@@ -154,6 +173,8 @@ def time_calls(function: Callable, number: int) -> float:
     start = time.perf_counter()
     for _ in range(number):
         function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -204,77 +225,3 @@ def resident_bytes(field: str) -> int:
     """`VmRSS` (now) or `VmHWM` (peak) of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
-def environment(options: Options) -> dict[str, str | int]:
-    """What a reader needs to compare two files of results."""
-    return {
-        "date": date.today().isoformat(),
-        "cpu": cpu_name(),
-        "threads": options.threads,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "geometry": "full" if options.full else "reduced",
-        "repeats": options.repeats,
-    }
-
-
-def cpu_name() -> str:
-    """The processor's name as the system gives it."""
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def results_path(options: Options) -> Path:
-    """Where this run's rows go; runs of one day with different options do not overwrite each other."""
-    if options.json is not None:
-        return options.json
-    parts = [date.today().isoformat(), "cpu", options.suite, options.full and "full", options.quick and "quick"]
-    return RESULTS / ("-".join(part for part in parts if part) + ".json")
-
-
-def write_json(path: Path, environment: dict, rows: Iterable[Row]) -> None:
-    """Write the environment and the rows."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"environment": environment, "rows": [asdict(row) for row in rows]}, indent=2)
-    path.write_text(text + "\n", encoding="utf-8")
-
-
-def print_table(console: Console, environment: dict, rows: Sequence[Row]) -> None:
-    """One line a row."""
-    title = " · ".join(f"{name} {value}" for name, value in environment.items())
-    caption = (
-        "times: median ± (slowest - fastest); ratio: baseline / ours; bound: the least it can take / ours;"
-        " MiB: peak of a call; error: relative"
-    )
-    table = Table(title=title, caption=caption)
-    table.add_column("case", overflow="fold", min_width=17)
-    for name in ("ours", "baseline", "ratio", "bound", "MiB", "base MiB", "error"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("verified", no_wrap=True)
-    for row in rows:
-        table.add_row(*cells(row))
-    console.print(table)
-
-
-def cells(row: Row) -> list[str]:
-    """A row as the table shows it."""
-    peaks = (row.peak_bytes, row.baseline_peak_bytes)
-    return [
-        row.case,
-        f"{duration(row.seconds)} ±{row.spread:.0%}",
-        f"{row.baseline} {duration(row.baseline_seconds)} ±{row.baseline_spread:.0%}",
-        f"{row.ratio:.2f}x",
-        "" if row.bound_fraction is None else f"{row.bound_fraction:.0%}",
-        *("" if peak is None else f"{peak / BYTES_PER_MIB:,.0f}" for peak in peaks),
-        "not finite" if row.max_error is None else f"{row.max_error:.1e}",
-        "yes" if row.verified else "[bold red]FAILED[/]",
-    ]
-
-
-def duration(seconds: float) -> str:
-    """Seconds with a unit that leaves three digits before the point at most."""
-    unit, scale = ("s", 1.0) if seconds >= 1 else ("ms", 1e3) if seconds >= 1e-3 else ("µs", 1e6)
-    return f"{seconds * scale:.3g} {unit}"

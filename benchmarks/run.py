@@ -2,7 +2,9 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 # GNU OpenMP's waiting threads otherwise spin without end: one busy neighbour makes a step ten times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -11,22 +13,36 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 import tyro
 from rich.console import Console
+from tqdm import tqdm
 
 from benchmarks import (
+    bench_end_to_end,
+    bench_flops,
+    bench_loader,
     bench_pack_image_tokens,
     bench_pair_loss,
     bench_patchify,
     bench_pixel_shuffle_norm,
     bench_plan_trie,
+    bench_preprocess,
     bench_reward_head,
+    bench_scale,
+    bench_score,
     bench_train_step,
 )
-from benchmarks.harness import Options, environment, print_table, results_path, write_json
+from benchmarks.harness import Case, Options
+from benchmarks.report import ResultFile, environment, plot, print_table, read_rows, regressions, results_path
 
 SUITES = {
     "train-step": (bench_train_step,),
-    "ops": (bench_pair_loss, bench_reward_head, bench_pack_image_tokens, bench_pixel_shuffle_norm, bench_patchify),
+    "score": (bench_score,),
+    "preprocess": (bench_preprocess,),
+    "loader": (bench_loader,),
     "plan": (bench_plan_trie,),
+    "ops": (bench_pair_loss, bench_reward_head, bench_pack_image_tokens, bench_pixel_shuffle_norm, bench_patchify),
+    "scale": (bench_scale,),
+    "end-to-end": (bench_end_to_end,),
+    "flops": (bench_flops,),
 }
 
 
@@ -34,14 +50,35 @@ def main() -> int:
     """Run the suites; returns 1 where a row's results differ from its baseline's."""
     options = tyro.cli(Options)
     torch.set_num_threads(options.threads)
-    console, rows = Console(width=None if sys.stdout.isatty() else 120), []
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    earlier = read_rows(options.compare) if options.compare else []
+    path = results_path(options)
+    results = ResultFile(path, environment(options), resume=options.full)
+    bar = tqdm(list(cases(options)))
+    for name, case in bar:
+        if name not in results.finished:
+            bar.set_description(name)
+            results.add(name, list(case.run()))
+    print_table(console, results.environment, results.rows)
+    for line in regressions(results.rows, earlier):
+        console.print(f"slower: {line}")
+    print(*[path, *plot(path, results.environment, results.rows)], sep="\n")
+    return 0 if all(row.verified is not False for row in results.rows) else 1
+
+
+def cases(options: Options) -> Iterator[tuple[str, Case]]:
+    """Every case of the suites that are asked for, with a name that no other has."""
     for suite in [options.suite] if options.suite else SUITES:
-        with console.status(f"{suite} ..."):
-            for bench in SUITES[suite]:
-                rows.extend(bench.rows(options))
-    print_table(console, environment(options), rows)
-    write_json(results_path(options), environment(options), rows)
-    return 0 if all(row.verified for row in rows) else 1
+        for bench in SUITES[suite]:
+            for case in cases_of(bench, options):
+                yield f"{suite}: {case.name}", case
+
+
+def cases_of(bench: ModuleType, options: Options) -> list[Case]:
+    """A module's cases; one of ops is a single case."""
+    if hasattr(bench, "cases"):
+        return list(bench.cases(options))
+    return [Case(bench.__name__.rpartition("bench_")[2], lambda: bench.rows(options))]
 
 
 if __name__ == "__main__":

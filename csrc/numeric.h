@@ -19,11 +19,13 @@
 #define MMRM_INLINE MMRM_ALWAYS_INLINE inline
 
 // Compiles a function for each generation of x86-64; the loader picks the one that this CPU runs. All give the same
-// bits: nothing is reassociated or contracted, and a fused multiply-add is written as one.
+// bits: nothing is reassociated or contracted, and a fused multiply-add is written as one. Tests compile without.
+#ifndef MMRM_CLONES
 #if defined(__x86_64__) && defined(__GLIBC__) && __GNUC__ >= 12 && !defined(__clang__) && !defined(__CUDACC__)
 #define MMRM_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
 #define MMRM_CLONES
+#endif
 #endif
 
 namespace mmrm {

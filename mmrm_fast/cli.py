@@ -13,6 +13,7 @@ from mmrm_fast.config import (
     InspectConfig,
     ReportConfig,
     ScoreConfig,
+    ServeConfig,
     StudyConfig,
     TrainConfig,
 )
@@ -26,6 +27,7 @@ USAGE = """usage: mmrm-fast COMMAND [options]
 commands:
   train      train a reward model, standard or --robust
   score      score a JSONL with a reward model
+  serve      answer reward requests over HTTP, with a page to try it
   evaluate   a benchmark of the field, with calibration and confidence intervals
   best-of-n  true quality of what reward models select out of N
   report     an HTML page about runs
@@ -44,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands: dict[str, tuple[type, Callable]] = {
         "train": (TrainConfig, run_train),
         "score": (ScoreConfig, run_score),
+        "serve": (ServeConfig, run_serve),
         "evaluate": (EvaluateConfig, run_evaluate),
         "best-of-n": (BestOfNConfig, run_best_of_n),
         "report": (ReportConfig, run_report),
@@ -82,6 +85,13 @@ def run_score(config: ScoreConfig) -> int:
     from mmrm_fast.score import score
 
     return score(config)
+
+
+def run_serve(config: ServeConfig) -> int:
+    from mmrm_fast.serve import serve
+
+    serve(config)
+    return 0
 
 
 def run_evaluate(config: EvaluateConfig) -> int:

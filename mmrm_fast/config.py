@@ -6,7 +6,7 @@ from typing import Literal
 
 import tyro
 
-SFC_MODES = ("paper", "reference", "normalized")
+SFC_MODES = ("paper", "reference", "normalized", "balanced")
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,9 @@ class TrainConfig(DataConfig):
     """Checkpoints to resume from that are kept, the newest ones."""
     environment: Literal["opening", "length", "hedging"] = "opening"
     """Shapes environment to train on when there is no `--data`: opening, length or hedging."""
-    sfc_mode: Literal["paper", "reference", "normalized"] = "paper"
-    """Weight of a pair: L_t / (L + L_t), the reference implementation's, or divided by its mean."""
+    sfc_mode: Literal["paper", "reference", "normalized", "balanced"] = "paper"
+    """Weight of a pair: L_t / (L + L_t), the reference implementation's, or divided by its mean; `balanced`: one over
+    the probability that the text-only proxy gives to the label, divided by its mean."""
     sfc_floor: float = 0.0
     """Least weight of a pair, 0 to 1."""
     sfc_warmup_steps: int = 0
@@ -179,14 +180,30 @@ class TrainConfig(DataConfig):
 
 @dataclass(frozen=True)
 class ScoreConfig(DataConfig):
-    """Score every response of a JSONL with a trained reward model, on Ray actors, in input order."""
+    """Score every response of a data set with a trained reward model, on Ray actors, in input order.
+
+    Interrupted at any moment and started again, it goes on where it stopped.
+    """
 
     model: Path = Path("runs/robust/final")
     """Folder of the reward model, such as runs/NAME/final."""
     data: Path = Path("records.jsonl")
-    """JSONL of records; every response of any record form is scored."""
+    """Records: a JSONL (.gz, .zst) or Parquet file, a folder or a glob; every response of any form is scored."""
     out: Path = Path("scores.jsonl")
-    """Rows id, record, response_index, prompt, img_path, response, score, truncated."""
+    """Rows id, record, response_index, prompt, img_path, response, score, truncated. A name that ends in .jsonl is one
+    file, any other a folder of shards."""
+    format: Literal["jsonl", "parquet"] = "jsonl"
+    """Of the shards in a folder."""
+    best_of: bool = False
+    """Write only the best response of each record."""
+    to_pairs: float | None = None
+    """Write the best and the worst response of each record as chosen and rejected, where they are this far apart."""
+    accuracy: bool = False
+    """Print how many of the data's preferences the rewards agree with."""
+    normalize: bool = False
+    """Write (reward - mean) / std by the reward_stats.json beside the model."""
+    allow_errors: bool = False
+    """Exit with status 0 though records failed."""
     actors: int | None = None
     """Scoring processes. Default: one a GPU, or one a two CPUs."""
     gpus_per_actor: float | None = None
@@ -277,6 +294,53 @@ class InspectConfig:
 
 
 @dataclass(frozen=True)
+class ServeConfig:
+    """Serve a reward model over HTTP: OpenRLHF's /get_reward, vLLM's /classify, /pooling, /score and /rerank, a page.
+
+    By default only this machine can reach it, and images come as data URLs. Nothing is ever fetched.
+    """
+
+    model: Path = Path("runs/robust/final")
+    """Folder of the reward model, such as runs/NAME/final."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 lets other machines in: give a `--token-file` then."""
+    port: int = 8000
+    """Port of the API and the page."""
+    token_file: Path | None = None
+    """File whose content requests must carry as `Authorization: Bearer`. Default: no token is asked for."""
+    image_root: Path | None = None
+    """Folder whose images requests may name by path. Default: images by data URL only."""
+    replicas: int = 1
+    """Copies of the model to begin with."""
+    max_replicas: int | None = None
+    """Copies under load; they come and go between the two numbers. Default: as many as `--replicas`."""
+    gpus_per_replica: float | None = None
+    """GPUs of a copy. Default: 1 where there are any."""
+    address: str | None = None
+    """Ray cluster to join. Default: start one on this machine."""
+    max_length: int | None = None
+    """Tokens of one prompt with its images plus one response. Default: what the checkpoint says."""
+    max_tiles: int | None = None
+    """Most tiles an image is cut into, without the thumbnail. Default: what the checkpoint says."""
+    tokens_per_micro_batch: int = 16_384
+    """Work of one forward, in tokens after sharing; requests are batched up to it."""
+    max_delay_ms: float = 3.0
+    """Milliseconds that a request waits for company when the model is idle."""
+    max_requests: int = 256
+    """Requests of a copy that wait or are being scored; the next is answered 429."""
+    max_body_mb: int = 32
+    """Megabytes of a request; more is answered 413."""
+    max_pixels: int = 50_000_000
+    """Pixels of an image; more is answered 422."""
+    max_responses: int = 1024
+    """Responses of a request; more is answered 422."""
+    max_tokens: int = 65_536
+    """Work of a request, in tokens after sharing; more is answered 422."""
+    timeout: float = 60.0
+    """Seconds that a request may take; then it is answered 504."""
+
+
+@dataclass(frozen=True)
 class DoctorConfig:
     """Print what was built here, what each op runs on and why, and what to do where something is missing."""
 
@@ -291,7 +355,8 @@ class StudyConfig:
     env: tuple[str, ...] = ()
     """Environments NAME=TRAIN,TEST: preference files of any form, such as VLFeedback, POVID, RLHF-V as published."""
     methods: str = "standard,robust"
-    """Methods, with commas: standard, robust, robust-reference, robust-normalized. The first is compared against."""
+    """Methods, with commas: standard; robust (the paper's), robust-reference, robust-normalized, robust-balanced by
+    `--sfc-mode`; robust-white by `--proxy-image`, robust-warmup, robust-floor. Each is compared with the first."""
     model: Path | None = None
     """Local folder of the checkpoint that trainings start from. Default: the tiny one."""
     options: str = ""

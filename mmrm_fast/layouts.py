@@ -99,8 +99,13 @@ def read_pairs(path: Path, images: Path | None) -> Iterator[Item | Unread]:
     for index, group in enumerate(iter_groups(RecordFile(path, images, need_pairs=True))):
         if isinstance(group, RecordError):
             yield Unread(str(index), "all", group)
+            continue
+        identity = group.id or str(index)
+        absent = [image for image in group.images if isinstance(image, str) and not Path(image).is_file()]
+        if absent:
+            yield Unread(identity, "all", MissingImage(group.source, "image", f"{absent[0]}: no such image file"))
         else:
-            yield Item(group.id or str(index), group, ordered=len(group.responses) > 2)
+            yield Item(identity, group, ordered=len(group.responses) > 2)
 
 
 def read_layout(layout: Callable[[dict, str], Item], path: Path, images: Path) -> Iterator[Item | Unread]:

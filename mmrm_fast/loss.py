@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
+from torch.nn.functional import logsigmoid, one_hot
 
 from mmrm_fast.ops.pair_loss import PairIndex, PairLoss, pair_loss
 from mmrm_fast.packing import PackedBatch
@@ -19,6 +19,7 @@ SUMS = ("main", "proxy", "weight", "weighted_sfc", "main_correct", "proxy_correc
 MARGINS = ("margin", "margin_squared")
 COUNTS = ("pairs", "records", "tokens", "tokens_unshared", "text_tokens", "tiles", "errors")
 REQUESTS = ("save",)
+LEAST_WEIGHT = 0.05  # of a pair in the mode `balanced`
 NUM_BINS = 20  # of the SFC histogram over 0..1
 
 
@@ -35,13 +36,54 @@ def preference_loss(
 ) -> PairLoss:
     """Sums over the batch's pairs of `SFC * L` and of `L_t` (`L` alone where there is no proxy).
 
-    Source: Li et al., arXiv 2503.03122; see `ops.pair_loss` for the formulas, modes and options.
+    Source: Li et al., arXiv 2503.03122; see `ops.pair_loss` for the formulas, modes and options, `balanced_loss` for
+    the mode `balanced`.
     """
     if proxy_rewards_R is None:
         sfc_mode, warmup, floor = "standard", False, 0.0
+    if sfc_mode == "balanced":
+        if centering:
+            raise ValueError(f"mode 'balanced' would rescale the centering term, got centering={centering}")
+        options = {"label_smoothing": label_smoothing, "warmup": warmup, "floor": floor}
+        return balanced_loss(rewards_R, proxy_rewards_R, batch, **options)
     return pair_loss(
         rewards_R, proxy_rewards_R, batch.pairs, mode=sfc_mode, margin=batch.margin_P,
         label_smoothing=label_smoothing, centering=centering, warmup=warmup, floor=floor,
+    )  # fmt: skip
+
+
+def balanced_loss(
+    rewards_R: Tensor,
+    proxy_rewards_R: Tensor,
+    batch: PackedBatch,
+    *,
+    label_smoothing: float,
+    warmup: bool,
+    floor: float,
+) -> PairLoss:
+    """The loss of pairs weighted so that text no longer tells the label: inverse propensity, in place of the SFC.
+
+    With p = sigmoid(b) the proxy's probability of the label, the weight is min(1, c / p), detached, c = `LEAST_WEIGHT`,
+    and the step is divided by its mean. Weighted by 1 / p, pairs whose text favours their label weigh as much as those
+    whose text speaks against it, so nothing is left for the shortcut to predict. Unlike the SFC it does not depend on
+    the model's own loss: a pair that the shortcut solves and the model gets wrong weighs as much as one that both get
+    right, never less than c. The bound at 1 (p = c) keeps single pairs from deciding a step.
+
+    Returns what `pair_loss` does; `sfc` is the weight.
+    """
+    pairs = batch.pairs
+    margin_P, proxy_margin_P = (
+        (rewards[pairs.chosen] - rewards[pairs.rejected]).detach().to(torch.promote_types(rewards.dtype, torch.float32))
+        for rewards in (rewards_R, proxy_rewards_R)
+    )
+    weight_P = (LEAST_WEIGHT / torch.sigmoid(proxy_margin_P)).clamp(min=floor, max=1)
+    weight_P = torch.full_like(weight_P, 0.5) if warmup else weight_P
+    options = {"mode": "standard", "margin": batch.margin_P, "label_smoothing": label_smoothing}
+    main = pair_loss(rewards_R, None, pairs, weight=weight_P, **options)
+    proxy = pair_loss(proxy_rewards_R, None, pairs, **options)
+    return main._replace(
+        proxy=proxy.main, weight=proxy.weight, weighted_sfc=main.weight, proxy_correct=proxy.main_correct,
+        bt_main=-logsigmoid(margin_P).sum(), sfc=weight_P,
     )  # fmt: skip
 
 
@@ -66,12 +108,12 @@ class StepTotals:
     def gradient_scales(self, sfc_mode: str) -> tuple[float, float]:
         """Factors from accumulated sums to gradients of the mean loss, main and proxy branch.
 
-        In `normalized` the main branch is also divided by the mean SFC.
+        In `normalized` and `balanced` the main branch is also divided by the mean weight.
         """
         weight, weighted_sfc = self.sums["weight"], self.sums["weighted_sfc"]
         if not weight:
             return 0.0, 0.0
-        return 1 / (weighted_sfc if sfc_mode == "normalized" else weight), 1 / weight
+        return 1 / (weighted_sfc if sfc_mode in ("normalized", "balanced") else weight), 1 / weight
 
     def metrics(self) -> dict[str, float]:
         """Means over the step's pairs, and its counts: what is logged."""

@@ -85,12 +85,12 @@ def plot_sfc(curves: Mapping[str, Sequence[dict]], file: Path | BinaryIO) -> Non
     figure, axes = pyplot.subplots()
     for name, rows in curves.items():
         shares = [100 * row["share"] for row in rows]
-        (line,) = axes.plot(shares, [row["sfc_mean"] for row in rows], label=f"{name}, mean")
+        (line,) = axes.plot(shares, [row["sfc_mean"] for row in rows], marker=".", label=f"{name}, mean")
         if all("sfc_p10" in row and "sfc_p90" in row for row in rows):
             low, high = [row["sfc_p10"] for row in rows], [row["sfc_p90"] for row in rows]
             axes.fill_between(
                 shares, low, high, color=line.get_color(), alpha=0.12, linewidth=0, label="middle 80 % of pairs"
             )
-    axes.set(xlabel="share of the training (%)", ylabel="SFC of a pair", ylim=(-0.02, 1.02))
+    axes.set(xlabel="share of the training (%)", ylabel="SFC of a pair", xlim=(0, 100), ylim=(-0.02, 1.02))
     axes.legend(fontsize=8)
     save(figure, file)

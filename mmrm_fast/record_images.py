@@ -106,10 +106,13 @@ def confined_path(path: str, name: str, source: str, image_root: Path | None) ->
     try:
         root = image_root.resolve()
         resolved = (root / path).resolve()
+        special = resolved.exists() and not resolved.is_file()
     except (OSError, RuntimeError, ValueError):
         resolved = root.parent
     if not resolved.is_relative_to(root):
         raise RecordError(source, name, "lies outside of the image root")
+    if special:  # opening a named pipe would wait without end
+        raise RecordError(source, name, "is not a regular file")
     return str(resolved)
 
 

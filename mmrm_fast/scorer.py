@@ -1,19 +1,23 @@
 """Rewards of records with one model on one device, through the same dataset, packing and model as training."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from mmrm_fast.dataset import GroupDataset, Sample
 from mmrm_fast.images import Compat
-from mmrm_fast.loader import balance
-from mmrm_fast.packing import MicroBatch, Packer
+from mmrm_fast.loader import balance, cut
+from mmrm_fast.packing import MicroBatch, Packed, Packer
 from mmrm_fast.records import Group, RecordError, parse_group
 from mmrm_fast.weights import Checkpoint, load_checkpoint, require_reward_model
 
 TOKENS_PER_MICRO_BATCH = 16_384
+NUM_PACKERS = 2  # threads that decode and pack ahead of the model
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,8 @@ class Scored:
     group: Group
     rewards: tuple[float, ...]
     truncated: tuple[bool, ...]
+    num_tokens: int = 0  # that it took, images included, the prompt once
+    num_tokens_unshared: int = 0  # as if each response were scored by itself
 
 
 class Scorer:
@@ -38,7 +44,8 @@ class Scorer:
         self.checkpoint, self.device = checkpoint, device
         self.tokens_per_micro_batch = tokens_per_micro_batch
         self.model = checkpoint.model.to(device).eval()
-        self.encoder = checkpoint.prompt_encoder()
+        self.packer = Packer(GroupDataset([], checkpoint.prompt_encoder(), checkpoint.tiling))
+        self.lock = threading.Lock()  # one forward at a time, whoever calls
 
     @classmethod
     def from_pretrained(
@@ -96,36 +103,109 @@ class Scorer:
         return [list(result.rewards) for result in results]
 
     def score_groups(self, groups: Sequence[Group | RecordError]) -> list[Scored | RecordError]:
-        """Score groups; each place holds the group's rewards or the error that kept it from being scored."""
-        dataset = GroupDataset([], self.encoder, self.checkpoint.tiling)
-        results: list = list(groups)
-        samples: dict[int, Sample] = {}
+        """Score groups; each place holds the group's rewards or the error that kept it from being scored.
+
+        While the model runs on one micro-batch, threads decode and pack the next ones.
+        """
+        results: list[Scored | RecordError] = list(groups)
+        pieces: list[tuple[int, Sample]] = []
         for place, group in enumerate(groups):
             try:
                 if isinstance(group, Group):
-                    samples[place] = dataset.encode(group)
+                    pieces += [(place, piece) for piece in self.split(self.encode(group))]
             except RecordError as error:
                 results[place] = error
-        for places in self.micro_batches(samples):
-            self.score_samples(dataset, {place: samples[place] for place in places}, results)
+        outcomes: dict[int, list] = {place: [] for place, _ in pieces}
+        for (place, _), outcome in zip(pieces, self.score_samples([piece for _, piece in pieces]), strict=True):
+            outcomes[place].append(outcome)
+        for place, parts in outcomes.items():
+            results[place] = join(groups[place], parts)
         return results
 
-    def micro_batches(self, samples: dict[int, Sample]) -> list[list[int]]:
+    def score_samples(self, samples: Sequence[Sample]) -> list[Scored | RecordError]:
+        """The outcome of each sample, in order."""
+        outcomes: list = [None] * len(samples)
+        batches = self.micro_batches(samples)
+        packed = prefetch(lambda places: self.pack([samples[place] for place in places]), batches)
+        for places, batch in zip(batches, packed, strict=True):
+            for place, outcome in zip(places, self.score_packed(batch), strict=True):
+                outcomes[place] = outcome
+        return outcomes
+
+    def encode(self, group: Group) -> Sample:
+        """A group as token keys, its images sized from their headers. Raises `RecordError`."""
+        return self.packer.dataset.encode(group)
+
+    def cost(self, sample: Sample) -> int:
+        """Work of a sample, in tokens after sharing."""
+        return sample.cost(self.checkpoint.tokens_per_tile)
+
+    def shared_cost(self, sample: Sample) -> int:
+        """The part of `cost` that samples with the same prompt and images pay once."""
+        return self.cost(take_responses(sample, slice(0)))
+
+    def split(self, sample: Sample) -> list[Sample]:
+        """The sample, cut between responses where it is more work than one forward should be."""
+        shared = self.shared_cost(sample)
+        if self.cost(sample) <= self.tokens_per_micro_batch:
+            return [sample]
+        costs = [self.cost(take_responses(sample, slice(i, i + 1))) - shared for i in range(len(sample.main.sequences))]
+        runs = cut(costs, max(self.tokens_per_micro_batch - shared, 1))
+        return [take_responses(sample, slice(run.start, run.stop)) for run in runs]
+
+    def micro_batches(self, samples: Sequence[Sample]) -> list[list[int]]:
         """Places of the samples that share a forward."""
-        places = list(samples)
-        costs = [sample.cost(self.checkpoint.tokens_per_tile) for sample in samples.values()]
-        bins = balance(costs, self.tokens_per_micro_batch, 1) if places else []
-        return [[places[item] for item in items] for items in bins]
+        return balance([self.cost(sample) for sample in samples], self.tokens_per_micro_batch, 1) if samples else []
+
+    def pack(self, samples: Sequence[Sample]) -> Packed:
+        """Decode and pack the samples of one forward."""
+        return self.packer[MicroBatch(tuple(samples))]
 
     @torch.inference_mode()
-    def score_samples(self, dataset: GroupDataset, samples: dict[int, Sample], results: list) -> None:
-        """One forward; fills the samples' places in `results`."""
-        packed = Packer(dataset)[MicroBatch(tuple(samples.values()))]
-        batch = packed.batch.to(self.device)
-        count = sum(batch.num_responses)
-        rewards = iter(self.model(batch.main, batch.tiles)[:count].split(list(batch.num_responses)))
-        for number, (place, sample) in enumerate(samples.items()):
-            if number in packed.errors:
-                results[place] = packed.errors[number]
-            else:
-                results[place] = Scored(sample.group, tuple(next(rewards).tolist()), sample.main.truncated)
+    def score_packed(self, packed: Packed) -> list[Scored | RecordError]:
+        """One forward: the outcome of each sample that `pack` was given, in order. One thread at a time runs it."""
+        with self.lock:
+            batch = packed.batch.to(self.device)
+            count = sum(batch.num_responses)
+            rewards = self.model(batch.main, batch.tiles)[:count].split(list(batch.num_responses))
+            values = [tuple(own.tolist()) for own in rewards]
+        places = [place for place in range(len(packed.samples) + len(packed.errors)) if place not in packed.errors]
+        outcomes: dict[int, Scored | RecordError] = dict(packed.errors)
+        for place, sample, own in zip(places, packed.samples, values, strict=True):
+            unshared = sample.num_tokens_unshared
+            tokens = unshared - sample.main.prefix_length * (len(own) - 1)
+            outcomes[place] = Scored(sample.group, own, sample.main.truncated, tokens, unshared)
+        return [outcomes[place] for place in range(len(outcomes))]
+
+
+def take_responses(sample: Sample, chosen: slice) -> Sample:
+    """The sample with some of its responses; no pairs."""
+    main = replace(sample.main, sequences=sample.main.sequences[chosen], truncated=sample.main.truncated[chosen])
+    group = replace(sample.group, responses=sample.group.responses[chosen], pairs=(), truth=None)
+    return Sample(group, sample.tiles_per_image, main)
+
+
+def join(group: Group, parts: Sequence[Scored | RecordError]) -> Scored | RecordError:
+    """The outcome of a group that was scored in parts."""
+    for part in parts:
+        if isinstance(part, RecordError):
+            return part
+    return Scored(
+        group,
+        tuple(reward for part in parts for reward in part.rewards),
+        tuple(cut for part in parts for cut in part.truncated),
+        sum(part.num_tokens for part in parts),
+        sum(part.num_tokens_unshared for part in parts),
+    )
+
+
+def prefetch(function: Callable, items: Iterable, num_threads: int = NUM_PACKERS) -> Iterator:
+    """`map(function, items)` computed up to `num_threads` items ahead of what is asked for."""
+    with ThreadPoolExecutor(num_threads) as pool:
+        ahead: deque[Future] = deque()
+        for item in items:
+            ahead.append(pool.submit(function, item))
+            if len(ahead) > num_threads:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()

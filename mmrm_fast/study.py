@@ -28,6 +28,10 @@ METHODS = {  # options of `mmrm-fast train`
     "robust": "--robust",
     "robust-reference": "--robust --sfc-mode reference",
     "robust-normalized": "--robust --sfc-mode normalized",
+    "robust-balanced": "--robust --sfc-mode balanced",
+    "robust-white": "--robust --proxy-image white",
+    "robust-warmup": "--robust --sfc-warmup-steps 20",
+    "robust-floor": "--robust --sfc-floor 0.1",
 }
 RESERVED = ("iid", "neutral", "reversed")  # names of test sets
 

@@ -92,7 +92,7 @@ def exact_norms(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_checkpoint(tokenizer):
     """Build a `Checkpoint` of a tiny random reward model."""
 

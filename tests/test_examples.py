@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "scripts" / "examples"
-SCRIPTS = sorted(EXAMPLES.iterdir())
+SCRIPTS = sorted(path for path in EXAMPLES.iterdir() if path.suffix in (".sh", ".slurm"))
 
 
 @pytest.fixture

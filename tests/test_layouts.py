@@ -158,6 +158,12 @@ def test_pairs_takes_any_preference_record(tmp_path):
     assert [len(item.record.pairs) for item in items] == [1, 3]
 
 
+def test_a_missing_image_of_a_preference_file_is_one_too(tmp_path):
+    row = {"id": "x", "prompt": "What?", "img_path": "absent.png", "chosen": "A", "rejected": "B"}
+    (item,) = read("pairs", write_json_lines(tmp_path / "pairs.jsonl", [row]))
+    assert isinstance(item.error, MissingImage) and item.id == "x"
+
+
 def test_a_missing_image_is_an_unread_item_of_its_group(tmp_path):
     rows = [vl_item(image="absent.png"), vl_item(image=None)]
     absent, none = read("vl-rewardbench", write_json_lines(tmp_path / "data.jsonl", rows))

@@ -1,6 +1,7 @@
 """Every way to train is the same on one rank, two and four, and with every way to spend memory."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -224,3 +225,11 @@ def test_metrics_say_what_people_look_at(make_way):
 def test_learning_rate_schedules():
     assert [lr_factor(share, 0.1, "linear") for share in (0.05, 0.1, 0.55, 1.0)] == pytest.approx([0.5, 1, 0.5, 0])
     assert [lr_factor(share, 0.1, "constant") for share in (0.05, 0.1, 1.0)] == pytest.approx([0.5, 1, 1])
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_a_compiled_block_is_one_graph_and_trains_alike(make_way, monkeypatch, checkpointing):
+    plain = train(make_way("plain", "robust", max_steps=2))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager", fullgraph=True))
+    folder = train(make_way("compiled", "robust", max_steps=2, compile=True, activation_checkpointing=checkpointing))
+    assert losses(folder) == pytest.approx(losses(plain), abs=1e-6)

@@ -1,12 +1,31 @@
 """Batch scoring on Ray: every line of input ends as scores or as a named error, once, in order."""
 
+import itertools
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
+from PIL import Image
+from pyarrow import parquet
 
 from mmrm_fast.cli import main
-from mmrm_fast.scorer import Scorer
+from mmrm_fast.cluster import ray_cluster
+from mmrm_fast.config import ScoreConfig
+from mmrm_fast.records import Group, RecordError
+from mmrm_fast.score import error_row, rows_of, score_or_say_why
+from mmrm_fast.scorer import Scored, Scorer
 from mmrm_fast.weights import save_checkpoint
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    """One cluster for all runs in this process."""
+    with ray_cluster():
+        yield
 
 
 @pytest.fixture
@@ -55,6 +74,8 @@ def test_scoring_a_file(scoring, capsys):
 
     errors = [json.loads(line) for line in (folder / "out.jsonl.errors.jsonl").read_text().splitlines()]
     assert [error["source"].rsplit(":")[-1] for error in errors] == ["2", "3"]
+    assert [(error["record"], error["error"]) for error in errors] == [(1, "RecordError"), (2, "RecordError")]
+    assert not (folder / "out.jsonl.parts").exists()
     printed = capsys.readouterr().out
     assert "3 of 5 records scored" in printed and "records.jsonl:2" in printed and "empty.png" in printed
 
@@ -63,3 +84,184 @@ def test_a_model_that_is_not_one_is_refused_at_once(scoring, capsys):
     folder, data, _ = scoring
     assert main(["score", "--model", str(folder), "--data", str(data), "--out", str(folder / "out.jsonl")]) == 2
     assert "config.json" in capsys.readouterr().err
+
+
+def test_a_folder_of_parquet_shards_with_accuracy_and_normalised_scores(scoring, capsys):
+    folder, data, good = scoring
+    (folder / "model" / "reward_stats.json").write_text(json.dumps({"mean": 0.5, "std": 2.0}))
+    options = ["--format", "parquet", "--accuracy", "--normalize", "--allow-errors", "--actors", "1"]
+    arguments = ["score", "--model", str(folder / "model"), "--data", str(data), "--out", str(folder / "out"), *options]
+    assert main(arguments) == 0
+    rows = parquet.read_table(folder / "out" / "part-000000.parquet").to_pylist()
+    (rewards,) = Scorer.from_pretrained(folder / "model", device="cpu").score([good[3]])
+    assert [row["score"] for row in rows if row["record"] == 3] == pytest.approx([(rewards[0] - 0.5) / 2], abs=1e-5)
+    assert len((folder / "out" / "errors.jsonl").read_text().splitlines()) == 2
+    assert "of 1 pairs" in capsys.readouterr().out
+
+    assert main(arguments) == 0, "a finished run that is started again has nothing to do"
+    data.write_text(data.read_text() + "\n")
+    assert main(arguments) == 2
+    assert "other data" in capsys.readouterr().err
+
+
+# what is written
+
+
+def scored(*rewards, pairs=()):
+    group = Group("f:1", 7, "a", "What?", None, (), tuple(f"r{i}" for i in range(len(rewards))), pairs)
+    return Scored(group, rewards, (False,) * len(rewards))
+
+
+def test_best_of_is_the_response_with_the_highest_reward():
+    (row,) = rows_of(scored(1.0, 3.0, 2.0, 3.0), ScoreConfig(best_of=True))
+    assert (row["record"], row["response_index"], row["response"], row["score"]) == (7, 1, "r1", 3.0)
+
+
+def test_pairs_are_best_and_worst_where_they_are_far_enough_apart():
+    (row,) = rows_of(scored(1.0, 3.0, 2.0), ScoreConfig(to_pairs=2.0))
+    assert (row["chosen"], row["rejected"], row["margin"]) == ("r1", "r0", 2.0)
+    assert rows_of(scored(1.0, 3.0, 2.0), ScoreConfig(to_pairs=2.1)) == []
+    assert rows_of(scored(1.0), ScoreConfig(to_pairs=0.0)) == []
+
+
+def test_scores_are_normalised_by_mean_and_deviation():
+    assert [row["score"] for row in rows_of(scored(1.0, 3.0), ScoreConfig(), 2.0, 0.5)] == [-2.0, 2.0]
+
+
+class Fragile:
+    """A scorer that fails as a whole when a certain group is among the others."""
+
+    def score_groups(self, groups):
+        if any(isinstance(group, Group) and group.record == 3 for group in groups):
+            raise RuntimeError("out of memory")
+        return [group if isinstance(group, RecordError) else scored(1.0) for group in groups]
+
+
+def test_a_failure_costs_only_the_record_at_fault():
+    groups = [Group(f"f:{i}", i, None, "p", None, (), ("r",)) for i in range(6)]
+    groups[5] = RecordError("f:6", "", "not valid JSON")
+    results = score_or_say_why(Fragile(), groups)
+    assert [type(result) for result in results] == [Scored] * 3 + [RuntimeError, Scored, RecordError]
+    assert error_row(3, results[3])["error"] == "RuntimeError" and error_row(3, results[3])["reason"] == "out of memory"
+
+
+# killed at any moment
+
+
+NUM_RECORDS, NUM_RESPONSES = 1250, 4
+
+
+class Run:
+    """`mmrm-fast score` in a process of its own."""
+
+    def __init__(self, folder, out):
+        self.done = out.with_name(out.name + ".parts") / ".done"
+        options = ["--model", folder / "model", "--data", folder / "records.jsonl", "--out", out, "--actors", "2"]
+        command = [sys.executable, "-m", "mmrm_fast.cli", "score", *options]
+        with open(folder / "log.txt", "a") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+
+    def kill(self, name, num_done):
+        """Kill the driver, or one of its processes of this name, when its actors are at work and so much is done."""
+        while not (
+            self.done.is_dir()
+            and len(list(self.done.glob("0*.json"))) >= num_done
+            and (actors := descendants(self.process.pid, "ray::ScoringActor"))
+        ):
+            assert self.process.poll() is None, "ended before it was killed"
+            time.sleep(0.02)
+        pids = {"driver": [self.process.pid], "actor": actors, "node": descendants(self.process.pid, "raylet/raylet")}
+        os.kill(pids[name][0], signal.SIGKILL)
+
+
+def descendants(root, name):
+    """Processes below `root` whose command line holds `name`."""
+    listing = subprocess.run(["ps", "-wweo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    children, commands = {}, {}
+    for line in listing.splitlines():
+        pid, parent, command = line.split(None, 2)
+        children.setdefault(int(parent), []).append(int(pid))
+        commands[int(pid)] = command
+    below, found = children.get(root, []), []
+    while below:
+        pid = below.pop()
+        below += children.get(pid, [])
+        found += [pid] * (name in commands[pid])
+    return found
+
+
+def test_a_run_killed_again_and_again_has_every_response_exactly_once(make_checkpoint, tmp_path):
+    save_checkpoint(tmp_path / "model", make_checkpoint(max_length=256))
+    responses = [["same", "same", "", f"number {i}"] for i in range(NUM_RECORDS)]
+    with open(tmp_path / "records.jsonl", "w") as file:
+        file.writelines(json.dumps({"prompt": "What?", "responses": own}) + "\n" for own in responses)
+    out = tmp_path / "out.jsonl"
+    for victim, num_done in (("driver", 3), ("node", 8)):
+        run = Run(tmp_path, out)
+        run.kill(victim, num_done)
+        assert run.process.wait(timeout=120) != 0 and not out.exists()
+    run = Run(tmp_path, out)
+    run.kill("actor", 12)
+    assert run.process.wait(timeout=120) == 0, (tmp_path / "log.txt").read_text()
+
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    places = itertools.product(range(NUM_RECORDS), range(NUM_RESPONSES))
+    assert [(row["record"], row["response_index"]) for row in rows] == list(places)
+    assert [row["response"] for row in rows] == [response for own in responses for response in own]
+    sample = range(0, NUM_RECORDS, 60)
+    records = [{"prompt": "What?", "responses": responses[record]} for record in sample]
+    for record, rewards in zip(sample, Scorer.from_pretrained(tmp_path / "model", "cpu").score(records), strict=True):
+        got = [row["score"] for row in rows[record * NUM_RESPONSES : (record + 1) * NUM_RESPONSES]]
+        assert got == pytest.approx(rewards, abs=1e-5)
+
+
+# good and bad
+
+
+def write_pictures(folder):
+    """Pictures of all kinds."""
+    Image.new("RGB", (60, 60), "red").save(folder / "good.png")
+    content = (folder / "good.png").read_bytes()
+    (folder / "cut.png").write_bytes(content[: len(content) // 2])
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "text.png").write_text("not a picture")
+    Image.new("1", (20_000, 10_000)).save(folder / "huge.png")
+    Image.new("CMYK", (60, 60)).save(folder / "cmyk.jpg")
+    Image.new("I;16", (60, 60)).save(folder / "deep.png")
+
+
+KINDS = [  # a record or a line, and whether it gets scores
+    ({"prompt": "p", "responses": ["a", "b"]}, True),
+    ({"prompt": "p", "img_path": "good.png", "responses": ["a"]}, True),
+    ({"prompt": "p", "img_path": "cmyk.jpg", "responses": ["", "naïve 图 😀"]}, True),
+    ({"prompt": "p", "img_path": "deep.png", "responses": ["long " * 20_000]}, True),
+    ({"prompt": "p", "img_path": "cut.png", "responses": ["a"]}, False),
+    ({"prompt": "p", "img_path": "empty.png", "responses": ["a"]}, False),
+    ({"prompt": "p", "img_path": "text.png", "responses": ["a"]}, False),
+    ({"prompt": "p", "img_path": "none.png", "responses": ["a"]}, False),
+    ({"prompt": "p", "img_path": "huge.png", "responses": ["a"]}, False),
+    ({"prompt": "p", "img_path": 5, "responses": ["a"]}, False),
+    ({"prompt": "p", "responses": []}, False),
+    ({"prompt": "p" * 10_000, "responses": ["a"]}, False),
+    ({"responses": ["a"]}, False),
+    ("{", False),
+    ("\x00", False),
+    ("[]", False),
+]
+
+
+def test_2000_good_and_bad_records_are_all_accounted_for(make_checkpoint, tmp_path):
+    save_checkpoint(tmp_path / "model", make_checkpoint(max_length=256))
+    write_pictures(tmp_path)
+    chosen = [KINDS[0 if i % 3 else i // 3 % len(KINDS)] for i in range(2000)]
+    lines = [record if isinstance(record, str) else json.dumps(record) for record, _ in chosen]
+    (tmp_path / "records.jsonl").write_text("".join(line + "\n" for line in lines))
+    out = tmp_path / "out.jsonl"
+    arguments = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "records.jsonl"), "--out", str(out)]
+    assert main(["score", *arguments]) == 3
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    errors = [json.loads(line) for line in (tmp_path / "out.jsonl.errors.jsonl").read_text().splitlines()]
+    expected = [(i, j) for i, (record, good) in enumerate(chosen) if good for j in range(len(record["responses"]))]
+    assert [(row["record"], row["response_index"]) for row in rows] == expected
+    assert [error["record"] for error in errors] == [i for i, (_, good) in enumerate(chosen) if not good]
+    assert all(error["reason"] and error["error"] == "RecordError" for error in errors)

@@ -97,6 +97,16 @@ def test_a_reward_does_not_depend_on_other_responses_of_the_record(scorer, pictu
     assert together == pytest.approx(alone, abs=1e-5)
 
 
+def test_a_record_too_large_for_one_forward_is_cut_between_its_responses(folder, pictures):
+    many = record(pictures["square"], *[f"{response} {i}" for i in range(20) for response in RESPONSES])
+    (whole,) = Scorer.from_pretrained(folder, "cpu").score([many])
+    small = Scorer.from_pretrained(folder, "cpu", tokens_per_micro_batch=200)
+    (sample,) = [small.encode(group(0, [many["img_path"]], *many["responses"]))]
+    pieces = small.split(sample)
+    assert len(pieces) > 5 and all(small.cost(piece) <= 220 for piece in pieces)  # costs are rounded down
+    assert small.score([many])[0] == pytest.approx(whole, abs=1e-5)
+
+
 def test_a_bf16_scorer_gives_rewards_finer_than_bf16(folder, pictures):
     scorer = Scorer.from_pretrained(folder, "cpu", "bfloat16")
     (rewards,) = scorer.score([record(pictures["wide"], *RESPONSES)])

@@ -69,9 +69,10 @@ def test_two_ranks_equal_one_where_they_have_nothing_in_common(make_config, writ
     assert margins(two.output_dir) == pytest.approx(margins(one), abs=1e-3)
 
 
-def test_micro_batches_do_not_change_the_training(make_config):
-    whole = train(make_config("whole", robust=True, sfc_mode="normalized", tokens_per_micro_batch=400))
-    parts = train(make_config("parts", robust=True, sfc_mode="normalized", tokens_per_micro_batch=80))
+@pytest.mark.parametrize("mode", ["normalized", "balanced"])
+def test_micro_batches_do_not_change_the_training(make_config, mode):
+    whole = train(make_config("whole", robust=True, sfc_mode=mode, tokens_per_micro_batch=400))
+    parts = train(make_config("parts", robust=True, sfc_mode=mode, tokens_per_micro_batch=80))
     assert losses(parts) == pytest.approx(losses(whole), abs=1e-5)
 
 
@@ -202,6 +203,7 @@ def test_learning_rate_warms_up_and_ends_at_zero():
 def test_normalized_mode_divides_the_main_branch_by_the_mean_sfc():
     sums = dict.fromkeys(SUMS + COUNTS, 0.0) | {"weight": 8.0, "weighted_sfc": 2.0}
     assert StepTotals(sums).gradient_scales("normalized") == (1 / 2, 1 / 8)
+    assert StepTotals(sums).gradient_scales("balanced") == (1 / 2, 1 / 8)
     assert StepTotals(sums).gradient_scales("paper") == (1 / 8, 1 / 8)
     assert StepTotals(dict.fromkeys(SUMS + COUNTS, 0.0)).gradient_scales("normalized") == (0.0, 0.0)
 

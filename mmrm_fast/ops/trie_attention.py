@@ -55,8 +55,13 @@ def nodes(cu_seqlens_q: Tensor, kv_index: Tensor, cu_seqlens_k: Tensor):
 
 def has_native(dtype: torch.dtype, head_size: int) -> bool:
     """Whether the C++ kernel computes this attention here."""
-    compiled = native() is not None and native().has_trie_attention_cpu()
-    return compiled and dtype in NATIVE_DTYPES and head_size <= MAX_NATIVE_HEAD_SIZE
+    return is_built() and dtype in NATIVE_DTYPES and head_size <= MAX_NATIVE_HEAD_SIZE
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot trace a call into the native module
+def is_built() -> bool:
+    """Whether the C++ kernel is in the native module and runs on this CPU."""
+    return native() is not None and native().has_trie_attention_cpu()
 
 
 def trie_attention_fwd_cpu(

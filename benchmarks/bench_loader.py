@@ -1,0 +1,50 @@
+"""The training loader over the shapes data: samples/s with 2 worker processes, against none and against padding.
+
+`1 process`: the same loader without workers. The micro-batches of both must be equal.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+
+from benchmarks.harness import Case, Check, Options, Row, interleaved, make_row
+from mmrm_fast.dataset import PreferenceDataset
+from mmrm_fast.defaults import TINY_CHECKPOINT
+from mmrm_fast.loader import load
+from mmrm_fast.packing import Packer
+from mmrm_fast.records import RecordFile
+from mmrm_fast.shapes import cached_environments
+from mmrm_fast.weights import load_checkpoint
+
+RECORDS, BUDGET = 512, 6_144  # records of an epoch; work of a step, as training on the tiny checkpoint has it
+
+
+def cases(options: Options) -> Iterator[Case]:
+    """One case."""
+    yield Case("shapes", partial(case_rows, options))
+
+
+def case_rows(options: Options) -> Iterator[Row]:
+    """Verify and time one pass over the records, workers started anew."""
+    checkpoint = load_checkpoint(TINY_CHECKPOINT)
+    file = RecordFile(cached_environments()["opening"] / "train.jsonl", need_pairs=True)
+    dataset = PreferenceDataset([file], checkpoint.prompt_encoder(), checkpoint.tiling, with_text=True)
+    order = np.random.default_rng(0).permutation(len(dataset))[:RECORDS]
+    sides = [partial(one_pass, dataset, order, workers) for workers in (2, 0)]
+    results = [side() for side in sides]
+    timings = interleaved(sides, repeats=options.model_repeats, min_seconds=0)
+    yield make_row(
+        "loader", "loader shapes, 2 workers", "uint8", ours=timings[0], baseline="1 process", theirs=timings[1],
+        checks=[Check(float(results[0] != results[1]), 0)],
+        details={"samples/s": RECORDS / timings[0].median, "samples/s without workers": RECORDS / timings[1].median},
+    )  # fmt: skip
+
+
+def one_pass(dataset: PreferenceDataset, order: np.ndarray, num_workers: int) -> list[tuple[int, int]]:
+    """Tokens and a checksum of every micro-batch."""
+    packer = Packer(dataset, with_text=True)
+    batches = load(
+        dataset, order, packer=packer, num_workers=num_workers, tokens_per_batch=BUDGET, tokens_per_micro_batch=BUDGET
+    )
+    return [(len(packed.batch.main.source_T), int(packed.batch.main.source_T.sum())) for packed in batches]

@@ -1,0 +1,154 @@
+"""Random InternVL models and records of given sizes, for the suites that run a whole model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import InternVLConfig, InternVLModel, InternVLVisionConfig, Qwen2Config
+
+from benchmarks.baselines import PaddedBatch, normalize, pad
+from benchmarks.harness import Options
+from mmrm_fast.dataset import Sample
+from mmrm_fast.images import NORMALIZATION, white_tile
+from mmrm_fast.model import RewardModel
+from mmrm_fast.packing import PackedBatch, pack
+from mmrm_fast.prompt import Encoded
+from mmrm_fast.records import Group, Pair
+
+PATCH_SIZE = 14
+IMAGE_TOKEN_ID = 1  # text tokens are drawn above it, 0 is padding
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of a model and of the texts around its images."""
+
+    tile_size: int  # pixels
+    system_length: int
+    prompt_length: int
+    response_scale: float  # of every response length, which are given as those of the full geometry
+    vision_layers: int
+    text_layers: int
+    vocab_size: int
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Patches, 2 x 2 to a token."""
+        return (self.tile_size // PATCH_SIZE // 2) ** 2
+
+
+FULL = Geometry(448, 30, 40, 1.0, vision_layers=4, text_layers=6, vocab_size=8192)
+REDUCED = Geometry(224, 8, 10, 0.25, vision_layers=2, text_layers=3, vocab_size=4096)
+PROBE = ((3, (120, 100)), (7, (60, 150)), (1, (200, 80)), (5, (90, 170)))  # tiles and response lengths of four records
+
+
+def geometry(options: Options) -> Geometry:
+    """The sizes that a run asks for."""
+    return FULL if options.full else REDUCED
+
+
+def make_model(sizes: Geometry, *, seed: int = 0) -> RewardModel:
+    """A random InternVL with a Qwen2 language model, its vision tower frozen."""
+    torch.manual_seed(seed)
+    text_config = Qwen2Config(
+        vocab_size=sizes.vocab_size, hidden_size=512, num_hidden_layers=sizes.text_layers, num_attention_heads=8,
+        num_key_value_heads=2, intermediate_size=1792,
+    )  # fmt: skip
+    vision_config = InternVLVisionConfig(
+        hidden_size=256, num_hidden_layers=sizes.vision_layers, num_attention_heads=4, intermediate_size=1024,
+        image_size=sizes.tile_size, patch_size=PATCH_SIZE,
+    )  # fmt: skip
+    config = InternVLConfig(
+        vision_config=vision_config, text_config=text_config, image_token_id=IMAGE_TOKEN_ID,
+        image_seq_length=sizes.tokens_per_tile,
+    )  # fmt: skip
+    model = InternVLModel(config)
+    for parameter in model.parameters():  # large enough that attention is not uniform
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    model.vision_tower.requires_grad_(False)
+    return RewardModel(model, *NORMALIZATION["imagenet"])
+
+
+def cast(model: RewardModel, dtype: torch.dtype, device: torch.device) -> RewardModel:
+    """The model computing in `dtype`, its score head exact, as training and scoring have it."""
+    model.model.to(dtype)
+    return model.to(device)
+
+
+@dataclass(frozen=True)
+class Records:
+    """Samples and their images as uint8 tiles [I, S, S, 3]."""
+
+    sizes: Geometry
+    samples: list[Sample]
+    images: list[list[np.ndarray]]
+
+    def pack(self, *, with_text: bool = False, white: bool = False) -> PackedBatch:
+        """Our batch; `white`: the proxy sees a white tile in place of the image."""
+        samples = [
+            replace(sample, text=sample.text if white else self.without_image(sample)) for sample in self.samples
+        ]
+        return pack(
+            samples, self.images, tokens_per_tile=self.sizes.tokens_per_tile, tile_size=self.sizes.tile_size,
+            with_text=with_text, proxy_image="white" if white else "none",
+        )  # fmt: skip
+
+    def without_image(self, sample: Sample) -> Encoded:
+        """The proxy's sequences with no image token."""
+        sequences = tuple(sequence[sequence >= 0] for sequence in sample.text.sequences)
+        return Encoded(sequences, sample.text.prefix_length - self.sizes.tokens_per_tile, sample.text.truncated)
+
+    def sequences(self, branch: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Every response's whole sequence and its tiles: `main`, `white` (white tiles) or `text` (no image)."""
+        sequences, tiles = [], []
+        white = white_tile(self.sizes.tile_size)
+        for sample, (image,) in zip(self.samples, self.images, strict=True):
+            encoded = {"main": sample.main, "white": sample.text, "text": self.without_image(sample)}[branch]
+            sequences += encoded.sequences
+            tiles += [image if branch == "main" else white] * len(encoded.sequences)
+        return sequences, tiles
+
+    def padded(self, branch: str, which: Sequence[int], dtype: torch.dtype, device: torch.device) -> PaddedBatch:
+        """A baseline's batch of the responses `which`, counted over all records, each with its own pixels."""
+        sequences, tiles = self.sequences(branch)
+        pixels = []
+        if branch != "text":
+            pixels = [normalize(torch.from_numpy(tiles[at]), *NORMALIZATION["imagenet"], dtype) for at in which]
+        return pad([sequences[at] for at in which], pixels, IMAGE_TOKEN_ID).to(device)
+
+
+def make_records(sizes: Geometry, records: Sequence[tuple[int, Sequence[int]]], *, all_pairs: bool = False) -> Records:
+    """Records of random tokens behind a common system prompt.
+
+    Args:
+        records: tiles and response lengths of each, lengths as in the full geometry.
+        all_pairs: every two responses are a pair; otherwise the first two.
+    """
+    rng = np.random.default_rng(0)
+
+    def text(length: float) -> np.ndarray:
+        return rng.integers(IMAGE_TOKEN_ID + 1, sizes.vocab_size, max(1, round(length)))
+
+    system, samples, images = text(sizes.system_length), [], []
+    for record, (num_tiles, lengths) in enumerate(records):
+        prompt = text(sizes.prompt_length)
+        responses = [text(length * sizes.response_scale) for length in lengths]
+        count = len(lengths)
+        pairs = tuple(Pair(i, j) for i in range(count) for j in range(i + 1, count))[: None if all_pairs else 1]
+        group = Group("benchmark", record, None, "", None, (), ("",) * count, pairs)
+        main, white = (
+            encoded(np.concatenate([system, -1 - np.arange(tiles * sizes.tokens_per_tile), prompt]), responses)
+            for tiles in (num_tiles, 1)
+        )
+        samples.append(Sample(group, (num_tiles,), main, white))
+        images.append([rng.integers(0, 256, (num_tiles, sizes.tile_size, sizes.tile_size, 3), np.uint8)])
+    return Records(sizes, samples, images)
+
+
+def encoded(prefix: np.ndarray, responses: list[np.ndarray]) -> Encoded:
+    """A prefix and its responses as a tokenizer would give them."""
+    sequences = tuple(np.concatenate([prefix, response]) for response in responses)
+    return Encoded(sequences, len(prefix), (False,) * len(responses))

@@ -1,0 +1,224 @@
+"""Rows out: the table, the JSON file that an interrupted run continues, the comparison with an earlier file, plots."""
+
+import json
+import platform
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.harness import Options, Row
+
+RESULTS = Path(__file__).parent / "results"
+BYTES_PER_MIB = 1 << 20
+SLOWER = 1.1  # times the earlier file's seconds, and more than either side's spread
+
+
+def environment(options: Options) -> dict[str, str | int]:
+    """What a reader needs to compare two files of results."""
+    return {
+        "date": date.today().isoformat(),
+        "cpu": cpu_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "threads": options.threads,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "geometry": "full" if options.full else "reduced",
+        "repeats": options.repeats,
+    }
+
+
+def cpu_name() -> str:
+    """The processor's name as the system gives it."""
+    info = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def results_path(options: Options) -> Path:
+    """Where this run's rows go; runs of one day with different options do not overwrite each other."""
+    if options.json is not None:
+        return options.json
+    day, device = date.today().isoformat(), options.device.type
+    parts = [day, device, options.suite, options.full and "full", options.quick and "quick"]
+    return RESULTS / ("-".join(part for part in parts if part) + ".json")
+
+
+class ResultFile:
+    """A file of rows, written after every case; `finished` are the cases that it holds whole."""
+
+    def __init__(self, path: Path, environment: dict, *, resume: bool):
+        self.path, self.environment = path, environment
+        self.rows: list[Row] = []
+        self.finished: list[str] = []
+        if resume and path.is_file():
+            earlier = json.loads(path.read_text())
+            if earlier["environment"] == environment:
+                self.rows, self.finished = read_rows(path), earlier["finished"]
+
+    def add(self, case: str, rows: Iterable[Row]) -> None:
+        """Add a finished case."""
+        self.rows += rows
+        self.finished.append(case)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        content = {"environment": self.environment, "finished": self.finished, "rows": list(map(asdict, self.rows))}
+        self.path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file."""
+    return [Row(**row) for row in json.loads(path.read_text())["rows"]]
+
+
+def regressions(rows: Sequence[Row], earlier: Sequence[Row]) -> list[str]:
+    """One line a row that takes longer than in the earlier rows by more than a tenth and more than the spread."""
+    before = {key(row): row for row in earlier if row.seconds}
+    lines = []
+    for row in rows:
+        old = before.get(key(row))
+        if old is None or not row.seconds or row.computed:
+            continue
+        noise = 1 + max(row.spread or 0, old.spread or 0)
+        if row.seconds > max(SLOWER, noise) * old.seconds:
+            times = f"{duration(old.seconds)} -> {duration(row.seconds)}"
+            lines.append(f"{row.case}, {row.dtype}: {times}, {row.seconds / old.seconds:.2f} times as long")
+    return sorted(set(lines))
+
+
+def key(row: Row) -> tuple[str, ...]:
+    """What makes two rows of two files the same."""
+    return row.suite, row.case, row.device, row.dtype, row.baseline
+
+
+def print_table(console: Console, environment: dict, rows: Sequence[Row]) -> None:
+    """One line a row."""
+    title = " · ".join(f"{name} {value}" for name, value in environment.items())
+    caption = (
+        "times: median ± (slowest - fastest); ratio: baseline / ours; bound: the least it can take / ours;"
+        " MiB: peak of a call; error: relative; computed: nothing was timed"
+    )
+    table = Table(title=title, caption=caption)
+    table.add_column("case", overflow="fold", min_width=17)
+    for name in ("ours", "baseline", "ratio", "bound", "MiB", "base MiB", "error"):
+        table.add_column(name, justify="right", no_wrap=name != "baseline")
+    table.add_column("verified", no_wrap=True)
+    for row in rows:
+        table.add_row(*cells(row))
+    console.print(table)
+    for row in rows:
+        if row.details:
+            figures = ", ".join(f"{name} {number(value)}" for name, value in row.details.items())
+            console.print(f"[dim]{row.case}, {row.dtype}: {figures}[/]")
+
+
+def cells(row: Row) -> list[str]:
+    """A row as the table shows it."""
+    peaks = (row.peak_bytes, row.baseline_peak_bytes)
+    verdict = {True: "yes", False: "[bold red]FAILED[/]", None: "computed" if row.computed else ""}
+    error = "" if row.max_error is None else f"{row.max_error:.1e}"
+    return [
+        f"{row.case}, {row.dtype}" if row.suite not in ("ops", "plan") else row.case,
+        timed(row.seconds, row.spread),
+        f"{row.baseline} {timed(row.baseline_seconds, row.baseline_spread)}",
+        "" if row.ratio is None else f"{row.ratio:.2f}x",
+        "" if row.bound_fraction is None else f"{row.bound_fraction:.0%}",
+        *("" if peak is None else f"{peak / BYTES_PER_MIB:,.0f}" for peak in peaks),
+        "not finite" if row.verified is False and row.max_error is None else error,
+        verdict[row.verified],
+    ]
+
+
+def timed(seconds: float | None, spread: float | None) -> str:
+    """A time and its spread."""
+    if seconds is None:
+        return ""
+    return duration(seconds) + ("" if spread is None else f" ±{spread:.0%}")
+
+
+def number(value: float | str) -> str:
+    """Three digits, or the text as it is."""
+    return f"{value:,.3g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
+
+
+def duration(seconds: float) -> str:
+    """Seconds with a unit that leaves three digits before the point at most."""
+    unit, scale = ("s", 1.0) if seconds >= 1 else ("ms", 1e3) if seconds >= 1e-3 else ("µs", 1e6)
+    return f"{seconds * scale:.3g} {unit}"
+
+
+def plot(path: Path, environment: dict, rows: Sequence[Row]) -> list[Path]:
+    """Plots beside the JSON file: ratios of the model suites, and cost against size of `scale`; their paths."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    where = f"{environment['cpu']}, {environment['threads']} threads, GPU: {environment['gpu']}"
+    made = []
+    ratios = [row for row in rows if row.ratio and row.suite in ("train-step", "score", "preprocess")]
+    if ratios:
+        made.append(plot_ratios(path.with_suffix(".png"), ratios, where))
+    scaled = [row for row in rows if row.suite == "scale" and "size" in row.details]
+    if scaled:
+        made.append(plot_scale(path.with_name(path.stem + "-scale.png"), scaled, where))
+    return made
+
+
+def plot_ratios(path: Path, rows: Sequence[Row], where: str) -> Path:
+    """Horizontal bars: how many times faster than each baseline."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 1 + 0.32 * len(rows)), layout="constrained")
+    colours = {name: f"C{at}" for at, name in enumerate(dict.fromkeys(row.baseline for row in rows))}
+    labels = [f"{row.case}, {row.dtype}" for row in rows]
+    bars = axes.barh(range(len(rows)), [row.ratio for row in rows], color=[colours[row.baseline] for row in rows])
+    axes.bar_label(bars, [f"{row.ratio:.1f}x" for row in rows], padding=3)
+    axes.set_yticks(range(len(rows)), labels)
+    axes.invert_yaxis()
+    axes.axvline(1, color="grey", linewidth=0.8)
+    axes.set_xlabel("times faster than the baseline, same results")
+    axes.set_title(where, fontsize=9)
+    axes.legend([pyplot.Rectangle((0, 0), 1, 1, color=c) for c in colours.values()], list(colours), loc="lower right")
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def plot_scale(path: Path, rows: Sequence[Row], where: str) -> Path:
+    """Seconds against what grows, log-log, one panel each, with the slope of a fitted line."""
+    from matplotlib import pyplot
+
+    axes_rows = defaultdict(list)
+    for row in rows:
+        axes_rows[row.details["axis"]].append(row)
+    figure, panels = pyplot.subplots(
+        1, len(axes_rows), figsize=(4 * len(axes_rows), 4), layout="constrained", squeeze=False
+    )
+    for panel, (axis, points) in zip(panels[0], axes_rows.items(), strict=True):
+        sizes = [row.details["size"] for row in points]
+        for name in ("seconds", "baseline_seconds"):
+            pairs = [(size, getattr(row, name)) for size, row in zip(sizes, points, strict=True) if getattr(row, name)]
+            if not pairs:
+                continue
+            label = "ours" if name == "seconds" else points[0].baseline
+            panel.loglog(*zip(*pairs, strict=True), marker="o", label=f"{label}, slope {slope(pairs):.2f}")
+        panel.set_xlabel(axis)
+        panel.set_ylabel("seconds")
+        panel.legend()
+    figure.suptitle(where, fontsize=9)
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def slope(points: Sequence[tuple[float, float]]) -> float:
+    """Of log(seconds) over log(size), by least squares; NaN for one point."""
+    import numpy as np
+
+    if len(points) < 2:
+        return float("nan")
+    sizes, seconds = np.log(np.array(points)).T
+    return float(np.polyfit(sizes, seconds, 1)[0])

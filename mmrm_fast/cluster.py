@@ -1,0 +1,28 @@
+"""The Ray cluster that scoring and serving run on: one of our own on this machine, or one to join."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+
+@contextmanager
+def ray_cluster(address: str | None = None) -> Iterator[None]:
+    """Join the Ray cluster at `address`, or start one on this machine; one that is joined already is kept.
+
+    Ray listens on every interface and runs what clients send; since 2.60 a cluster that `ray.init` starts takes only
+    clients that know the user's `~/.ray/auth_token`.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    ray.init(address=address, log_to_driver=False, include_dashboard=False, logging_level="ERROR")
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def gpus_each(wanted: float | None) -> float:
+    """GPUs of one process: what was asked for, else 1 where there are any."""
+    return wanted if wanted is not None else float(bool(ray.cluster_resources().get("GPU")))

@@ -1,0 +1,127 @@
+"""The output of a scoring run on disk: a shard and a note for each chunk of records, complete or not there at all.
+
+A chunk is done when its note is there. Both files are written aside and renamed, the note last; whoever scores a chunk
+twice (a killed worker, a resumed run) puts the same files in the same places. So a run can be killed at any moment and
+started again, and every response is there exactly once: records are known by their position in data whose content is
+the same, responses by their place in the record.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow
+from pyarrow import parquet
+
+RECORDS_PER_CHUNK = 64
+SAMPLED_BYTES = 1 << 20
+COLUMNS = {
+    "id": pyarrow.string(), "record": pyarrow.int64(), "response_index": pyarrow.int64(), "prompt": pyarrow.string(),
+    "img_path": pyarrow.string(), "response": pyarrow.string(), "score": pyarrow.float64(),
+    "truncated": pyarrow.bool_(), "chosen": pyarrow.string(), "rejected": pyarrow.string(), "margin": pyarrow.float64(),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The shards of one run in a folder; `kind` is jsonl or parquet."""
+
+    folder: Path
+    kind: str
+    num_records: int
+
+    @property
+    def num_chunks(self) -> int:
+        return -(-self.num_records // RECORDS_PER_CHUNK)
+
+    def records(self, chunk: int) -> range:
+        """Positions of a chunk's records."""
+        return range(chunk * RECORDS_PER_CHUNK, min((chunk + 1) * RECORDS_PER_CHUNK, self.num_records))
+
+    def shard(self, chunk: int) -> Path:
+        return self.folder / f"part-{chunk:06d}.{self.kind}"
+
+    def note(self, chunk: int) -> Path:
+        return self.folder / ".done" / f"{chunk:06d}.json"
+
+    def open(self, identity: dict) -> None:
+        """Begin the run, or go on with it. Raises `ValueError` where the folder holds a run of something else."""
+        description = self.folder / ".done" / "run.json"
+        if description.is_file():
+            before = json.loads(description.read_text())
+            changed = [name for name in identity if before.get(name) != identity[name]]
+            if changed:
+                raise ValueError(
+                    f"{self.folder}: holds a run with other {', '.join(changed)}; delete it or choose another --out"
+                )
+        elif self.folder.is_dir() and any(self.folder.iterdir()) and not description.parent.is_dir():
+            raise ValueError(f"{self.folder}: is not empty and no scoring run; choose another --out")
+        description.parent.mkdir(parents=True, exist_ok=True)
+        for aside in self.folder.glob(".*.unfinished"):
+            aside.unlink()
+        write_aside(description, json.dumps(identity, indent=2).encode())
+
+    def todo(self) -> list[int]:
+        """Chunks that are not done."""
+        done = set(os.listdir(self.folder / ".done"))
+        return [chunk for chunk in range(self.num_chunks) if self.note(chunk).name not in done]
+
+    def write(self, chunk: int, rows: Sequence[dict], note: dict) -> None:
+        """Write a chunk's rows, then its note."""
+        if self.kind == "parquet":
+            sink = pyarrow.BufferOutputStream()
+            parquet.write_table(table(rows), sink)
+            content = sink.getvalue().to_pybytes()
+        else:
+            content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        write_aside(self.shard(chunk), content)
+        write_aside(self.note(chunk), json.dumps(note).encode())
+
+    def notes(self) -> Iterator[dict]:
+        """The notes of the chunks that are done, in order."""
+        for chunk in range(self.num_chunks):
+            if self.note(chunk).is_file():
+                yield json.loads(self.note(chunk).read_bytes())
+
+    def join(self, path: Path) -> None:
+        """Put JSONL shards together in one file and remove the folder."""
+        unfinished = path.with_name(path.name + ".unfinished")
+        with open(unfinished, "wb") as whole:
+            for chunk in range(self.num_chunks):
+                with open(self.shard(chunk), "rb") as shard:
+                    shutil.copyfileobj(shard, whole)
+        os.replace(unfinished, path)
+        shutil.rmtree(self.folder)
+
+
+def table(rows: Sequence[dict]) -> pyarrow.Table:
+    """Rows as a table of one schema, whatever the rows of other shards hold: lists and conversations become JSON."""
+    names = list(rows[0]) if rows else [name for name in COLUMNS if name not in ("chosen", "rejected", "margin")]
+    as_json = lambda value: json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value  # noqa: E731
+    columns = {name: [as_json(row[name]) for row in rows] for name in names}
+    return pyarrow.table(columns, schema=pyarrow.schema([(name, COLUMNS[name]) for name in names]))
+
+
+def write_aside(path: Path, content: bytes) -> None:
+    """Write a file that is whole whenever it is there."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    aside.write_bytes(content)
+    os.replace(aside, path)
+
+
+def fingerprint(paths: Iterable[Path], *, sampled: bool = False) -> str:
+    """A hash of files' names, sizes and content; `sampled` reads 64 pieces of a large file (weights) instead of all."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}:".encode())
+        with open(path, "rb") as file:
+            step = max(size // 64, SAMPLED_BYTES) if sampled else SAMPLED_BYTES
+            for start in range(0, size, step):
+                file.seek(start)
+                digest.update(file.read(SAMPLED_BYTES))
+    return digest.hexdigest()

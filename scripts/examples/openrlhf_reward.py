@@ -1,0 +1,19 @@
+"""OpenRLHF's reward file: `--remote_rm_url scripts/examples/openrlhf_reward.py`, with `mmrm-fast serve` running.
+
+Text alone needs no file: `--remote_rm_url http://127.0.0.1:8000/get_reward` speaks to the server directly.
+"""
+
+import os
+
+import torch
+
+from mmrm_fast.client import RewardClient
+
+CLIENT = RewardClient(os.environ.get("REWARD_SERVER", "http://127.0.0.1:8000"))
+
+
+def reward_func(queries: list[str], prompts: list[str], labels: list, **columns) -> dict:
+    """Rewards [B] float32 of whole decoded queries; `images`, where the trainer hands them over, are sent along."""
+    answer = CLIENT.get_reward(queries, prompts, columns.get("images"))
+    logs = {name: torch.tensor(values) for name, values in answer["extra_logs"].items()}
+    return {"rewards": torch.tensor(answer["rewards"]), "scores": torch.tensor(answer["scores"]), "extra_logs": logs}

@@ -1,0 +1,142 @@
+// Runs every C++ op on fixed data and prints a digest of its results' bits, one op and element type a line.
+
+#include <cstdio>
+#include <vector>
+
+#include "pack_image_tokens.h"
+#include "pair_loss.h"
+#include "patchify.h"
+#include "pixel_shuffle_norm.h"
+#include "plan_trie.h"
+#include "reward_head.h"
+
+namespace {
+
+using namespace mmrm;
+
+// In -2..2, the same on every machine.
+template <typename T>
+std::vector<T> numbers(int64_t size) {
+  std::vector<T> values(size);
+  uint32_t state = 1;
+  for (T& value : values) {
+    state = state * 1664525u + 1013904223u;
+    value = convert<T>(compute_t<T>(int32_t(state)) / compute_t<T>(1 << 30));
+  }
+  return values;
+}
+
+struct Digest {
+  uint64_t value = 14695981039346656037u;  // FNV-1a
+
+  template <typename T>
+  void add(const std::vector<T>& values) {
+    const auto* bytes = reinterpret_cast<const unsigned char*>(values.data());
+    for (size_t i = 0; i < values.size() * sizeof(T); ++i) value = (value ^ bytes[i]) * 1099511628211u;
+  }
+  void print(const char* op, const char* type) const { std::printf("%s %s %016llx\n", op, type, (unsigned long long)value); }
+};
+
+template <typename T>
+void pair_loss(const char* type) {
+  constexpr int64_t P = 1000, R = 2 * P;
+  const auto rewards = numbers<T>(R), margin = numbers<T>(P);
+  const std::vector<T> proxy(rewards.rbegin(), rewards.rend());
+  std::vector<int64_t> chosen(P), rejected(P), row_ptr(R + 1), row_entry(R);
+  for (int64_t i = 0; i < P; ++i) chosen[i] = 2 * i, rejected[i] = 2 * i + 1;
+  for (int64_t i = 0; i < R; ++i) row_ptr[i + 1] = i + 1, row_entry[i] = i;
+  std::vector<T> sums(kNumPairLossSums), sfc(P), grad_rewards(R), grad_proxy(R);
+  pair_loss_fwd_cpu<T>({rewards.data(), proxy.data(), chosen.data(), rejected.data(), margin.data(), nullptr,
+                        row_ptr.data(), row_entry.data(), R, P},
+                       {SfcMode::paper, 0.1, 0.01, false, 0.1},
+                       {sums.data(), sfc.data(), grad_rewards.data(), grad_proxy.data()}, 1);
+  Digest digest;
+  digest.add(sums), digest.add(sfc), digest.add(grad_rewards), digest.add(grad_proxy);
+  digest.print("pair_loss", type);
+}
+
+template <typename T>
+void reward_head(const char* type) {
+  constexpr int64_t T_ = 30, R = 7, D = 517;
+  using A = compute_t<T>;
+  const auto hidden = numbers<T>(T_ * D);
+  const auto weight = numbers<A>(D), grad = numbers<A>(R);
+  const std::vector<int64_t> last{3, 29, 3, 0, 11, 3, 7};
+  const RewardHeadInputs<T> in{hidden.data(), last.data(), weight.data(), T_, R, D};
+  std::vector<A> rewards(R), grad_weight(D);
+  std::vector<T> grad_hidden(T_ * D);
+  reward_head_fwd_cpu(in, rewards.data(), 1);
+  reward_head_bwd_cpu(in, grad.data(), grad_hidden.data(), grad_weight.data(), 1);
+  Digest digest;
+  digest.add(rewards), digest.add(grad_hidden), digest.add(grad_weight);
+  digest.print("reward_head", type);
+}
+
+template <typename T>
+void pixel_shuffle_norm(const char* type) {
+  using A = compute_t<T>;
+  const PixelShuffle shape{2, 6, 83};
+  const int64_t size = shape.num_tiles * shape.tile_size(), N = shape.num_rows(), W = shape.row_size();
+  const auto hidden = numbers<T>(size), grad = numbers<T>(N * W);
+  const auto weight = numbers<A>(W);
+  std::vector<T> out(N * W), grad_hidden(size);
+  std::vector<A> mean(N), rstd(N), grad_weight(W), grad_bias(W);
+  pixel_shuffle_norm_fwd_cpu<T>(
+      shape, {hidden.data(), weight.data(), weight.data(), 1e-5, out.data(), mean.data(), rstd.data()}, 1);
+  pixel_shuffle_norm_bwd_cpu<T>(shape,
+                                {grad.data(), hidden.data(), weight.data(), mean.data(), rstd.data(),
+                                 grad_hidden.data(), grad_weight.data(), grad_bias.data()},
+                                1);
+  Digest digest;
+  digest.add(out), digest.add(mean), digest.add(rstd), digest.add(grad_hidden), digest.add(grad_weight);
+  digest.add(grad_bias);
+  digest.print("pixel_shuffle_norm", type);
+}
+
+template <typename T>
+void patchify(const char* type) {
+  constexpr int64_t I = 2, S = 42, p = 14;
+  std::vector<uint8_t> tiles(I * S * S * 3);
+  for (size_t i = 0; i < tiles.size(); ++i) tiles[i] = uint8_t(i * 37 % 251);
+  const auto scale = numbers<compute_t<T>>(3), shift = numbers<compute_t<T>>(3);
+  std::vector<T> rows(tiles.size());
+  patchify_cpu<T>({tiles.data(), scale.data(), shift.data(), rows.data(), I, S, p}, 1);
+  Digest digest;
+  digest.add(rows);
+  digest.print("patchify", type);
+}
+
+template <typename T>
+void pack_image_tokens(const char* type) {
+  constexpr int64_t V = 5, F = 3, D = 517, U = 4;
+  const std::vector<int64_t> order{1, 4, 2, 0, 3, 5}, segment_ptr{0, 2, 3, 5, 6}, segments{-2, -1, 0, 4};
+  const auto grad = numbers<T>(6 * D);
+  std::vector<T> grad_embedding(V * D), grad_features(F * D);
+  pack_image_tokens_bwd_cpu<T>({grad.data(), order.data(), segment_ptr.data(), segments.data(), grad_embedding.data(),
+                                grad_features.data(), U, V, F, D},
+                               6, 1);
+  Digest digest;
+  digest.add(grad_embedding), digest.add(grad_features);
+  digest.print("pack_image_tokens", type);
+}
+
+void plan() {
+  const std::vector<int64_t> keys{7, 8, 9, 1, 2, 7, 8, 9, 3, 7, 8}, cu_seqlens{0, 5, 9, 11};
+  const TriePlan found = plan_trie(keys.data(), cu_seqlens.data(), 3, 2);
+  Digest digest;
+  digest.add(found.token_index), digest.add(found.kv_index), digest.add(found.last_index);
+  digest.print("plan_trie", "int64");
+}
+
+template <typename T>
+void all(const char* type) {
+  reward_head<T>(type), pixel_shuffle_norm<T>(type), patchify<T>(type), pack_image_tokens<T>(type);
+}
+
+}  // namespace
+
+int main() {
+  pair_loss<float>("float32");  // float64's exponential is the C library's
+  all<float>("float32"), all<double>("float64"), all<bf16_t>("bfloat16"), all<fp16_t>("float16");
+  plan();
+}

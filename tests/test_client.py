@@ -1,0 +1,153 @@
+"""The client gives the scorer's rewards, waits for a busy server, and stands where TRL and OpenRLHF want a function."""
+
+import importlib.util
+import io
+import json
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+import requests
+from PIL import Image
+from reward_server import picture, running
+
+from mmrm_fast.client import RewardClient
+from mmrm_fast.scorer import Scorer
+from mmrm_fast.weights import save_checkpoint
+
+EXAMPLES = Path(__file__).parent.parent / "scripts" / "examples"
+PROMPT, RESPONSES = "What is in the picture?", ["two red circles", "I think so.", ""]
+EXACT = {"abs": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def scorer(make_checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("client")
+    save_checkpoint(folder, make_checkpoint())
+    return Scorer.from_pretrained(folder, "cpu")
+
+
+@pytest.fixture(scope="module")
+def url(scorer):
+    with running(scorer) as url:
+        yield url
+
+
+@pytest.fixture
+def client(url):
+    return RewardClient(url)
+
+
+@pytest.fixture
+def wide(tmp_path):
+    (tmp_path / "wide.png").write_bytes(picture())
+    return str(tmp_path / "wide.png")
+
+
+def rewards_of(scorer, prompt, responses, **image):
+    return scorer.score([{"prompt": prompt, "responses": responses, **image}])[0]
+
+
+def as_pil(content):
+    return Image.open(io.BytesIO(content))
+
+
+@pytest.mark.parametrize("encode", [lambda content: content, as_pil], ids=["bytes", "PIL"])
+def test_rewards_are_the_scorers(client, scorer, wide, encode):
+    expected = rewards_of(scorer, PROMPT, RESPONSES, img_path=wide)
+    assert client.score(PROMPT, RESPONSES, [encode(picture())]) == pytest.approx(expected, **EXACT)
+    assert client.score(PROMPT, RESPONSES) == pytest.approx(rewards_of(scorer, PROMPT, RESPONSES), **EXACT)
+
+
+def test_a_conversation_is_scored_with_the_image_in_its_place(client, scorer, wide):
+    turns = [
+        {"role": "user", "content": [{"type": "text", "text": "Look: "}, {"type": "image"}]},
+        {"role": "assistant", "content": "I see."},
+        {"role": "user", "content": PROMPT},
+    ]
+    record = [{"role": "user", "content": "Look: <image>\n"}, *turns[1:]]
+    expected = rewards_of(scorer, record, RESPONSES, img_path=wide)
+    assert client.score(turns, RESPONSES, [picture()]) == pytest.approx(expected, **EXACT)
+
+
+def test_trl_gets_a_reward_a_completion(client, scorer, wide):
+    prompts = [PROMPT, PROMPT, [{"role": "user", "content": "What?"}]]
+    completions = [RESPONSES[0], RESPONSES[1], [{"role": "assistant", "content": RESPONSES[0]}]]
+    images = [[as_pil(picture())], [as_pil(picture())], []]
+    rewards = client.reward_func(prompts=prompts, completions=completions, completion_ids=[[1]] * 3, images=images)
+    expected = rewards_of(scorer, PROMPT, RESPONSES[:2], img_path=wide) + rewards_of(scorer, "What?", RESPONSES[:1])
+    assert rewards == pytest.approx(expected, **EXACT)
+    assert client.reward_func.__name__ == "reward_func"
+
+
+def test_openrlhf_gets_tensors(scorer, url, monkeypatch):
+    monkeypatch.setenv("REWARD_SERVER", url)
+    spec = importlib.util.spec_from_file_location("openrlhf_reward", EXAMPLES / "openrlhf_reward.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    template = scorer.checkpoint.tokenizer.apply_chat_template
+    head = template([{"role": "user", "content": PROMPT}], tokenize=False) + "<|im_start|>assistant\n"
+    answer = module.reward_func([head + RESPONSES[0] + "<|im_end|>"], [head], [None])
+    assert answer["rewards"].tolist() == pytest.approx(rewards_of(scorer, PROMPT, RESPONSES[:1]), **EXACT)
+    assert answer["extra_logs"]["truncated"].tolist() == [0.0]
+
+
+def test_a_refusal_is_an_error_with_the_servers_reason(client):
+    with pytest.raises(ValueError, match=r"422: .*not downloaded"):
+        client.score(PROMPT, RESPONSES, ["http://example.com/x.png"])
+
+
+@pytest.fixture
+def busy():
+    """A server that refuses twice, with 429, and then answers."""
+    answers = iter([429, 429, 200])
+
+    class Busy(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["content-length"]))
+            self.send_response(next(answers, 200))
+            body = json.dumps({"data": [{"score": 1.5}]}).encode()
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Busy)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def test_a_busy_server_is_asked_again(busy):
+    assert RewardClient(busy).score("a", ["b"]) == [1.5]
+
+
+def test_it_does_not_ask_for_ever(busy):
+    with pytest.raises(requests.RequestException):
+        RewardClient(busy, retries=1).score("a", ["b"])
+
+
+@pytest.mark.slow
+def test_grpo_of_trl_trains_on_the_servers_rewards(url, tokenizer, tmp_path):
+    """The example as a user runs it, with a policy of two layers."""
+    pytest.importorskip("trl", reason="pip install trl")
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "policy")
+    tokenizer.save_pretrained(tmp_path / "policy")
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"What is {i}?"}) + "\n" for i in range(4)))
+    options = {"model": tmp_path / "policy", "data": tmp_path / "prompts.jsonl", "server": url, "output-dir": tmp_path,
+               "max-steps": 2, "num-generations": 4, "max-completion-length": 8}  # fmt: skip
+    command = [sys.executable, EXAMPLES / "grpo_trl.py", *(f"--{name}={value}" for name, value in options.items())]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "'reward'" in done.stdout and (tmp_path / "model.safetensors").is_file()
