@@ -41,7 +41,7 @@ def scorer_of(folder):
 
 def expected_rewards(state, config, scorer, groups):
     """Every reward by the plain forward of the sequence alone, and the longest sequence."""
-    dataset = GroupDataset([], scorer.encoder, scorer.checkpoint.tiling)
+    dataset = GroupDataset([], scorer.checkpoint.prompt_encoder(), scorer.checkpoint.tiling)
     rewards, longest = [], 0
     for sample in map(dataset.encode, groups):
         images = dataset.load(sample)

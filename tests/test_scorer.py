@@ -61,7 +61,7 @@ def broken_copy(path, tmp_path):
 
 def test_the_habits_of_the_reference_are_one_switch_for_texts_and_pictures(folder):
     scorer = Scorer.from_pretrained(folder, "cpu", compat="reference")
-    assert (scorer.checkpoint.tiling.compat, scorer.encoder.compat) == ("reference", "reference")
+    assert (scorer.checkpoint.tiling.compat, scorer.checkpoint.prompt_encoder().compat) == ("reference", "reference")
 
 
 def test_conversations_and_encoded_pictures_are_scored_as_texts_and_files_are(scorer, pictures):

@@ -205,7 +205,7 @@ def test_what_transformers_saved_loads_with_equal_hidden_states(folder, tmp_path
     (tmp_path / "native" / "model.safetensors").unlink()
     scorer = Scorer(load_checkpoint(tmp_path / "native"), torch.device("cpu"))
     group = Group("test", 0, None, "What?", None, (), ("the red circle",))
-    (ids,) = scorer.encoder.encode(group.prompt, group.responses).sequences
+    (ids,) = scorer.checkpoint.prompt_encoder().encode(group.prompt, group.responses).sequences
     hidden = whole.model(input_ids=torch.from_numpy(ids)[None]).last_hidden_state[0, -1]
     expected = float((hidden @ scorer.model.score.weight[0]).detach())
     assert scorer.score_groups([group])[0].rewards[0] == pytest.approx(expected, abs=1e-5)
