@@ -64,7 +64,6 @@ class ScoringActor:
             max_length=config.max_length,
             max_tiles=config.max_tiles,
             compat=config.compat,
-            compat=config.compat,
             tokens_per_micro_batch=config.tokens_per_micro_batch,
         )
         self.scale = reward_scale(config)
