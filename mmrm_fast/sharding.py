@@ -108,7 +108,7 @@ def shard(model: RewardModel, device: torch.device, config: TrainConfig) -> Rewa
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
     for block in blocks(model):
         if config.compile:
-            block.forward = torch.compile(block.forward)
+            block.forward = torch.compile(block.forward, dynamic=True)  # every batch has other sizes
         if config.activation_checkpointing != "none":
             block.forward = partial(checkpoint, block.forward, **checkpoint_options(config.activation_checkpointing))
     offloads = config.cpu_offload and device.type != "cpu"

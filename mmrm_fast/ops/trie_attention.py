@@ -17,7 +17,7 @@ from mmrm_fast.ops.native import addresses, native
 
 library = torch.library.Library("mmrm_fast", "FRAGMENT")
 PLAN = (
-    "Tensor cu_seqlens_q, Tensor kv_index, Tensor cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, float scale,"
+    "Tensor cu_seqlens_q, Tensor kv_index, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, float scale,"
     " bool causal=True"
 )
 library.define(f"trie_attention_fwd(Tensor q, Tensor k, Tensor v, {PLAN}) -> (Tensor, Tensor)")
