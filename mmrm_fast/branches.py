@@ -14,6 +14,7 @@ from mmrm_fast.config import TrainConfig
 from mmrm_fast.dataset import Sample
 from mmrm_fast.model import RewardModel
 from mmrm_fast.packing import TokenPlan, white_tile
+from mmrm_fast.parameters import load_weights
 from mmrm_fast.weights import Checkpoint, configured, load_checkpoint
 
 
@@ -70,25 +71,41 @@ def make_branches(config: TrainConfig, device: torch.device) -> list[Branch]:
         add_lora(main.model.model.language_model, config, PROXY)
         roots = dict.fromkeys((MAIN, PROXY), TwoAdapterModel(main.model))
         checkpoints[PROXY] = main
-    for root in set(roots.values()):
+    for root in dict.fromkeys(roots.values()):
         sharding.shard(root, device, config)
+    if reads_own_shards(config):
+        for checkpoint, folder in zip(checkpoints.values(), (config.model, proxy_folder(config)), strict=False):
+            load_weights(checkpoint.model, folder, device="cpu" if sharding.offloads(device, config) else device)
     scale = config.lora_alpha / config.lora_r
     return [Branch(name, root, checkpoints[name], scale) for name, root in roots.items()]
 
 
 def load(config: TrainConfig, folder: str | Path) -> Checkpoint:
     """Load a checkpoint with this run's limits and options for pictures."""
-    return configured(load_checkpoint(folder, max_length=config.max_length), config)
+    checkpoint = load_checkpoint(folder, max_length=config.max_length, with_weights=not reads_own_shards(config))
+    return configured(checkpoint, config)
+
+
+def reads_own_shards(config: TrainConfig) -> bool:
+    """Whether a rank reads its own shards alone, after sharding.
+
+    Adapters rename the weights that they wrap and a white tile passes through the whole vision tower: with them every
+    rank loads all weights first.
+    """
+    has_adapters = config.llm_lora or config.vision_lora
+    return sharding.num_ranks() > 1 and not has_adapters and config.proxy_image == "none"
+
+
+def proxy_folder(config: TrainConfig) -> str | Path:
+    """Where the proxy's weights come from."""
+    return config.model if config.proxy_model == "full" else config.proxy_model
 
 
 def load_proxy(config: TrainConfig, main: Checkpoint) -> Checkpoint:
     """The proxy's own model: a copy of the main one's, or a smaller one with the same tokenizer."""
-    if config.proxy_model == "full":
-        proxy = load(config, config.model)
-    else:
-        proxy = load(config, config.proxy_model)
-        if proxy.tokenizer.get_vocab() != main.tokenizer.get_vocab():
-            raise ValueError(f"--proxy-model {config.proxy_model}: its tokenizer is not that of {config.model}")
+    proxy = load(config, proxy_folder(config))
+    if proxy.tokenizer.get_vocab() != main.tokenizer.get_vocab():
+        raise ValueError(f"--proxy-model {config.proxy_model}: its tokenizer is not that of {config.model}")
     freeze(proxy.model, llm=False, backbone=config.freeze_backbone, mlp=config.freeze_mlp)
     if config.proxy_image == "none":
         proxy.model.drop_vision()

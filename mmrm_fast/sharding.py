@@ -101,7 +101,7 @@ def shard(model: RewardModel, device: torch.device, config: TrainConfig) -> Rewa
     Trained weights are fp32 shards, reduced in fp32 and computed with in `config.dtype`, in which frozen weights are
     kept; gradients are summed over ranks, not averaged, because the step divides by its global pair weight. Embedding,
     projector, patch embedding and final norm stay in the root's group, as they are used in its forward alone. One rank
-    computing in fp32 needs no sharding.
+    computing in fp32 needs no sharding. A model on the meta device stays there, to be filled by `load_weights`.
     """
     dtype = compute_dtype(config, device)
     for parameter in model.parameters():
@@ -111,13 +111,13 @@ def shard(model: RewardModel, device: torch.device, config: TrainConfig) -> Rewa
             block.forward = torch.compile(block.forward, dynamic=True)  # every batch has other sizes
         if config.activation_checkpointing != "none":
             block.forward = partial(checkpoint, block.forward, **checkpoint_options(config.activation_checkpointing))
-    offloads = config.cpu_offload and device.type != "cpu"
-    if not offloads:
+    offloaded = offloads(device, config)
+    if not offloaded and not next(model.parameters()).is_meta:
         model.to(device)
-    if num_ranks() == 1 and dtype == torch.float32 and not offloads:
+    if num_ranks() == 1 and dtype == torch.float32 and not offloaded:
         return model
     options = {"mesh": make_mesh(device, config.replicas), "reshard_after_forward": config.reshard_after_forward}
-    if offloads:
+    if offloaded:
         options["offload_policy"] = CPUOffloadPolicy()
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -127,6 +127,11 @@ def shard(model: RewardModel, device: torch.device, config: TrainConfig) -> Rewa
         group.set_gradient_divide_factor(1.0)
         group.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def offloads(device: torch.device, config: TrainConfig) -> bool:
+    """Whether weights and optimizer state wait in host memory."""
+    return config.cpu_offload and device.type != "cpu"
 
 
 def make_mesh(device: torch.device, replicas: int) -> DeviceMesh:
