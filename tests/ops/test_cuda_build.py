@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from ops.test_pair_loss import OPTIONS, op_args, to_double
+from ops.common import DTYPES, widened
+from ops.test_pair_loss import OPTIONS, op_args
 
 from mmrm_fast.ops import pack_image_tokens, pair_loss
 from mmrm_fast.ops.native import native, runs_on
@@ -27,7 +28,6 @@ COMPILER = [
     "-fno-strict-aliasing", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DMMRM_EMULATION",
     f"-I{CSRC}",
 ]  # fmt: skip
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 needs_gcc = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
@@ -167,7 +167,7 @@ def emulated_pair_loss(emulation, args, *, offset=0, **options):
 
 
 def assert_as_exact_as_torch(actual, args):
-    truth = pair_loss_ref(*to_double(args))
+    truth = pair_loss_ref(*widened(*args))
     tolerance = 1e-6 if args[0].dtype == torch.float32 else 1e-12
     for value, reference, exact in zip(actual, pair_loss_ref(*args), truth, strict=True):
         bound = 2 * (reference - exact).abs() + tolerance * exact.abs() + tolerance
@@ -200,7 +200,7 @@ def test_pair_loss_of_rewards_in_thousands_of_pairs(emulation):
     options = ("paper", 0.1, 0.01, False, 0.2)
     args = (rewards, proxy, chosen, rejected, None, None, pairs.row_ptr, pairs.row_entry, *options)
     results = emulated_pair_loss(emulation, args)
-    for value, exact in zip(results, pair_loss_ref(*to_double(args)), strict=True):
+    for value, exact in zip(results, pair_loss_ref(*widened(*args)), strict=True):
         torch.testing.assert_close(value.double(), exact, rtol=1e-5, atol=1e-3)
 
 

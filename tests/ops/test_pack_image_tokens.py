@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from ops.common import DTYPES, is_same, is_same_for_any_thread_count
 
 from mmrm_fast.ops.pack_image_tokens import (
     SourceIndex,
@@ -16,22 +17,8 @@ from mmrm_fast.ops.pack_image_tokens import (
     source_index,
 )
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SIZES = [(40, 9, 6, 24), (1, 1, 1, 1), (500, 70, 3, 519), (0, 5, 4, 8), (7, 3, 0, 5), (7, 0, 3, 5), (3, 4, 4, 0)]
-
-
-@pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan():
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def cpp():
-    import mmrm_fast._native  # noqa: F401, a missing build fails here instead of being skipped
-
-    return SimpleNamespace(fwd=pack_image_tokens_fwd_cpu, bwd=pack_image_tokens_bwd_cpu)
+cpp = SimpleNamespace(fwd=pack_image_tokens_fwd_cpu, bwd=pack_image_tokens_bwd_cpu)
 
 
 def random_inputs(num_tokens, num_embeddings, num_features, width, dtype=torch.float32):
@@ -45,14 +32,6 @@ def random_inputs(num_tokens, num_embeddings, num_features, width, dtype=torch.f
 def dense_transposed(rows):
     """The same values in memory order [D, rows]."""
     return rows.T.contiguous().T
-
-
-def widened(*tensors):
-    return [t.double() if t.is_floating_point() else t for t in tensors]
-
-
-def is_same(results, expected):
-    return all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(results, expected, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -80,7 +59,7 @@ def test_values_and_gradients_are_those_of_transformers_masked_scatter(dtype):
 @pytest.mark.parametrize("need_embedding", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", SIZES)
-def test_cpp_is_as_exact_as_the_reference(cpp, sizes, dtype, need_embedding):
+def test_cpp_is_as_exact_as_the_reference(sizes, dtype, need_embedding):
     embedding, features, source, grad = random_inputs(*sizes, dtype)
     assert torch.equal(cpp.fwd(embedding, features, source), pack_image_tokens_ref(embedding, features, source))
     index = astuple(source_index(source))
@@ -117,7 +96,7 @@ def test_a_stream_of_text_trains_the_table():
     assert torch.equal(embedding.grad[2:8], torch.zeros(6, 3))
 
 
-def test_gradients_of_a_row_are_summed_in_the_order_of_the_tokens(cpp):
+def test_gradients_of_a_row_are_summed_in_the_order_of_the_tokens():
     grad = torch.tensor([[1e8], [1.0], [-1e8], [3.0]])
     index = astuple(source_index(torch.tensor([0, -1, 0, 0])))
     grad_embedding, grad_features = cpp.bwd(grad, *index, 1, 1, True)
@@ -125,7 +104,7 @@ def test_gradients_of_a_row_are_summed_in_the_order_of_the_tokens(cpp):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_survives_the_round_trip(cpp, dtype):
+def test_half_precision_survives_the_round_trip(dtype):
     """Every value with a zero: widened, added and rounded back, it is itself."""
     values = torch.arange(1 << 16).to(torch.uint16).view(torch.int16).view(dtype)
     grad = torch.stack([values, torch.zeros(1 << 16, dtype=dtype)])
@@ -135,7 +114,7 @@ def test_half_precision_survives_the_round_trip(cpp, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_is_rounded_as_torch_does(cpp, dtype):
+def test_half_precision_is_rounded_as_torch_does(dtype):
     bits = torch.randint(-(1 << 15), 1 << 15, (2, 1 << 18), dtype=torch.int16)
     ties = torch.arange(-(1 << 15), (1 << 15) - 1, dtype=torch.int16)
     neighbours = torch.stack([ties, ties + 1]).view(dtype).float().div(2).to(dtype)  # their sums lie between values
@@ -154,16 +133,15 @@ def test_gradcheck(needed):
     assert torch.autograd.gradcheck(lambda *tables: pack_image_tokens(*tables, source, index), leaves)
 
 
-def test_same_bits_for_any_thread_count(cpp):
+def test_same_bits_for_any_thread_count():
     embedding, features, source, grad = random_inputs(900, 90, 40, 520, torch.bfloat16)
-    index, runs = astuple(source_index(source)), []
-    for num_threads in (1, 2, 3, 7):
-        torch.set_num_threads(num_threads)
-        runs.append((cpp.fwd(embedding, features, source), *cpp.bwd(grad, *index, 90, 40, True)))
-    assert all(is_same(run, runs[0]) for run in runs[1:])
+    index = astuple(source_index(source))
+    assert is_same_for_any_thread_count(
+        lambda: (cpp.fwd(embedding, features, source), *cpp.bwd(grad, *index, 90, 40, True))
+    )
 
 
-def test_strided_inputs(cpp):
+def test_strided_inputs():
     embedding, features, source, grad = random_inputs(40, 9, 6, 24)
     index = astuple(source_index(source))
     strided = cpp.fwd(dense_transposed(embedding), dense_transposed(features), source.repeat_interleave(2)[::2])
@@ -223,7 +201,7 @@ def test_sources_outside_the_tables_are_named(source):
         ([0, 1], [0, 1, 2], [1, 1], "segment_source does not increase"),
     ],
 )
-def test_a_broken_index_is_refused(cpp, order, segment_ptr, segment_source, message):
+def test_a_broken_index_is_refused(order, segment_ptr, segment_source, message):
     index = map(torch.tensor, (order, segment_ptr, segment_source))
     with pytest.raises(IndexError, match=message):
         cpp.bwd(torch.zeros(2, 3), *index, 9, 6, True)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from ops.common import is_same_for_any_thread_count, widened
 from torch.nn.functional import logsigmoid
 
 from mmrm_fast.ops.pair_loss import (
@@ -31,13 +32,7 @@ CASES = [
     if not (mode == "standard" and options.keys() & {"warmup", "floor"})
     and not (mode == "normalized" and "centering" in options)
 ]
-
-
-@pytest.fixture
-def cpp():
-    import mmrm_fast._native  # noqa: F401, a missing build fails here instead of being skipped
-
-    return pair_loss_fwd_cpu
+cpp = pair_loss_fwd_cpu
 
 
 def k_wise_pairs(num_groups: int, k: int = 4):
@@ -61,10 +56,6 @@ def op_args(mode, options, *, num_groups=5, dtype=torch.float32, scale=3.0, seed
         mode, options.get("label_smoothing", 0.0), options.get("centering", 0.0), "warmup" in options,
         options.get("floor", 0.0),
     )  # fmt: skip
-
-
-def to_double(args):
-    return [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
 
 
 def one_pair(m, b, **options) -> PairLoss:
@@ -124,9 +115,9 @@ def test_warmup_holds_one_half_and_the_floor_bounds_below():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("scale", [0.0, 3.0, 1e4])
 @pytest.mark.parametrize(("mode", "options"), CASES)
-def test_cpp_is_as_exact_as_torch(cpp, mode, options, scale, dtype):
+def test_cpp_is_as_exact_as_torch(mode, options, scale, dtype):
     args = op_args(mode, options, dtype=dtype, scale=scale, num_groups=400)
-    truth = pair_loss_ref(*to_double(args))
+    truth = pair_loss_ref(*widened(*args))
     tolerance = 1e-6 if dtype == torch.float32 else 1e-12
     for actual, reference, exact in zip(cpp(*args), pair_loss_ref(*args), truth, strict=True):
         bound = 2 * (reference - exact).abs() + tolerance * exact.abs() + tolerance
@@ -198,15 +189,9 @@ def test_only_the_losses_carry_gradients():
     assert [name for name in PairLoss._fields if getattr(loss, name).requires_grad] == ["main", "proxy"]
 
 
-def test_same_bits_for_any_thread_count(cpp):
+def test_same_bits_for_any_thread_count():
     args = op_args("paper", OPTIONS["all"], num_groups=4001)
-    before = torch.get_num_threads()
-    runs = []
-    for num_threads in (1, 2, 3, 7):
-        torch.set_num_threads(num_threads)
-        runs.append(cpp(*args))
-    torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+    assert is_same_for_any_thread_count(lambda: cpp(*args))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])

@@ -2,19 +2,14 @@
 
 import pytest
 import torch
+from ops.common import is_same_for_any_thread_count
 
 from mmrm_fast.images import NORMALIZATION
 from mmrm_fast.ops.patchify import DTYPES, patchify, patchify_cpu, patchify_ref
 
 MEAN, STD = NORMALIZATION["imagenet"]
 SIZES = [(2, 28, 14), (3, 10, 5), (1, 6, 1), (2, 7, 7), (5, 96, 16), (0, 28, 14), (2, 0, 14)]
-
-
-@pytest.fixture
-def cpp():
-    import mmrm_fast._native  # noqa: F401, a missing build fails here instead of being skipped
-
-    return patchify_cpu
+cpp = patchify_cpu
 
 
 def random_tiles(num_tiles, side, seed=0):
@@ -41,7 +36,7 @@ def normalized(tiles, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("num_tiles", "side", "patch_size"), SIZES)
-def test_cpp_has_the_bits_of_the_reference(cpp, num_tiles, side, patch_size, dtype):
+def test_cpp_has_the_bits_of_the_reference(num_tiles, side, patch_size, dtype):
     args = op_args(num_tiles, side, patch_size, dtype)
     assert torch.equal(cpp(*args), patchify_ref(*args))
     assert torch.equal(cpp(dense_transposed(args[0]), *args[1:]), patchify_ref(*args))
@@ -73,13 +68,9 @@ def test_a_product_with_the_rows_is_the_patch_embedding(dtype):
     torch.testing.assert_close(embedded, expected, rtol=tolerance, atol=tolerance)
 
 
-def test_same_bits_for_any_thread_count(cpp):
+def test_same_bits_for_any_thread_count():
     args = op_args(4, 112, 14, torch.bfloat16)
-    runs = []
-    for num_threads in (1, 2, 3, 7):
-        torch.set_num_threads(num_threads)
-        runs.append(cpp(*args))
-    assert all(torch.equal(run, runs[0]) for run in runs)
+    assert is_same_for_any_thread_count(lambda: [cpp(*args)])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

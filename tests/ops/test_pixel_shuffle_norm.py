@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from ops.common import DTYPES, assert_as_exact, is_same_for_any_thread_count, widened
 from transformers import InternVLModel
 
 from mmrm_fast.ops.pixel_shuffle_norm import (
@@ -16,15 +17,8 @@ from mmrm_fast.ops.pixel_shuffle_norm import (
 )
 
 EPS = 1e-5
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SIZES = [(2, 4, 24), (3, 6, 7), (1, 2, 1), (5, 2, 257), (0, 4, 8), (2, 0, 8), (3, 8, 160)]  # I, G, C
-
-
-@pytest.fixture
-def cpp():
-    import mmrm_fast._native  # noqa: F401, a missing build fails here instead of being skipped
-
-    return SimpleNamespace(fwd=pixel_shuffle_norm_fwd_cpu, bwd=pixel_shuffle_norm_bwd_cpu)
+cpp = SimpleNamespace(fwd=pixel_shuffle_norm_fwd_cpu, bwd=pixel_shuffle_norm_bwd_cpu)
 
 
 def random_inputs(num_tiles, grid, channels, dtype, *, weight_dtype=None, offset=0.5):
@@ -39,10 +33,6 @@ def random_inputs(num_tiles, grid, channels, dtype, *, weight_dtype=None, offset
     grad = normal(num_tiles * (grid // 2) ** 2, 4 * channels)
     hidden, grad = hidden.to(dtype), grad.to(dtype)
     return hidden, weight.to(weight_dtype or dtype), bias.to(weight_dtype or dtype), grad
-
-
-def doubled(*tensors):
-    return [t.double() for t in tensors]
 
 
 def transformers_rows(hidden):
@@ -62,28 +52,18 @@ def dense_transposed(hidden):
     return hidden.permute(2, 1, 0).contiguous().permute(2, 1, 0)
 
 
-def assert_as_exact(actual, reference, exact):
-    """The largest error is at most twice the reference's, plus the rounding of the result and of the arithmetic."""
-    assert actual.dtype == reference.dtype and actual.shape == reference.shape
-    if actual.numel():
-        arithmetic = torch.finfo(torch.float64 if actual.dtype == torch.float64 else torch.float32).eps
-        floor = (torch.finfo(actual.dtype).eps / 2 + 8 * arithmetic) * exact.abs().max()
-        error, allowed = ((t.double() - exact).abs().max() for t in (actual, reference))
-        assert error <= 2 * allowed + floor
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_rows_are_those_of_transformers(dtype):
     hidden, *_ = random_inputs(3, 6, 5, dtype)
     weight, bias = torch.ones(20, dtype=dtype), torch.zeros(20, dtype=dtype)
-    exact = transformers_norm(*doubled(hidden, weight, bias))
+    exact = transformers_norm(*widened(hidden, weight, bias))
     assert_as_exact(pixel_shuffle_norm(hidden, weight, bias, eps=EPS), transformers_norm(hidden, weight, bias), exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", ["ref", "cpp"])
 @pytest.mark.parametrize(("num_tiles", "grid", "channels"), [size for size in SIZES if size[0] and size[1]])
-def test_forward_and_gradients_are_as_exact_as_torch(cpp, backend, num_tiles, grid, channels, dtype):
+def test_forward_and_gradients_are_as_exact_as_torch(backend, num_tiles, grid, channels, dtype):
     *leaves, grad = random_inputs(num_tiles, grid, channels, dtype)
     fwd, bwd = (cpp.fwd, cpp.bwd) if backend == "cpp" else (pixel_shuffle_norm_ref, pixel_shuffle_norm_bwd_ref)
     hidden, weight, bias = leaves
@@ -97,7 +77,7 @@ def test_forward_and_gradients_are_as_exact_as_torch(cpp, backend, num_tiles, gr
         return result.detach(), *torch.autograd.grad(result, inputs, slope)
 
     for ours, torchs, exact in zip(
-        actual, by_autograd(*leaves, grad), by_autograd(*doubled(*leaves, grad)), strict=True
+        actual, by_autograd(*leaves, grad), by_autograd(*widened(*leaves, grad)), strict=True
     ):
         assert_as_exact(ours, torchs, exact)
 
@@ -105,30 +85,30 @@ def test_forward_and_gradients_are_as_exact_as_torch(cpp, backend, num_tiles, gr
 @pytest.mark.parametrize("weight_dtype", [torch.float32, None], ids=["float32 weight", "same weight"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("num_tiles", "grid", "channels"), SIZES)
-def test_cpp_is_as_exact_as_the_reference(cpp, num_tiles, grid, channels, dtype, weight_dtype):
+def test_cpp_is_as_exact_as_the_reference(num_tiles, grid, channels, dtype, weight_dtype):
     hidden, weight, bias, grad = random_inputs(num_tiles, grid, channels, dtype, weight_dtype=weight_dtype)
-    exact = pixel_shuffle_norm_ref(*doubled(hidden, weight, bias), EPS)
+    exact = pixel_shuffle_norm_ref(*widened(hidden, weight, bias), EPS)
     reference = pixel_shuffle_norm_ref(hidden, weight, bias, EPS)
     for results in zip(cpp.fwd(hidden, weight, bias, EPS), reference, exact, strict=True):
         assert_as_exact(*results)
     _, mean, rstd = reference
     inputs = (grad, hidden, weight, mean, rstd)
-    exact = pixel_shuffle_norm_bwd_ref(*doubled(*inputs), True)
+    exact = pixel_shuffle_norm_bwd_ref(*widened(*inputs), True)
     for results in zip(cpp.bwd(*inputs, True), pixel_shuffle_norm_bwd_ref(*inputs, True), exact, strict=True):
         assert_as_exact(*results)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e3])
-def test_variance_does_not_cancel(cpp, offset):
+def test_variance_does_not_cancel(offset):
     hidden, weight, bias, _ = random_inputs(2, 4, 64, torch.float32, offset=offset)
-    exact = pixel_shuffle_norm_ref(*doubled(hidden, weight, bias), EPS)
+    exact = pixel_shuffle_norm_ref(*widened(hidden, weight, bias), EPS)
     for results in zip(
         cpp.fwd(hidden, weight, bias, EPS), pixel_shuffle_norm_ref(hidden, weight, bias, EPS), exact, strict=True
     ):
         assert_as_exact(*results)
 
 
-def test_frozen_tower_costs_no_gradient(cpp):
+def test_frozen_tower_costs_no_gradient():
     hidden, weight, bias, grad = random_inputs(2, 4, 8, torch.float32)
     _, mean, rstd = cpp.fwd(hidden, weight, bias, EPS)
     none, *others = cpp.bwd(grad, hidden, weight, mean, rstd, False)
@@ -137,7 +117,7 @@ def test_frozen_tower_costs_no_gradient(cpp):
     assert all(torch.equal(a, b) for a, b in zip(others, expected, strict=True))
 
 
-def test_gradient_of_cls_is_zero(cpp):
+def test_gradient_of_cls_is_zero():
     hidden, weight, bias, grad = random_inputs(2, 4, 8, torch.bfloat16)
     _, mean, rstd = cpp.fwd(hidden, weight, bias, EPS)
     grad_hidden, *_ = cpp.bwd(grad, hidden, weight, mean, rstd, True)
@@ -151,17 +131,16 @@ def test_gradcheck(needed):
     assert torch.autograd.gradcheck(lambda *inputs: pixel_shuffle_norm(*inputs, eps=EPS), leaves)
 
 
-def test_same_bits_for_any_thread_count(cpp):
-    hidden, weight, bias, grad = random_inputs(9, 8, 160, torch.float32)
-    runs = []
-    for num_threads in (1, 2, 3, 7):
-        torch.set_num_threads(num_threads)
+def test_same_bits_for_any_thread_count():
+    def run():
         out, mean, rstd = cpp.fwd(hidden, weight, bias, EPS)
-        runs.append((out, mean, rstd, *cpp.bwd(grad, hidden, weight, mean, rstd, True)))
-    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+        return out, mean, rstd, *cpp.bwd(grad, hidden, weight, mean, rstd, True)
+
+    hidden, weight, bias, grad = random_inputs(9, 8, 160, torch.float32)
+    assert is_same_for_any_thread_count(run)
 
 
-def test_strided_inputs(cpp):
+def test_strided_inputs():
     hidden, weight, bias, grad = random_inputs(3, 4, 6, torch.bfloat16)
     out, mean, rstd = cpp.fwd(hidden, weight, bias, EPS)
     strided = cpp.fwd(dense_transposed(hidden), weight.repeat_interleave(2)[::2], bias, EPS)

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from ops.common import DTYPES, assert_as_exact, is_same, is_same_for_any_thread_count, widened
 
 from mmrm_fast.ops.reward_head import (
     reward_head,
@@ -13,22 +14,8 @@ from mmrm_fast.ops.reward_head import (
     reward_head_ref,
 )
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SIZES = [(40, 9, 24), (1, 1, 1), (70, 300, 519), (9, 16, 2048), (5, 0, 8), (0, 0, 8), (3, 4, 0)]  # T, R, D
-
-
-@pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan():
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def cpp():
-    import mmrm_fast._native  # noqa: F401, a missing build fails here instead of being skipped
-
-    return SimpleNamespace(fwd=reward_head_fwd_cpu, bwd=reward_head_bwd_cpu)
+cpp = SimpleNamespace(fwd=reward_head_fwd_cpu, bwd=reward_head_bwd_cpu)
 
 
 def random_inputs(num_tokens, num_responses, width, dtype=torch.float32):
@@ -44,24 +31,6 @@ def random_inputs(num_tokens, num_responses, width, dtype=torch.float32):
 def dense_transposed(hidden):
     """The same values in memory order [D, T]."""
     return hidden.T.contiguous().T
-
-
-def widened(*tensors):
-    return [t.double() if t.is_floating_point() else t for t in tensors]
-
-
-def is_same(results, expected):
-    return all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(results, expected, strict=True))
-
-
-def assert_as_exact(actual, reference, exact):
-    """The largest error is at most twice the reference's, plus the rounding of the result and of the arithmetic."""
-    assert actual.dtype == reference.dtype and actual.shape == reference.shape
-    if actual.numel():
-        arithmetic = torch.finfo(torch.float64 if actual.dtype == torch.float64 else torch.float32).eps
-        floor = (torch.finfo(actual.dtype).eps / 2 + 8 * arithmetic) * exact.abs().max()
-        error, allowed = ((t.double() - exact).abs().max() for t in (actual, reference))
-        assert error <= 2 * allowed + floor
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -81,7 +50,7 @@ def test_values_and_gradients_are_those_of_the_head_on_all_tokens(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", SIZES)
-def test_cpp_is_as_exact_as_the_reference(cpp, sizes, dtype):
+def test_cpp_is_as_exact_as_the_reference(sizes, dtype):
     hidden, last_index, weight, grad = random_inputs(*sizes, dtype)
     inputs = (hidden, last_index, weight)
     assert_as_exact(cpp.fwd(*inputs), reward_head_ref(*inputs), reward_head_ref(*widened(*inputs)))
@@ -92,20 +61,20 @@ def test_cpp_is_as_exact_as_the_reference(cpp, sizes, dtype):
         assert_as_exact(*results)
 
 
-def test_responses_that_end_in_one_token_are_summed_in_order(cpp):
+def test_responses_that_end_in_one_token_are_summed_in_order():
     grad, last_index = torch.tensor([1e8, 1.0, -1e8, 3.0]), torch.tensor([1, 1, 1, 0])
     grad_hidden, _ = cpp.bwd(grad, torch.ones(3, 4), last_index, torch.ones(4))
     in_order = (torch.tensor(1e8) + 1 - 1e8).item()
     assert grad_hidden.tolist() == [[3.0] * 4, [in_order] * 4, [0.0] * 4]
 
 
-def test_duplicates_are_rounded_once(cpp):
+def test_duplicates_are_rounded_once():
     last_index, weight = torch.zeros(256, dtype=torch.int64), torch.ones(3)
     grad_hidden, _ = cpp.bwd(torch.full((256,), 1.01), torch.ones(1, 3).bfloat16(), last_index, weight)
     assert torch.equal(grad_hidden, torch.full((1, 3), 256 * 1.01).bfloat16())
 
 
-def test_long_sums_do_not_drift(cpp):
+def test_long_sums_do_not_drift():
     grad = torch.full((1 << 18,), 0.1)
     _, grad_weight = cpp.bwd(grad, torch.ones(1, 2), torch.zeros(1 << 18, dtype=torch.int64), torch.ones(2))
     torch.testing.assert_close(grad_weight, torch.full((2,), 26214.4), rtol=2e-4, atol=0)
@@ -118,16 +87,14 @@ def test_gradcheck(needed):
     assert torch.autograd.gradcheck(lambda h, w: reward_head(h, last_index, w), leaves)
 
 
-def test_same_bits_for_any_thread_count(cpp):
+def test_same_bits_for_any_thread_count():
     hidden, last_index, weight, grad = random_inputs(500, 130, 1100, torch.bfloat16)
-    runs = []
-    for num_threads in (1, 2, 3, 7):
-        torch.set_num_threads(num_threads)
-        runs.append((cpp.fwd(hidden, last_index, weight), *cpp.bwd(grad, hidden, last_index, weight)))
-    assert all(is_same(run, runs[0]) for run in runs[1:])
+    assert is_same_for_any_thread_count(
+        lambda: (cpp.fwd(hidden, last_index, weight), *cpp.bwd(grad, hidden, last_index, weight))
+    )
 
 
-def test_strided_inputs(cpp):
+def test_strided_inputs():
     hidden, last_index, weight, grad = random_inputs(40, 9, 24)
     inputs = (hidden, last_index, weight)
     strided = (dense_transposed(hidden), *(t.repeat_interleave(2)[::2] for t in (last_index, weight)))
@@ -160,7 +127,7 @@ def test_compiles_to_one_graph():
 
 
 @pytest.mark.parametrize("last", [-1, 4])
-def test_a_last_index_outside_the_tokens_is_named(cpp, last):
+def test_a_last_index_outside_the_tokens_is_named(last):
     hidden, last_index, weight = torch.zeros(4, 2), torch.tensor([0, last]), torch.zeros(2)
     with pytest.raises(IndexError, match=f"last_index {last} is outside 0:4"):
         reward_head(hidden, last_index, weight)
