@@ -322,6 +322,8 @@ class ServeConfig:
     """Tokens of one prompt with its images plus one response. Default: what the checkpoint says."""
     max_tiles: int | None = None
     """Most tiles an image is cut into, without the thumbnail. Default: what the checkpoint says."""
+    compat: Literal["reference"] | None = None
+    """Prepare texts and pictures exactly as the reference implementation does; see README for what differs."""
     tokens_per_micro_batch: int = 16_384
     """Work of one forward, in tokens after sharing; requests are batched up to it."""
     max_delay_ms: float = 3.0

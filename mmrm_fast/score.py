@@ -24,14 +24,7 @@ CPUS_PER_ACTOR = 2
 CHUNKS_AHEAD = 2  # of an actor: one is read and tokenised while the model runs on the other
 RETRIES = 5
 EXIT_SOME_FAILED = 3
-IDENTITY = (
-    "max_length",
-    "max_tiles",
-    "compat",
-    "best_of",
-    "to_pairs",
-    "normalize",
-)  # options that change what is written
+IDENTITY = ("max_length", "max_tiles", "compat", "best_of", "to_pairs", "normalize")  # what changes the rows
 
 
 @dataclass

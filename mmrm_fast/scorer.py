@@ -17,6 +17,7 @@ from mmrm_fast.records import Group, RecordError, parse_group
 from mmrm_fast.weights import Checkpoint, load_checkpoint, require_reward_model
 
 TOKENS_PER_MICRO_BATCH = 16_384
+BUDGETS_A_RECORD = 4  # micro-batches' work that one record may be: cut, its parts would each compute the prefix again
 NUM_PACKERS = 2  # threads that decode and pack ahead of the model
 
 
@@ -44,7 +45,8 @@ class Scorer:
         self.checkpoint, self.device = checkpoint, device
         self.tokens_per_micro_batch = tokens_per_micro_batch
         self.model = checkpoint.model.to(device).eval()
-        self.packer = Packer(GroupDataset([], checkpoint.prompt_encoder(), checkpoint.tiling))
+        self.encoder = checkpoint.prompt_encoder()
+        self.packer = Packer(GroupDataset([], self.encoder, checkpoint.tiling))
         self.lock = threading.Lock()  # one forward at a time, whoever calls
 
     @classmethod
@@ -145,12 +147,13 @@ class Scorer:
         return self.cost(take_responses(sample, slice(0)))
 
     def split(self, sample: Sample) -> list[Sample]:
-        """The sample, cut between responses where it is more work than one forward should be."""
+        """The sample, cut between responses where it is more work than `BUDGETS_A_RECORD` micro-batches."""
+        limit = BUDGETS_A_RECORD * self.tokens_per_micro_batch
         shared = self.shared_cost(sample)
-        if self.cost(sample) <= self.tokens_per_micro_batch:
+        if self.cost(sample) <= limit:
             return [sample]
         costs = [self.cost(take_responses(sample, slice(i, i + 1))) - shared for i in range(len(sample.main.sequences))]
-        runs = cut(costs, max(self.tokens_per_micro_batch - shared, 1))
+        runs = cut(costs, max(limit - shared, 1))
         return [take_responses(sample, slice(run.start, run.stop)) for run in runs]
 
     def micro_batches(self, samples: Sequence[Sample]) -> list[list[int]]:

@@ -100,11 +100,22 @@ def test_a_reward_does_not_depend_on_other_responses_of_the_record(scorer, pictu
 def test_a_record_too_large_for_one_forward_is_cut_between_its_responses(folder, pictures):
     many = record(pictures["square"], *[f"{response} {i}" for i in range(20) for response in RESPONSES])
     (whole,) = Scorer.from_pretrained(folder, "cpu").score([many])
-    small = Scorer.from_pretrained(folder, "cpu", tokens_per_micro_batch=200)
+    small = Scorer.from_pretrained(folder, "cpu", tokens_per_micro_batch=50)
     (sample,) = [small.encode(group(0, [many["img_path"]], *many["responses"]))]
     pieces = small.split(sample)
     assert len(pieces) > 5 and all(small.cost(piece) <= 220 for piece in pieces)  # costs are rounded down
     assert small.score([many])[0] == pytest.approx(whole, abs=1e-5)
+
+
+def test_best_of_64_is_one_forward_of_less_than_an_eighth_of_the_tokens(checkpoint, tmp_path):
+    """A picture of 7 tiles of 256 tokens and 64 responses of 150 tokens."""
+    Image.new("RGB", (448 * 3, 448 * 2)).save(tmp_path / "photo.png")
+    real = replace(checkpoint, tiling=Tiling(448, 1, 6), tokens_per_tile=256, max_length=4096)
+    scorer = Scorer(real, torch.device("cpu"))
+    (sample,) = scorer.split(scorer.encode(group(0, [str(tmp_path / "photo.png")], *["a" * 150] * 64)))
+    tokens = sample.main.prefix_length + sum(len(own) - sample.main.prefix_length for own in sample.main.sequences)
+    assert sample.main.prefix_length > 7 * 256 and len(sample.main.sequences) == 64
+    assert 8 * tokens <= sample.num_tokens_unshared
 
 
 def test_a_bf16_scorer_gives_rewards_finer_than_bf16(folder, pictures):
