@@ -150,7 +150,7 @@ def batch_work(sizes: Sizes, batch: PackedBatch, *, trained: bool) -> Work:
         work += vision_work(sizes, len(batch.text_tiles), trained=trained)
     for plan in (batch.main, batch.text):
         if plan is not None:
-            read = len(plan.last_index_R)
+            read = len(plan.read_index)
             work += text_work(sizes, len(plan.source_T), visible_pairs(plan), read=read, trained=trained)
     return work
 

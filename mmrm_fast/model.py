@@ -58,13 +58,10 @@ class RewardModel(nn.Module):
             inputs_embeds=pack_image_tokens(embedding, features, plan.source_T, plan.source_index).unsqueeze(0),
             position_ids=plan.rope_positions(),
             use_cache=False,
-            last_index=plan.last_index_R,
+            last_index=plan.read_index,
             **plan.attention_plan(),
         ).last_hidden_state[0]
-        index_R = plan.last_index_R
-        if self.reads_last_tokens:
-            index_R = torch.arange(len(index_R), device=index_R.device)
-        return head(hidden, index_R)
+        return head(hidden, plan.read_row_R if self.reads_last_tokens else plan.last_index_R)
 
     def heads(self) -> list[nn.Module]:
         """The score heads."""

@@ -50,6 +50,8 @@ class TokenPlan(OnDevice):
     kv_index: Tensor  # [K] int64
     cu_seqlens_k: Tensor  # [N + 1] int32
     last_index_R: Tensor  # int64: where each response's reward is read
+    read_index: Tensor  # int64: the distinct ones among them, increasing
+    read_row_R: Tensor  # int64: each response's row among those
     max_seqlen_q: int
     max_seqlen_k: int
     num_tokens_unshared: int  # tokens of all sequences, as if nothing were shared
@@ -178,6 +180,7 @@ def plan_tokens(
     regimes = np.repeat([rope_regime(length) if rope_regime else 0 for length in lengths], lengths).astype(np.int64)
     plan = plan_trie(keys + (regimes << REGIME_SHIFT), np.cumsum([0, *lengths]), min_shared=min_shared)
     source_T = torch.from_numpy(keys[plan.token_index])
+    read_index, read_row = np.unique(plan.last_index, return_inverse=True)
     return TokenPlan(
         source_T=source_T,
         source_index=source_index(source_T),
@@ -186,6 +189,8 @@ def plan_tokens(
         kv_index=torch.from_numpy(plan.kv_index),
         cu_seqlens_k=torch.from_numpy(plan.cu_seqlens_k),
         last_index_R=torch.from_numpy(plan.last_index),
+        read_index=torch.from_numpy(read_index),
+        read_row_R=torch.from_numpy(read_row),
         max_seqlen_q=int(np.diff(plan.cu_seqlens_q).max()),
         max_seqlen_k=int(np.diff(plan.cu_seqlens_k).max()),
         num_tokens_unshared=len(keys),
