@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from benchmarks.harness import Check, Options, Row, fresh_memory, interleaved, make_row, relative_error
+from benchmarks.harness import (
+    Check,
+    Options,
+    Row,
+    bandwidth,
+    bounded,
+    fresh_memory,
+    interleaved,
+    make_row,
+    relative_error,
+)
 from mmrm_fast.ops.pack_image_tokens import pack_image_tokens, source_index
 
 NUM_TOKENS, NUM_FEATURES, NUM_EMBEDDINGS, WIDTH = 8192, 7168, 32_768, 2048  # 28 tiles of 256 tokens
@@ -26,11 +36,11 @@ def rows(options: Options) -> Iterator[Row]:
     for case in CASES:
         sides = make_sides(case)
         ours, theirs, copy = interleaved([*sides.values(), make_copy()], repeats=options.repeats)
-        fraction = copy.median / ours.median if case == "forward" else None
+        what = f"copy at {bandwidth(2 * NUM_TOKENS * WIDTH * DTYPE.itemsize, copy.median)}"
+        bound = bounded(ours, copy.median, what) if case == "forward" else {}
         yield make_row(
-            "ops", title(case), "bfloat16", ours=ours, baseline=BASELINE, theirs=theirs, checks=checks(sides),
-            bound_fraction=fraction,
-        )  # fmt: skip
+            "ops", title(case), "bfloat16", ours=ours, baseline=BASELINE, theirs=theirs, checks=checks(sides), **bound
+        )
 
 
 def title(case: str) -> str:

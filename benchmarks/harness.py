@@ -131,6 +131,16 @@ def make_row(
     )
 
 
+def bounded(ours: Timing, seconds: float, what: str) -> dict:
+    """For `make_row`: the least seconds that the case can take, measured in the same run, and what they are."""
+    return {"bound_fraction": seconds / ours.median, "details": {"bound": what}}
+
+
+def bandwidth(num_bytes: int, seconds: float) -> str:
+    """Bytes read and written a second."""
+    return f"{num_bytes / seconds / 1e9:.0f} GB/s"
+
+
 def interleaved(
     functions: Sequence[Callable], *, repeats: int, min_seconds: float = MIN_SAMPLE_SECONDS
 ) -> list[Timing]:

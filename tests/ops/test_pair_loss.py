@@ -131,7 +131,7 @@ def test_gradients_are_those_of_the_plain_formula(mode, options, dtype):
     args = op_args(mode, options, dtype=dtype)
     rewards, proxy, chosen, rejected, margin, weight, *_ = args
     leaves = [t.clone().requires_grad_() for t in (rewards, proxy) if t is not None]
-    main_loss, proxy_loss, *_, sfc = PairLossFunction.apply(*leaves, *args[len(leaves) :])
+    main_loss, proxy_loss, _, sfc = PairLossFunction.apply(*leaves, *args[len(leaves) :])
     (2 * main_loss + (3 * proxy_loss if proxy is not None else 0)).backward()
 
     expected = [t.double().requires_grad_() for t in (rewards, proxy) if t is not None]
