@@ -25,6 +25,7 @@ from mmrm_fast.tokenizer import load_tokenizer
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 MAX_LENGTH = 4096
+TEXT_NORM = "language_model.norm.weight"
 
 
 @dataclass(frozen=True)
@@ -214,6 +215,9 @@ def save_checkpoint(folder: str | Path, checkpoint: Checkpoint, state: dict[str,
     state = state or checkpoint.model.state_dict()
     state = {native_name(name): value for name, value in state.items()}
     write_tensors(folder, state.items(), {name: value.nbytes for name, value in state.items()})
+    config = checkpoint.model.model.config
+    for part in (config, config.text_config, config.vision_config):
+        part.dtype = state[TEXT_NORM].dtype  # what plain transformers loads the weights in
     save_settings(folder, checkpoint)
 
 
