@@ -170,22 +170,36 @@ def plot(path: Path, environment: dict, rows: Sequence[Row]) -> list[Path]:
 
 
 def plot_ratios(path: Path, rows: Sequence[Row], where: str) -> Path:
-    """Horizontal bars: how many times faster than each baseline."""
+    """Horizontal bars: how many times faster than each baseline, one group a case."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(9, 1 + 0.32 * len(rows)), layout="constrained")
-    colours = {name: f"C{at}" for at, name in enumerate(dict.fromkeys(row.baseline for row in rows))}
-    labels = [f"{row.case}, {row.dtype}" for row in rows]
-    bars = axes.barh(range(len(rows)), [row.ratio for row in rows], color=[colours[row.baseline] for row in rows])
-    axes.bar_label(bars, [f"{row.ratio:.1f}x" for row in rows], padding=3)
-    axes.set_yticks(range(len(rows)), labels)
+    cases = list(dict.fromkeys(label(row) for row in rows))
+    baselines = list(dict.fromkeys(row.baseline for row in rows))
+    places = defaultdict(int)
+    figure, axes = pyplot.subplots(figsize=(9, 1 + 0.42 * len(cases)), layout="constrained")
+    for name in baselines:
+        own = [row for row in rows if row.baseline == name]
+        heights = []
+        for row in own:
+            heights.append(cases.index(label(row)) + 0.4 * places[label(row)] - 0.2)
+            places[label(row)] += 1
+        bars = axes.barh(heights, [row.ratio for row in own], height=0.38, label=name)
+        axes.bar_label(bars, [f"{row.ratio:.1f}x" for row in own], padding=3, fontsize=8)
+    axes.set_yticks(range(len(cases)), cases)
     axes.invert_yaxis()
+    axes.margins(x=0.08, y=0.01)
     axes.axvline(1, color="grey", linewidth=0.8)
-    axes.set_xlabel("times faster than the baseline, same results")
+    axes.set_xlabel("times faster than the baseline (results equal, except where it has another proxy)")
     axes.set_title(where, fontsize=9)
-    axes.legend([pyplot.Rectangle((0, 0), 1, 1, color=c) for c in colours.values()], list(colours), loc="lower right")
-    figure.savefig(path, dpi=150)
+    axes.legend(title="baseline", loc="upper right")
+    figure.savefig(path, dpi=120)
     return path
+
+
+def label(row: Row) -> str:
+    """A row's case and element type, as plots name them."""
+    short = {"float32": "fp32", "bfloat16": "bf16"}
+    return f"{row.case}, {short.get(row.dtype, row.dtype)}"
 
 
 def plot_scale(path: Path, rows: Sequence[Row], where: str) -> Path:
