@@ -88,7 +88,10 @@ def run_score(config: ScoreConfig) -> int:
 
 
 def run_serve(config: ServeConfig) -> int:
-    from mmrm_fast.serve import serve
+    try:
+        from mmrm_fast.serve import serve
+    except ModuleNotFoundError as error:
+        raise ValueError(f"the server needs {error.name}: pip install 'mmrm_fast[serve]'") from None
 
     serve(config)
     return 0

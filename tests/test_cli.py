@@ -1,5 +1,7 @@
 """The command line: help that explains, names that are suggested, statuses that scripts can use."""
 
+import sys
+
 import pytest
 
 from mmrm_fast.cli import main
@@ -25,3 +27,11 @@ def test_a_misspelt_option_is_an_error_that_names_the_nearest(capsys):
         main(["train", "--token-per-batch", "5"])
     assert stopped.value.code == 2
     assert "--tokens-per-batch" in capsys.readouterr().err
+
+
+def test_serving_without_its_packages_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    for name in ("mmrm_fast.serve", "mmrm_fast.api"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    assert main(["serve"]) == 2
+    assert "pip install 'mmrm_fast[serve]'" in capsys.readouterr().err
