@@ -41,13 +41,6 @@ def text(value: object, name: str, source: str) -> str:
     return value
 
 
-def text_field(fields: dict, name: str, source: str) -> str:
-    """A required string field."""
-    if name not in fields:
-        raise RecordError(source, name, "missing")
-    return text(fields[name], name, source)
-
-
 def some_list(values: object, name: str, source: str, *, of: str) -> list:
     """A required list that is not empty."""
     if not isinstance(values, list) or not values:

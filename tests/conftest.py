@@ -20,6 +20,7 @@ from transformers import (
 from mmrm_fast.config import TrainConfig
 from mmrm_fast.images import NORMALIZATION, Tiling
 from mmrm_fast.model import RewardModel
+from mmrm_fast.scorer import Scorer
 from mmrm_fast.weights import Checkpoint, save_checkpoint
 
 TOKENS_PER_TILE = 4
@@ -161,3 +162,11 @@ def make_config(model_folder, pictures, write_jsonl, tmp_path):
         return TrainConfig(**{**defaults, **options})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def scorer(make_checkpoint, tmp_path_factory):
+    """A scorer of a saved checkpoint."""
+    folder = tmp_path_factory.mktemp("scorer")
+    save_checkpoint(folder, make_checkpoint())
+    return Scorer.from_pretrained(folder, "cpu")

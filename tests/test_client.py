@@ -15,19 +15,10 @@ from PIL import Image
 from reward_server import picture, running
 
 from mmrm_fast.client import RewardClient
-from mmrm_fast.scorer import Scorer
-from mmrm_fast.weights import save_checkpoint
 
 EXAMPLES = Path(__file__).parent.parent / "scripts" / "examples"
 PROMPT, RESPONSES = "What is in the picture?", ["two red circles", "I think so.", ""]
 EXACT = {"abs": 1e-5}
-
-
-@pytest.fixture(scope="module")
-def scorer(make_checkpoint, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("client")
-    save_checkpoint(folder, make_checkpoint())
-    return Scorer.from_pretrained(folder, "cpu")
 
 
 @pytest.fixture(scope="module")

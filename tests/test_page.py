@@ -6,9 +6,6 @@ import pytest
 from playwright.sync_api import expect, sync_playwright
 from reward_server import picture, running
 
-from mmrm_fast.scorer import Scorer
-from mmrm_fast.weights import save_checkpoint
-
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]  # fmt: skip
@@ -16,13 +13,6 @@ PROMPT = "What is in the picture?"
 RESPONSES = ["two red circles", "I think so.", "two red circles on the left of the picture"]
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
-
-
-@pytest.fixture(scope="module")
-def scorer(make_checkpoint, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("page")
-    save_checkpoint(folder, make_checkpoint())
-    return Scorer.from_pretrained(folder, "cpu")
 
 
 @pytest.fixture(scope="module")
