@@ -162,7 +162,7 @@ class Run:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
 
     def kill(self, name, num_done):
-        """Kill the driver, or one of its processes of this name, when its actors are at work and so much is done."""
+        """Kill the driver, one of its actors, or all of its node, when its actors are at work and so much is done."""
         while not (
             self.done.is_dir()
             and len(list(self.done.glob("0*.json"))) >= num_done
@@ -170,8 +170,9 @@ class Run:
         ):
             assert self.process.poll() is None, "ended before it was killed"
             time.sleep(0.02)
-        pids = {"driver": [self.process.pid], "actor": actors, "node": descendants(self.process.pid, "raylet/raylet")}
-        os.kill(pids[name][0], signal.SIGKILL)
+        raylet = descendants(self.process.pid, "raylet/raylet")  # first: it would start a killed actor again
+        for pid in {"driver": [self.process.pid], "actor": actors[:1], "node": raylet + actors}[name]:
+            os.kill(pid, signal.SIGKILL)
 
 
 def descendants(root, name):
