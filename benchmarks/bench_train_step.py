@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.baselines import PaddedRewardModel, ReferenceRewardModel, bradley_terry_loss, robust_loss
-from benchmarks.flops import Sizes, batch_work, bound_seconds
+from benchmarks.flops import Sizes, batch_work, bound_seconds, products_run
 from benchmarks.harness import (
     Case,
     Check,
@@ -103,10 +103,11 @@ def case_rows(title: str, make_records, branch: str | None, dtype: torch.dtype, 
     results = [side.result() for side in sides]
     exact = None if dtype == torch.float32 else exact_side(sides[0], records, branch, device).result()
     peaks = [side.peak_bytes() for side in sides]
-    timings = interleaved([side.step for side in sides], repeats=options.model_repeats, min_seconds=0)
     batch = records.pack(with_text=branch is not None, white=branch == "white")
     work = batch_work(Sizes.of(sides[0].modules[0].model.config), batch, trained=True)
-    bound = bound_seconds(work, dtype, device)
+    timed = [*(side.step for side in sides), products_run(work, dtype, device)]
+    *timings, products = interleaved(timed, repeats=options.model_repeats, min_seconds=0)
+    bound = bound_seconds(work, products)
     for side, result, peak, timing in zip(sides[1:], results[1:], peaks[1:], timings[1:], strict=True):
         another_proxy = branch == "text" and side.name.startswith("reference")
         row = make_row(

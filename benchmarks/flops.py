@@ -5,17 +5,16 @@ attention computes (twice that and a half again in its backward). Element-wise w
 leaves out.
 """
 
-import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
+from benchmarks.harness import Timing
 from mmrm_fast.packing import PackedBatch, TokenPlan
 
-MIN_SECONDS = 0.1  # of a rate's measurement
 ATTENTION_BACKWARD = 2.5  # five products where the forward has two
 
 
@@ -155,25 +154,29 @@ def batch_work(sizes: Sizes, batch: PackedBatch, *, trained: bool) -> Work:
     return work
 
 
-def bound_seconds(work: Work, dtype: torch.dtype, device: torch.device) -> float:
-    """The least time that the work can take here: every product at its own shape's rate, attention at their mean."""
-    seconds = sum(product_seconds(product, dtype, device) * count for product, count in work.products.items())
-    return seconds * work.flops / work.linear_flops
+def products_run(work: Work, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
+    """All matrix products of the work, ready to be run one after the other and timed in turns with the work itself."""
+    operands = [
+        (
+            torch.randn(rows, inner, device=device).to(dtype),
+            torch.randn(inner, columns, device=device).to(dtype),
+            torch.empty(rows, columns, device=device, dtype=dtype),
+            count,
+        )
+        for (rows, inner, columns), count in work.products.items()
+    ]
+
+    def run() -> None:
+        for left, right, out, count in operands:
+            for _ in range(count):
+                torch.mm(left, right, out=out)
+
+    return run
 
 
-def product_seconds(product: Product, dtype: torch.dtype, device: torch.device) -> float:
-    """The fastest of several timings of one matrix product."""
-    left = torch.randn(product.rows, product.inner, device=device).to(dtype)
-    right = torch.randn(product.inner, product.columns, device=device).to(dtype)
-    out = left @ right
-    samples: list[float] = []
-    while len(samples) < 3 or (sum(samples) < MIN_SECONDS and len(samples) < 50):
-        start = time.perf_counter()
-        torch.mm(left, right, out=out)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        samples.append(time.perf_counter() - start)
-    return min(samples)
+def bound_seconds(work: Work, products: Timing) -> float:
+    """The least time that the work can take here: its products as timed by themselves, attention at their mean rate."""
+    return products.median * work.flops / work.linear_flops
 
 
 def total(works: Iterable[Work]) -> Work:
