@@ -14,6 +14,7 @@
 #include "patchify.h"
 #include "pixel_shuffle_norm.h"
 #include "plan_trie.h"
+#include "resize_bicubic.h"
 #include "reward_head.h"
 #include "trie_attention.h"
 
@@ -43,6 +44,18 @@ py::tuple plan_trie_cpu(const Array<int64_t>& keys, const Array<int64_t>& cu_seq
   return py::make_tuple(to_array(std::move(plan.token_index)), to_array(std::move(plan.position_ids)),
                         to_array(std::move(plan.cu_seqlens_q)), to_array(std::move(plan.kv_index)),
                         to_array(std::move(plan.cu_seqlens_k)), to_array(std::move(plan.last_index)));
+}
+
+void resize_bicubic_cpu(const Array<uint8_t>& image, Array<uint8_t>& tiles, int64_t columns, int64_t rows,
+                        bool vertical_first) {
+  const bool are_right = image.ndim() == 3 && image.shape(2) == 3 && image.size() > 0 && tiles.ndim() == 4 &&
+                         tiles.shape(1) == tiles.shape(2) && tiles.shape(3) == 3 && tiles.size() > 0 && columns > 0 &&
+                         rows > 0 && columns <= tiles.shape(0) && tiles.shape(0) == columns * rows;
+  if (!are_right) throw py::value_error("resize_bicubic_cpu takes [H, W, 3] and [columns * rows, S, S, 3]");
+  const mmrm::ResizeBicubicArgs args{image.data(), tiles.mutable_data(), image.shape(0),  image.shape(1),
+                                     columns,      rows,                 tiles.shape(1), vertical_first};
+  py::gil_scoped_release release;
+  mmrm::resize_bicubic_cpu(args);
 }
 
 void pair_loss_fwd_cpu(const std::string& dtype, Address rewards, Address proxy_rewards, Address chosen,
@@ -202,6 +215,8 @@ void trie_attention_bwd_cpu(const std::string& dtype, const std::vector<Address>
 PYBIND11_MODULE(_native, m) {
   m.def("plan_trie_cpu", &plan_trie_cpu, py::arg("keys").noconvert(), py::arg("cu_seqlens").noconvert(),
         py::arg("min_shared"));
+  m.def("resize_bicubic_cpu", &resize_bicubic_cpu, py::arg("image").noconvert(), py::arg("tiles").noconvert(),
+        py::arg("columns"), py::arg("rows"), py::arg("vertical_first"));
 #ifdef _OPENMP
   m.attr("openmp") = _OPENMP;
 #endif

@@ -28,6 +28,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from mmrm_fast.ops.resize_bicubic import resize_bicubic
+
 MAX_PIXELS = 178_956_970  # Pillow's own decompression-bomb limit, enforced here as an error
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")  # not EPS, for which Pillow runs Ghostscript
 EXIF_ORIENTATION = 0x0112
@@ -117,16 +119,13 @@ def tile_image(image: Image.Image, tiling: Tiling) -> np.ndarray:
     Returns:
         uint8 `[I, S, S, 3]`, S = `tiling.tile_size`, I = `tiling.num_tiles(*image.size)`.
     """
-    size = tiling.tile_size
     columns, rows = choose_grid(*image.size, tiling)
     if tiling.pad2square and tiling.max_tiles == 1:
         image = pad_to_square(image, tiling.pad_colour)
-    sheet = np.asarray(image.resize((columns * size, rows * size), Image.Resampling.BICUBIC))
-    tiles = sheet.reshape(rows, size, columns, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
-    if tiling.thumbnail and columns * rows > 1:
-        thumbnail = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
-        tiles = np.concatenate([tiles, thumbnail[None]])
-    return np.ascontiguousarray(tiles)
+    thumbnail = tiling.thumbnail and columns * rows > 1
+    return resize_bicubic(
+        np.asarray(image), columns=columns, rows=rows, tile_size=tiling.tile_size, thumbnail=thumbnail
+    )
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:

@@ -1,11 +1,15 @@
-"""The compiled module `mmrm_fast._native`, or None where it was not built."""
+"""The compiled module `mmrm_fast._native`, or None where it was not built. Loads without torch."""
+
+from __future__ import annotations
 
 import functools
 import warnings
 from types import ModuleType
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @functools.cache
@@ -45,4 +49,6 @@ def addresses(*tensors: Tensor | None, device: torch.device) -> list[int]:
 
 def device_and_stream(tensor: Tensor) -> tuple[int, int]:
     """Where a kernel on this tensor is launched: its device and the caller's stream there."""
+    import torch
+
     return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream

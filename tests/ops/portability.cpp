@@ -8,6 +8,7 @@
 #include "patchify.h"
 #include "pixel_shuffle_norm.h"
 #include "plan_trie.h"
+#include "resize_bicubic.h"
 #include "reward_head.h"
 
 namespace {
@@ -128,6 +129,20 @@ void plan() {
   digest.print("plan_trie", "int64");
 }
 
+void resize_bicubic() {
+  constexpr int64_t H = 37, W = 29, S = 28;
+  std::vector<uint8_t> image(H * W * 3), tiles(6 * S * S * 3);
+  for (size_t i = 0; i < image.size(); ++i) image[i] = uint8_t(i * 37 % 251);
+  Digest digest;
+  for (const bool vertical_first : {false, true}) {
+    resize_bicubic_cpu({image.data(), tiles.data(), H, W, 3, 2, S, vertical_first});
+    digest.add(tiles);
+    resize_bicubic_cpu({image.data(), tiles.data(), H, W, 1, 1, 11, vertical_first});
+    digest.add(tiles);
+  }
+  digest.print("resize_bicubic", "uint8");
+}
+
 template <typename T>
 void all(const char* type) {
   reward_head<T>(type), pixel_shuffle_norm<T>(type), patchify<T>(type), pack_image_tokens<T>(type);
@@ -139,4 +154,5 @@ int main() {
   pair_loss<float>("float32");  // float64's exponential is the C library's
   all<float>("float32"), all<double>("float64"), all<bf16_t>("bfloat16"), all<fp16_t>("float16");
   plan();
+  resize_bicubic();
 }

@@ -54,7 +54,7 @@ def as_built(tmp_path_factory):
 def digests(as_built):
     """One line an op and element type."""
     found = run([as_built]).splitlines()
-    assert len(found) == 18
+    assert len(found) == 19
     return found
 
 
@@ -80,9 +80,9 @@ def test_aarch64_compiles_without_warnings_and_gives_the_same_bits(digests, tmp_
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="binutils is not installed")
 def test_one_build_has_code_for_every_generation(as_built):
     code = run(["objdump", "-d", "--no-show-raw-insn", as_built])
-    for function in ("run_chunk", "bwd_rows", "fwd_rows", "normalise_line", "sum_columns", "dot"):
+    for function in ("run_chunk", "bwd_rows", "fwd_rows", "normalise_line", "sum_columns", "dot", "resize_line"):
         registers = {}
-        for symbol, body in re.findall(rf"<(\S*\d{function}I\S*)>:\n(.*?)(?:\n\n|\Z)", code, re.DOTALL):
+        for symbol, body in re.findall(rf"<(\S*\d{function}[IE]\S*)>:\n(.*?)(?:\n\n|\Z)", code, re.DOTALL):
             registers.setdefault(symbol.rpartition(".")[2], set()).update(re.findall(r"%([xyz])mm", body))
         assert registers["default"] == {"x"}, function
         assert "y" in registers["arch_x86_64_v3"] and "z" not in registers["arch_x86_64_v3"], function
