@@ -1,6 +1,7 @@
 """Images/s from JPEG photographs of up to a megapixel to the model's input, at 1, 3 and 7 tiles.
 
-Ours: decode, stretch, cut to uint8 tiles; `patchify` normalises them to patch rows (on the device in training).
+Ours: Pillow decodes, `resize_bicubic` stretches and cuts to uint8 tiles with Pillow's bits; `patchify` normalises
+them to patch rows (on the device in training). The bound is the decoding, which is on both sides.
 `reference`: the reference implementation's pipeline on one image: Pillow decodes, stretches and crops every tile, each
 is made a float tensor and normalised as torchvision defines it (rebuilt here), and all are stacked.
 Both end in float32, compared pixel by pixel.
@@ -16,9 +17,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.harness import Case, Check, Options, Row, interleaved, make_row, relative_error
-from mmrm_fast.images import NORMALIZATION, Tiling, load_tiles
+from benchmarks.harness import Case, Check, Options, Row, bounded, interleaved, make_row, relative_error
+from mmrm_fast.images import NORMALIZATION, Tiling, choose_grid, load_image, load_tiles
 from mmrm_fast.ops.patchify import patchify
+from mmrm_fast.ops.resize_bicubic import resize_bicubic, resize_bicubic_ref
 
 PATCH, SIDE = 14, 448
 SHAPES = {1: (1024, 1024, 1), 3: (1024, 512, 2), 7: (1024, 683, 6)}  # tiles: width, height, most tiles of the grid
@@ -26,9 +28,10 @@ MEAN, STD = NORMALIZATION["imagenet"]
 
 
 def cases(options: Options) -> Iterator[Case]:
-    """One case a number of tiles."""
+    """One case a number of tiles, and the op on the largest."""
     for tiles in SHAPES:
         yield Case(f"{tiles} tiles", partial(case_rows, tiles, options))
+    yield Case("resize_bicubic", partial(op_rows, max(SHAPES), options))
 
 
 def case_rows(tiles: int, options: Options) -> Iterator[Row]:
@@ -41,11 +44,28 @@ def case_rows(tiles: int, options: Options) -> Iterator[Row]:
         ours, theirs = partial(our_rows, path, tiling), partial(reference_pixels, path, tiling)
         result, expected = ours(), to_rows(theirs())
         assert len(expected) == tiles * (SIDE // PATCH) ** 2
-        timings = interleaved([ours, theirs], repeats=options.repeats, min_seconds=0)
+        timings = interleaved([ours, theirs, partial(load_image, path)], repeats=options.repeats, min_seconds=0)
+    bound = bounded(timings[0], timings[2].median, "Pillow's decoding")
+    bound["details"]["images/s"] = 1 / timings[0].median
     yield make_row(
         "preprocess", f"preprocess {tiles} tiles", "float32", ours=timings[0], baseline="reference", theirs=timings[1],
-        checks=[Check(relative_error(result, expected), 1e-5)], details={"images/s": 1 / timings[0].median},
+        checks=[Check(relative_error(result, expected), 1e-5)], **bound,
     )  # fmt: skip
+
+
+def op_rows(tiles: int, options: Options) -> Iterator[Row]:
+    """Verify and time the stretching alone, every bit compared."""
+    width, height, most = SHAPES[tiles]
+    image = np.asarray(photograph(width, height))
+    columns, rows = choose_grid(width, height, Tiling(tile_size=SIDE, max_tiles=most))
+    ours = partial(resize_bicubic, image, columns=columns, rows=rows, tile_size=SIDE, thumbnail=True)
+    theirs = partial(resize_bicubic_ref, image, columns, rows, SIDE, True)
+    error = 0.0 if np.array_equal(ours(), theirs()) else float("inf")
+    timings = interleaved([ours, theirs], repeats=options.repeats)
+    case = f"resize_bicubic {width} x {height} to {tiles} tiles"
+    yield make_row(
+        "preprocess", case, "uint8", ours=timings[0], baseline="Pillow", theirs=timings[1], checks=[Check(error, 0.0)]
+    )
 
 
 def photograph(width: int, height: int) -> Image.Image:
