@@ -24,12 +24,13 @@ double cubic(double x) {
   return x < 2.0 ? (((x - 5.0) * x + 8.0) * x - 4.0) * a : 0.0;
 }
 
-// Along one axis, output pixel i is the sum of weights[k] times pixel first + k.
+// Along one axis, an output pixel is the sum of weights[k] times pixel first + k.
 struct Taps {
   int64_t first, count;
   const int32_t* weights;
 };
 
+// The taps of every output pixel along one axis. All arithmetic in double and in this order: its rounding decides bits.
 class Axis {
  public:
   Axis(int64_t size, int64_t out_size) : taps_(out_size) {

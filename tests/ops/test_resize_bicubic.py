@@ -54,7 +54,7 @@ def test_odd_sizes_have_pillows_bits(height, width, columns, rows, tile_size):
     np.testing.assert_array_equal(result, expected, strict=True)
 
 
-def test_both_orders_are_met_and_the_horizontal_axis_comes_first_before_pillow_13(monkeypatch):
+def test_pillow_13_resizes_vertically_first_where_the_height_is_reduced_more(monkeypatch):
     assert not is_vertical_first((1024, 683), (1344, 896))
     monkeypatch.setattr(PIL, "__version__", "13.0.0")
     assert is_vertical_first((480, 640), (448, 448))
