@@ -133,25 +133,41 @@ class Load:
             self.wrong[what] += 1
 
 
-def memory(root: int) -> float:
-    """MB resident in a process and all below it, shared pages counted once a process."""
-    listing = subprocess.run(["ps", "-wweo", "pid=,ppid=,rss="], capture_output=True, text=True, check=True).stdout
-    children, sizes = {}, {}
-    for pid, parent, size in (map(int, line.split()) for line in listing.splitlines()):
-        children.setdefault(parent, []).append(pid)
-        sizes[pid] = size
-    below, total = [root], 0
+ROLES = (("ray::ServeReplica", "replicas"), ("ray::ProxyActor", "proxy"), ("ray::ServeController", "controller"),
+         ("raylet/raylet", "raylet"), ("gcs_server", "gcs"))  # fmt: skip
+
+
+def memory(root: int) -> Counter:
+    """MB resident by role in a process and all below it, shared pages counted once a process."""
+    listing = subprocess.run(["ps", "-wweo", "pid=,ppid=,rss=,args="], capture_output=True, text=True, check=True)
+    children, found = {}, {}
+    for line in listing.stdout.splitlines():
+        pid, parent, size, command = line.split(None, 3)
+        children.setdefault(int(parent), []).append(int(pid))
+        found[int(pid)] = int(size) / 1024, command
+    below, sizes = [root], Counter()
     while below:
         pid = below.pop()
-        total += sizes.get(pid, 0)
         below += children.get(pid, [])
-    return total / 1024
+        size, command = found.get(pid, (0.0, ""))
+        role = next((role for part, role in ROLES if part in command), "others")
+        sizes[role if pid != root else "driver"] += size
+    return sizes
 
 
-def watch(root: int, samples: list[float], stop: threading.Event) -> None:
+def watch(root: int, samples: list[Counter], stop: threading.Event) -> None:
     """Sample memory every five seconds."""
     while not stop.wait(5):
         samples.append(memory(root))
+
+
+def growth(samples: list[Counter]) -> dict[str, str]:
+    """Median MB of each role, and of all, in the first, second and last third of the load."""
+    third = max(len(samples) // 3, 1)
+    parts = samples[:third], samples[third : 2 * third], samples[-third:]
+    rows = {role: [[sample[role] for sample in part] for part in parts] for role in sorted(samples[0])}
+    rows["all"] = [[sample.total() for sample in part] for part in parts]
+    return {role: " -> ".join(f"{np.median(part):.0f}" for part in row) for role, row in rows.items()}
 
 
 def start(model: Path) -> tuple[subprocess.Popen, str]:
@@ -210,7 +226,8 @@ def main() -> int:
     report = {
         "one by one": sequential,
         f"{options.clients} clients": together,
-        "memory MB every 5 s": [round(size) for size in samples],
+        "memory MB every 5 s": [round(sample.total()) for sample in samples],
+        "memory MB by third of the load": growth(samples),
         "tokens unshared / shared": round(tokens["mmrm_tokens_unshared_total"] / tokens["mmrm_tokens_total"], 2),
         "500s": sum(float(value) for name, value in counts if 'status="500"' in name),
     }

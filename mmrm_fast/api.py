@@ -16,10 +16,11 @@ from starlette.exceptions import HTTPException
 from mmrm_fast import __version__, protocols
 from mmrm_fast.batcher import Batcher
 from mmrm_fast.dataset import Sample
-from mmrm_fast.guard import Guard, Limits, Metrics, Refused, refusal
+from mmrm_fast.guard import Guard, Limits, Metrics
 from mmrm_fast.images import ImageError, image_size
 from mmrm_fast.prompt import PromptError
 from mmrm_fast.records import Group, RecordError, parse_group
+from mmrm_fast.refusals import Refused, refusal
 from mmrm_fast.scorer import Scored, Scorer, join
 
 CHARACTERS_PER_TOKEN = 8  # more text than this a token is not even tokenised

@@ -1,14 +1,16 @@
 """The Ray cluster that scoring and serving run on: one of our own on this machine, or one to join."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import ray
 
 
 @contextmanager
-def ray_cluster(address: str | None = None) -> Iterator[None]:
+def ray_cluster(address: str | None = None, env: Mapping[str, str] | None = None) -> Iterator[None]:
     """Join the Ray cluster at `address`, or start one on this machine; one that is joined already is kept.
+
+    `env` is set in the processes that we start there.
 
     Ray listens on every interface and runs what clients send; since 2.60 a cluster that `ray.init` starts takes only
     clients that know the user's `~/.ray/auth_token`.
@@ -16,7 +18,13 @@ def ray_cluster(address: str | None = None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    ray.init(address=address, log_to_driver=False, include_dashboard=False, logging_level="ERROR")
+    ray.init(
+        address=address,
+        runtime_env={"env_vars": dict(env or {})},
+        log_to_driver=False,
+        include_dashboard=False,
+        logging_level="ERROR",
+    )
     try:
         yield
     finally:

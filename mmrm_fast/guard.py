@@ -2,15 +2,17 @@
 
 import asyncio
 import hmac
+import os
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess, values
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
 
 from mmrm_fast.packing import PackedBatch
+from mmrm_fast.refusals import Refused, refusal
 
 OPEN_PATHS = ("/", "/docs", "/openapi.json", "/healthz", "/readyz")
 BODIES_IN_FLIGHT = 8  # full-size bodies that all requests together may hold in memory
@@ -26,22 +28,6 @@ class Limits:
     responses: int = 1024  # of a request
     tokens: int = 65_536  # work of a request, in tokens after sharing
     pixels: int = 50_000_000  # of an image
-
-
-class Refused(Exception):
-    """A request that is answered with a status and a reason."""
-
-    def __init__(self, status: int, message: str, field: str | None = None):
-        super().__init__(message)
-        self.status, self.message, self.field = status, message, field
-
-
-def refusal(status: int, message: str, field: str | None = None) -> JSONResponse:
-    """The JSON of a refusal, in the form that OpenAI's and vLLM's clients know."""
-    headers = {"retry-after": "1"} if status == 429 else {}
-    headers |= {"www-authenticate": "Bearer"} if status == 401 else {}
-    message = message.encode(errors="replace").decode()  # what was sent may hold lone surrogates
-    return JSONResponse({"error": {"code": status, "message": message, "param": field}}, status, headers)
 
 
 class Metrics:
@@ -69,8 +55,17 @@ class Metrics:
         registry = self.registry
         if values.ValueClass is not values.MutexValue:
             registry = CollectorRegistry()
+            forget_dead(os.environ["PROMETHEUS_MULTIPROC_DIR"])
             multiprocess.MultiProcessCollector(registry)
         return generate_latest(registry)
+
+
+def forget_dead(folder: str) -> None:
+    """Drop the gauges of replicas that were killed: what they had at work is no longer."""
+    for path in Path(folder).glob("gauge_live*_*.db"):
+        pid = int(path.stem.rpartition("_")[2])
+        if not Path(f"/proc/{pid}").exists():
+            multiprocess.mark_process_dead(pid, folder)
 
 
 class Guard:

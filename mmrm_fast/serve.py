@@ -1,6 +1,7 @@
 """The reward server on Ray Serve: replicas of one scorer behind one port, drained before they end."""
 
 import logging
+import os
 import signal
 import tempfile
 import threading
@@ -20,6 +21,8 @@ from mmrm_fast.weights import require_reward_model
 APP = "mmrm_fast"
 LOCAL = ("127.0.0.1", "localhost", "::1")
 CPUS_PER_REPLICA = 2
+PROXY_SECONDS = 5.0  # that the proxy waits longer than a replica may take: the replica's answer says more
+HEALTH_SECONDS = 2  # between checks: a replica that died is missed so soon, and started again
 
 
 @ray_serve.ingress()
@@ -28,6 +31,7 @@ class Replica:
 
     def __init__(self, config: ServeConfig, token: str | None, num_threads: int):
         torch.set_num_threads(num_threads)
+        os.makedirs(os.environ["PROMETHEUS_MULTIPROC_DIR"], exist_ok=True)  # on another machine than the first
         scorer = Scorer.from_pretrained(
             config.model,
             max_length=config.max_length,
@@ -65,8 +69,11 @@ def serve(config: ServeConfig) -> None:
     config = checked(config)
     token = read_token(config)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    with tempfile.TemporaryDirectory(prefix="mmrm-metrics-") as metrics, ray_cluster(config.address):
-        start_replicas(config, token, metrics)
+    with (
+        tempfile.TemporaryDirectory(prefix="mmrm-metrics-") as metrics,
+        ray_cluster(config.address, environment(metrics)),
+    ):
+        start_replicas(config, token)
         stop = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):  # after Ray has set its own
             signal.signal(number, lambda *_: stop.set())
@@ -101,7 +108,15 @@ def read_token(config: ServeConfig) -> str | None:
     return token
 
 
-def start_replicas(config: ServeConfig, token: str | None, metrics: str) -> None:
+def environment(metrics: str) -> dict[str, str]:
+    """What replicas and proxy find in their environment; `metrics` is a folder for what the replicas count."""
+    return {
+        "PROMETHEUS_MULTIPROC_DIR": metrics,
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "mmrm_fast.refusals.proxy_middleware",
+    }
+
+
+def start_replicas(config: ServeConfig, token: str | None) -> None:
     """Deploy the replicas; returns when the first are ready."""
     gpus = gpus_each(config.gpus_per_replica)
     count, most = config.replicas, config.max_replicas or config.replicas
@@ -115,15 +130,13 @@ def start_replicas(config: ServeConfig, token: str | None, metrics: str) -> None
     deployment = ray_serve.deployment(
         Replica,
         name="reward",
-        ray_actor_options={
-            "num_cpus": 0,
-            "num_gpus": gpus,
-            "runtime_env": {"env_vars": {"PROMETHEUS_MULTIPROC_DIR": metrics}},
-        },
+        ray_actor_options={"num_cpus": 0, "num_gpus": gpus},
         max_ongoing_requests=2 * config.max_requests,  # so that the replica itself refuses, with a reason
         max_queued_requests=config.max_requests,
         graceful_shutdown_timeout_s=config.timeout,
+        health_check_period_s=HEALTH_SECONDS,
         **scaling,
     )
-    ray_serve.start(http_options={"host": config.host, "port": config.port}, logging_config={"log_level": "WARNING"})
+    http_options = {"host": config.host, "port": config.port, "request_timeout_s": config.timeout + PROXY_SECONDS}
+    ray_serve.start(http_options=http_options, logging_config={"log_level": "WARNING"})
     ray_serve.run(deployment.bind(config, token, threads), name=APP, route_prefix="/")

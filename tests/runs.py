@@ -1,6 +1,7 @@
-"""Records to train on, and what a run folder says."""
+"""Records to train on, what a run folder says, and the processes of a run."""
 
 import json
+import subprocess
 
 
 def mixed_records(pictures):
@@ -34,3 +35,19 @@ def losses(folder):
 
 def margins(folder, name="small"):
     return [row["margin"] for row in read(folder / f"eval-{name}.jsonl")]
+
+
+def descendants(root, name):
+    """Processes below `root` whose command line holds `name`."""
+    listing = subprocess.run(["ps", "-wweo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    children, commands = {}, {}
+    for line in listing.splitlines():
+        pid, parent, command = line.split(None, 2)
+        children.setdefault(int(parent), []).append(int(pid))
+        commands[int(pid)] = command
+    below, found = children.get(root, []), []
+    while below:
+        pid = below.pop()
+        below += children.get(pid, [])
+        found += [pid] * (name in commands[pid])
+    return found

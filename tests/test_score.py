@@ -11,6 +11,7 @@ import time
 import pytest
 from PIL import Image
 from pyarrow import parquet
+from runs import descendants
 
 from mmrm_fast.cli import main
 from mmrm_fast.cluster import ray_cluster
@@ -173,22 +174,6 @@ class Run:
         raylet = descendants(self.process.pid, "raylet/raylet")  # first: it would start a killed actor again
         for pid in {"driver": [self.process.pid], "actor": actors[:1], "node": raylet + actors}[name]:
             os.kill(pid, signal.SIGKILL)
-
-
-def descendants(root, name):
-    """Processes below `root` whose command line holds `name`."""
-    listing = subprocess.run(["ps", "-wweo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
-    children, commands = {}, {}
-    for line in listing.splitlines():
-        pid, parent, command = line.split(None, 2)
-        children.setdefault(int(parent), []).append(int(pid))
-        commands[int(pid)] = command
-    below, found = children.get(root, []), []
-    while below:
-        pid = below.pop()
-        below += children.get(pid, [])
-        found += [pid] * (name in commands[pid])
-    return found
 
 
 def test_a_run_killed_again_and_again_has_every_response_exactly_once(make_checkpoint, tmp_path):

@@ -1,16 +1,20 @@
 """`mmrm-fast serve` as a user starts it: on loopback, with its token, and drained when it is told to end."""
 
+import os
 import signal
 import socket
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import httpx
 import pytest
+from runs import descendants
 
 from mmrm_fast.cli import main
+from mmrm_fast.client import RewardClient
 from mmrm_fast.scorer import Scorer
 from mmrm_fast.weights import save_checkpoint
 
@@ -27,35 +31,65 @@ def free_port():
         return probe.getsockname()[1]
 
 
+@contextmanager
+def serving(model, log, *options):
+    """A server of its own; its process and URL."""
+    port = str(free_port())
+    command = [sys.executable, "-m", "mmrm_fast.cli", "serve", "--model", model, "--port", port, *options]
+    with open(log, "w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        while f"serving {model} on {url}" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.1)
+        yield process, url
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=120) == 0, log.read_text()
+
+
 def test_a_server_answers_by_the_token_and_drains_on_sigterm(model, tmp_path):
     (tmp_path / "token").write_text("secret\n")
-    port = free_port()
-    options = ["--model", model, "--port", str(port), "--token-file", tmp_path / "token", "--replicas", "1"]
-    log = tmp_path / "log.txt"
-    with open(log, "w") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "mmrm_fast.cli", "serve", *options], stdout=file, stderr=subprocess.STDOUT
-        )
-    url = f"http://127.0.0.1:{port}"
-    while f"serving {model} on {url}" not in log.read_text():
-        assert process.poll() is None, log.read_text()
-        time.sleep(0.1)
     responses = [f"{'two red circles ' * 10}{i}" for i in range(150)]
     body, headers = {"queries": "What?", "documents": responses}, {"authorization": "Bearer secret"}
-    assert httpx.post(f"{url}/score", json=body).status_code == 401
-    assert httpx.get(f"{url}/readyz").json() == {"status": "ready", "model": "model"}
-    assert "mmrm_requests_total" in httpx.get(f"{url}/metrics", headers=headers).text
-
-    ask = lambda _: httpx.post(f"{url}/score", json=body, headers=headers, timeout=60)  # noqa: E731
+    options = ["--token-file", tmp_path / "token", "--max-delay-ms", "3000"]
     with ThreadPoolExecutor(4) as pool:
-        waiting = [pool.submit(ask, None) for _ in range(4)]
-        time.sleep(0.3)
-        process.send_signal(signal.SIGTERM)
+        with serving(model, tmp_path / "log.txt", *options) as (_, url):
+            assert httpx.post(f"{url}/score", json=body).status_code == 401
+            assert httpx.get(f"{url}/readyz").json() == {"status": "ready", "model": "model"}
+            waiting = [pool.submit(httpx.post, f"{url}/score", json=body, headers=headers, timeout=60) for _ in "1234"]
+            while "mmrm_requests_in_flight 5.0" not in httpx.get(f"{url}/metrics", headers=headers).text:
+                assert not any(future.done() for future in waiting)
+                time.sleep(0.05)
         answers = [future.result() for future in waiting]
-    assert process.wait(timeout=60) == 0, log.read_text()
     (expected,) = Scorer.from_pretrained(model, "cpu").score([{"prompt": "What?", "responses": responses}])
     for answer in answers:
         assert [item["score"] for item in answer.json()["data"]] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_killed_replica_s_requests_are_refused_the_other_s_answered_and_it_comes_back(model, tmp_path):
+    body = {"queries": "What?", "documents": ["two", "red"]}
+    (expected,) = Scorer.from_pretrained(model, "cpu").score([{"prompt": "What?", "responses": ["two", "red"]}])
+    options = ["--replicas", "2", "--max-delay-ms", "3000"]
+    with ThreadPoolExecutor(8) as pool, serving(model, tmp_path / "log.txt", *options) as (process, url):
+        waiting = [pool.submit(httpx.post, f"{url}/score", json=body, timeout=60) for _ in range(8)]
+        while "mmrm_requests_in_flight 9.0" not in httpx.get(f"{url}/metrics").text:
+            time.sleep(0.05)
+        first, second = descendants(process.pid, "ray::ServeReplica")
+        os.kill(first, signal.SIGKILL)
+        answers = [future.result() for future in waiting]
+        assert {answer.status_code for answer in answers} == {200, 503}
+        for answer in answers:
+            if answer.status_code == 200:
+                assert [item["score"] for item in answer.json()["data"]] == pytest.approx(expected, abs=1e-5)
+            else:
+                assert "no replica answered" in answer.json()["error"]["message"]
+        os.kill(second, signal.SIGKILL)
+        assert httpx.get(f"{url}/readyz", timeout=60).status_code == 503
+        while httpx.get(f"{url}/readyz", timeout=60).status_code != 200:
+            time.sleep(0.1)
+        assert RewardClient(url).score("What?", ["two", "red"]) == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize(

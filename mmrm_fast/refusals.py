@@ -1,0 +1,69 @@
+"""One JSON reason for every refusal: the API's own, and those of Ray's proxy in front of the replicas."""
+
+import asyncio
+from collections.abc import Callable
+
+from starlette.datastructures import Headers
+from starlette.middleware import Middleware
+from starlette.responses import JSONResponse
+
+PROBES = ("/healthz", "/readyz")
+PROBE_SECONDS = 5.0  # without a replica that is ready, Ray lets requests wait
+RAYS_TIMEOUT = 408
+
+
+class Refused(Exception):
+    """A request that is answered with a status and a reason."""
+
+    def __init__(self, status: int, message: str, field: str | None = None):
+        super().__init__(message)
+        self.status, self.message, self.field = status, message, field
+
+
+def refusal(status: int, message: str, field: str | None = None) -> JSONResponse:
+    """The JSON of a refusal, in the form that OpenAI's and vLLM's clients know."""
+    headers = {"retry-after": "1"} if status in (429, 503) else {}
+    headers |= {"www-authenticate": "Bearer"} if status == 401 else {}
+    message = message.encode(errors="replace").decode()  # what was sent may hold lone surrogates
+    return JSONResponse({"error": {"code": status, "message": message, "param": field}}, status, headers)
+
+
+class ProxyRefusals:
+    """ASGI middleware of Ray's proxy: where no replica answers, the client gets JSON and may ask again.
+
+    Ray itself answers in plain text when its queue is full or no replica is there, and not at all when the replica
+    that had the request dies.
+    """
+
+    def __init__(self, app: Callable):
+        self.app = app
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        status = None
+
+        async def send_unless_rays(message: dict) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                plain = not Headers(raw=message["headers"]).get("content-type", "").startswith("application/json")
+                status = -message["status"] if message["status"] >= 400 and plain else message["status"]
+            if status > 0:
+                await send(message)
+
+        try:
+            limit = PROBE_SECONDS if scope["path"] in PROBES else None
+            await asyncio.wait_for(self.app(scope, receive, send_unless_rays), limit)
+        except (TimeoutError, asyncio.TimeoutError):
+            status = None
+        if status is None:
+            await refusal(503, "no replica answered: it ended, or none is ready yet; try again")(scope, receive, send)
+        elif status == -RAYS_TIMEOUT:
+            await refusal(504, "no replica answered in time; try again later")(scope, receive, send)
+        elif status < 0:
+            await refusal(503, "the replicas are all busy, or none is ready; try again later")(scope, receive, send)
+
+
+def proxy_middleware() -> list[Middleware]:
+    """What Ray's proxy is told to load."""
+    return [Middleware(ProxyRefusals)]
