@@ -1,5 +1,6 @@
 """The Ray cluster that scoring and serving run on: one of our own on this machine, or one to join."""
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -18,9 +19,12 @@ def ray_cluster(address: str | None = None, env: Mapping[str, str] | None = None
     if ray.is_initialized():
         yield
         return
+    env = dict(env or {})
+    if not address:  # all processes inherit ours
+        os.environ.update(env)
     ray.init(
         address=address,
-        runtime_env={"env_vars": dict(env or {})},
+        runtime_env={"env_vars": env} if address else None,
         log_to_driver=False,
         include_dashboard=False,
         logging_level="ERROR",

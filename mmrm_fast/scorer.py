@@ -1,5 +1,7 @@
 """Rewards of records with one model on one device, through the same dataset, packing and model as training."""
 
+import io
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -8,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from mmrm_fast.dataset import GroupDataset, Sample
 from mmrm_fast.images import Compat
@@ -18,6 +21,7 @@ from mmrm_fast.weights import Checkpoint, load_checkpoint, require_reward_model
 
 TOKENS_PER_MICRO_BATCH = 16_384
 BUDGETS_A_RECORD = 4  # micro-batches' work that one record may be: cut, its parts would each compute the prefix again
+SPREAD_RECORDS, SPREAD_RESPONSES = 8, ["yes " * count for count in (1, 8, 64)]
 NUM_PACKERS = 2  # threads that decode and pack ahead of the model
 
 
@@ -179,6 +183,26 @@ class Scorer:
             tokens = unshared - sample.main.prefix_length * (len(own) - 1)
             outcomes[place] = Scored(sample.group, own, sample.main.truncated, tokens, unshared)
         return [outcomes[place] for place in range(len(outcomes))]
+
+
+def batch_spread(scorer: Scorer) -> float:
+    """The most that a reward changed with what shared its batch, over responses to texts and to a picture.
+
+    It is rounding alone, below 1e-5 in fp32; what it is in bf16 depends on the machine's kernels.
+    """
+    file = io.BytesIO()
+    Image.effect_noise((448, 448), 64).convert("RGB").save(file, "PNG")
+    fields = [
+        {"prompt": f"Question {i}?", "images": [file.getvalue()] * (i % 2), "responses": SPREAD_RESPONSES}
+        for i in range(SPREAD_RECORDS)
+    ]
+    groups = [parse_group(own, source=f"probe {i}", record=i) for i, own in enumerate(fields)]
+    changes = []
+    for group, together in zip(groups, scorer.score_groups(groups), strict=True):
+        alone = [scorer.score_groups([replace(group, responses=(text,))])[0] for text in group.responses]
+        if isinstance(together, Scored):  # a maximum length may be too short for the picture
+            changes += [abs(own.rewards[0] - reward) for own, reward in zip(alone, together.rewards, strict=True)]
+    return max(changes, default=math.nan)
 
 
 def take_responses(sample: Sample, chosen: slice) -> Sample:

@@ -10,12 +10,13 @@ import ray
 import torch
 from fastapi import FastAPI
 from ray import serve as ray_serve
+from ray.serve.handle import DeploymentHandle
 
 from mmrm_fast.api import RewardService, make_app
 from mmrm_fast.cluster import gpus_each, ray_cluster
 from mmrm_fast.config import ServeConfig
 from mmrm_fast.guard import Limits
-from mmrm_fast.scorer import Scorer
+from mmrm_fast.scorer import Scorer, batch_spread
 from mmrm_fast.weights import require_reward_model
 
 APP = "mmrm_fast"
@@ -39,6 +40,9 @@ class Replica:
             compat=config.compat,
             tokens_per_micro_batch=config.tokens_per_micro_batch,
         )
+        self.precision = (
+            f"{str(scorer.model.model.dtype).removeprefix('torch.')}, rewards within {batch_spread(scorer):.1g}"
+        )
         self.token = token
         self.service = RewardService(
             scorer,
@@ -47,6 +51,10 @@ class Replica:
             image_root=config.image_root,
             max_delay=config.max_delay_ms / 1000,
         )
+
+    def say_precision(self) -> str:
+        """The dtype that the model computes in, and how far a reward moves with what shares its batch."""
+        return self.precision
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return make_app(self.service, self.token)
@@ -73,10 +81,12 @@ def serve(config: ServeConfig) -> None:
         tempfile.TemporaryDirectory(prefix="mmrm-metrics-") as metrics,
         ray_cluster(config.address, environment(metrics)),
     ):
-        start_replicas(config, token)
+        replicas = start_replicas(config, token)
         stop = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):  # after Ray has set its own
             signal.signal(number, lambda *_: stop.set())
+        precision = replicas.say_precision.remote().result()
+        print(f"computing in {precision} whatever shares their batch", flush=True)
         print(f"serving {config.model} on http://{config.host}:{config.port} (API: /docs)", flush=True)
         stop.wait()
         print("draining", flush=True)
@@ -113,11 +123,13 @@ def environment(metrics: str) -> dict[str, str]:
     return {
         "PROMETHEUS_MULTIPROC_DIR": metrics,
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "mmrm_fast.refusals.proxy_middleware",
+        "MALLOC_ARENA_MAX": "2",  # else glibc keeps what bodies and activations of dozens of threads once took
+        "MALLOC_MMAP_THRESHOLD_": str(4 << 20),
     }
 
 
-def start_replicas(config: ServeConfig, token: str | None) -> None:
-    """Deploy the replicas; returns when the first are ready."""
+def start_replicas(config: ServeConfig, token: str | None) -> DeploymentHandle:
+    """Deploy the replicas; returns a handle to them when the first are ready."""
     gpus = gpus_each(config.gpus_per_replica)
     count, most = config.replicas, config.max_replicas or config.replicas
     threads = max(1, min(int(ray.cluster_resources()["CPU"] / most), CPUS_PER_REPLICA))
@@ -139,4 +151,4 @@ def start_replicas(config: ServeConfig, token: str | None) -> None:
     )
     http_options = {"host": config.host, "port": config.port, "request_timeout_s": config.timeout + PROXY_SECONDS}
     ray_serve.start(http_options=http_options, logging_config={"log_level": "WARNING"})
-    ray_serve.run(deployment.bind(config, token, threads), name=APP, route_prefix="/")
+    return ray_serve.run(deployment.bind(config, token, threads), name=APP, route_prefix="/")

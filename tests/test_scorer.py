@@ -12,7 +12,7 @@ from PIL import Image
 
 from mmrm_fast.images import Tiling
 from mmrm_fast.records import Group, RecordError
-from mmrm_fast.scorer import Scored, Scorer
+from mmrm_fast.scorer import Scored, Scorer, batch_spread
 from mmrm_fast.weights import load_checkpoint, save_checkpoint
 
 RESPONSES = ("two red circles", "I think so.", "", "on the left", "two red circles on the left of the picture")
@@ -247,3 +247,11 @@ def test_a_folder_with_a_weight_missing_is_refused(checkpoint, tmp_path):
     save_checkpoint(tmp_path / "model", checkpoint, state)
     with pytest.raises(ValueError, match=r"no tensor language_model.*q_proj.weight, expected \[32, 32\]"):
         Scorer.from_pretrained(tmp_path / "model", "cpu")
+
+
+def test_the_spread_over_batches_is_what_a_reward_changes_by_beside_others(scorer):
+    assert batch_spread(scorer) < 1e-5
+    score = scorer.score_groups
+    raised = lambda scored: replace(scored, rewards=tuple(reward + 0.25 for reward in scored.rewards))  # noqa: E731
+    scorer.score_groups = lambda groups: [raised(own) if len(groups) > 1 else own for own in score(groups)]
+    assert batch_spread(scorer) == pytest.approx(0.25, abs=1e-5)

@@ -1,6 +1,7 @@
 """`mmrm-fast serve` as a user starts it: on loopback, with its token, and drained when it is told to end."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -57,6 +58,7 @@ def test_a_server_answers_by_the_token_and_drains_on_sigterm(model, tmp_path):
     with ThreadPoolExecutor(4) as pool:
         with serving(model, tmp_path / "log.txt", *options) as (_, url):
             assert httpx.post(f"{url}/score", json=body).status_code == 401
+            assert re.search(r"float32, rewards within \de-\d\d whatever shares", (tmp_path / "log.txt").read_text())
             assert httpx.get(f"{url}/readyz").json() == {"status": "ready", "model": "model"}
             waiting = [pool.submit(httpx.post, f"{url}/score", json=body, headers=headers, timeout=60) for _ in "1234"]
             while "mmrm_requests_in_flight 5.0" not in httpx.get(f"{url}/metrics", headers=headers).text:
