@@ -2,8 +2,8 @@
 
     python benchmarks/bench_serve.py --model runs/robust/final --seconds 120
 
-Prints throughput, latencies and memory of the server's processes over time, and checks that every request got the
-answer it should, honest ones with the rewards of `Scorer.score`.
+Prints throughput, latencies and memory of the server's processes by third of the load, and checks that every request
+got the answer it should, honest ones with the rewards of `Scorer.score`.
 """
 
 import argparse
@@ -226,7 +226,6 @@ def main() -> int:
     report = {
         "one by one": sequential,
         f"{options.clients} clients": together,
-        "memory MB every 5 s": [round(sample.total()) for sample in samples],
         "memory MB by third of the load": growth(samples),
         "tokens unshared / shared": round(tokens["mmrm_tokens_unshared_total"] / tokens["mmrm_tokens_total"], 2),
         "500s": sum(float(value) for name, value in counts if 'status="500"' in name),
