@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from PIL import Image
@@ -152,28 +153,18 @@ def test_a_failure_costs_only_the_record_at_fault():
 NUM_RECORDS, NUM_RESPONSES = 1250, 4
 
 
-class Run:
-    """`mmrm-fast score` in a process of its own."""
+MISSED_SOON = {"RAY_health_check_period_ms": "500"}  # a node that is gone; five checks in a row must fail
 
-    def __init__(self, folder, out):
-        self.done = out.with_name(out.name + ".parts") / ".done"
-        options = ["--model", folder / "model", "--data", folder / "records.jsonl", "--out", out, "--actors", "2"]
-        command = [sys.executable, "-m", "mmrm_fast.cli", "score", *options]
-        with open(folder / "log.txt", "a") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log)
 
-    def kill(self, name, num_done):
-        """Kill the driver, one of its actors, or all of its node, when its actors are at work and so much is done."""
-        while not (
-            self.done.is_dir()
-            and len(list(self.done.glob("0*.json"))) >= num_done
-            and (actors := descendants(self.process.pid, "ray::ScoringActor"))
-        ):
-            assert self.process.poll() is None, "ended before it was killed"
-            time.sleep(0.02)
-        raylet = descendants(self.process.pid, "raylet/raylet")  # first: it would start a killed actor again
-        for pid in {"driver": [self.process.pid], "actor": actors[:1], "node": raylet + actors}[name]:
-            os.kill(pid, signal.SIGKILL)
+def kill(victim, num_done, *, root, out, running):
+    """Kill the driver, one of its actors, or all of its node, when its actors are at work and so much is done."""
+    done = out.with_name(out.name + ".parts") / ".done"
+    while not (len(list(done.glob("0*.json"))) >= num_done and (actors := descendants(root, "ray::ScoringActor"))):
+        assert running(), "ended before it was killed"
+        time.sleep(0.02)
+    raylet = descendants(root, "raylet/raylet")  # first: it would start a killed actor again
+    for pid in {"driver": [root], "actor": actors[:1], "node": raylet + actors}[victim]:
+        os.kill(pid, signal.SIGKILL)
 
 
 def test_a_run_killed_again_and_again_has_every_response_exactly_once(make_checkpoint, tmp_path):
@@ -182,13 +173,18 @@ def test_a_run_killed_again_and_again_has_every_response_exactly_once(make_check
     with open(tmp_path / "records.jsonl", "w") as file:
         file.writelines(json.dumps({"prompt": "What?", "responses": own}) + "\n" for own in responses)
     out = tmp_path / "out.jsonl"
+    arguments = ["--model", tmp_path / "model", "--data", tmp_path / "records.jsonl", "--out", out, "--actors", "2"]
+    arguments = ["score", *map(str, arguments)]
+    command = [sys.executable, "-m", "mmrm_fast.cli", *arguments]
     for victim, num_done in (("driver", 3), ("node", 8)):
-        run = Run(tmp_path, out)
-        run.kill(victim, num_done)
-        assert run.process.wait(timeout=120) != 0 and not out.exists()
-    run = Run(tmp_path, out)
-    run.kill("actor", 12)
-    assert run.process.wait(timeout=120) == 0, (tmp_path / "log.txt").read_text()
+        with open(tmp_path / "log.txt", "a") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | MISSED_SOON)
+        kill(victim, num_done, root=process.pid, out=out, running=lambda process=process: process.poll() is None)
+        assert process.wait(timeout=120) != 0 and not out.exists(), (tmp_path / "log.txt").read_text()
+    with ThreadPoolExecutor(1) as pool:
+        killed = pool.submit(kill, "actor", 12, root=os.getpid(), out=out, running=lambda: not out.exists())
+        assert main(arguments) == 0
+        killed.result()
 
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     places = itertools.product(range(NUM_RECORDS), range(NUM_RESPONSES))
