@@ -54,7 +54,7 @@ def test_a_server_answers_by_the_token_and_drains_on_sigterm(model, tmp_path):
     (tmp_path / "token").write_text("secret\n")
     responses = [f"{'two red circles ' * 10}{i}" for i in range(150)]
     body, headers = {"queries": "What?", "documents": responses}, {"authorization": "Bearer secret"}
-    options = ["--token-file", tmp_path / "token", "--max-delay-ms", "3000"]
+    options = ["--token-file", tmp_path / "token", "--max-delay-ms", "5000"]
     with ThreadPoolExecutor(4) as pool:
         with serving(model, tmp_path / "log.txt", *options) as (_, url):
             assert httpx.post(f"{url}/score", json=body).status_code == 401
@@ -73,10 +73,11 @@ def test_a_server_answers_by_the_token_and_drains_on_sigterm(model, tmp_path):
 def test_a_killed_replica_s_requests_are_refused_the_other_s_answered_and_it_comes_back(model, tmp_path):
     body = {"queries": "What?", "documents": ["two", "red"]}
     (expected,) = Scorer.from_pretrained(model, "cpu").score([{"prompt": "What?", "responses": ["two", "red"]}])
-    options = ["--replicas", "2", "--max-delay-ms", "3000"]
+    options = ["--replicas", "2", "--max-delay-ms", "5000"]
     with ThreadPoolExecutor(8) as pool, serving(model, tmp_path / "log.txt", *options) as (process, url):
         waiting = [pool.submit(httpx.post, f"{url}/score", json=body, timeout=60) for _ in range(8)]
         while "mmrm_requests_in_flight 9.0" not in httpx.get(f"{url}/metrics").text:
+            assert not any(future.done() for future in waiting)
             time.sleep(0.05)
         first, second = descendants(process.pid, "ray::ServeReplica")
         os.kill(first, signal.SIGKILL)
