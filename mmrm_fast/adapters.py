@@ -1,9 +1,14 @@
-"""Low-rank adapters (LoRA) on the linear layers of language model and vision tower, by peft's layers."""
+"""Low-rank adapters (LoRA) on the linear layers of language model and vision tower: peft's layers, our arithmetic.
+
+Shapes: T tokens, I and O features in and out, K rank.
+"""
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from mmrm_fast.config import TrainConfig
 from mmrm_fast.model import RewardModel, ScoreHead
@@ -62,6 +67,50 @@ def add_lora(part: nn.Module, config: TrainConfig, name: str) -> None:
         if ".lora_" in key:  # peft lets only the last adapter train
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
+    for module in part.modules():
+        if type(module) is LoraLinear:
+            module.__class__ = AdaptedLinear
+
+
+class AdaptedLinear(LoraLinear):
+    """peft's linear layer and its active adapter, `base(x) + scale * (dropout(x) A^T) B^T`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        (name,) = self.active_adapters
+        if self.training and not isinstance(self.lora_dropout[name], nn.Identity):
+            return super().forward(x)  # two inputs: nothing to share
+        base, down, up = self.base_layer, self.lora_A[name].weight, self.lora_B[name].weight
+        rows = AdaptedProduct.apply(x.flatten(0, -2), base.weight, base.bias, down, up, self.scaling[name])
+        return rows.unflatten(0, x.shape[:-1])
+
+
+class AdaptedProduct(torch.autograd.Function):
+    """`x W^T + b + scale * (x A^T) B^T` with W and b frozen; adapters and their products in A's dtype.
+
+    Of the tokens it saves x itself, which layers that read the same tensor share, and x A^T [T, K].
+    """
+
+    @staticmethod
+    def forward(
+        ctx, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, down_KI: Tensor, up_OK: Tensor, scale: float
+    ) -> Tensor:
+        low_TK = linear(x_TI.to(down_KI.dtype), down_KI)
+        ctx.save_for_backward(x_TI, weight_OI, down_KI, up_OK, low_TK)
+        ctx.scale = scale
+        out_TO = linear(x_TI, weight_OI, bias_O)
+        return torch.addmm(out_TO.to(low_TK.dtype), low_TK, up_OK.T, alpha=scale).to(out_TO.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
+        x_TI, weight_OI, down_KI, up_OK, low_TK = ctx.saved_tensors
+        exact_TO = grad_TO.to(up_OK.dtype)
+        grad_low_TK = (exact_TO @ up_OK).mul_(ctx.scale)
+        grad_up_OK = (exact_TO.T @ low_TK).mul_(ctx.scale)
+        grad_down_KI = grad_low_TK.T @ x_TI.to(down_KI.dtype)
+        grad_TI = None
+        if ctx.needs_input_grad[0]:
+            grad_TI = (grad_TO @ weight_OI).to(down_KI.dtype).addmm_(grad_low_TK, down_KI).to(x_TI.dtype)
+        return grad_TI, None, None, grad_down_KI, grad_up_OK, None
 
 
 def activate(language_model: nn.Module, name: str) -> None:

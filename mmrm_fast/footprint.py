@@ -4,7 +4,7 @@ Weights, gradients and optimizer state follow from the parameters. Activations a
 and adding up what autograd saves; what is saved a block is the difference.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +41,12 @@ class Memory:
     def total(self) -> float:
         """All of it."""
         return self.weights + self.gradients + self.optimizer + self.gathered + self.activations
+
+
+def needed(memories: Collection[Memory]) -> float:
+    """Bytes of all branches: a step holds the activations of one at a time."""
+    activations = [memory.activations for memory in memories]
+    return sum(memory.total for memory in memories) - sum(activations) + max(activations)
 
 
 def make_models(config: TrainConfig, num_layers: int | None = None) -> dict[str, RewardModel]:

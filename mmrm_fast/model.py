@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import InternVLConfig, InternVLModel
 
 from mmrm_fast.attention import read_last_tokens, use_tile_attention, use_trie_attention
+from mmrm_fast.mlp import use_gated_product
 from mmrm_fast.ops.pack_image_tokens import pack_image_tokens
 from mmrm_fast.ops.patchify import patchify
 from mmrm_fast.ops.pixel_shuffle_norm import pixel_shuffle_norm
@@ -38,6 +39,7 @@ class RewardModel(nn.Module):
         self.register_buffer("only_tiles", None, persistent=False)  # the vision tower's output, see `keep_only`
         use_trie_attention(model.language_model)
         use_own_length_rope(model.language_model)
+        use_gated_product(model.language_model)
         use_tile_attention(model.vision_tower)
         self.reads_last_tokens = read_last_tokens(model.language_model)
 

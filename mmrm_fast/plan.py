@@ -14,7 +14,7 @@ from mmrm_fast.config import TrainConfig
 from mmrm_fast.dataset import PreferenceDataset, Sample
 from mmrm_fast.defaults import DEFAULTS, TINY, TINY_CHECKPOINT
 from mmrm_fast.evaluate import print_table
-from mmrm_fast.footprint import GIB, WORKSPACE, Memory, count, make_models, memory
+from mmrm_fast.footprint import GIB, WORKSPACE, Memory, count, make_models, memory, needed
 from mmrm_fast.metrics import pass_flops
 from mmrm_fast.model import RewardModel
 from mmrm_fast.prompt import Encoded
@@ -58,7 +58,7 @@ def dry_run(config: TrainConfig) -> None:
         table.add_row(*cells)
     print_table(table)
     print("\n".join(work_lines(config, models, work)))
-    refuse(config, sum(part.total for part in memories.values()) + WORKSPACE)
+    refuse(config, needed(memories.values()) + WORKSPACE)
 
 
 def branch_memory(config: TrainConfig, name: str, model: RewardModel, work: Work | None, num_gpus: int) -> Memory:

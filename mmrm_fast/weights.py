@@ -117,14 +117,17 @@ def folder_tokenizer(folder: Path, settings: dict) -> PreTrainedTokenizerBase:
 
 
 def read_config(folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> InternVLConfig:
-    """The native config of either kind of folder, with room for every token of its tokenizer. Raises `ValueError`."""
+    """The native config of either kind of folder, with room for every token of the tokenizer. Raises `ValueError`.
+
+    Without one it is for sizes alone: of an original config it has no image token, and only the rows that it says.
+    """
     settings = read_json(folder / "config.json")
     is_original = check_type(folder, settings) == ORIGINAL
     try:
         if is_original:
-            tokenizer = tokenizer or folder_tokenizer(folder, settings)
-            rows = max(settings["llm_config"].get("vocab_size", 0), len(tokenizer))
-            image_token = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+            stated = settings["llm_config"]
+            rows = max(stated.get("vocab_size", 0), len(tokenizer)) if tokenizer else stated["vocab_size"]
+            image_token = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>") if tokenizer else 0
             return convert.native_config(settings, vocab_size=rows, image_token_id=image_token)
         config = InternVLConfig.from_dict(settings)
     except KeyError as error:
