@@ -65,7 +65,7 @@ def our_step(sizes: Sizes) -> Work:
     for tiles in (TILES, 0):
         start = prefix(sizes, tiles)
         tokens, pairs = PAIRS * (start + 2 * RESPONSE), PAIRS * (triangle(start) + 2 * appended(start))
-        works += decoder(sizes, tokens, pairs, read=2 * PAIRS, head_tokens=0)
+        works += decoder(sizes, tokens, pairs, read=2 * PAIRS, read_pairs=2 * PAIRS * (start + RESPONSE))
     return total(works)
 
 
@@ -75,14 +75,14 @@ def reference_step(sizes: Sizes) -> Work:
     for tiles in (TILES, 1):
         length, sequences = prefix(sizes, tiles) + RESPONSE, 2 * PAIRS
         works.append(vision_work(sizes, sequences * tiles, trained=True))
-        works += decoder(sizes, sequences * length, sequences * triangle(length), None, head_tokens=sequences * length)
+        works += decoder(sizes, sequences * length, sequences * triangle(length), head_tokens=sequences * length)
     return total(works)
 
 
-def decoder(sizes: Sizes, tokens: int, pairs: float, read: int | None, head_tokens: int) -> list[Work]:
+def decoder(sizes: Sizes, tokens: int, pairs: float, *, head_tokens: int = 0, **read) -> list[Work]:
     """A language model's step, its forward twice: activations are recomputed."""
-    step = text_work(sizes, tokens, pairs, read=read, head_tokens=head_tokens, trained=True)
-    return [step, text_work(sizes, tokens, pairs, read=read, trained=False)]
+    step = text_work(sizes, tokens, pairs, head_tokens=head_tokens, **read, trained=True)
+    return [step, text_work(sizes, tokens, pairs, **read, trained=False)]
 
 
 def triangle(length: int) -> float:

@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch loads, see run.py
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def pytest_configure(config):

@@ -115,25 +115,35 @@ def vision_work(sizes: Sizes, tiles: int, *, trained: bool) -> Work:
 
 
 def text_work(
-    sizes: Sizes, tokens: int, pairs: float, *, read: int | None = None, head_tokens: int = 0, trained: bool
+    sizes: Sizes,
+    tokens: int,
+    pairs: float,
+    *,
+    read: int | None = None,
+    read_pairs: float = 0,
+    head_tokens: int = 0,
+    trained: bool,
 ) -> Work:
     """A decoder on `tokens` tokens whose attention computes `pairs` (query, key) pairs a layer.
 
     Args:
-        read: tokens of the last layer whose MLP runs; None for all.
+        read: tokens of the last layer whose queries and MLP run; None for all.
+        read_pairs: (query, key) pairs that they make.
         head_tokens: tokens that a vocabulary head runs on, forward alone: nothing reads its logits.
     """
     queries, keys = sizes.heads * sizes.head_size, sizes.kv_heads * sizes.head_size
     products: Counter[Product] = Counter()
-    for inner, columns, times in ((sizes.hidden, queries, 1), (sizes.hidden, keys, 2), (queries, sizes.hidden, 1)):
-        products += linear(tokens, inner, columns, times=times * sizes.layers, trained=trained)
+    products += linear(tokens, sizes.hidden, keys, times=2 * sizes.layers, trained=trained)
     for rows, layers in ((tokens, sizes.layers - 1), (tokens if read is None else read, 1)):
+        products += linear(rows, sizes.hidden, queries, times=layers, trained=trained)
+        products += linear(rows, queries, sizes.hidden, times=layers, trained=trained)
         products += linear(rows, sizes.hidden, sizes.mlp, times=2 * layers, trained=trained)
         products += linear(rows, sizes.mlp, sizes.hidden, times=layers, trained=trained)
     if head_tokens:
         products += linear(head_tokens, sizes.hidden, sizes.vocab, trained=False)
     factor = 1 + ATTENTION_BACKWARD * trained
-    return Work(products, factor * 4.0 * queries * sizes.layers * pairs)
+    computed = (sizes.layers - 1) * pairs + (pairs if read is None else read_pairs)
+    return Work(products, factor * 4.0 * queries * computed)
 
 
 def visible_pairs(plan: TokenPlan) -> float:
@@ -149,8 +159,10 @@ def batch_work(sizes: Sizes, batch: PackedBatch, *, trained: bool) -> Work:
         work += vision_work(sizes, len(batch.text_tiles), trained=trained)
     for plan in (batch.main, batch.text):
         if plan is not None:
-            read = len(plan.read_index)
-            work += text_work(sizes, len(plan.source_T), visible_pairs(plan), read=read, trained=trained)
+            work += text_work(
+                sizes, len(plan.source_T), visible_pairs(plan), read=len(plan.read_index),
+                read_pairs=len(plan.read_kv_index), trained=trained,
+            )  # fmt: skip
     return work
 
 

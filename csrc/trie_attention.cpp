@@ -422,15 +422,22 @@ struct Range {
   int64_t begin, end;
 };
 
-// Runs of nodes that share no key with each other: the trees of the forest.
+// Runs of nodes that share no key with each other, the trees of the forest: all keys of one are before the next one's.
 std::vector<Range> trees(const TriePlanView& plan) {
   std::vector<Range> runs;
+  std::vector<int64_t> last_key(plan.num_nodes + 1, -1);  // of all nodes before
+  for (int64_t node = 0; node < plan.num_nodes; ++node) {
+    last_key[node + 1] = last_key[node];
+    for (int64_t j = plan.cu_seqlens_k[node]; j < plan.cu_seqlens_k[node + 1]; ++j) {
+      last_key[node + 1] = std::max(last_key[node + 1], plan.kv_index[j]);
+    }
+  }
   int64_t end = plan.num_nodes, first_key = INT64_MAX;
   for (int64_t node = plan.num_nodes - 1; node >= 0; --node) {
     for (int64_t j = plan.cu_seqlens_k[node]; j < plan.cu_seqlens_k[node + 1]; ++j) {
       first_key = std::min(first_key, plan.kv_index[j]);
     }
-    if (node > 0 && first_key < plan.cu_seqlens_q[node]) continue;
+    if (node > 0 && first_key <= last_key[node]) continue;
     runs.push_back({node, end});
     end = node;
   }
@@ -442,9 +449,9 @@ void check_keys(const TrieAttention<T>& in) {
   const TriePlanView& plan = in.plan;
   const int64_t num_keys = plan.num_nodes ? plan.cu_seqlens_k[plan.num_nodes] : 0;
   for (int64_t j = 0; j < num_keys; ++j) {
-    if (plan.kv_index[j] >= 0 && plan.kv_index[j] < in.num_tokens) continue;
+    if (plan.kv_index[j] >= 0 && plan.kv_index[j] < in.num_key_tokens) continue;
     throw std::out_of_range("kv_index " + std::to_string(plan.kv_index[j]) + " is outside 0:" +
-                            std::to_string(in.num_tokens));
+                            std::to_string(in.num_key_tokens));
   }
 }
 

@@ -6,7 +6,7 @@
 
 namespace mmrm {
 
-// T packed tokens, H query heads, G key/value heads, E head size, N nodes, K gathered keys.
+// T queries, S tokens with a key, H query heads, G key/value heads, E head size, N nodes, K gathered keys.
 struct TriePlanView {
   const int32_t* cu_seqlens_q;  // [N + 1]
   const int64_t* kv_index;      // [K]
@@ -14,7 +14,7 @@ struct TriePlanView {
   int64_t num_nodes;
 };
 
-// [T, heads, E]; a head's E values are contiguous.
+// [tokens, heads, E]; a head's E values are contiguous.
 template <typename T>
 struct HeadRows {
   T* data;
@@ -27,7 +27,7 @@ template <typename T>
 struct TrieAttention {
   TriePlanView plan;
   HeadRows<const T> q, k, v;
-  int64_t num_tokens, num_heads, num_kv_heads, head_size;
+  int64_t num_tokens, num_heads, num_kv_heads, head_size, num_key_tokens;
   float scale;  // positive
   bool causal;  // bottom-right; otherwise every query of a node sees all of its keys
 };
@@ -37,7 +37,7 @@ struct TrieAttentionGrads {
   HeadRows<const T> grad, out;
   const float* lse;  // [H, T]
   HeadRows<T> dq;    // [T, H, E]
-  float *dk, *dv;    // [T, G, E], zeros
+  float *dk, *dv;    // [S, G, E], zeros
 };
 
 // The CPU has the instructions that the functions below are made of (AVX-512, BF16 among them).
@@ -45,7 +45,7 @@ bool has_trie_attention_cpu();
 
 // The meaning is that of trie_attention_ref in mmrm_fast/ops/trie_attention.py: float, or bf16_t with float sums, where
 // weights and their gradients are rounded to bf16 before they are multiplied. The same bits for any num_threads.
-// They throw std::out_of_range where a key's index is outside 0:T.
+// They throw std::out_of_range where a key's index is outside 0:S.
 template <typename T>
 void trie_attention_fwd_cpu(const TrieAttention<T>& in, HeadRows<T> out, float* lse /* [H, T] */, int num_threads);
 

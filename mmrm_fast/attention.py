@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.llama.modeling_llama import rotate_half
 
 from mmrm_fast.ops.trie_attention import has_native, trie_attention
 
@@ -78,9 +79,9 @@ def use_tile_attention(vision_tower: PreTrainedModel) -> None:
 
 
 def read_last_tokens(language_model: PreTrainedModel) -> bool:
-    """Let the last layer compute only the rows that `last_index`, a keyword argument of the forward, names.
+    """Let the last layer compute only the rows that `read_index`, a keyword argument of the forward, names.
 
-    Nothing but the keys and values of the last layer's other tokens is read by a reward; their MLP and norms are not.
+    Nothing but the keys and values of the last layer's other tokens is read by a reward; their queries and MLP are not.
     False where the layer's class is not known to be attention and MLP, each behind its norm and added: nothing changes.
     """
     layer = language_model.layers[-1]
@@ -91,11 +92,47 @@ def read_last_tokens(language_model: PreTrainedModel) -> bool:
 
 
 def last_layer_forward(
-    layer: nn.Module, hidden_states: Tensor, *, last_index: Tensor | None = None, **kwargs
+    layer: nn.Module, hidden_states: Tensor, *, read_index: Tensor | None = None, **kwargs
 ) -> Tensor:
-    """A pre-norm decoder layer's output [1, R, D] at `last_index` [R] of its tokens [1, T, D]; all where it is None."""
-    if last_index is None:
+    """A pre-norm decoder layer's output [1, R, D] at `read_index` [R] of its tokens [1, T, D]; all where it is None."""
+    if read_index is None:
         return type(layer).forward(layer, hidden_states, **kwargs)
-    attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)
-    hidden = (hidden_states + attended).index_select(1, last_index)
+    attended = read_attention(layer.self_attn, layer.input_layernorm(hidden_states), read_index, **kwargs)
+    hidden = hidden_states.index_select(1, read_index) + attended
     return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+
+def read_attention(
+    attention: nn.Module,
+    hidden_states: Tensor,
+    read_index: Tensor,
+    *,
+    position_embeddings: tuple[Tensor, Tensor],
+    read_kv_index: Tensor,
+    read_cu_seqlens_k: Tensor,
+    max_seqlen_k: int,
+    **kwargs,
+) -> Tensor:
+    """A decoder layer's attention [1, R, D] whose queries are the tokens `read_index`, each over its own path."""
+    read, rotary = hidden_states.index_select(1, read_index), torch.stack(position_embeddings)
+    query, key, value = (
+        project(x).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        for project, x in (
+            (attention.q_proj, read), (attention.k_proj, hidden_states), (attention.v_proj, hidden_states)
+        )
+    )  # fmt: skip
+    if hasattr(attention, "q_norm"):
+        query, key = attention.q_norm(query), attention.k_norm(key)
+    out, _ = trie_attention_forward(
+        attention, rotate(query, *rotary.index_select(2, read_index)), rotate(key, *rotary), value, None,
+        attention.scaling, sliding_window=getattr(attention, "sliding_window", None),
+        dropout=attention.attention_dropout if attention.training else 0.0,
+        cu_seqlens_q=torch.arange(len(read_index) + 1, dtype=torch.int32, device=read_index.device),
+        kv_index=read_kv_index, cu_seqlens_k=read_cu_seqlens_k, max_seqlen_q=1, max_seqlen_k=max_seqlen_k,
+    )  # fmt: skip
+    return attention.o_proj(out.flatten(2))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE of queries or keys [1, heads, T, E] as the layers of PRE_NORM_LAYERS have it; cos and sin are [1, T, E]."""
+    return x * cos.unsqueeze(1) + rotate_half(x) * sin.unsqueeze(1)

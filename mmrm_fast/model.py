@@ -60,7 +60,6 @@ class RewardModel(nn.Module):
             inputs_embeds=pack_image_tokens(embedding, features, plan.source_T, plan.source_index).unsqueeze(0),
             position_ids=plan.rope_positions(),
             use_cache=False,
-            last_index=plan.read_index,
             **plan.attention_plan(),
         ).last_hidden_state[0]
         return head(hidden, plan.read_row_R if self.reads_last_tokens else plan.last_index_R)

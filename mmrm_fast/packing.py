@@ -6,6 +6,7 @@ Shapes: T packed tokens, R responses, P pairs, I tiles, S pixels a tile side, N 
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from mmrm_fast.dataset import GroupDataset, ProxyImage, Sample
 from mmrm_fast.images import white_tile
 from mmrm_fast.ops.pack_image_tokens import SourceIndex, source_index
 from mmrm_fast.ops.pair_loss import PairIndex, pair_index
-from mmrm_fast.ops.plan_trie import plan_trie
+from mmrm_fast.ops.plan_trie import TriePlan, plan_trie
 from mmrm_fast.records import RecordError
 
 MIN_SHARED = 32
@@ -52,6 +53,8 @@ class TokenPlan(OnDevice):
     last_index_R: Tensor  # int64: where each response's reward is read
     read_index: Tensor  # int64: the distinct ones among them, increasing
     read_row_R: Tensor  # int64: each response's row among those
+    read_kv_index: Tensor  # int64: what each of the distinct ones attends over, one after another
+    read_cu_seqlens_k: Tensor  # int32: their edges
     max_seqlen_q: int
     max_seqlen_k: int
     num_tokens_unshared: int  # tokens of all sequences, as if nothing were shared
@@ -63,8 +66,9 @@ class TokenPlan(OnDevice):
         return torch.stack(rows)
 
     def attention_plan(self) -> dict[str, Tensor | int]:
-        """The keyword arguments that the attention reads."""
+        """The keyword arguments that the attention reads, the last layer's among them."""
         names = ("cu_seqlens_q", "kv_index", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+        names += ("read_index", "read_kv_index", "read_cu_seqlens_k")
         return {name: getattr(self, name) for name in names}
 
 
@@ -181,6 +185,7 @@ def plan_tokens(
     plan = plan_trie(keys + (regimes << REGIME_SHIFT), np.cumsum([0, *lengths]), min_shared=min_shared)
     source_T = torch.from_numpy(keys[plan.token_index])
     read_index, read_row = np.unique(plan.last_index, return_inverse=True)
+    paths = [*map(partial(path, plan), read_index)]
     return TokenPlan(
         source_T=source_T,
         source_index=source_index(source_T),
@@ -191,11 +196,20 @@ def plan_tokens(
         last_index_R=torch.from_numpy(plan.last_index),
         read_index=torch.from_numpy(read_index),
         read_row_R=torch.from_numpy(read_row),
+        read_kv_index=torch.from_numpy(np.concatenate(paths)),
+        read_cu_seqlens_k=torch.from_numpy(np.cumsum([0, *map(len, paths)], dtype=np.int32)),
         max_seqlen_q=int(np.diff(plan.cu_seqlens_q).max()),
         max_seqlen_k=int(np.diff(plan.cu_seqlens_k).max()),
         num_tokens_unshared=len(keys),
         rope_regimes_T=torch.from_numpy(regimes[plan.token_index]) if regimes.any() else None,
     )
+
+
+def path(plan: TriePlan, token: int) -> np.ndarray:
+    """What a packed token attends over: its ancestors and itself, int64."""
+    node = np.searchsorted(plan.cu_seqlens_q, token, side="right") - 1
+    unseen = plan.cu_seqlens_q[node + 1] - 1 - token
+    return plan.kv_index[plan.cu_seqlens_k[node] : plan.cu_seqlens_k[node + 1] - unseen]
 
 
 def flatten_pairs(samples: Sequence[Sample]) -> tuple[PairIndex, Tensor | None]:

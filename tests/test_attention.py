@@ -9,6 +9,7 @@ from mmrm_fast.attention import trie_attention_forward
 from mmrm_fast.ops import trie_attention as op
 from mmrm_fast.ops.plan_trie import plan_trie
 from mmrm_fast.ops.trie_attention import trie_attention, trie_attention_ref
+from mmrm_fast.packing import path
 
 HEADS, KV_HEADS, SIZE = 4, 2, 8
 SCALE = SIZE**-0.5
@@ -96,6 +97,27 @@ def test_head_sizes_and_nodes_longer_than_a_block_in_cpp(dtype, size):
 def test_without_a_mask_every_query_sees_all_keys_of_its_node(backend, dtype):
     plan = forest(0, num_groups=2, longest=300)
     assert_errors_at_most_twice_those_of_plain_torch(plan, inputs(plan, dtype), causal=False)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_last_tokens_alone_attend_as_they_do_among_all(backend, dtype, kv_heads):
+    """Values, and the gradients of queries, keys and values; one last token is inside a node, others share theirs."""
+    plan = forest(0, longest=300)
+    index, tensors = np.unique(plan.last_index), inputs(plan, dtype, kv_heads=kv_heads)
+    paths = [path(plan, token) for token in index]
+    lengths = [*map(len, paths)]
+    read = {
+        "cu_seqlens_q": torch.arange(len(index) + 1, dtype=torch.int32),
+        "kv_index": torch.from_numpy(np.concatenate(paths)),
+        "cu_seqlens_k": torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
+        "max_seqlen_q": 1,
+        "max_seqlen_k": max(lengths),
+    }
+    alone = with_gradients(lambda q, k, v: trie_attention(q[index], k, v, **read, scale=SCALE), tensors)
+    among = with_gradients(lambda *x: trie_attention(*x, **keywords(plan), scale=SCALE)[index], tensors)
+    for name, value, expected in zip(("out", "dq", "dk", "dv"), alone, among, strict=True):
+        assert relative_error(value, expected) <= 4 * FLOORS[dtype], name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -150,7 +150,7 @@ def rewards_and_gradients(model, batch):
 
 @pytest.mark.parametrize("variant", ["checkpointed", "every token in the last layer"])
 def test_leaving_out_what_no_reward_reads_changes_nothing(make_checkpoint, pictures, variant):
-    """The last layer's MLP and norms run on last tokens alone, under activation checkpointing too."""
+    """The last layer's queries and MLP are those of last tokens alone, under activation checkpointing too."""
     checkpoint = make_checkpoint(dtype=torch.float64)
     model = checkpoint.model.train()
     batch = pack_groups(checkpoint, batches(pictures)["k-wise"])[2].batch

@@ -5,7 +5,8 @@ One op with its own backward, so that gathered keys and values are never kept: o
 log-sum-exp are. On CUDA it is flash-attn's variable-length kernel with `cu_seqlens_q != cu_seqlens_k`; on a CPU with
 AVX-512 and its BF16 instructions it is C++ (csrc/trie_attention.cpp), on others torch's CPU flash kernel, node by node.
 
-Shapes: T packed tokens, K gathered keys, N nodes, H query heads, G key/value heads, E head size.
+Shapes: T queries, S tokens with a key (the same where each is a query), K gathered keys, N nodes, H query heads,
+G key/value heads, E head size.
 """
 
 from importlib.util import find_spec
@@ -30,14 +31,14 @@ MAX_NATIVE_HEAD_SIZE = 256
 
 
 def trie_attention_ref(
-    q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, cu_seqlens_q, kv_index, cu_seqlens_k, scale, causal: bool = True
+    q_THE: Tensor, k_SGE: Tensor, v_SGE: Tensor, cu_seqlens_q, kv_index, cu_seqlens_k, scale, causal: bool = True
 ) -> Tensor:
     """What the op means: softmax attention per node, masked bottom-right, in plain differentiable torch."""
     outputs = [q_THE[:0]]
-    repeat = q_THE.shape[1] // k_TGE.shape[1]
+    repeat = q_THE.shape[1] // k_SGE.shape[1]
     for rows, index in nodes(cu_seqlens_q, kv_index, cu_seqlens_k):
         q = q_THE[rows]
-        k, v = (x[index].repeat_interleave(repeat, dim=1) for x in (k_TGE, v_TGE))
+        k, v = (x[index].repeat_interleave(repeat, dim=1) for x in (k_SGE, v_SGE))
         scores = torch.einsum("qhe,khe->hqk", q, k) * scale
         if causal:
             visible = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(len(k) - len(q))
@@ -107,10 +108,10 @@ def trie_attention_bwd_cpu(
 
 
 def run_native(function, inputs, plan, scale: float, causal: bool, *outputs: Tensor) -> None:
-    """Call a C++ kernel on `inputs` (q, k, v, ...: [T, heads, E] each) and a plan; `outputs` are contiguous."""
+    """Call a C++ kernel on `inputs` (q, k, v, ...: [tokens, heads, E] each) and a plan; `outputs` are contiguous."""
     inputs = [x if x.stride(2) == 1 else x.contiguous() for x in inputs]
     num_tokens, num_heads, size = inputs[0].shape
-    sizes = [len(plan[0]) - 1, num_tokens, num_heads, inputs[1].shape[1], size]
+    sizes = [len(plan[0]) - 1, num_tokens, num_heads, inputs[1].shape[1], size, len(inputs[1])]
     pointers = addresses(*plan, *inputs, *outputs, device=inputs[0].device)
     first, second = len(plan), len(plan) + len(inputs)
     function(
@@ -206,8 +207,8 @@ torch.library.register_autograd("mmrm_fast::trie_attention_fwd", backward, setup
 
 def trie_attention(
     q_THE: Tensor,
-    k_TGE: Tensor,
-    v_TGE: Tensor,
+    k_SGE: Tensor,
+    v_SGE: Tensor,
     *,
     cu_seqlens_q: Tensor,
     kv_index: Tensor,
@@ -220,10 +221,10 @@ def trie_attention(
     """Attention of every packed token over its ancestors in the trie and itself.
 
     Args:
-        q_THE: queries [T, H, E]; k_TGE, v_TGE: keys and values [T, G, E], H a multiple of G, one dtype
+        q_THE: queries [T, H, E]; k_SGE, v_SGE: keys and values [S, G, E], H a multiple of G, one dtype
             (fp32, float64, bf16, fp16; on CUDA bf16 or fp16).
         cu_seqlens_q, cu_seqlens_k: [N + 1] int32, edges of the nodes' queries and gathered keys.
-        kv_index: [K] int64, packed index of every gathered key, ancestors first.
+        kv_index: [K] int64, index of every gathered key among the S tokens, ancestors first.
         max_seqlen_q, max_seqlen_k: longest node in queries and in keys.
         scale: positive factor on the dot products, usually E ** -0.5.
         causal: False lets every query of a node see all of the node's keys, as the patches of a tile do.
@@ -231,11 +232,11 @@ def trie_attention(
     Returns:
         [T, H, E] in q's dtype; softmax and the sums of shared gradients in fp32 (float64 for float64).
     """
-    if q_THE.shape[1] % k_TGE.shape[1]:
-        raise ValueError(f"{q_THE.shape[1]} query heads are not a multiple of {k_TGE.shape[1]} key/value heads")
+    if q_THE.shape[1] % k_SGE.shape[1]:
+        raise ValueError(f"{q_THE.shape[1]} query heads are not a multiple of {k_SGE.shape[1]} key/value heads")
     if scale <= 0:
         raise ValueError(f"scale must be positive, got {scale}")
     out, _ = torch.ops.mmrm_fast.trie_attention_fwd(
-        q_THE, k_TGE, v_TGE, cu_seqlens_q, kv_index, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal
+        q_THE, k_SGE, v_SGE, cu_seqlens_q, kv_index, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal
     )
     return out
