@@ -230,12 +230,13 @@ def unscored_row(item: Unread) -> dict:
 
 def write_results(folder: Path, results: dict, pairs: Sequence[ScoredPair]) -> None:
     """results.json, reliability.svg and margins.svg."""
-    from mmrm_fast.plots import plot_margins, plot_reliability  # matplotlib takes a second to import
+    from mmrm_fast import plots  # matplotlib takes a second to import
 
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "results.json", results)
-    plot_reliability(results["reliability"]["calibration"], folder / "reliability.svg")
-    plot_margins(np.array([pair.margin for pair in pairs]), folder / "margins.svg")
+    calibrations = {results["bench"]: results["reliability"]["calibration"]}
+    plots.save(plots.reliability(calibrations), folder / "reliability.svg")
+    plots.save(plots.margins(np.array([pair.margin for pair in pairs])), folder / "margins.svg")
 
 
 def report(config: EvaluateConfig, results: dict) -> None:

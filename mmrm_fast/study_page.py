@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 from html import escape
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +18,9 @@ th, td { padding: .3rem .5rem; text-align: right; white-space: nowrap; }
 th { font-weight: 600; } th:first-child { text-align: left; } tbody tr { border-top: 1px solid #ddd; }
 .map td { min-width: 3.2rem; text-align: center; } .map tbody tr { border: 0; } .own { outline: 2px solid #333; outline-offset: -2px; }
 p, figcaption { margin: .3rem 0; } small, .note { color: #555; font-size: .85rem; }
-figure { margin: 0; } svg { max-width: 100%; height: auto; }
+figure { margin: 0; } svg { width: 100%; max-width: 40rem; height: auto; display: block; }
 """  # noqa: E501
+KINDS = {"ood": "out of distribution", "reversed": "own cue reversed"}  # of sets of candidates
 LABELS = {"iid labels": "i.i.d. labels", "iid": "i.i.d.", "ood": "o.o.d.", "sfd": "SFD"}
 
 
@@ -33,6 +33,7 @@ def write_page(path: Path, results: dict) -> None:
         "data knows it, else against the labels; a tie counts half.</p>",
         *means_section(results),
         *significance_section(results),
+        *best_of_n_section(results),
         *maps_section(results),
         *controls_section(results),
         *sfc_section(results),
@@ -72,19 +73,57 @@ def significance_section(results: dict) -> list[str]:
     """Paired differences of o.o.d. accuracy."""
     if not results["significance"]:
         return []
-    rows = [
-        [
-            f"{row['second']} minus {row['first']}", f"{100 * row['difference']:+.1f}",
-            f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}", f"{row['p_value']:.4f}", f"{row['records']:,}",
-        ]
-        for row in results["significance"]
-    ]  # fmt: skip
-    note = "Paired by test record: interval by bootstrap, p by a two-sided permutation test that swaps the methods."
     return [
         "<h2>Difference out of distribution</h2>",
-        table(["points", "difference", "95 % interval", "p", "records"], rows),
-        f'<p class="note">{note}</p>',
+        comparison_table(results["significance"], "points", 100, 1),
+        '<p class="note">Paired by test record: interval by bootstrap, not corrected; p by a two-sided permutation '
+        f"test that swaps the methods, corrected by Holm for the {len(results['significance'])} comparisons.</p>",
     ]
+
+
+def comparison_table(rows: Sequence[dict], unit: str, scale: float, digits: int) -> str:
+    """Paired differences, a row each."""
+    cells = [
+        [
+            f"{row['second']} minus {row['first']}",
+            *(f"{scale * row[key]:+.{digits}f}" for key in ("difference", "low", "high")),
+            f"{row['p_holm']:.4f}", f"{row['records']:,}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return table([unit, "difference", "95 % from", "to", "p", "records"], cells)
+
+
+def best_of_n_section(results: dict) -> list[str]:
+    """What models select out of N candidates whose truth is known: curves, a table and differences at the largest N."""
+    if "best_of_n" not in results:
+        return []
+    from mmrm_fast import plots  # matplotlib takes a second to import
+    from mmrm_fast.best_of_n import ORACLE
+
+    found = results["best_of_n"]
+    parts = ["<h2>Best of N</h2>"]
+    for kind, title in KINDS.items():
+        curves = found[kind]["curves"]
+        rows = [[name, *map(quality_and_spread, curve)] for name, curve in curves.items()]
+        parts += [
+            f"<h3>true quality of the response selected out of N, {title}</h3>",
+            plots.svg(plots.best_of_n(curves, quality="expected truth of the selected response", bound=ORACLE), title),
+            table(["N", *map(str, found["sizes"])], rows),
+            comparison_table(found[kind]["comparisons"], f"N = {found['sizes'][-1]}", 1, 3),
+        ]
+    note = (
+        "Truth: share of the attributes a response names that are so. Out of distribution: candidates with the cues of "
+        "environments that a model was not trained on; own cue reversed: of its own, the cue on the worse responses. "
+        "Bands and intervals: bootstrap over prompts; ±: deviation of the seeds' means; p as above."
+    )
+    return [*parts, f'<p class="note">{note}</p>']
+
+
+def quality_and_spread(row: dict) -> str:
+    """A quality with its spread over seeds where there is one."""
+    spread = row.get("spread")
+    return f"{row['quality']:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
 
 
 def maps_section(results: dict) -> list[str]:
@@ -179,9 +218,7 @@ def sfc_section(results: dict) -> list[str]:
     curves = {method: curve for method, curve in results["sfc"].items() if curve}
     if not curves:
         return []
-    from mmrm_fast.plots import plot_sfc  # matplotlib takes a second to import
+    from mmrm_fast import plots  # matplotlib takes a second to import
 
-    drawn = BytesIO()
-    plot_sfc(curves, drawn)
-    svg = drawn.getvalue().decode()
-    return ["<h2>Shortcut-failure coefficient over training</h2>", svg[svg.index("<svg") :]]
+    title = "Shortcut-failure coefficient over training"
+    return [f"<h2>{title}</h2>", plots.svg(plots.sfc(curves), title)]

@@ -9,7 +9,7 @@ from tyro import cli
 from mmrm_fast import study
 from mmrm_fast.config import StudyConfig, TrainConfig
 from mmrm_fast.evaluate import PairRow, write_rows
-from mmrm_fast.study_figures import Cell
+from mmrm_fast.study_figures import Cell, compare, pairs_of
 
 ENVIRONMENTS = ("a", "b", "c")
 RECORDS = 4
@@ -97,6 +97,32 @@ def test_the_difference_is_paired_by_record(finished, files):
     assert row["difference"] == pytest.approx(0.375)
     assert row["low"] <= 0.375 <= row["high"]
     assert row["p_value"] == pytest.approx(2 / 2**6, abs=0.01)  # six of the twelve records differ, all the same way
+
+
+def test_methods_are_compared_with_the_first_and_with_the_papers():
+    methods = ["standard", "robust", "robust-white"]
+    assert pairs_of(methods) == [("standard", "robust"), ("standard", "robust-white"), ("robust", "robust-white")]
+    assert pairs_of(methods[1:]) == [("robust", "robust-white")]
+    assert pairs_of(["standard"]) == []
+
+
+def test_p_values_of_several_comparisons_are_corrected():
+    """Holm: the smallest times the number of tests, the next times one less, never falling."""
+    credits = {"a": [0.0] * 12, "b": [1.0] * 12, "c": [1.0] * 6 + [0.0] * 6}
+    values = {method: {i: [value] for i, value in enumerate(own)} for method, own in credits.items()}
+    rows = compare(pairs_of(["a", "c", "b"]), values)
+    c, b = (next(row for row in rows if row["second"] == name) for name in "cb")
+    assert (b["p_value"], c["p_value"]) == pytest.approx((2 / 2**12, 2 / 2**6), rel=0.5)
+    assert (b["p_holm"], c["p_holm"]) == pytest.approx((2 * b["p_value"], max(2 * b["p_value"], c["p_value"])))
+
+
+def test_comparisons_are_a_table_of_their_own(finished, files, capsys):
+    (row,) = run(finished, files)["significance"]
+    with open(finished / "comparisons.csv", newline="") as file:
+        (written,) = csv.DictReader(file)
+    assert (written["second"], float(written["p_holm"])) == ("robust", row["p_holm"])
+    assert "robust minus standard: +37.5 (" in capsys.readouterr().out
+    assert "robust minus standard" in (finished / "study.html").read_text()
 
 
 def test_rules_and_buckets_are_of_the_test_files(finished, files):
