@@ -190,6 +190,11 @@ def print_table(table: Table) -> None:
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
+def signed(value: float) -> str:
+    """A correlation, a dash where there is none."""
+    return "-" if math.isnan(value) else f"{value:+.2f}"
+
+
 def percent(value: float | None) -> str:
     """A share as a percentage, a dash where there is none."""
     return "-" if value is None or math.isnan(value) else f"{100 * value:.1f}"

@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 COLOURS = ("#1f5fa8", "#c8501e", "#2b7d4f", "#8a4fa3", "#8c6d1f", "#3c8c93", "#b03060", "#5c6470")
 SIZE = (4.4, 3.0)  # inches
 NUM_COLUMNS = 80  # of the SFC picture
-LEGEND_INSIDE = 4  # entries; more of them stand below the plot
 matplotlib.rcParams.update(
     {
         "svg.fonttype": "none", "svg.hashsalt": "mmrm_fast", "font.family": "sans-serif",
@@ -58,12 +57,9 @@ def svg(figure: Figure, title: str) -> str:
 
 
 def legend(figure: Figure, axes: Axes) -> None:
-    """A legend in the plot, or below it where there are many entries; none for none."""
-    handles, _ = axes.get_legend_handles_labels()
-    if len(handles) > LEGEND_INSIDE:
+    """A legend below the plot, where it hides nothing; none for no labels."""
+    if axes.get_legend_handles_labels()[0]:
         figure.legend(loc="outside lower center", ncols=2)
-    elif handles:
-        axes.legend()
 
 
 def reliability(calibrations: Mapping[str, dict], title: str = "Calibration") -> Figure:
@@ -73,7 +69,7 @@ def reliability(calibrations: Mapping[str, dict], title: str = "Calibration") ->
         calibrations: per label what `reliability.calibration` returns.
     """
     figure, axes = new_axes(title, SIZE[1] + 0.6)
-    axes.plot([0.5, 1], [0.5, 1], color="#999", lw=1, ls=":", label="calibrated")
+    axes.plot([0.5, 1], [0.5, 1], color="#999", lw=1, ls="--", label="calibrated")
     for number, (label, figures) in enumerate(calibrations.items()):
         bins, colour = figures["bins"], COLOURS[number % len(COLOURS)]
         points = [row["confidence"] for row in bins], [row["accuracy"] for row in bins]
@@ -189,5 +185,5 @@ def bars(title: str, names: Sequence[str], values: Mapping[str, Sequence[float |
     axes.grid(False, axis="y")
     axes.invert_yaxis()
     if len(values) > 1:
-        figure.legend(loc="outside lower center", ncols=2)
+        legend(figure, axes)
     return figure

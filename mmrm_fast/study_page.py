@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmrm_fast.evaluate import percent
+from mmrm_fast.evaluate import percent, signed
 from mmrm_fast.study_figures import mean_and_spread
 
 STYLE = """
@@ -15,10 +15,11 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; } h3 { font
 .wide { overflow-x: auto; } .maps { display: flex; flex-wrap: wrap; gap: .5rem 2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { padding: .3rem .5rem; text-align: right; white-space: nowrap; }
-th { font-weight: 600; } th:first-child { text-align: left; } tbody tr { border-top: 1px solid #ddd; }
+th { font-weight: 600; white-space: normal; } th:first-child { text-align: left; } tbody tr { border-top: 1px solid #ddd; }
 .map td { min-width: 3.2rem; text-align: center; } .map tbody tr { border: 0; } .own { outline: 2px solid #333; outline-offset: -2px; }
 p, figcaption { margin: .3rem 0; } small, .note { color: #555; font-size: .85rem; }
 figure { margin: 0; } svg { width: 100%; max-width: 40rem; height: auto; display: block; }
+@media (max-width: 30rem) { th, td { padding: .25rem; font-size: .8rem; } }
 """  # noqa: E501
 KINDS = {"ood": "out of distribution", "reversed": "own cue reversed"}  # of sets of candidates
 LABELS = {"iid labels": "i.i.d. labels", "iid": "i.i.d.", "ood": "o.o.d.", "sfd": "SFD"}
@@ -133,6 +134,10 @@ def maps_section(results: dict) -> list[str]:
         parts.append(f"<h3>{title}, mean over seeds</h3>" + '<div class="maps">')
         parts += [heat_map(results, method, key, low, high) for method in results["means"]]
         parts.append("</div>")
+    parts.append(
+        '<p class="note">Framed: the own environment. Red to blue: accuracy from 50 or less to 100, SFD from 60 or '
+        "more to 0.</p>"
+    )
     first = next((r["method"] for r in results["tests"] if "proxy" in r), None)
     if first is not None:
         parts += ["<h3>accuracy of the text-only proxy (labels)</h3>", heat_map(results, first, "proxy", 0.5, 1.0, "")]
@@ -206,11 +211,6 @@ def controls_section(results: dict) -> list[str]:
             table(["", *known], correlations),
         ]
     return parts
-
-
-def signed(value: float) -> str:
-    """A correlation, a dash where there is none."""
-    return "-" if np.isnan(value) else f"{value:+.2f}"
 
 
 def sfc_section(results: dict) -> list[str]:
