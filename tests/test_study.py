@@ -184,6 +184,7 @@ def test_every_model_selects_from_the_same_candidates_away_from_its_training(sel
     assert (row["first"], row["second"], row["records"]) == ("standard", "robust", prompts)
     loss = robust[-1]["quality"] - figures["curves"]["standard"][-1]["quality"]
     assert row["difference"] == pytest.approx(loss) and loss > 0
+    assert robust[-1]["spread"] == 0
 
 
 def test_there_is_a_row_a_model_and_set_of_candidates(selection):
