@@ -10,7 +10,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from mmrm_fast.config import EvaluateConfig
-from mmrm_fast.evaluate import accuracy, percent, print_table, write_json
+from mmrm_fast.evaluate import accuracy, percent, print_table, signed, write_json
 from mmrm_fast.layouts import Item, MissingImage, Unread, read_items
 from mmrm_fast.records import RecordError
 from mmrm_fast.reliability import bootstrap, calibration, credit, rank_correlation, spread, text_controls
@@ -230,22 +230,28 @@ def unscored_row(item: Unread) -> dict:
 
 def write_results(folder: Path, results: dict, pairs: Sequence[ScoredPair]) -> None:
     """results.json, reliability.svg and margins.svg."""
-    from mmrm_fast.plots import plot_margins, plot_reliability  # matplotlib takes a second to import
+    from mmrm_fast import plots  # matplotlib takes a second to import
 
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "results.json", results)
-    plot_reliability(results["reliability"]["calibration"], folder / "reliability.svg")
-    plot_margins(np.array([pair.margin for pair in pairs]), folder / "margins.svg")
+    calibrations = {results["bench"]: results["reliability"]["calibration"]}
+    plots.save(plots.reliability(calibrations), folder / "reliability.svg")
+    plots.save(plots.margins(np.array([pair.margin for pair in pairs])), folder / "margins.svg")
 
 
 def report(config: EvaluateConfig, results: dict) -> None:
     """Print the tables, what was not scored and where everything is."""
     print_table(accuracy_table(config.bench, results))
     figures, calibrated = results["metrics"], results["reliability"]["calibration"]
-    repeated, rules = results["reliability"]["repeatability"], results["controls"]["rules"]
+    repeated, controlled = results["reliability"]["repeatability"], results["controls"]
     names = ("ece", "brier", "log_loss", "temperature")
     print("calibration: " + ", ".join(f"{name.replace('_', '-')} {calibrated[name]:.3f}" for name in names))
-    print("rules without a model: " + ", ".join(f"{name} {percent(value)}" for name, value in rules.items()))
+    print(
+        "rules without a model: " + ", ".join(f"{name} {percent(value)}" for name, value in controlled["rules"].items())
+    )
+    buckets = (f"{name} {percent(b['accuracy'])} ({b['pairs']})" for name, b in controlled["buckets"].items())
+    print("accuracy by length of the preferred response against the other (pairs): " + ", ".join(buckets))
+    print(f"rank correlation of reward with length: {signed(controlled['correlation']['reward with length'])}")
     print(
         f"repeatability: {repeated['rewards']} rewards differ by at most {repeated['largest']:.1e}"
         f" over batches of {', '.join(map(str, BATCH_SIZES))} records"

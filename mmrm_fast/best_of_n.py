@@ -18,14 +18,14 @@ from scipy.special import gammaln
 
 from mmrm_fast.config import BestOfNConfig
 from mmrm_fast.evaluate import print_table, write_json
+from mmrm_fast.reliability import mean_interval
 
-RESAMPLES = 2000
 ORACLE = "the truth itself"
 
 
 def best_of_n(config: BestOfNConfig) -> dict:
     """Write best-of-n.json, .svg and .png, print the table; returns what the JSON holds."""
-    from mmrm_fast.plots import plot_best_of_n  # matplotlib takes a second to import
+    from mmrm_fast import plots  # matplotlib takes a second to import
 
     sizes, truth = parse_sizes(config.n), read_values(config.truth, "truth")
     models = {name: read_values(path, "score") for name, path in named_files(config.scores).items()}
@@ -42,9 +42,9 @@ def best_of_n(config: BestOfNConfig) -> dict:
     folder = config.output_dir
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "best-of-n.json", results)
+    figure = plots.best_of_n(curves, quality="expected truth of the selected response", bound=ORACLE)
     for suffix in ("svg", "png"):
-        quality = "expected truth of the selected response"
-        plot_best_of_n(curves, folder / f"best-of-n.{suffix}", quality=quality, bound=ORACLE)
+        plots.save(figure, folder / f"best-of-n.{suffix}")
     print_table(quality_table(curves, sizes))
     for row in results["differences"]:
         print("{first} minus {second} at N = {n}: {difference:+.3f} ({low:+.3f} to {high:+.3f})".format(**row))
@@ -87,7 +87,7 @@ def selected_quality(scores: Mapping, truth: Mapping, sizes: Sequence[int]) -> n
 
 def curve(values: np.ndarray, sizes: Sequence[int]) -> list[dict]:
     """Mean over prompts with its 95 % bootstrap interval, a row an N."""
-    low, high = interval(values)
+    low, high = mean_interval(values)
     means = values.mean(0)
     return [
         {"n": n, "kl": kl(n), "quality": float(mean), "low": float(a), "high": float(b)}
@@ -95,19 +95,12 @@ def curve(values: np.ndarray, sizes: Sequence[int]) -> list[dict]:
     ]
 
 
-def interval(values: np.ndarray, seed: int = 0) -> np.ndarray:
-    """2.5 and 97.5 percentiles [2, sizes] of the mean over prompts drawn with replacement."""
-    number = len(values)
-    times = np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), RESAMPLES)
-    return np.percentile(times @ values / number, [2.5, 97.5], axis=0)
-
-
 def differences(qualities: Mapping[str, np.ndarray], sizes: Sequence[int]) -> list[dict]:
     """Every model minus the first at the largest N, paired by prompt."""
     (first, base), *others = qualities.items()
     rows = []
     for name, values in others:
-        low, high = interval(values - base)[:, -1]
+        low, high = mean_interval(values - base)[:, -1]
         difference = float((values - base)[:, -1].mean())
         rows.append(
             {"first": name, "second": first, "n": sizes[-1], "difference": difference, "low": low, "high": high}

@@ -7,6 +7,7 @@ pair has there, any other one with the opposite probability.
 """
 
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def make_candidates(
 ) -> Path:
     """Write `candidates.jsonl` (records of `prompt`, `img_path`, `responses`, `truth`) and `images/`; returns the file.
 
-    FileExistsError when `folder` exists and is not empty.
+    `folder` appears complete or not at all; FileExistsError when it exists and is not empty.
     """
     folder = Path(folder)
     if environment not in ENVIRONMENTS:
@@ -49,20 +50,31 @@ def make_candidates(
         raise ValueError(f"unknown split {split!r}, expected one of {', '.join(TEST_SPLITS)}")
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} exists and is not empty")
-    (folder / "images").mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     cues = cue_probabilities(environment, split, ShapesConfig())
     rng = np.random.default_rng([seed, ENVIRONMENTS.index(environment), TEST_SPLITS.index(split)])
-    with open(folder / "candidates.jsonl", "w", encoding="utf-8") as file:
-        for index in tqdm(range(num_prompts), unit=" prompts", delay=2):
-            scene = random_scene(rng)
-            path = f"images/{index:06d}.png"
-            render(scene, rng).save(folder / path, compress_level=1)
-            question = str(rng.choice(list(QUESTIONS)))
-            drawn = [candidate(scene.attributes, QUESTIONS[question], cues, right, rng) for _ in range(num_responses)]
-            record = {"id": f"{environment}-{index:06d}", "prompt": question, "img_path": path}
-            record |= {"responses": [text for text, _ in drawn], "truth": [truth for _, truth in drawn]}
-            file.write(json.dumps(record) + "\n")
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        complete = Path(temporary, "complete")
+        (complete / "images").mkdir(parents=True)
+        with open(complete / "candidates.jsonl", "w", encoding="utf-8") as file:
+            for index in tqdm(range(num_prompts), unit=" prompts", delay=2):
+                record = {"id": f"{environment}-{index:06d}"}
+                record |= draw(complete, f"images/{index:06d}.png", cues, num_responses, right, rng)
+                file.write(json.dumps(record) + "\n")
+        complete.rename(folder)
     return folder / "candidates.jsonl"
+
+
+def draw(
+    folder: Path, path: str, cues: Mapping[str, float], num_responses: int, right: float, rng: np.random.Generator
+) -> dict:
+    """A prompt about a new picture, written to `path` in `folder`, with its candidates and their truth."""
+    scene = random_scene(rng)
+    render(scene, rng).save(folder / path, compress_level=1)
+    question = str(rng.choice(list(QUESTIONS)))
+    drawn = [candidate(scene.attributes, QUESTIONS[question], cues, right, rng) for _ in range(num_responses)]
+    responses, truth = [text for text, _ in drawn], [truth for _, truth in drawn]
+    return {"prompt": question, "img_path": path, "responses": responses, "truth": truth}
 
 
 def candidate(

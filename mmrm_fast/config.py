@@ -358,15 +358,20 @@ class StudyConfig:
     """Environments NAME=TRAIN,TEST: preference files of any form, such as VLFeedback, POVID, RLHF-V as published."""
     methods: str = "standard,robust"
     """Methods, with commas: standard; robust (the paper's), robust-reference, robust-normalized, robust-balanced by
-    `--sfc-mode`; robust-white by `--proxy-image`, robust-warmup, robust-floor. Each is compared with the first."""
+    `--sfc-mode`; robust-white by `--proxy-image`, robust-warmup, robust-floor. Each is compared with the first and
+    with robust."""
     model: Path | None = None
     """Local folder of the checkpoint that trainings start from. Default: the tiny one."""
     options: str = ""
     """Further options of `mmrm-fast train` for every training, such as '--epochs 2 --max-tiles 6'."""
     processes: int = 1
     """Ranks of a training, such as the number of GPUs; over 1 they are started by torchrun."""
+    best_of_n: bool = False
+    """On the synthetic environments, also measure the true quality of what each method selects out of 1 to 64
+    responses away from its training."""
     output_dir: Path = Path("runs/study")
-    """Folder of all runs and of study.json, study.csv and study.html. Finished runs in it are not repeated."""
+    """Folder of all runs, study.json, study.html, study.csv (a row a model and test set) and comparisons.csv. Finished
+    runs in it are not repeated."""
     seeds: int = 1
     """Trainings of each method on each environment."""
     quick: bool = False

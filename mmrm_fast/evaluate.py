@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -96,6 +96,13 @@ def shortcut_failure_degradation(margins: np.ndarray, proxy_margins: np.ndarray)
     return accuracy(margins[proxy_margins > 0]) - accuracy(margins[proxy_margins < 0])
 
 
+def truth_sign(rows: Sequence[PairRow]) -> np.ndarray:
+    """1 where the label is true, -1 where it is not, 0 where truth is a tie; 1 everywhere where truth is unknown."""
+    if any(row.truth is None for row in rows):
+        return np.ones(len(rows))
+    return np.sign([row.truth for row in rows])
+
+
 def summarize(rows: list[PairRow]) -> dict[str, float]:
     """The figures of one test set.
 
@@ -104,10 +111,9 @@ def summarize(rows: list[PairRow]) -> dict[str, float]:
     """
     margins = np.array([row.margin for row in rows])
     figures = {"pairs": len(rows), "accuracy": accuracy(margins)}
-    judged, sign = slice(None), np.ones(len(rows))
+    sign = truth_sign(rows)
+    judged = sign != 0
     if rows and all(row.truth is not None for row in rows):
-        sign = np.sign([row.truth for row in rows])
-        judged = sign != 0
         figures["truth_accuracy"] = accuracy((margins * sign)[judged])
     if rows and rows[0].proxy_margin is not None:
         proxy = np.array([row.proxy_margin for row in rows])
@@ -182,6 +188,11 @@ def results_table(results: dict[str, dict]) -> Table:
 def print_table(table: Table) -> None:
     """Print a table, at its full width where the output is not a terminal."""
     Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def signed(value: float) -> str:
+    """A correlation, a dash where there is none."""
+    return "-" if math.isnan(value) else f"{value:+.2f}"
 
 
 def percent(value: float | None) -> str:

@@ -1,62 +1,104 @@
-"""Plots, each an SVG (or PNG) of its own: reliability, margins, best of N, the SFC over training."""
+"""Every plot, as a figure that `save` writes to a file and `svg` makes a part of a page; legible at phone width.
 
+Text stays text, so that a page can be searched and stays small.
+"""
+
+import io
+import re
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
-from typing import BinaryIO
 
 import matplotlib
-import numpy as np
 
 matplotlib.use("Agg")
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+COLOURS = ("#1f5fa8", "#c8501e", "#2b7d4f", "#8a4fa3", "#8c6d1f", "#3c8c93", "#b03060", "#5c6470")
+SIZE = (4.4, 3.0)  # inches
+NUM_COLUMNS = 80  # of the SFC picture
 matplotlib.rcParams.update(
     {
-        "figure.figsize": (5.2, 3.6), "figure.dpi": 150, "figure.constrained_layout.use": True, "font.size": 10,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
-        "legend.frameon": False, "svg.hashsalt": "mmrm_fast", "axes.axisbelow": True,
+        "svg.fonttype": "none", "svg.hashsalt": "mmrm_fast", "font.family": "sans-serif",
+        "font.sans-serif": ["Helvetica", "Arial", "Liberation Sans", "DejaVu Sans"], "font.size": 9,
+        "figure.dpi": 150, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888",
+        "axes.titlesize": 10, "axes.titlelocation": "left", "axes.grid": True, "grid.alpha": 0.3,
+        "axes.axisbelow": True, "axes.prop_cycle": matplotlib.cycler(color=COLOURS), "legend.frameon": False,
+        "legend.fontsize": 8,
     }
 )  # fmt: skip
-from matplotlib import pyplot  # noqa: E402
 
 
-def save(figure, file: Path | BinaryIO) -> None:
-    """Write a figure in the format of its name, SVG where there is none, without a date: equal figures, equal files."""
-    suffix = file.suffix[1:] if isinstance(file, Path) else "svg"
-    figure.savefig(file, format=suffix, metadata={"Date": None} if suffix == "svg" else None)
-    pyplot.close(figure)
+def new_axes(title: str = "", height: float = SIZE[1]) -> tuple[Figure, Axes]:
+    """A figure with one plot."""
+    figure = Figure(figsize=(SIZE[0], height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title)
+    return figure, axes
 
 
-def plot_reliability(calibration: dict, path: Path) -> None:
-    """Accuracy against confidence, a dot a bin (the more pairs the larger), beside a calibrated model's diagonal."""
-    figure, axes = pyplot.subplots()
-    bins = calibration["bins"]
-    sizes = np.sqrt([b["pairs"] for b in bins])
-    axes.plot([0.5, 1], [0.5, 1], color="grey", linestyle="--", label="perfectly calibrated")
-    points = [b["confidence"] for b in bins], [b["accuracy"] for b in bins]
-    axes.plot(*points, color="C0", alpha=0.5)
-    axes.scatter(*points, s=20 + 180 * sizes / sizes.max(), color="C0", label="pairs by confidence (area: how many)")
-    axes.set(xlim=(0.48, 1.02), ylim=(-0.03, 1.05), xlabel="confidence, sigmoid(|margin|)", ylabel="accuracy")
-    axes.set_title(f"ECE {calibration['ece']:.3f}, Brier {calibration['brier']:.3f}", fontsize=10)
-    legend = axes.legend(loc="best", fontsize=8)
-    for handle in legend.legend_handles[1:]:
-        handle.set_sizes([30])
-    save(figure, path)
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure in the format of its name, without a date: equal figures, equal files."""
+    suffix = path.suffix[1:]
+    figure.savefig(path, format=suffix, metadata={"Date": None} if suffix == "svg" else None)
 
 
-def plot_margins(margins: np.ndarray, path: Path) -> None:
-    """Histogram of the margins, wrong pairs (below 0) in another colour."""
-    figure, axes = pyplot.subplots()
-    edges = np.histogram_bin_edges(np.append(margins, 0.0), bins=40)
-    edges = np.unique(np.append(edges, 0.0))  # no bar has both right and wrong pairs
-    for name, drawn, colour in (("right or tie", margins >= 0, "C0"), ("wrong", margins < 0, "C3")):
+def svg(figure: Figure, title: str) -> str:
+    """A figure as an SVG element that takes the width it is given."""
+    file = io.StringIO()
+    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = file.getvalue()
+    text = text[text.index("<svg") :]
+    head = rf'<svg viewBox="\1" role="img" aria-label="{escape(title)}">'
+    text = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', head, text, count=1)
+    return re.sub(r'<g id="[a-z0-9_.]*">', "<g>", re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL))
+
+
+def legend(figure: Figure, axes: Axes) -> None:
+    """A legend below the plot, where it hides nothing; none for no labels."""
+    if axes.get_legend_handles_labels()[0]:
+        figure.legend(loc="outside lower center", ncols=2)
+
+
+def reliability(calibrations: Mapping[str, dict], title: str = "Calibration") -> Figure:
+    """Accuracy against confidence by label, a dot a bin (the more pairs the larger), beside a calibrated diagonal.
+
+    Args:
+        calibrations: per label what `reliability.calibration` returns.
+    """
+    figure, axes = new_axes(title, SIZE[1] + 0.6)
+    axes.plot([0.5, 1], [0.5, 1], color="#999", lw=1, ls="--", label="calibrated")
+    for number, (label, figures) in enumerate(calibrations.items()):
+        bins, colour = figures["bins"], COLOURS[number % len(COLOURS)]
+        points = [row["confidence"] for row in bins], [row["accuracy"] for row in bins]
+        pairs = np.array([row["pairs"] for row in bins])
+        axes.plot(*points, color=colour, lw=1.2, marker="o", ms=3, label=f"{label}: ECE {figures['ece']:.3f}")
+        axes.scatter(*points, s=100 * pairs / pairs.max(), color=colour, alpha=0.3, linewidth=0)
+    axes.set(xlabel="confidence, sigmoid(|margin|); area: pairs", ylabel="share right", xlim=(0.48, 1.02))
+    axes.set_ylim(-0.03, 1.05)
+    legend(figure, axes)
+    return figure
+
+
+def margins(margins_P: np.ndarray, proxy_P: np.ndarray | None = None, title: str = "margins") -> Figure:
+    """Histogram of r(chosen) - r(rejected), wrong pairs in another colour, and of the text-only proxy."""
+    figure, axes = new_axes(title)
+    everything = np.concatenate([margins_P, [0.0], () if proxy_P is None else proxy_P])
+    edges = np.unique(np.append(np.histogram_bin_edges(everything, bins=40), 0.0))  # no bar has right and wrong pairs
+    for name, drawn, colour in (("right or tie", margins_P >= 0, COLOURS[0]), ("wrong", margins_P < 0, COLOURS[1])):
         if drawn.any():
-            axes.hist(margins[drawn], edges, color=colour, label=f"{name} ({drawn.sum():,})")
-    axes.axvline(0, color="black", linewidth=0.8)
-    axes.set(xlabel="margin: reward of the preferred response minus the other's", ylabel="pairs")
-    axes.legend(fontsize=8)
-    save(figure, path)
+            axes.hist(margins_P[drawn], edges, color=colour, label=f"{name} ({drawn.sum():,})")
+    if proxy_P is not None:
+        axes.hist(proxy_P, edges, histtype="step", color="#444", lw=1, label="text-only proxy")
+    axes.axvline(0, color="#444", lw=0.8)
+    axes.set(xlabel="r(chosen) − r(rejected)", ylabel="pairs")
+    legend(figure, axes)
+    return figure
 
 
-def plot_best_of_n(curves: Mapping[str, Sequence[dict]], path: Path, *, quality: str, bound: str) -> None:
+def best_of_n(curves: Mapping[str, Sequence[dict]], *, quality: str, bound: str) -> Figure:
     """Expected quality of the selected response over KL, a line a model, N along the top.
 
     Args:
@@ -64,33 +106,84 @@ def plot_best_of_n(curves: Mapping[str, Sequence[dict]], path: Path, *, quality:
         quality: what the quality is, for the axis.
         bound: the curve that no model can pass.
     """
-    figure, axes = pyplot.subplots(figsize=(5.6, 4.0))
+    figure, axes = new_axes(height=SIZE[1] + 0.6)
     for name, rows in curves.items():
         kl = [row["kl"] for row in rows]
-        style = {"color": "grey", "linestyle": "--"} if name == bound else {"marker": "o", "markersize": 4}
-        (line,) = axes.plot(kl, [row["quality"] for row in rows], label=name, **style)
+        style = {"color": "#999", "linestyle": "--"} if name == bound else {"marker": "o", "markersize": 3}
+        (line,) = axes.plot(kl, [row["quality"] for row in rows], label=name, lw=1.3, **style)
         low, high = [row["low"] for row in rows], [row["high"] for row in rows]
         axes.fill_between(kl, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-    axes.set(xlabel="KL from the policy in nats, log N - (N - 1) / N", ylabel=quality)
+    axes.set(xlabel="KL from the policy in nats, log N − (N − 1) / N", ylabel=quality)
     rows = next(iter(curves.values()))
     top = axes.secondary_xaxis("top")
     top.set_xticks([row["kl"] for row in rows], [str(row["n"]) for row in rows], fontsize=8)
     top.set_xlabel("N responses to choose from")
-    axes.legend(fontsize=8)
-    save(figure, path)
+    legend(figure, axes)
+    return figure
 
 
-def plot_sfc(curves: Mapping[str, Sequence[dict]], file: Path | BinaryIO) -> None:
-    """The SFC of a step over training, a line a method and, where known, the band of its middle 80 % of pairs."""
-    figure, axes = pyplot.subplots()
+def sfc(curves: Mapping[str, Sequence[dict]]) -> Figure:
+    """The SFC of a step over training, a line a method; of a single one also the band of its middle 80 % of pairs."""
+    figure, axes = new_axes()
     for name, rows in curves.items():
         shares = [100 * row["share"] for row in rows]
-        (line,) = axes.plot(shares, [row["sfc_mean"] for row in rows], marker=".", label=f"{name}, mean")
-        if all("sfc_p10" in row and "sfc_p90" in row for row in rows):
+        axes.plot(shares, [row["sfc_mean"] for row in rows], lw=1.3, marker=".", ms=4, label=f"{name}, mean")
+        if len(curves) == 1 and all("sfc_p10" in row and "sfc_p90" in row for row in rows):
             low, high = [row["sfc_p10"] for row in rows], [row["sfc_p90"] for row in rows]
-            axes.fill_between(
-                shares, low, high, color=line.get_color(), alpha=0.12, linewidth=0, label="middle 80 % of pairs"
-            )
-    axes.set(xlabel="share of the training (%)", ylabel="SFC of a pair", xlim=(0, 100), ylim=(-0.02, 1.02))
-    axes.legend(fontsize=8)
-    save(figure, file)
+            axes.fill_between(shares, low, high, alpha=0.15, linewidth=0, label="middle 80 % of pairs")
+    axes.set(xlabel="share of the training (%)", ylabel="SFC, the weight of a pair", xlim=(0, 100), ylim=(0, 1.02))
+    legend(figure, axes)
+    return figure
+
+
+def sfc_over_time(steps: Sequence[int], histograms: np.ndarray, title: str) -> Figure:
+    """How the Shortcut-Failure Coefficient is distributed, step by step: a column a step, a row a bin of 0..1."""
+    figure, axes = new_axes(title)
+    groups = np.array_split(np.arange(len(steps)), min(len(steps), NUM_COLUMNS))
+    columns = np.array([histograms[group].sum(0) for group in groups], float)
+    shares = 100 * columns / np.maximum(columns.sum(1, keepdims=True), 1)
+    extent = (steps[0] - 0.5, steps[-1] + 0.5, 0, 1)
+    drawn = axes.imshow(shares.T, origin="lower", aspect="auto", extent=extent, cmap="Blues", interpolation="nearest")
+    figure.colorbar(drawn, label="pairs of the step (%)")
+    axes.grid(False)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.axhline(0.5, color=COLOURS[1], lw=0.8, ls=":")
+    axes.set(xlabel="step", ylabel="SFC")
+    return figure
+
+
+def lines(title: str, curves: Mapping[str, tuple[Sequence, Sequence]]) -> Figure:
+    """Curves (x, y) by label, over steps; labels that end in "proxy" are dashed in the colour before them."""
+    figure, axes = new_axes(title)
+    number = -1
+    for label, (x, y) in curves.items():
+        dashed = label.endswith("proxy") and number >= 0
+        number += not dashed
+        marker = "o" if len(x) < 3 else None
+        colour = COLOURS[number % len(COLOURS)]
+        axes.plot(x, y, color=colour, ls="--" if dashed else "-", lw=1.3, marker=marker, ms=3, label=label)
+    axes.set(xlabel="step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if len(curves) > 1:
+        legend(figure, axes)
+    return figure
+
+
+def bars(title: str, names: Sequence[str], values: Mapping[str, Sequence[float | None]]) -> Figure:
+    """Shares of 0..1 as horizontal bars, a group a name, a colour a label; None leaves a gap."""
+    height = max(1.6, 0.34 * len(names) * max(1, 0.6 * len(values)) + 1)
+    figure, axes = new_axes(title, height)
+    thickness = 0.8 / len(values)
+    for number, (label, shares) in enumerate(values.items()):
+        places = np.arange(len(names)) + number * thickness
+        numbers = [float("nan") if share is None else 100 * share for share in shares]
+        drawn = axes.barh(places, numbers, thickness * 0.9, color=COLOURS[number % len(COLOURS)], label=label)
+        axes.bar_label(drawn, [f"{n:.1f}" if n == n else "" for n in numbers], padding=2, fontsize=8)
+    axes.axvline(50, color="#444", lw=0.8, ls=":")
+    axes.set(xlabel="accuracy (%)", xlim=(0, 108), yticks=np.arange(len(names)) + 0.4 - thickness / 2)
+    axes.set_yticklabels(names)
+    axes.grid(False, axis="y")
+    axes.invert_yaxis()
+    if len(values) > 1:
+        legend(figure, axes)
+    return figure

@@ -10,12 +10,13 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
-from mmrm_fast import charts
+from mmrm_fast import plots
 from mmrm_fast.config import ReportConfig
 from mmrm_fast.dataset import only_paired
-from mmrm_fast.evaluate import percent
+from mmrm_fast.evaluate import judged_accuracy, percent
 from mmrm_fast.images import load_image
 from mmrm_fast.records import Group, RecordFile, prompt_json
+from mmrm_fast.reliability import calibration
 
 TEMPLATE = Path(__file__).parent / "assets" / "report.html"
 SHOWN_PAIRS = 10
@@ -154,13 +155,11 @@ def accuracy_chart(runs: Sequence[Run]) -> list[str]:
     if not sets:
         return []
     judged = {
-        run.name: [
-            (figures := run.results.get(name, {})).get("truth_accuracy", figures.get("accuracy")) for name in sets
-        ]
-        for run in runs
+        run.name: [judged_accuracy(run.results[name]) if name in run.results else None for name in sets] for run in runs
     }
     names = [f"{name} ({kind})" if kind and kind != name else name for name, kind in sets.items()]
-    return [charts.bars("accuracy by test set", names, judged)]
+    title = "accuracy by test set"
+    return [plots.svg(plots.bars(title, names, judged), title)]
 
 
 def curve_charts(runs: Sequence[Run]) -> Iterable[str]:
@@ -169,7 +168,7 @@ def curve_charts(runs: Sequence[Run]) -> Iterable[str]:
         curves = {run.name + suffix: series(run, key) for run in runs for suffix, key in parts.items()}
         curves = {name: (x, y) for name, (x, y) in curves.items() if any(y)}
         if curves:
-            yield charts.lines(title, curves)
+            yield plots.svg(plots.lines(title, curves), title)
 
 
 def series(run: Run, key: str) -> tuple[list, list]:
@@ -182,19 +181,19 @@ def series(run: Run, key: str) -> tuple[list, list]:
 
 def run_charts(run: Run) -> list[str]:
     """The charts of one run: tests during training, SFC over time, calibration, margins by test set."""
-    drawn = [charts.lines("test accuracy", tested)] if (tested := test_accuracies(run)) else []
+    drawn = {"test accuracy": plots.lines("test accuracy", tested)} if (tested := test_accuracies(run)) else {}
     rows = [row for row in run.metrics if row.get("sfc_histogram") and any(row["sfc_histogram"])]
     if rows and run.config.get("robust"):
-        drawn.append(
-            charts.sfc_over_time([row["step"] for row in rows], np.array([row["sfc_histogram"] for row in rows]))
-        )
+        title, histograms = "SFC of the training pairs", np.array([row["sfc_histogram"] for row in rows])
+        drawn[title] = plots.sfc_over_time([row["step"] for row in rows], histograms, title)
     sets = {name: np.array([row["margin"] for row in rows], float) for name, rows in run.pairs.items() if rows}
     if sets:
-        drawn.append(charts.reliability(sets))
+        drawn["Calibration"] = plots.reliability({name: calibration(values) for name, values in sets.items()})
     for name, values in sets.items():
         proxy = [row.get("proxy_margin") for row in run.pairs[name]]
-        drawn.append(charts.margins(f"margins on {name}", values, None if None in proxy else np.array(proxy, float)))
-    return drawn
+        title = f"margins on {name}"
+        drawn[title] = plots.margins(values, None if None in proxy else np.array(proxy, float), title)
+    return [plots.svg(figure, title) for title, figure in drawn.items()]
 
 
 def test_accuracies(run: Run) -> dict[str, tuple[list, list]]:
@@ -204,7 +203,7 @@ def test_accuracies(run: Run) -> dict[str, tuple[list, list]]:
         for name, figures in row.get("sets", {}).items():
             steps, shares = curves.setdefault(name, ([], []))
             steps.append(row["step"])
-            shares.append(figures.get("truth_accuracy", figures.get("accuracy")))
+            shares.append(judged_accuracy(figures))
     return curves
 
 

@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from mmrm_fast.config import StudyConfig
 from mmrm_fast.evaluate import percent, print_table, write_json
 from mmrm_fast.shapes import cached_environments
 from mmrm_fast.study_figures import FIGURES, SFD, Cell, Environment, Runs, mean_and_spread, means, study_figures
-from mmrm_fast.study_page import LABELS, write_page
+from mmrm_fast.study_page import KINDS, LABELS, write_page
 
 METHODS = {  # options of `mmrm-fast train`
     "standard": "",
@@ -40,6 +40,8 @@ def study(config: StudyConfig) -> dict:
     """Train every cell, write study.json, study.csv and study.html, print the table; returns what study.json holds."""
     root, started = config.output_dir, time.perf_counter()
     methods, environments = chosen_methods(config.methods), chosen_environments(config.env)
+    if config.best_of_n and config.env:
+        raise ValueError("--best-of-n: only where the truth is known, on the synthetic environments without --env")
     root.mkdir(parents=True, exist_ok=True)
     seeds = range(1 if config.quick else config.seeds)
     cells = [Cell(method, name, seed) for seed in seeds for name in environments for method in methods]
@@ -52,8 +54,14 @@ def study(config: StudyConfig) -> dict:
         "environments": {name: {"train": str(e.train), "test": str(e.test)} for name, e in environments.items()},
         **study_figures(Runs(cells, environments, root)),
     }
+    if config.best_of_n:
+        from mmrm_fast.study_selection import selection_figures  # loads transformers
+
+        results["best_of_n"] = selection_figures(cells, root)
+        write_csv(root / "best-of-n.csv", results["best_of_n"]["models"])
     write_json(root / "study.json", results)
     write_csv(root / "study.csv", results["tests"])
+    write_csv(root / "comparisons.csv", results["significance"])
     write_page(root / "study.html", results)
     report(results, root)
     return results
@@ -140,7 +148,7 @@ def command(cell: Cell, environments: Mapping[str, Environment], config: StudyCo
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
-    """Test rows as CSV."""
+    """Rows as CSV."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, columns)
@@ -152,12 +160,21 @@ def report(results: dict, root: Path) -> None:
     """Print the table, the tests of significance and where everything is."""
     print_table(study_table(results))
     print(SFD)
-    for row in results["significance"]:
-        print(
-            "{second} minus {first} o.o.d.: {difference:+.1%} ({low:+.1%} to {high:+.1%}), p = {p_value:.4f}"
-            ", permutation test over {records} records".format(**row)
-        )
-    print(f"figures: {root / 'study.json'}, {root / 'study.csv'}; page: {root / 'study.html'}")
+    print_comparisons(results["significance"], "o.o.d. accuracy in points", 100, 1)
+    if selection := results.get("best_of_n"):
+        for kind, title in KINDS.items():
+            best = f"truth of the best of {selection['sizes'][-1]}, {title}"
+            print_comparisons(selection[kind]["comparisons"], best, 1, 3)
+    print(f"figures: {root}/study.json, study.csv, comparisons.csv; page: {root / 'study.html'}")
+
+
+def print_comparisons(rows: Sequence[dict], title: str, scale: float, digits: int) -> None:
+    """Print paired differences, a line each."""
+    if rows:
+        print(f"{title}, paired over {rows[0]['records']:,} records, p corrected for {len(rows)} comparisons:")
+    for row in rows:
+        figures = [f"{scale * row[key]:+.{digits}f}" for key in ("difference", "low", "high")]
+        print("  {second} minus {first}: {} ({} to {}), p = {p_holm:.4f}".format(*figures, **row))
 
 
 def study_table(results: dict) -> Table:

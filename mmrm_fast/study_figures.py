@@ -6,7 +6,7 @@ methods without a proxy have it too.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,9 +15,9 @@ import numpy as np
 from scipy.stats import permutation_test
 
 from mmrm_fast.dataset import only_paired
-from mmrm_fast.evaluate import PairRow, accuracy, percent, read_rows, shortcut_failure_degradation
+from mmrm_fast.evaluate import PairRow, accuracy, percent, read_rows, shortcut_failure_degradation, truth_sign
 from mmrm_fast.records import Group, RecordFile, iter_groups
-from mmrm_fast.reliability import credit, text_controls
+from mmrm_fast.reliability import credit, mean_interval, text_controls
 
 SFD = (
     "SFD (shortcut-failure degradation): accuracy on the test pairs that the text-only proxy trained on the same data "
@@ -85,12 +85,12 @@ class Runs:
 def study_figures(runs: Runs) -> dict:
     """Everything that study.json holds."""
     tests = [row for cell in runs.cells for row in test_rows(cell, runs)]
-    first, *others = runs.methods
+    credits = {method: ood_credits(method, runs) for method in runs.methods}
     return {
         "definitions": {"sfd": SFD},
         "tests": tests,
         "means": {method: means([row for row in tests if row["method"] == method]) for method in runs.methods},
-        "significance": [significance(first, other, runs) for other in others if len(runs.environments) > 1],
+        "significance": compare(pairs_of(runs.methods), credits) if len(runs.environments) > 1 else [],
         "rules": {name: rules(environment.test) for name, environment in runs.environments.items()},
         "controls": {method: controls(method, runs) for method in runs.methods},
         "sfc": {method: sfc_over_training(method, runs) for method in runs.methods},
@@ -108,13 +108,6 @@ def test_rows(cell: Cell, runs: Runs) -> Iterator[dict]:
             figures["proxy"] = accuracy(proxy)
             figures["sfd"] = shortcut_failure_degradation((margins * sign)[known], (proxy * sign)[known])
         yield {**vars(cell), "test": test, "kind": kind, **figures}
-
-
-def truth_sign(rows: Sequence[PairRow]) -> np.ndarray:
-    """1 where the label is true, -1 where it is not, 0 where truth is a tie; 1 everywhere where truth is unknown."""
-    if any(row.truth is None for row in rows):
-        return np.ones(len(rows))
-    return np.sign([row.truth for row in rows])
 
 
 def means(tests: Sequence[dict]) -> dict[str, dict[str, float]]:
@@ -153,26 +146,41 @@ def seed_mean(tests: Sequence[dict], figure: str) -> float:
     return float(np.mean([np.mean(own) for own in values.values()])) if values else float("nan")
 
 
-def significance(first: str, second: str, runs: Runs) -> dict:
-    """Difference of o.o.d. accuracy, second minus first method, over the test records, paired.
+def pairs_of(methods: Sequence[str]) -> list[tuple[str, str]]:
+    """The methods that are compared: every one with the first, and with the paper's `robust` where that is another."""
+    first, *others = methods
+    bases = [first, "robust"] if "robust" in others else [first]
+    return [(base, other) for base in bases for other in others if other != base]
 
-    A record's difference is the mean over its pairs and over all models that did not train on its environment; the
-    p-value is of the permutation test that swaps the methods in each record (two-sided, `RESAMPLES` permutations,
-    the exact McNemar test's idea for more than one model), the interval a bootstrap over records. Both hold for these
-    trained models; how much another seed changes is the spread beside the means.
+
+def compare(pairs: Sequence[tuple[str, str]], values: Mapping[str, Mapping[Hashable, Sequence[float]]]) -> list[dict]:
+    """Differences of two methods each, second minus first, paired by test record.
+
+    A record's difference is that of the means over its values. `p_value` is of the permutation test that swaps the
+    methods in each record (two-sided, `RESAMPLES` permutations, the exact McNemar test's idea for more than one
+    model), `p_holm` the same corrected by Holm for all `pairs`; the 95 % interval is a bootstrap over records and not
+    corrected. All hold for these trained models; how much another seed changes is the spread beside the means.
+
+    Args:
+        values: by method and record, such as the credits of a method's models on the pairs of the record.
     """
-    credits = [ood_credits(method, runs) for method in (first, second)]
-    difference = np.array([np.mean(credits[1][key]) - np.mean(credits[0][key]) for key in credits[0]])
+    rows = [{"first": a, "second": b} | paired_difference(values[a], values[b]) for a, b in pairs]
+    order, corrected = sorted(rows, key=lambda row: row["p_value"]), 0.0
+    for place, row in enumerate(order):
+        corrected = max(corrected, min(1.0, row["p_value"] * (len(order) - place)))
+        row["p_holm"] = corrected
+    return rows
+
+
+def paired_difference(first: Mapping[Hashable, Sequence[float]], second: Mapping[Hashable, Sequence[float]]) -> dict:
+    """The mean difference over records with its interval and p-value, see `compare`."""
+    difference = np.array([np.mean(second[key]) - np.mean(first[key]) for key in first])
     test = permutation_test(
         (difference,), np.mean, permutation_type="samples", n_resamples=RESAMPLES, rng=np.random.default_rng(0)
     )
-    number = len(difference)
-    times = np.random.default_rng(1).multinomial(number, np.full(number, 1 / number), 2000)
-    low, high = np.percentile(times @ difference / number, [2.5, 97.5])
-    return {
-        "first": first, "second": second, "records": number, "difference": float(difference.mean()),
-        "low": float(low), "high": float(high), "p_value": float(test.pvalue),
-    }  # fmt: skip
+    low, high = map(float, mean_interval(difference))
+    mean = float(difference.mean())
+    return {"records": len(difference), "difference": mean, "low": low, "high": high, "p_value": float(test.pvalue)}
 
 
 def ood_credits(method: str, runs: Runs) -> dict[tuple[str, int], list[float]]:

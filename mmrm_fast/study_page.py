@@ -2,12 +2,11 @@
 
 from collections.abc import Iterable, Sequence
 from html import escape
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 
-from mmrm_fast.evaluate import percent
+from mmrm_fast.evaluate import percent, signed
 from mmrm_fast.study_figures import mean_and_spread
 
 STYLE = """
@@ -16,11 +15,13 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; } h3 { font
 .wide { overflow-x: auto; } .maps { display: flex; flex-wrap: wrap; gap: .5rem 2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { padding: .3rem .5rem; text-align: right; white-space: nowrap; }
-th { font-weight: 600; } th:first-child { text-align: left; } tbody tr { border-top: 1px solid #ddd; }
+th { font-weight: 600; white-space: normal; } th:first-child { text-align: left; } tbody tr { border-top: 1px solid #ddd; }
 .map td { min-width: 3.2rem; text-align: center; } .map tbody tr { border: 0; } .own { outline: 2px solid #333; outline-offset: -2px; }
 p, figcaption { margin: .3rem 0; } small, .note { color: #555; font-size: .85rem; }
-figure { margin: 0; } svg { max-width: 100%; height: auto; }
+figure { margin: 0; } svg { width: 100%; max-width: 40rem; height: auto; display: block; }
+@media (max-width: 30rem) { th, td { padding: .25rem; font-size: .8rem; } }
 """  # noqa: E501
+KINDS = {"ood": "out of distribution", "reversed": "own cue reversed"}  # of sets of candidates
 LABELS = {"iid labels": "i.i.d. labels", "iid": "i.i.d.", "ood": "o.o.d.", "sfd": "SFD"}
 
 
@@ -33,6 +34,7 @@ def write_page(path: Path, results: dict) -> None:
         "data knows it, else against the labels; a tie counts half.</p>",
         *means_section(results),
         *significance_section(results),
+        *best_of_n_section(results),
         *maps_section(results),
         *controls_section(results),
         *sfc_section(results),
@@ -72,19 +74,57 @@ def significance_section(results: dict) -> list[str]:
     """Paired differences of o.o.d. accuracy."""
     if not results["significance"]:
         return []
-    rows = [
-        [
-            f"{row['second']} minus {row['first']}", f"{100 * row['difference']:+.1f}",
-            f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}", f"{row['p_value']:.4f}", f"{row['records']:,}",
-        ]
-        for row in results["significance"]
-    ]  # fmt: skip
-    note = "Paired by test record: interval by bootstrap, p by a two-sided permutation test that swaps the methods."
     return [
         "<h2>Difference out of distribution</h2>",
-        table(["points", "difference", "95 % interval", "p", "records"], rows),
-        f'<p class="note">{note}</p>',
+        comparison_table(results["significance"], "points", 100, 1),
+        '<p class="note">Paired by test record: interval by bootstrap, not corrected; p by a two-sided permutation '
+        f"test that swaps the methods, corrected by Holm for the {len(results['significance'])} comparisons.</p>",
     ]
+
+
+def comparison_table(rows: Sequence[dict], unit: str, scale: float, digits: int) -> str:
+    """Paired differences, a row each."""
+    cells = [
+        [
+            f"{row['second']} minus {row['first']}",
+            *(f"{scale * row[key]:+.{digits}f}" for key in ("difference", "low", "high")),
+            f"{row['p_holm']:.4f}", f"{row['records']:,}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return table([unit, "difference", "95 % from", "to", "p", "records"], cells)
+
+
+def best_of_n_section(results: dict) -> list[str]:
+    """What models select out of N candidates whose truth is known: curves, a table and differences at the largest N."""
+    if "best_of_n" not in results:
+        return []
+    from mmrm_fast import plots  # matplotlib takes a second to import
+    from mmrm_fast.best_of_n import ORACLE
+
+    found = results["best_of_n"]
+    parts = ["<h2>Best of N</h2>"]
+    for kind, title in KINDS.items():
+        curves = found[kind]["curves"]
+        rows = [[name, *map(quality_and_spread, curve)] for name, curve in curves.items()]
+        parts += [
+            f"<h3>true quality of the response selected out of N, {title}</h3>",
+            plots.svg(plots.best_of_n(curves, quality="expected truth of the selected response", bound=ORACLE), title),
+            table(["N", *map(str, found["sizes"])], rows),
+            comparison_table(found[kind]["comparisons"], f"N = {found['sizes'][-1]}", 1, 3),
+        ]
+    note = (
+        "Truth: share of the attributes a response names that are so. Out of distribution: candidates with the cues of "
+        "environments that a model was not trained on; own cue reversed: of its own, the cue on the worse responses. "
+        "Bands and intervals: bootstrap over prompts; ±: deviation of the seeds' means; p as above."
+    )
+    return [*parts, f'<p class="note">{note}</p>']
+
+
+def quality_and_spread(row: dict) -> str:
+    """A quality with its spread over seeds where there is one."""
+    spread = row.get("spread")
+    return f"{row['quality']:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
 
 
 def maps_section(results: dict) -> list[str]:
@@ -94,6 +134,10 @@ def maps_section(results: dict) -> list[str]:
         parts.append(f"<h3>{title}, mean over seeds</h3>" + '<div class="maps">')
         parts += [heat_map(results, method, key, low, high) for method in results["means"]]
         parts.append("</div>")
+    parts.append(
+        '<p class="note">Framed: the own environment. Red to blue: accuracy from 50 or less to 100, SFD from 60 or '
+        "more to 0.</p>"
+    )
     first = next((r["method"] for r in results["tests"] if "proxy" in r), None)
     if first is not None:
         parts += ["<h3>accuracy of the text-only proxy (labels)</h3>", heat_map(results, first, "proxy", 0.5, 1.0, "")]
@@ -169,19 +213,12 @@ def controls_section(results: dict) -> list[str]:
     return parts
 
 
-def signed(value: float) -> str:
-    """A correlation, a dash where there is none."""
-    return "-" if np.isnan(value) else f"{value:+.2f}"
-
-
 def sfc_section(results: dict) -> list[str]:
     """The SFC over training, a curve a method."""
     curves = {method: curve for method, curve in results["sfc"].items() if curve}
     if not curves:
         return []
-    from mmrm_fast.plots import plot_sfc  # matplotlib takes a second to import
+    from mmrm_fast import plots  # matplotlib takes a second to import
 
-    drawn = BytesIO()
-    plot_sfc(curves, drawn)
-    svg = drawn.getvalue().decode()
-    return ["<h2>Shortcut-failure coefficient over training</h2>", svg[svg.index("<svg") :]]
+    title = "Shortcut-failure coefficient over training"
+    return [f"<h2>{title}</h2>", plots.svg(plots.sfc(curves), title)]

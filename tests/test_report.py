@@ -9,7 +9,6 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from mmrm_fast.charts import confidence_bins
 from mmrm_fast.cli import main
 from mmrm_fast.report import read_rows, shortcut_failure
 
@@ -149,12 +148,6 @@ def test_sfc_of_a_pair():
     assert shortcut_failure({"margin": 1.0, "proxy_margin": 1.0}) == 0.5
     assert shortcut_failure({"margin": -2.0, "proxy_margin": 5.0}) == pytest.approx(0.0031, abs=1e-4)
     assert shortcut_failure({"margin": 1.0}) is None
-
-
-def test_confidence_bins_have_the_mean_confidence_and_the_share_that_is_right():
-    confidence, right, pairs = confidence_bins(np.array([0.0] * 4 + [2.0] * 3 + [-2.0]))
-    assert (right * pairs).sum() == 2 + 3 and pairs.sum() == 8
-    assert confidence[0] == 0.5 and confidence[-1] == pytest.approx(1 / (1 + np.exp(-2)))
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")

@@ -2,14 +2,17 @@
 
 import csv
 import json
+from types import SimpleNamespace
 
 import pytest
 from tyro import cli
 
-from mmrm_fast import study
+from mmrm_fast import shapes, study, study_selection
+from mmrm_fast.cli import main
 from mmrm_fast.config import StudyConfig, TrainConfig
 from mmrm_fast.evaluate import PairRow, write_rows
-from mmrm_fast.study_figures import Cell
+from mmrm_fast.study_figures import Cell, compare, pairs_of
+from mmrm_fast.study_page import write_page
 
 ENVIRONMENTS = ("a", "b", "c")
 RECORDS = 4
@@ -99,6 +102,32 @@ def test_the_difference_is_paired_by_record(finished, files):
     assert row["p_value"] == pytest.approx(2 / 2**6, abs=0.01)  # six of the twelve records differ, all the same way
 
 
+def test_methods_are_compared_with_the_first_and_with_the_papers():
+    methods = ["standard", "robust", "robust-white"]
+    assert pairs_of(methods) == [("standard", "robust"), ("standard", "robust-white"), ("robust", "robust-white")]
+    assert pairs_of(methods[1:]) == [("robust", "robust-white")]
+    assert pairs_of(["standard"]) == []
+
+
+def test_p_values_of_several_comparisons_are_corrected():
+    """Holm: the smallest times the number of tests, the next times one less, never falling."""
+    credits = {"a": [0.0] * 12, "b": [1.0] * 12, "c": [1.0] * 6 + [0.0] * 6}
+    values = {method: {i: [value] for i, value in enumerate(own)} for method, own in credits.items()}
+    rows = compare(pairs_of(["a", "c", "b"]), values)
+    c, b = (next(row for row in rows if row["second"] == name) for name in "cb")
+    assert (b["p_value"], c["p_value"]) == pytest.approx((2 / 2**12, 2 / 2**6), rel=0.5)
+    assert (b["p_holm"], c["p_holm"]) == pytest.approx((2 * b["p_value"], max(2 * b["p_value"], c["p_value"])))
+
+
+def test_comparisons_are_a_table_of_their_own(finished, files, capsys):
+    (row,) = run(finished, files)["significance"]
+    with open(finished / "comparisons.csv", newline="") as file:
+        (written,) = csv.DictReader(file)
+    assert (written["second"], float(written["p_holm"])) == ("robust", row["p_holm"])
+    assert "robust minus standard: +37.5 (" in capsys.readouterr().out
+    assert "robust minus standard" in (finished / "study.html").read_text()
+
+
 def test_rules_and_buckets_are_of_the_test_files(finished, files):
     results = run(finished, files)
     assert results["rules"]["a"]["longer wins"] == (2 + 0.5) / 4
@@ -118,6 +147,71 @@ def test_the_page_holds_everything_itself(finished, files):
     assert page.count('class="map"') == 2 * 2 + 1
     assert "<svg" in page and "width=device-width" in page
     assert not any(outside in page.replace("http://www.w3.org", "") for outside in ("src=", "<link", "@import"))
+
+
+# best of N
+
+
+@pytest.fixture
+def selection(tmp_path, monkeypatch):
+    """Cells of two methods whose models are asked for at most once: one rewards length, the other the truth."""
+    rewards = {"standard": lambda group: map(len, group.responses), "robust": lambda group: group.truth}
+    asked = []
+
+    def load(folder):
+        asked.append(folder)
+        reward = rewards[folder.parent.name.partition("-")[0]]
+
+        def score(groups):
+            return [SimpleNamespace(rewards=tuple(map(float, reward(group)))) for group in groups]
+
+        return SimpleNamespace(score_groups=score)
+
+    monkeypatch.setattr(study_selection.Scorer, "from_pretrained", load)
+    monkeypatch.setattr(study_selection, "NUM_PROMPTS", 2)
+    cells = [Cell(method, name, seed) for seed in (0, 1) for name in shapes.ENVIRONMENTS for method in rewards]
+    for cell in cells:
+        cell.folder(tmp_path).mkdir()
+    return study_selection.selection_figures(cells, tmp_path), asked, cells
+
+
+@pytest.mark.parametrize(("kind", "prompts"), [("ood", 6), ("reversed", 6)])
+def test_every_model_selects_from_the_same_candidates_away_from_its_training(selection, kind, prompts):
+    figures = selection[0][kind]
+    robust, bound = figures["curves"]["robust"], figures["curves"]["the truth itself"]
+    assert [row["quality"] for row in robust] == pytest.approx([row["quality"] for row in bound])
+    (row,) = figures["comparisons"]
+    assert (row["first"], row["second"], row["records"]) == ("standard", "robust", prompts)
+    loss = robust[-1]["quality"] - figures["curves"]["standard"][-1]["quality"]
+    assert row["difference"] == pytest.approx(loss) and loss > 0
+    assert robust[-1]["spread"] == 0
+
+
+def test_there_is_a_row_a_model_and_set_of_candidates(selection):
+    rows = selection[0]["models"]
+    assert len(rows) == 2 * 2 * 3 * 3
+    assert {(row["environment"] == row["cues"]) for row in rows if row["kind"] == "ood"} == {False}
+
+
+def test_scores_that_exist_are_not_computed_again(selection, tmp_path):
+    figures, asked, cells = selection
+    assert study_selection.selection_figures(cells, tmp_path) == figures
+    assert len(asked) == len(cells)
+    file = tmp_path / "standard-length-0" / "scores-ood-opening.jsonl"
+    truth = tmp_path / "candidates" / "ood-opening" / "candidates.jsonl"
+    out = tmp_path / "out"
+    assert main(["best-of-n", "--scores", str(file), "--truth", str(truth), "--output-dir", str(out)]) == 0
+
+
+def test_the_page_shows_what_is_selected(selection, finished, files):
+    results = run(finished, files) | {"best_of_n": selection[0]}
+    write_page(finished / "study.html", results)
+    assert (finished / "study.html").read_text().count("<svg") == 3
+
+
+def test_without_known_truth_there_is_no_best_of_n(files, tmp_path):
+    with pytest.raises(ValueError, match="--best-of-n"):
+        study.study(StudyConfig(env=files, output_dir=tmp_path, best_of_n=True))
 
 
 # trainings
