@@ -70,7 +70,7 @@ def test_a_server_answers_by_the_token_and_drains_on_sigterm(model, tmp_path):
         assert [item["score"] for item in answer.json()["data"]] == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_killed_replica_s_requests_are_refused_the_other_s_answered_and_it_comes_back(model, tmp_path):
+def test_a_killed_replica_s_requests_are_refused_the_other_s_answered_and_replicas_come_back(model, tmp_path):
     body = {"queries": "What?", "documents": ["two", "red"]}
     (expected,) = Scorer.from_pretrained(model, "cpu").score([{"prompt": "What?", "responses": ["two", "red"]}])
     options = ["--replicas", "2", "--max-delay-ms", "5000"]
@@ -79,8 +79,7 @@ def test_a_killed_replica_s_requests_are_refused_the_other_s_answered_and_it_com
         while "mmrm_requests_in_flight 9.0" not in httpx.get(f"{url}/metrics").text:
             assert not any(future.done() for future in waiting)
             time.sleep(0.05)
-        first, second = descendants(process.pid, "ray::ServeReplica")
-        os.kill(first, signal.SIGKILL)
+        os.kill(descendants(process.pid, "ray::ServeReplica")[0], signal.SIGKILL)
         answers = [future.result() for future in waiting]
         assert {answer.status_code for answer in answers} == {200, 503}
         for answer in answers:
@@ -88,8 +87,8 @@ def test_a_killed_replica_s_requests_are_refused_the_other_s_answered_and_it_com
                 assert [item["score"] for item in answer.json()["data"]] == pytest.approx(expected, abs=1e-5)
             else:
                 assert "no replica answered" in answer.json()["error"]["message"]
-        os.kill(second, signal.SIGKILL)
-        assert httpx.get(f"{url}/readyz", timeout=60).status_code == 503
+        for replica in descendants(process.pid, "ray::ServeReplica"):
+            os.kill(replica, signal.SIGKILL)
         while httpx.get(f"{url}/readyz", timeout=60).status_code != 200:
             time.sleep(0.1)
         assert RewardClient(url).score("What?", ["two", "red"]) == pytest.approx(expected, abs=1e-5)
