@@ -43,20 +43,31 @@ def pad(sequences: Sequence[np.ndarray], pixels: Sequence[Tensor], image_token_i
     return PaddedBatch(input_ids, torch.tensor(list(map(len, rows))), torch.cat(list(pixels)) if pixels else None)
 
 
+def plain_copy(model: InternVLModel) -> InternVLModel:
+    """transformers' own model, SDPA attention, with the weights, dtype and frozen parts of one whose modules differ."""
+    config = copy.deepcopy(model.config)
+    for part in (config, config.text_config, config.vision_config):
+        part._attn_implementation = "sdpa"
+    plain = InternVLModel(config).to(model.dtype)
+    if model.vision_tower is None:
+        plain.vision_tower = plain.multi_modal_projector = None
+    plain.load_state_dict(model.state_dict())
+    for parameter, given in zip(plain.parameters(), model.parameters(), strict=True):
+        parameter.requires_grad_(given.requires_grad)
+    return plain.to(model.device)
+
+
 class PaddedRewardModel(nn.Module):
     """transformers' own `InternVLModel` with SDPA attention, and a score read at each sequence's last token.
 
     Args:
-        model: copied.
+        model: its weights are copied, nothing of its modules.
         score_weight_1D: copied.
     """
 
     def __init__(self, model: InternVLModel, score_weight_1D: Tensor):
         super().__init__()
-        self.model = copy.deepcopy(model)
-        for part in (self.model.language_model, self.model.vision_tower):
-            if part is not None:
-                part.set_attn_implementation("sdpa")
+        self.model = plain_copy(model)
         self.score = nn.Linear(score_weight_1D.shape[1], 1, bias=False, dtype=score_weight_1D.dtype)
         self.score.weight.data.copy_(score_weight_1D.detach())
 
