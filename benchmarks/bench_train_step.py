@@ -12,11 +12,12 @@ proxy sees no image: against `reference, white proxy` it is another proxy, and i
 In fp32 both sides' rewards and gradients must be equal. In bf16 both are compared with our fp32 step of equal weights:
 ours may err twice as much as the baseline does, plus a floor.
 
-Bound: FLOPs that our step needs at the rate of their matrix products, measured in the same run (flops.py).
+Bound: FLOPs that our step needs at the rate of their matrix products, measured in the same run (flops.py). The ratio of
+FLOP is what the algorithm alone gives: the ratio of times if both sides came equally near to their bounds.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.baselines import PaddedRewardModel, ReferenceRewardModel, bradley_terry_loss, robust_loss
-from benchmarks.flops import Sizes, batch_work, bound_seconds, products_run
+from benchmarks.flops import Sizes, Work, batch_work, bound_seconds, padded_work, products_run, total
 from benchmarks.harness import (
     Case,
     Check,
@@ -55,6 +56,7 @@ class Side:
     name: str
     modules: nn.ModuleList  # main model, then the proxy where there is one
     run: Callable[[], Tensor]  # forward and backward; rewards of both branches by pair, chosen and rejected in turns
+    work: Work
 
     def step(self) -> Tensor:
         """Forward and backward; returns the rewards, leaves the gradients."""
@@ -103,8 +105,7 @@ def case_rows(title: str, make_records, branch: str | None, dtype: torch.dtype, 
     results = [side.result() for side in sides]
     exact = None if dtype == torch.float32 else exact_side(sides[0], records, branch, device).result()
     peaks = [side.peak_bytes() for side in sides]
-    batch = records.pack(with_text=branch is not None, white=branch == "white")
-    work = batch_work(Sizes.of(sides[0].modules[0].model.config), batch, trained=True)
+    work = sides[0].work
     timed = [*(side.step for side in sides), products_run(work, dtype, device)]
     *timings, products = interleaved(timed, repeats=options.model_repeats, min_seconds=0)
     bound = bound_seconds(work, products)
@@ -114,7 +115,10 @@ def case_rows(title: str, make_records, branch: str | None, dtype: torch.dtype, 
             "train-step", title, short(dtype), ours=timings[0], baseline=side.name, theirs=timing,
             checks=[] if another_proxy else checks(results[0], result, exact), device=device.type,
             peak_bytes=peaks[0], baseline_peak_bytes=peak, bound_fraction=bound / timings[0].median,
-            details={"GFLOP needed": work.flops / 1e9, "GFLOP/s": work.flops / 1e9 / timings[0].median},
+            details={
+                "GFLOP": work.flops / 1e9, "GFLOP/s": work.flops / 1e9 / timings[0].median,
+                "baseline GFLOP": side.work.flops / 1e9, "ratio of FLOP": side.work.flops / work.flops,
+            },
         )  # fmt: skip
         yield unverified(row) if another_proxy else row
 
@@ -161,9 +165,11 @@ def make_sides(records: Records, branch: str | None, dtype: torch.dtype, device:
         proxies = models[1:]
         if proxy == "white" and branch == "text":
             name, proxies = f"{name}, white proxy", [cast(make_model(records.sizes, seed=1), dtype, device)]
-        modules = [kind(model.model, model.score.weight) for model in [models[0], *proxies]]
+        modules = nn.ModuleList(kind(model.model, model.score.weight) for model in [models[0], *proxies])
         mode = "paper" if branch == "text" and name == "padded" else "reference"
-        sides.append(Side(name, nn.ModuleList(modules), partial(padded_step, modules, [padded, text], mode)))
+        sizes, head = Sizes.of(models[0].model.config), kind is ReferenceRewardModel
+        work = total(padded_work(sizes, batch, head=head) for batch in padded + text)
+        sides.append(Side(name, modules, partial(padded_step, modules, [padded, text], mode), work))
     return sides
 
 
@@ -187,10 +193,11 @@ def our_side(batch: PackedBatch, models: list[RewardModel], mode: str) -> Side:
         (preference_loss(rewards, proxy_rewards, batch, sfc_mode=mode).main / number).backward()
         return torch.cat([each.detach()[both] for each in (rewards, proxy_rewards) if each is not None])
 
-    return Side("ours", nn.ModuleList(models), run)
+    work = batch_work(Sizes.of(models[0].model.config), batch, trained=True)
+    return Side("ours", nn.ModuleList(models), run, work)
 
 
-def padded_step(modules: list[PaddedRewardModel], batches: list, mode: str) -> Tensor:
+def padded_step(modules: Iterable[PaddedRewardModel], batches: list, mode: str) -> Tensor:
     """A baseline's step: every module over its passes, one over all sequences or one a side of the pairs."""
     rewards = []
     for module, passes in zip(modules, batches, strict=False):

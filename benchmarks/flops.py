@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks.baselines import PaddedBatch
 from benchmarks.harness import Timing
 from mmrm_fast.packing import PackedBatch, TokenPlan
 
@@ -164,6 +165,18 @@ def batch_work(sizes: Sizes, batch: PackedBatch, *, trained: bool) -> Work:
                 read_pairs=len(plan.read_kv_index), trained=trained,
             )  # fmt: skip
     return work
+
+
+def padded_work(sizes: Sizes, batch: PaddedBatch, *, head: bool) -> Work:
+    """What a training step on padded sequences computes, SDPA leaving out what a causal mask hides.
+
+    Args:
+        head: with a vocabulary head on all tokens.
+    """
+    rows, length = batch.input_ids_RL.shape
+    pairs = rows * length * (length + 1) / 2
+    work = text_work(sizes, rows * length, pairs, head_tokens=rows * length * head, trained=True)
+    return work if batch.pixels_ICSS is None else work + vision_work(sizes, len(batch.pixels_ICSS), trained=True)
 
 
 def products_run(work: Work, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
