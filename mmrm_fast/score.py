@@ -1,6 +1,8 @@
 """Batch scoring on Ray: actors, each a `Scorer`, read their own records and write their own shards.
 
 The driver hands out positions and gets counts back; no text and no pixels pass through it.
+Not Ray Data: a chunk's shard and its note are written under the chunk's own number, so that a run that died anywhere
+and is started again has every response once; and actors that read their own records move none between processes.
 """
 
 import json

@@ -78,6 +78,13 @@ def test_memory_options_do_not_change_two_adapters_on_one_model(make_way, option
     assert losses(config.output_dir) == pytest.approx(losses(plain), abs=1e-5)
 
 
+def test_replicas_that_are_shards_themselves_equal_one_rank(make_way):
+    one, rows = train(make_way("one", "robust")), make_way("rows", "robust", replicas=2)
+    assert run_ranks(train, rows, world=4) == [0, 0, 0, 0]
+    assert losses(rows.output_dir) == pytest.approx(losses(one), abs=1e-4)
+    assert margins(rows.output_dir) == pytest.approx(margins(one), abs=1e-3)
+
+
 def test_replicas_must_divide_the_ranks(make_way):
     with pytest.raises(ValueError, match="--replicas 2 does not divide 1 ranks"):
         train(make_way("run", "standard", replicas=2, dtype="bfloat16"))
