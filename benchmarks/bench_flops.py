@@ -14,7 +14,7 @@ backward, over all forwards of the step. Published sizes of InternVL2 are writte
 from collections.abc import Iterator
 from functools import partial
 
-from benchmarks.flops import Sizes, Work, text_work, total, vision_work
+from benchmarks.flops import Sizes, Work, text_work, total, triangle, vision_work
 from benchmarks.harness import Case, Options, Row
 
 SMALL_TOWER, LARGE_TOWER = (1024, 24, 4096), (3200, 45, 12800)
@@ -83,11 +83,6 @@ def decoder(sizes: Sizes, tokens: int, pairs: float, *, head_tokens: int = 0, **
     """A language model's step, its forward twice: activations are recomputed."""
     step = text_work(sizes, tokens, pairs, head_tokens=head_tokens, **read, trained=True)
     return [step, text_work(sizes, tokens, pairs, **read, trained=False)]
-
-
-def triangle(length: int) -> float:
-    """(query, key) pairs of a causal sequence."""
-    return length * (length + 1) / 2
 
 
 def appended(start: int) -> float:

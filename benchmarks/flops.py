@@ -147,6 +147,11 @@ def text_work(
     return Work(products, factor * 4.0 * queries * computed)
 
 
+def triangle(length: int) -> float:
+    """(query, key) pairs of a causal sequence."""
+    return length * (length + 1) / 2
+
+
 def visible_pairs(plan: TokenPlan) -> float:
     """(query, key) pairs that a packed plan's attention computes: causal, bottom-right."""
     queries, keys = plan.cu_seqlens_q.diff().double(), plan.cu_seqlens_k.diff().double()
@@ -174,8 +179,7 @@ def padded_work(sizes: Sizes, batch: PaddedBatch, *, head: bool) -> Work:
         head: with a vocabulary head on all tokens.
     """
     rows, length = batch.input_ids_RL.shape
-    pairs = rows * length * (length + 1) / 2
-    work = text_work(sizes, rows * length, pairs, head_tokens=rows * length * head, trained=True)
+    work = text_work(sizes, rows * length, rows * triangle(length), head_tokens=rows * length * head, trained=True)
     return work if batch.pixels_ICSS is None else work + vision_work(sizes, len(batch.pixels_ICSS), trained=True)
 
 

@@ -49,9 +49,8 @@ def geometry(options: Options) -> Geometry:
     return FULL if options.full else REDUCED
 
 
-def make_model(sizes: Geometry, *, seed: int = 0) -> RewardModel:
-    """A random InternVL with a Qwen2 language model, its vision tower frozen."""
-    torch.manual_seed(seed)
+def model_config(sizes: Geometry) -> InternVLConfig:
+    """An InternVL with a Qwen2 language model."""
     text_config = Qwen2Config(
         vocab_size=sizes.vocab_size, hidden_size=512, num_hidden_layers=sizes.text_layers, num_attention_heads=8,
         num_key_value_heads=2, intermediate_size=1792,
@@ -60,11 +59,16 @@ def make_model(sizes: Geometry, *, seed: int = 0) -> RewardModel:
         hidden_size=256, num_hidden_layers=sizes.vision_layers, num_attention_heads=4, intermediate_size=1024,
         image_size=sizes.tile_size, patch_size=PATCH_SIZE,
     )  # fmt: skip
-    config = InternVLConfig(
+    return InternVLConfig(
         vision_config=vision_config, text_config=text_config, image_token_id=IMAGE_TOKEN_ID,
         image_seq_length=sizes.tokens_per_tile,
     )  # fmt: skip
-    model = InternVLModel(config)
+
+
+def make_model(sizes: Geometry, *, seed: int = 0) -> RewardModel:
+    """A random model of these sizes, its vision tower frozen."""
+    torch.manual_seed(seed)
+    model = InternVLModel(model_config(sizes))
     for parameter in model.parameters():  # large enough that attention is not uniform
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)

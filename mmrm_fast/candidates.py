@@ -7,7 +7,6 @@ pair has there, any other one with the opposite probability.
 """
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from mmrm_fast.shapes import (
     ShapesConfig,
     compose,
     cue_probabilities,
+    new_folder,
     random_scene,
     render,
     statement,
@@ -48,20 +48,15 @@ def make_candidates(
         raise ValueError(f"unknown environment {environment!r}, expected one of {', '.join(ENVIRONMENTS)}")
     if split not in TEST_SPLITS:
         raise ValueError(f"unknown split {split!r}, expected one of {', '.join(TEST_SPLITS)}")
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} exists and is not empty")
-    folder.parent.mkdir(parents=True, exist_ok=True)
     cues = cue_probabilities(environment, split, ShapesConfig())
     rng = np.random.default_rng([seed, ENVIRONMENTS.index(environment), TEST_SPLITS.index(split)])
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        complete = Path(temporary, "complete")
-        (complete / "images").mkdir(parents=True)
-        with open(complete / "candidates.jsonl", "w", encoding="utf-8") as file:
+    with new_folder(folder) as unfinished:
+        (unfinished / "images").mkdir()
+        with open(unfinished / "candidates.jsonl", "w", encoding="utf-8") as file:
             for index in tqdm(range(num_prompts), unit=" prompts", delay=2):
                 record = {"id": f"{environment}-{index:06d}"}
-                record |= draw(complete, f"images/{index:06d}.png", cues, num_responses, right, rng)
+                record |= draw(unfinished, f"images/{index:06d}.png", cues, num_responses, right, rng)
                 file.write(json.dumps(record) + "\n")
-        complete.rename(folder)
     return folder / "candidates.jsonl"
 
 

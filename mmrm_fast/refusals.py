@@ -41,14 +41,15 @@ class ProxyRefusals:
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        status = None
+        status, is_rays = None, False
 
         async def send_unless_rays(message: dict) -> None:
-            nonlocal status
+            nonlocal status, is_rays
             if message["type"] == "http.response.start":
-                plain = not Headers(raw=message["headers"]).get("content-type", "").startswith("application/json")
-                status = -message["status"] if message["status"] >= 400 and plain else message["status"]
-            if status > 0:
+                status = message["status"]
+                kind = Headers(raw=message["headers"]).get("content-type", "")
+                is_rays = status >= 400 and not kind.startswith("application/json")
+            if not is_rays:
                 await send(message)
 
         try:
@@ -58,9 +59,9 @@ class ProxyRefusals:
             status = None
         if status is None:
             await refusal(503, "no replica answered: it ended, or none is ready yet; try again")(scope, receive, send)
-        elif status == -RAYS_TIMEOUT:
+        elif is_rays and status == RAYS_TIMEOUT:
             await refusal(504, "no replica answered in time; try again later")(scope, receive, send)
-        elif status < 0:
+        elif is_rays:
             await refusal(503, "the replicas are all busy, or none is ready; try again later")(scope, receive, send)
 
 

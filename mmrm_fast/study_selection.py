@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from mmrm_fast.best_of_n import ORACLE, curve, read_values, selected_quality
 from mmrm_fast.candidates import make_candidates
+from mmrm_fast.progress import write_text
 from mmrm_fast.records import RecordFile, iter_groups
 from mmrm_fast.scorer import Scorer
 from mmrm_fast.shapes import ENVIRONMENTS
@@ -100,9 +101,7 @@ def score_missing(tasks: Sequence[Task], root: Path) -> None:
             scorer = Scorer.from_pretrained(cell.folder(root) / "final")
             for _, name in own:
                 file = scores_file(root, cell, name)
-                aside = file.with_suffix(".part")
-                aside.write_text("".join(json.dumps({"score": row}) + "\n" for row in score_set(scorer, root, name)))
-                aside.rename(file)
+                write_text(file, "".join(json.dumps({"score": row}) + "\n" for row in score_set(scorer, root, name)))
                 bar.update()
 
 

@@ -8,6 +8,7 @@ import torch
 from original import LLM, original_config, write_checkpoint
 from transformers import InternVLConfig, InternVLVisionConfig, Qwen2Config
 
+from benchmarks.models import FULL, model_config
 from mmrm_fast.cli import main
 from mmrm_fast.config import TrainConfig
 from mmrm_fast.footprint import activations, count, make_models, memory, needed, text_pass
@@ -136,15 +137,7 @@ def over_loaded(config):
 @pytest.mark.parametrize(("checkpointing", "bound"), [("full", 0.6), ("none", 0.8)])
 def test_two_adapters_need_no_more_than_this_share_over_the_loaded_weights(tmp_path, checkpointing, bound):
     """Without checkpointing activations are most of it, and both ways keep the same."""
-    vision = InternVLVisionConfig(
-        hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024, image_size=448,
-        patch_size=14,
-    )  # fmt: skip
-    text = Qwen2Config(
-        vocab_size=8192, hidden_size=512, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=2,
-        intermediate_size=1792,
-    )  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(InternVLConfig(vision_config=vision, text_config=text).to_dict()))
+    (tmp_path / "config.json").write_text(json.dumps(model_config(FULL).to_dict()))
     full = TrainConfig(model=tmp_path, robust=True, dtype="float32", activation_checkpointing=checkpointing)
     lora = replace(full, llm_lora=True, proxy_model="lora")
     assert over_loaded(lora) < bound * over_loaded(full)
