@@ -94,6 +94,30 @@ def test_a_killed_replica_s_requests_are_refused_the_other_s_answered_and_replic
         assert RewardClient(url).score("What?", ["two", "red"]) == pytest.approx(expected, abs=1e-5)
 
 
+def test_more_requests_than_queue_and_replica_hold_are_refused_with_a_reason_and_may_be_sent_again(model, tmp_path):
+    body = {"queries": "What?", "documents": ["two", "red"]}
+    options = ["--max-requests", "2", "--max-delay-ms", "100"]
+    with ThreadPoolExecutor(64) as pool, serving(model, tmp_path / "log.txt", *options) as (_, url):
+        answers = list(pool.map(lambda _: httpx.post(f"{url}/score", json=body, timeout=60), range(128)))
+        expected = RewardClient(url).score("What?", ["two", "red"])
+    assert {200, 503} <= {answer.status_code for answer in answers} <= {200, 429, 503}  # 503 is Ray's full queue
+    for answer in answers:
+        if answer.status_code == 200:
+            assert [item["score"] for item in answer.json()["data"]] == pytest.approx(expected, abs=1e-5)
+        else:
+            assert answer.headers["retry-after"] == "1"
+            assert "try again later" in answer.json()["error"]["message"]
+
+
+def test_a_second_replica_starts_under_load(model, tmp_path):
+    options = ["--max-replicas", "2", "--max-requests", "8", "--max-delay-ms", "50"]  # one replica per open request
+    with ThreadPoolExecutor(4) as pool, serving(model, tmp_path / "log.txt", *options) as (process, url):
+        client = RewardClient(url)
+        while len(descendants(process.pid, "ray::ServeReplica")) < 2:  # Ray waits 30 s for the load to last
+            answers = list(pool.map(lambda _: client.score("What?", ["two", "red"]), range(16)))
+            assert answers == [pytest.approx(answers[0], abs=1e-5)] * 16
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
