@@ -30,8 +30,8 @@ PAGE_POLICY = (
 )
 REFUSALS = {status: {"description": reason} for status, reason in {
     400: "Not JSON.", 401: "No token, or a wrong one.", 413: "The body is too large.",
-    415: "Not application/json.",
-    422: "A field is missing, of the wrong type, or over a limit.", 429: "Too many requests.", 504: "Too slow.",
+    422: "A field is missing, of the wrong type, or over a limit.", 429: "Too many requests.",
+    503: "No replica answered.", 504: "Too slow.",
 }.items()}  # fmt: skip
 
 
@@ -88,6 +88,9 @@ class RewardService:
         characters = sum(map(len_text, groups))
         if characters > limits.tokens * CHARACTERS_PER_TOKEN:
             raise Refused(422, f"{characters} characters of text are over the limit of {limits.tokens} tokens")
+        images = sum(len(group.images) for group in groups)
+        if images * self.scorer.checkpoint.tokens_per_tile > limits.tokens:
+            raise Refused(422, f"{images} images are over the limit of {limits.tokens} tokens")
         for group in groups:
             check_pixels(group, limits.pixels)
         samples = [self.scorer.encode(group) for group in groups]
@@ -97,9 +100,9 @@ class RewardService:
 
 
 def len_text(group: Group) -> int:
-    """Characters of a group."""
-    prompt = group.prompt if isinstance(group.prompt, str) else "".join(turn.content for turn in group.prompt)
-    return len(prompt) + sum(map(len, group.responses))
+    """Characters of a group; a turn is more than its text."""
+    turns = [group.prompt] if isinstance(group.prompt, str) else [turn.content for turn in group.prompt]
+    return sum(len(text) + CHARACTERS_PER_TOKEN for text in (*turns, *group.responses))
 
 
 def check_pixels(group: Group, limit: int) -> None:
@@ -136,7 +139,7 @@ def add_openrlhf(app: FastAPI, service: RewardService) -> None:
     @app.post("/get_reward", responses=REFUSALS, tags=["OpenRLHF"])
     async def get_reward(request: protocols.RewardRequest) -> dict:
         """Rewards of whole decoded queries, with `images` optionally."""
-        answer = await service.score(protocols.reward_records(request, service.reader))
+        answer = await service.score(await asyncio.to_thread(protocols.reward_records, request, service.reader))
         return protocols.reward_answer(answer.rewards, answer.truncated)
 
 
@@ -150,7 +153,7 @@ def add_vllm(app: FastAPI, service: RewardService) -> None:
     @app.post("/classify", responses=REFUSALS, tags=["vLLM"])
     async def classify(request: protocols.InputRequest) -> dict:
         """The reward of each input as the one class's `probs`; raw unless `use_activation` asks for the sigmoid."""
-        records = protocols.input_records(request, service.reader)
+        records = await asyncio.to_thread(protocols.input_records, request, service.reader)
         answer, rewards = await values(records, request.use_activation)
         return protocols.envelope("classify", service.name, answer.num_tokens) | {
             "data": protocols.classify_data(rewards)
@@ -159,7 +162,7 @@ def add_vllm(app: FastAPI, service: RewardService) -> None:
     @app.post("/pooling", responses=REFUSALS, tags=["vLLM"])
     async def pooling(request: protocols.InputRequest) -> dict:
         """The reward of each input as a vector of one."""
-        records = protocols.input_records(request, service.reader)
+        records = await asyncio.to_thread(protocols.input_records, request, service.reader)
         answer, rewards = await values(records, request.use_activation)
         return protocols.envelope("pool", service.name, answer.num_tokens) | {"data": protocols.pooling_data(rewards)}
 

@@ -159,8 +159,8 @@ def open_image(source: str | Path | bytes) -> Image.Image:
         raise ImageError(f"{name}: no such image file") from None
     except UnidentifiedImageError:
         raise ImageError(f"{name}: not an image that Pillow can read") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError, ValueError) as error:
-        raise ImageError(f"{name}: {error}") from None
+    except Exception as error:  # a malformed file raises whatever its parser meets
+        raise ImageError(f"{name}: {error or type(error).__name__}") from None
     if image.width * image.height > MAX_PIXELS:
         raise ImageError(f"{name}: {image.width} x {image.height} pixels is over the limit of {MAX_PIXELS}")
     return image
@@ -196,8 +196,8 @@ def load_image(source: str | Path | bytes, compat: Compat = None) -> Image.Image
             if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # Pillow would clip it
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             image = image.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
-            raise ImageError(f"{described(source)}: {error}") from None
+        except Exception as error:  # as in `open_image`
+            raise ImageError(f"{described(source)}: {error or type(error).__name__}") from None
     return image.transpose(turn) if turn is not None else image
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from mmrm_fast.prompt import IMAGE, PromptError
 
 SLOTS = ("MMRMPROMPTSLOT", "MMRMRESPONSESLOT")
-Index = Annotated[int, Field(ge=0)]
+BOUNDED = {"max_length": 1 << 16, "fail_fast": True}  # of lists: an error an item would be much more than the body
 
 
 class Body(BaseModel):
@@ -41,7 +41,7 @@ class ImagePart(Body):
     image_url: ImageUrl
 
 
-Content = str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+Content = str | Annotated[list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], Field(**BOUNDED)]
 
 
 class ChatMessage(Body):
@@ -54,23 +54,24 @@ class Parts(Body):
 
 
 Text = str | Parts
+Texts = Annotated[list[str], Field(min_length=1, **BOUNDED)]
 
 
 class RewardRequest(Body):
     """OpenRLHF: `query` is the whole decoded prompt + response, special tokens included."""
 
-    query: Annotated[list[str], Field(min_length=1)]
-    prompts: list[str] | None = None
+    query: Texts
+    prompts: Annotated[list[str], Field(**BOUNDED)] | None = None
     labels: list[Any] | None = None
-    images: list[list[str]] | None = None
+    images: Annotated[list[Annotated[list[str], Field(**BOUNDED)]], Field(**BOUNDED)] | None = None
 
 
 class InputRequest(Body):
     """vLLM's /classify and /pooling: `input`, whole templated texts, or `messages`, the last of them the response."""
 
     model: str | None = None
-    input: str | Annotated[list[str], Field(min_length=1)] | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=2)] | None = None
+    input: str | Texts | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=2, **BOUNDED)] | None = None
     use_activation: bool | None = Field(None, validation_alias=AliasChoices("use_activation", "activation"))
 
 
@@ -78,10 +79,10 @@ class ScoreRequest(Body):
     """vLLM's /score: a query is a prompt, a document a response; one query to all documents, or one each."""
 
     model: str | None = None
-    queries: Text | Annotated[list[Text], Field(min_length=1)] = Field(
+    queries: Text | Annotated[list[Text], Field(min_length=1, **BOUNDED)] = Field(
         validation_alias=AliasChoices("queries", "text_1")
     )
-    documents: Text | Annotated[list[Text], Field(min_length=1)] = Field(
+    documents: Text | Annotated[list[Text], Field(min_length=1, **BOUNDED)] = Field(
         validation_alias=AliasChoices("documents", "text_2")
     )
     use_activation: bool | None = Field(None, validation_alias=AliasChoices("use_activation", "activation"))
@@ -92,8 +93,8 @@ class RerankRequest(Body):
 
     model: str | None = None
     query: Text
-    documents: Annotated[list[Text], Field(min_length=1)]
-    top_n: Index = 0
+    documents: Annotated[list[Text], Field(min_length=1, **BOUNDED)]
+    top_n: Annotated[int, Field(ge=0)] = 0
     use_activation: bool | None = Field(None, validation_alias=AliasChoices("use_activation", "activation"))
 
 
@@ -118,9 +119,9 @@ class QueryReader:
         )
         specials = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         closing = {tokenizer.eos_token, tokenizer.pad_token} | {token for token in specials if token in tail}
+        self.closing = sorted(filter(None, closing), key=len, reverse=True)
         opening = {tokenizer.bos_token, tokenizer.pad_token}
         self.leading = re.compile(f"^(?:{any_of(opening)})+")
-        self.trailing = re.compile(rf"(?:(?:{any_of(closing)})\s*)+$")
         self.image = re.compile(r"<img>(?:<IMG_CONTEXT>)+</img>")
 
     def read(self, query: str, prompt: str | None = None) -> tuple[str, str]:
@@ -137,12 +138,25 @@ class QueryReader:
             response = query[len(prompt) :]
             if prompt.startswith(head) and prompt.endswith(self.middle):
                 prompt = prompt[len(head) : -len(self.middle)]
-        return self.image.sub(IMAGE, prompt), self.trailing.sub("", response)
+        return self.image.sub(IMAGE, prompt), without_end(response, self.closing)
 
 
 def any_of(tokens: set[str | None]) -> str:
     """A regular expression's alternatives; nothing matches none of them."""
     return "|".join(map(re.escape, sorted(filter(None, tokens), key=len, reverse=True))) or "(?!)"
+
+
+def without_end(text: str, tokens: Sequence[str]) -> str:
+    """The text without the tokens that it ends in, each with the whitespace after it."""
+    end = len(text)
+    while True:
+        at = end
+        while at and text[at - 1].isspace():
+            at -= 1
+        token = next((token for token in tokens if text.endswith(token, 0, at)), None)
+        if token is None:
+            return text[:end]
+        end = at - len(token)
 
 
 def user(content: Content) -> list[dict]:
@@ -169,11 +183,6 @@ def response_text(text: Text, field: str) -> str:
     return "".join(part.text for part in content)
 
 
-def with_images(prompt: str, images: Sequence[str]) -> dict:
-    """A prompt and the images of its slots, as record fields."""
-    return {"prompt": prompt, "images": list(images)}
-
-
 def reward_records(request: RewardRequest, reader: QueryReader) -> list[dict]:
     """One record a query. Raises `PromptError`."""
     count = len(request.query)
@@ -184,7 +193,8 @@ def reward_records(request: RewardRequest, reader: QueryReader) -> list[dict]:
     records = []
     for i, query in enumerate(request.query):
         prompt, response = reader.read(query, request.prompts[i] if request.prompts else None)
-        records.append({**with_images(prompt, request.images[i] if request.images else ()), "responses": [response]})
+        images = request.images[i] if request.images else []
+        records.append({"prompt": prompt, "images": images, "responses": [response]})
     return records
 
 

@@ -1,6 +1,7 @@
 """One JSON reason for every refusal: the API's own, and those of Ray's proxy in front of the replicas."""
 
 import asyncio
+import os
 from collections.abc import Callable
 
 from starlette.datastructures import Headers
@@ -10,6 +11,7 @@ from starlette.responses import JSONResponse
 PROBES = ("/healthz", "/readyz")
 PROBE_SECONDS = 5.0  # without a replica that is ready, Ray lets requests wait
 RAYS_TIMEOUT = 408
+MAX_BODY = "MMRM_MAX_BODY"  # variable: bytes of a body, which Ray's proxy would hold before any replica counts them
 
 
 class Refused(Exception):
@@ -32,16 +34,22 @@ class ProxyRefusals:
     """ASGI middleware of Ray's proxy: where no replica answers, the client gets JSON and may ask again.
 
     Ray itself answers in plain text when its queue is full or no replica is there, and not at all when the replica
-    that had the request dies.
+    that had the request dies. A body of over `max_body` bytes is cut off as a client that went away.
     """
 
-    def __init__(self, app: Callable):
-        self.app = app
+    def __init__(self, app: Callable, max_body: int):
+        self.app, self.max_body = app, max_body
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        status, is_rays = None, False
+        status, is_rays, size = None, False, 0
+
+        async def receive_within_limit() -> dict:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            return message if size <= self.max_body else {"type": "http.disconnect"}
 
         async def send_unless_rays(message: dict) -> None:
             nonlocal status, is_rays
@@ -54,10 +62,12 @@ class ProxyRefusals:
 
         try:
             limit = PROBE_SECONDS if scope["path"] in PROBES else None
-            await asyncio.wait_for(self.app(scope, receive, send_unless_rays), limit)
+            await asyncio.wait_for(self.app(scope, receive_within_limit, send_unless_rays), limit)
         except (TimeoutError, asyncio.TimeoutError):
             status = None
-        if status is None:
+        if size > self.max_body and (status is None or is_rays):
+            await refusal(413, f"a body of over {self.max_body} bytes is over the limit")(scope, receive, send)
+        elif status is None:
             await refusal(503, "no replica answered: it ended, or none is ready yet; try again")(scope, receive, send)
         elif is_rays and status == RAYS_TIMEOUT:
             await refusal(504, "no replica answered in time; try again later")(scope, receive, send)
@@ -67,4 +77,4 @@ class ProxyRefusals:
 
 def proxy_middleware() -> list[Middleware]:
     """What Ray's proxy is told to load."""
-    return [Middleware(ProxyRefusals)]
+    return [Middleware(ProxyRefusals, max_body=int(os.environ[MAX_BODY]))]

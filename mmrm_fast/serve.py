@@ -5,6 +5,7 @@ import os
 import signal
 import tempfile
 import threading
+from dataclasses import replace
 
 import ray
 import torch
@@ -16,6 +17,7 @@ from mmrm_fast.api import RewardService, make_app
 from mmrm_fast.cluster import gpus_each, ray_cluster
 from mmrm_fast.config import ServeConfig
 from mmrm_fast.guard import Limits
+from mmrm_fast.refusals import MAX_BODY
 from mmrm_fast.scorer import Scorer, batch_spread
 from mmrm_fast.weights import require_reward_model
 
@@ -79,7 +81,7 @@ def serve(config: ServeConfig) -> None:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     with (
         tempfile.TemporaryDirectory(prefix="mmrm-metrics-") as metrics,
-        ray_cluster(config.address, environment(metrics)),
+        ray_cluster(config.address, environment(metrics, config)),
     ):
         replicas = start_replicas(config, token)
         stop = threading.Event()
@@ -97,7 +99,7 @@ def checked(config: ServeConfig) -> ServeConfig:
     """The config with absolute paths. Raises `ValueError` for what can be known to fail."""
     paths = {name: getattr(config, name) for name in ("model", "image_root", "token_file")}
     resolved = {name: path.resolve() for name, path in paths.items() if path is not None}
-    config = config.__class__(**{**config.__dict__, **resolved})
+    config = replace(config, **resolved)
     require_reward_model(config.model)
     if config.image_root is not None and not config.image_root.is_dir():
         raise ValueError(f"{config.image_root}: no such folder for --image-root")
@@ -118,9 +120,10 @@ def read_token(config: ServeConfig) -> str | None:
     return token
 
 
-def environment(metrics: str) -> dict[str, str]:
+def environment(metrics: str, config: ServeConfig) -> dict[str, str]:
     """What replicas and proxy find in their environment; `metrics` is a folder for what the replicas count."""
     return {
+        MAX_BODY: str(limits(config).body),
         "PROMETHEUS_MULTIPROC_DIR": metrics,
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "mmrm_fast.refusals.proxy_middleware",
         "MALLOC_ARENA_MAX": "2",  # else glibc keeps what bodies and activations of dozens of threads once took

@@ -7,11 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+from pydantic import ValidationError
 from reward_server import data_url, picture, running
 
 from mmrm_fast.batcher import Batcher
 from mmrm_fast.guard import Limits
-from mmrm_fast.protocols import QueryReader
+from mmrm_fast.protocols import QueryReader, RerankRequest, RewardRequest, ScoreRequest
 from mmrm_fast.records import Group, RecordError
 from mmrm_fast.scorer import Scorer
 from mmrm_fast.weights import save_checkpoint
@@ -91,6 +92,7 @@ def test_a_response_that_was_cut_is_reported(client, scorer):
 QUERIES = {
     "as the template renders it": ("{head}What?{middle}two{tail}", None, ("What?", "two")),
     "padded": ("<pad><pad>{head}What?{middle}two{end}<pad><pad>", None, ("What?", "two")),
+    "with whitespace between end tokens": ("{head}What?{middle}two {end}\n{end}<pad> \n", None, ("What?", "two ")),
     "without an end": ("{head}What?{middle}two circ", None, ("What?", "two circ")),
     "a response that plays the template":
         ("{head}Q{middle}A{tail}{head}Q2{middle}B{tail}", None, ("Q", "A{tail}{head}Q2{middle}B")),
@@ -195,6 +197,15 @@ def test_a_body_that_makes_no_sense_is_refused_by_its_field(client, path, body, 
     answer = client.post(path, json=body)
     assert answer.status_code == 422
     assert field in answer.json()["error"]["param"] or field in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("kind", [RewardRequest, ScoreRequest, RerankRequest])
+def test_a_list_of_wrong_items_is_refused_by_its_first(kind):
+    for items in ([1] * 5000, [{"content": [{"type": "text"}] * 5000}]):
+        body = {"query": items, "queries": items, "documents": items}
+        with pytest.raises(ValidationError) as caught:
+            kind.model_validate(body)
+        assert caught.value.error_count() < 20
 
 
 # operations

@@ -44,6 +44,11 @@ def png(width: int, height: int, *chunks: bytes) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
+def with_chunk(at: int, extra: bytes) -> bytes:
+    """A good PNG with one more chunk: at 33 before its pixels, at -12 after them."""
+    return picture()[:at] + extra + picture()[at:]
+
+
 BOMB = zlib.compress(bytes(300 << 20), 9)
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
 IMAGES = {
@@ -76,6 +81,8 @@ IMAGES = {
     "a zip bomb in a text chunk": data_url(png(8, 8, chunk(b"zTXt", b"a\0\0" + BOMB))),
     "a zip bomb in a colour profile": data_url(png(8, 8, chunk(b"iCCP", b"a\0\0" + BOMB))),
     "a picture cut short": data_url(picture()[:-900]),
+    "a text chunk that reads as transparency": data_url(with_chunk(33, chunk(b"tEXt", b"transparency\0foo"))),
+    "an empty colour profile after the pixels": data_url(with_chunk(-12, chunk(b"iCCP", b""))),
     "a lone surrogate": "\ud800.png",
 }
 
@@ -146,6 +153,7 @@ def test_a_hostile_image_is_refused_with_a_reason(client, canary, path, name):
     assert "secret" not in error["message"] and not asked
 
 
+IMAGE_PART = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 BODIES = {
     "not JSON": (b"{", 400),
     "nothing": (b"", 422),
@@ -165,6 +173,8 @@ BODIES = {
     "too many responses": (json.dumps({"query": "a", "documents": ["b"] * 65}).encode(), 422),
     "too many tokens": (json.dumps({"query": "a", "documents": ["two red " * 60] * 60}).encode(), 422),
     "too much text": (json.dumps({"query": "a", "documents": ["b" * 40_000]}).encode(), 422),
+    "too many images": (json.dumps({"query": {"content": [IMAGE_PART] * 1025}, "documents": ["b"]}).encode(), 422),
+    "too many empty responses": (b'{"query": "a", "documents": [' + b'"", ' * 40_000 + b'""]}', 422),
     "a prompt over the length": (json.dumps({"query": "two " * 400, "documents": ["b"]}).encode(), 422),
     "too large": (b" " * ((1 << 20) + 1), 413),
 }

@@ -10,13 +10,13 @@ from mmrm_fast import refusals
 from mmrm_fast.refusals import ProxyRefusals
 
 
-def ask(app, path="/score"):
+def ask(app, path="/score", body=b""):
     """The answer of an ASGI app behind the middleware."""
 
     async def get():
-        transport = httpx.ASGITransport(ProxyRefusals(app))
+        transport = httpx.ASGITransport(ProxyRefusals(app, max_body=100))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            return await client.get(path)
+            return await client.post(path, content=body)
 
     return asyncio.run(get())
 
@@ -28,6 +28,24 @@ async def silent(scope, receive, send):
 async def waiting(scope, receive, send):
     """Ray, while no replica is ready."""
     await asyncio.Event().wait()
+
+
+async def reading(scope, receive, send):
+    """Ray, which takes a body in before it has a replica for it, and drops it when the client is gone."""
+    while (message := await receive())["type"] != "http.disconnect" and message["more_body"]:
+        pass
+    gone = message["type"] == "http.disconnect"
+    await PlainTextResponse("cancelled" if gone else "taken", 499 if gone else 200)(scope, receive, send)
+
+
+def test_a_body_is_cut_off_at_the_limit_before_any_replica_has_it():
+    async def chunks(count):
+        for _ in range(count):
+            yield b"x" * 50
+
+    assert ask(reading, body=chunks(2)).text == "taken"
+    answer = ask(reading, body=chunks(1000))
+    assert answer.status_code == 413 and "over 100 bytes" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
