@@ -39,7 +39,11 @@ def test_a_node_joins_the_others(run):
     assert words[-1] == "--robust" and words[-2].endswith("train.py") and Path(words[-2]).is_file()
 
 
-def test_slurm_starts_one_torchrun_a_node(run):
+def test_slurm_starts_one_torchrun_a_node_and_queues_again_what_has_no_results(run, tmp_path):
     job = {"SLURM_JOB_NODELIST": "n[0-1]", "SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8"}
+    job |= {"SLURM_JOB_NAME": "mmrm", "RUN": str(tmp_path)}
     words = run(EXAMPLES / "train.slurm", "--data", "a b.jsonl", **job)
+    assert words[-3:] == ["scontrol", "requeue", "7"]
+    (tmp_path / "results.json").write_text("{}")
+    assert "requeue" not in run(EXAMPLES / "train.slurm", "--data", "a b.jsonl", **job)
     assert words[0] == "srun" and {"torchrun", "--nnodes=2", "--nproc_per_node=8", "--rdzv_id=7"} <= set(words)

@@ -6,6 +6,7 @@
 #
 # PROCESSES is the number of GPUs of a node (by default all), MASTER_PORT a free port of the first one.
 set -euo pipefail
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110} # seconds for the checkpoint at SIGTERM
 
 exec torchrun \
   --nnodes="${NODES:-1}" \
