@@ -5,6 +5,7 @@ own; a cell whose results exist is not trained again.
 """
 
 import csv
+import json
 import os
 import shlex
 import subprocess
@@ -33,6 +34,7 @@ METHODS = {  # options of `mmrm-fast train`
     "robust-warmup": "--robust --sfc-warmup-steps 20",
     "robust-floor": "--robust --sfc-floor 0.1",
 }
+OPTIONS = "options.json"  # in a cell's folder
 RESERVED = ("iid", "neutral", "reversed")  # names of test sets
 
 
@@ -45,7 +47,7 @@ def study(config: StudyConfig) -> dict:
     root.mkdir(parents=True, exist_ok=True)
     seeds = range(1 if config.quick else config.seeds)
     cells = [Cell(method, name, seed) for seed in seeds for name in environments for method in methods]
-    missing = [cell for cell in cells if not (cell.folder(root) / "results.json").exists()]
+    missing = [cell for cell in cells if not is_trained(cell, environments, config)]
     train_cells(missing, environments, config)
     results = {
         "trained_now": len(missing),
@@ -101,6 +103,18 @@ def shapes_environment(folder: Path) -> Environment:
     return Environment(folder / "train.jsonl", folder / "iid.jsonl", probes)
 
 
+def is_trained(cell: Cell, environments: Mapping[str, Environment], config: StudyConfig) -> bool:
+    """Whether the cell's results are there. Raises `ValueError` where it was trained with other options."""
+    folder = cell.folder(config.output_dir)
+    before, now = folder / OPTIONS, options(cell, environments, config)
+    if before.exists() and (other := json.loads(before.read_text())) != now:
+        raise ValueError(
+            f"{folder}: was trained with {shlex.join(other)}, not {shlex.join(now)}: choose another --output-dir, or"
+            " delete the folder"
+        )
+    return (folder / "results.json").exists()
+
+
 def train_cells(cells: list[Cell], environments: Mapping[str, Environment], config: StudyConfig) -> None:
     """Train cells, `config.jobs` at a time; the first failure stops the study with the end of its log."""
     with (
@@ -119,6 +133,7 @@ def train_cell(cell: Cell, environments: Mapping[str, Environment], config: Stud
     """Train one cell in a process of its own, its output in log.txt."""
     folder = cell.folder(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / OPTIONS, options(cell, environments, config))
     threads = max(1, len(os.sched_getaffinity(0)) // config.jobs)
     with open(folder / "log.txt", "w") as log:
         variables = {**os.environ, "OMP_NUM_THREADS": str(threads)}
@@ -133,6 +148,12 @@ def command(cell: Cell, environments: Mapping[str, Environment], config: StudyCo
     launcher = [sys.executable, "-m"]
     if config.processes > 1:
         launcher += ["torch.distributed.run", "--standalone", f"--nproc-per-node={config.processes}", "-m"]
+    run = ["--output-dir", str(cell.folder(config.output_dir)), "--resume", "auto"]
+    return [*launcher, "mmrm_fast.cli", "train", *options(cell, environments, config), *run]
+
+
+def options(cell: Cell, environments: Mapping[str, Environment], config: StudyConfig) -> list[str]:
+    """What a cell is trained with."""
     own = environments[cell.environment]
     if config.env:
         data = ["--data", str(own.train), "--eval", f"iid={own.test}"]
@@ -141,10 +162,8 @@ def command(cell: Cell, environments: Mapping[str, Environment], config: StudyCo
     else:
         data = ["--environment", cell.environment]
     model = ["--model", str(config.model)] if config.model else []
-    run = ["--seed", str(cell.seed), "--output-dir", str(cell.folder(config.output_dir))]
-    run += ["--resume", "auto"]
-    options = shlex.split(METHODS[cell.method]) + shlex.split(config.options)
-    return [*launcher, "mmrm_fast.cli", "train", *data, *model, *run, *options]
+    method = shlex.split(METHODS[cell.method]) + shlex.split(config.options)
+    return [*data, *model, "--seed", str(cell.seed), *method]
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:

@@ -27,6 +27,7 @@ SFD = (
 FIGURES = ("iid labels", "iid", "ood", "neutral", "reversed", "sfd")
 PARTS_OF_TRAINING = 25
 RESAMPLES = 9999
+BATCH_VALUES = 1 << 20  # resampled differences in memory at a time
 
 
 @dataclass(frozen=True)
@@ -176,8 +177,9 @@ def paired_difference(first: Mapping[Hashable, Sequence[float]], second: Mapping
     """The mean difference over records with its interval and p-value, see `compare`."""
     difference = np.array([np.mean(second[key]) - np.mean(first[key]) for key in first])
     test = permutation_test(
-        (difference,), np.mean, permutation_type="samples", n_resamples=RESAMPLES, rng=np.random.default_rng(0)
-    )
+        (difference,), np.mean, permutation_type="samples", n_resamples=RESAMPLES, rng=np.random.default_rng(0),
+        batch=max(1, BATCH_VALUES // len(difference)),
+    )  # fmt: skip
     low, high = map(float, mean_interval(difference))
     mean = float(difference.mean())
     return {"records": len(difference), "difference": mean, "low": low, "high": high, "p_value": float(test.pvalue)}
@@ -229,7 +231,7 @@ def sfc_over_training(method: str, runs: Runs) -> list[dict[str, float]]:
         for number, step in enumerate(steps):
             part = parts[number * PARTS_OF_TRAINING // len(steps)]
             for name in ("sfc_mean", "sfc_p10", "sfc_p50", "sfc_p90"):
-                if name in step:
+                if step.get(name) is not None:  # null where the step was not finite
                     part.setdefault(name, []).append(step[name])
     curve = [
         {"share": (number + 0.5) / PARTS_OF_TRAINING, **{name: float(np.mean(v)) for name, v in part.items()}}

@@ -24,6 +24,7 @@ def write_cell(root, method, environment, seed, num_right, truth=1.0):
     folder.mkdir(parents=True)
     (folder / "results.json").write_text("{}")
     steps = [{"step": i, "sfc_mean": 1.0 if method == "standard" else i / 50} for i in range(50)]
+    steps[7]["sfc_mean"] = None  # was not finite
     (folder / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     for name in ("iid", *(name for name in ENVIRONMENTS if name != environment)):
         rows = [
@@ -138,7 +139,9 @@ def test_rules_and_buckets_are_of_the_test_files(finished, files):
 def test_the_sfc_is_averaged_over_runs_by_share_of_the_training(finished, files):
     curve = run(finished, files)["sfc"]
     assert curve["standard"] == []
-    assert [row["sfc_mean"] for row in curve["robust"]] == pytest.approx([(2 * i + 0.5) / 50 for i in range(25)])
+    expected = [(2 * i + 0.5) / 50 for i in range(25)]
+    expected[3] = 6 / 50  # step 7 was not finite
+    assert [row["sfc_mean"] for row in curve["robust"]] == pytest.approx(expected)
 
 
 def test_the_page_holds_everything_itself(finished, files):
@@ -239,6 +242,16 @@ def test_a_failing_training_stops_the_study_with_its_log(tmp_path, files, monkey
     config = StudyConfig(env=files, output_dir=tmp_path, jobs=1)
     with pytest.raises(RuntimeError, match=r"log\.txt"):
         study.train_cells([Cell("standard", "a", 0)], study.chosen_environments(files), config)
+
+
+def test_a_cell_that_was_trained_with_other_options_is_not_taken_for_this_one(tmp_path, files):
+    cell, environments = Cell("standard", "a", 0), study.chosen_environments(files)
+    config = StudyConfig(env=files, output_dir=tmp_path, options="--epochs 2")
+    write_cell(tmp_path, "standard", "a", 0, 2)
+    (cell.folder(tmp_path) / "options.json").write_text(json.dumps(study.options(cell, environments, config)))
+    assert study.is_trained(cell, environments, config)
+    with pytest.raises(ValueError, match=r"was trained with .*--epochs 2, not .*--epochs 3"):
+        study.is_trained(cell, environments, StudyConfig(env=files, output_dir=tmp_path, options="--epochs 3"))
 
 
 @pytest.mark.parametrize(
