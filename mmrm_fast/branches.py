@@ -1,7 +1,7 @@
 """The two rewards of a training: the model's, and that of the text-only proxy in its several forms."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,9 +80,13 @@ def make_branches(config: TrainConfig, device: torch.device) -> list[Branch]:
     return [Branch(name, root, checkpoints[name], scale) for name, root in roots.items()]
 
 
-def load(config: TrainConfig, folder: str | Path) -> Checkpoint:
-    """Load a checkpoint with this run's limits and options for pictures."""
-    checkpoint = load_checkpoint(folder, max_length=config.max_length, with_weights=not reads_own_shards(config))
+def load(config: TrainConfig, folder: str | Path, *, text_only: bool = False) -> Checkpoint:
+    """Load a checkpoint, or its language model, with this run's limits and options for pictures."""
+    checkpoint = load_checkpoint(folder, max_length=config.max_length, with_weights=False)
+    if text_only:
+        checkpoint.model.drop_vision()
+    if not reads_own_shards(config):
+        load_weights(checkpoint.model, folder)
     return configured(checkpoint, config)
 
 
@@ -103,12 +107,10 @@ def proxy_folder(config: TrainConfig) -> str | Path:
 
 def load_proxy(config: TrainConfig, main: Checkpoint) -> Checkpoint:
     """The proxy's own model: a copy of the main one's, or a smaller one with the same tokenizer."""
-    proxy = load(config, proxy_folder(config))
+    proxy = load(config, proxy_folder(config), text_only=config.proxy_image == "none")
     if proxy.tokenizer.get_vocab() != main.tokenizer.get_vocab():
         raise ValueError(f"--proxy-model {config.proxy_model}: its tokenizer is not that of {config.model}")
     freeze(proxy.model, llm=False, backbone=config.freeze_backbone, mlp=config.freeze_mlp)
-    if config.proxy_image == "none":
-        proxy.model.drop_vision()
     see_white(proxy, config)
     if proxy.model.only_tiles is not None:
         proxy.model.model.vision_tower = None
@@ -133,7 +135,9 @@ def freeze(model: RewardModel, *, llm: bool, backbone: bool, mlp: bool) -> None:
     """Take parts out of the training."""
     parts = {"language_model": llm, "vision_tower": backbone, "multi_modal_projector": mlp}
     for name, frozen in parts.items():
-        getattr(model.model, name).requires_grad_(not frozen)
+        part = getattr(model.model, name)
+        if part is not None:
+            part.requires_grad_(not frozen)
 
 
 def train_mode(model: RewardModel) -> None:
@@ -191,8 +195,15 @@ class ProxyMargins:
 
     def of(self, samples: Iterable[Sample]) -> Tensor:
         """The margins [P] of a batch's pairs, float32."""
-        keys = [(s.group.record, pair.chosen, pair.rejected) for s in samples for pair in s.group.pairs]
+        keys = [key for sample in samples for key in pair_keys(sample)]
         missing = [key for key in keys if key not in self.margins]
         if missing:
             raise ValueError(f"{self.path}: no margin for record {missing[0][0]}, responses {missing[0][1:]}")
         return torch.tensor([self.margins[key] for key in keys], dtype=torch.float32)
+
+
+def pair_keys(sample: Sample) -> Iterator[tuple[int, int, int]]:
+    """(record, chosen, rejected) of a sample's pairs as evaluation numbers them, which leaves no response out."""
+    places = sample.places or range(len(sample.group.responses))
+    for pair in sample.group.pairs:
+        yield sample.group.record, places[pair.chosen], places[pair.rejected]

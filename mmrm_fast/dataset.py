@@ -25,6 +25,7 @@ class Sample:
     main: Encoded
     text: Encoded | None = None  # the same group as the text-only proxy sees it
     dropped: tuple[RecordError, ...] = ()  # one note a response whose pairs were left out
+    places: tuple[int, ...] | None = None  # of its responses among all that pairs name, where some were left out
     position: int | None = None  # where the dataset finds encoded images again, which are not carried along
 
     @property
@@ -151,8 +152,9 @@ class GroupDataset:
         if self.overlong == "error":
             raise notes[0]
         pairs = tuple(pair for pair in group.pairs if not (cut[pair.chosen] or cut[pair.rejected]))
-        fitting = self.encode_sized(only_paired(replace(group, pairs=pairs)), sample.tiles_per_image)
-        return replace(fitting, dropped=notes)
+        group = replace(group, pairs=pairs)
+        fitting = self.encode_sized(only_paired(group), sample.tiles_per_image)
+        return replace(fitting, dropped=notes, places=paired(group))
 
     def load(self, sample: Sample) -> list[np.ndarray]:
         """Decode a sample's images: uint8 `[I, S, S, 3]` each. Raises `RecordError`."""
@@ -209,9 +211,14 @@ class PreferenceDataset(GroupDataset):
         return super().encode(only_paired(group))
 
 
+def paired(group: Group) -> tuple[int, ...]:
+    """The responses that pairs name."""
+    return tuple(sorted({index for pair in group.pairs for index in (pair.chosen, pair.rejected)}))
+
+
 def only_paired(group: Group) -> Group:
     """The group without the responses that no pair names."""
-    kept = sorted({index for pair in group.pairs for index in (pair.chosen, pair.rejected)})
+    kept = paired(group)
     if len(kept) == len(group.responses):
         return group
     place = {old: new for new, old in enumerate(kept)}

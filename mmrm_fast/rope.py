@@ -58,7 +58,7 @@ class OwnLengthRope(nn.Module):
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [1, T, E] in x's dtype, computed in fp32."""
         positions, regimes = position_ids[0].float(), position_ids[1:]
-        inv_freq = self.inv_freq.float()[None]
+        inv_freq = self.inv_freq.float().to(x.device)[None]
         if len(regimes):
             present, which = regimes[0].unique(return_inverse=True)
             table = [self.frequencies(regime)[0] for regime in present.tolist()]

@@ -69,9 +69,9 @@ def load_checkpoint(
     Args:
         folder: a local folder, native (`internvl`) or original (`internvl_chat`), with safetensors and tokenizer.
         dtype: of the weights.
-        max_length, max_tiles: override what the folder says. A sliding window caps `max_length`: within it sliding
-            attention is plain attention.
-        compat: `reference` prepares texts and pictures as the reference implementation does.
+        max_length, max_tiles, compat: override what the folder says; `max_length` of a folder that says it only in its
+            tokenizer is at most `MAX_LENGTH`. A sliding window caps it: within it sliding attention is plain attention.
+            `compat="reference"` prepares texts and pictures as the reference implementation does.
         proxy: load the text-only branch that the reference implementation saves beside the main one.
         with_weights: False leaves the model on the meta device, for `parameters.load_weights` to fill once it is
             sharded; the folder needs no weights.
@@ -87,14 +87,15 @@ def load_checkpoint(
     tokenizer = folder_tokenizer(folder, settings)
     config = read_config(folder, tokenizer)
     processor = original_processor(settings) if is_original else read_processor(folder)
-    tiling = read_tiling(processor, config.vision_config.image_size[0], max_tiles, compat)
+    tiling = read_tiling(processor, config.vision_config.image_size[0], max_tiles, compat or processor.get("compat"))
+    max_length = max_length or processor.get("max_length") or min(tokenizer.model_max_length, MAX_LENGTH)
     mean, std = (tuple(processor.get(key, default)) for key, default in image_statistics().items())
     checkpoint = Checkpoint(
         model=empty_model(config, dtype, mean, std),
         tokenizer=tokenizer,
         tiling=tiling,
         tokens_per_tile=tokens_per_tile(config, tiling.tile_size),
-        max_length=within_window(max_length or min(tokenizer.model_max_length, MAX_LENGTH), config),
+        max_length=within_window(max_length, config),
     )
     if with_weights:
         load_weights(checkpoint.model, folder, proxy=proxy)
@@ -244,9 +245,11 @@ def save_tokenizer(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def processor_settings(checkpoint: Checkpoint) -> dict:
-    """The image processor settings in transformers' own names, and two that it has not."""
+    """The image processor settings in transformers' own names, and those of ours that it has not."""
     tiling, model = checkpoint.tiling, checkpoint.model
+    ours = {"max_length": checkpoint.max_length, **({"compat": tiling.compat} if tiling.compat else {})}
     return {
+        **ours,
         "image_processor_type": "GotOcr2ImageProcessor",
         "processor_class": "InternVLProcessor",
         "crop_to_patches": True,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmrm_fast.branches import ProxyMargins
 from mmrm_fast.dataset import GroupDataset, PreferenceDataset, fault, only_paired
 from mmrm_fast.records import Group, Pair, RecordError, RecordFile, open_records
 
@@ -153,6 +154,14 @@ def test_skip_drops_responses_that_are_left_without_a_pair(make_dataset):
     sample = make_dataset(overlong="skip").encode(group("a", LONG, "b", "c", pairs=[Pair(0, 1), Pair(2, 3)]))
     assert sample.group.responses == ("b", "c")
     assert sample.group.pairs == (Pair(0, 1),)
+
+
+def test_margins_of_a_file_stay_with_their_pairs_where_a_response_is_left_out(make_dataset, write_jsonl):
+    pairs = [Pair(a, b) for a in range(4) for b in range(a + 1, 4)]
+    rows = [{"record": 0, "chosen": p.chosen, "rejected": p.rejected, "proxy_margin": i} for i, p in enumerate(pairs)]
+    sample = make_dataset(overlong="skip").encode(group("a", LONG, "b", "c", pairs=pairs))
+    margins = ProxyMargins(write_jsonl(rows, "margins.jsonl")).of([sample])
+    assert margins.tolist() == [pairs.index(Pair(*pair)) for pair in ((0, 2), (0, 3), (2, 3))]
 
 
 def test_skip_leaves_nothing_of_a_record_whose_every_pair_is_overlong(make_dataset):

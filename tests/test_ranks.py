@@ -136,6 +136,11 @@ def test_a_file_of_margins_is_what_an_evaluation_of_the_training_file_wrote(make
     assert not (folder / "proxy").exists()
 
 
+def test_the_proxy_of_a_run_is_a_proxy_for_another(make_way):
+    proxy = train(make_way("first", "robust")) / "proxy"
+    assert len(losses(train(make_way("second", "robust", proxy_model=str(proxy))))) == 3
+
+
 @pytest.mark.parametrize(
     "options, reason",
     [

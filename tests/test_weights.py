@@ -188,6 +188,14 @@ def test_impossible_numbers_of_tiles_are_refused(make_checkpoint):
 # native checkpoints
 
 
+def test_what_a_model_was_trained_with_is_saved_beside_it(make_checkpoint, tmp_path):
+    checkpoint = make_checkpoint(max_length=6000)
+    save_checkpoint(tmp_path / "long", replace(checkpoint, tiling=replace(checkpoint.tiling, compat="reference")))
+    loaded = load_checkpoint(tmp_path / "long")
+    assert (loaded.max_length, loaded.compat) == (6000, "reference")
+    assert load_checkpoint(tmp_path / "long", max_length=300).max_length == 300
+
+
 @pytest.mark.parametrize("text", [Qwen2Config, Qwen3Config, LlamaConfig], ids=lambda config: config.model_type)
 @pytest.mark.parametrize("tied", [False, True])
 def test_what_transformers_saved_loads_with_equal_hidden_states(folder, tmp_path, text, tied):
