@@ -102,8 +102,8 @@ class SealingWriter(FileSystemWriter):
             shutil.rmtree(self.folder)
         os.replace(path, self.folder)
         sync_folder(self.folder.parent)
-        for old in found(self.folder.parent)[: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        for path in not_kept(self.folder, self.keep):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def write_synced(path: Path, text: str) -> None:
@@ -135,6 +135,13 @@ def file_sum(path: Path) -> list[int]:
 def found(folder: Path) -> list[Path]:
     """The finished checkpoints of a run, oldest first."""
     return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name))
+
+
+def not_kept(newest: Path, keep: int) -> list[Path]:
+    """What goes now that `newest` is whole: all but the last `keep` up to it, and later steps, which a run left."""
+    checkpoints = found(newest.parent)
+    count = checkpoints.index(newest) + 1
+    return [*checkpoints[: max(0, count - keep)], *checkpoints[count:]]
 
 
 def newest_good(folder: Path) -> tuple[Path | None, list[str]]:

@@ -6,8 +6,6 @@ from typing import Literal
 
 import tyro
 
-SFC_MODES = ("paper", "reference", "normalized", "balanced")
-
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -161,8 +159,8 @@ class TrainConfig(DataConfig):
     eval_every: int | None = None
     """Evaluate every so many steps; always at the end."""
     best: str | None = None
-    """Figure to keep the best evaluated weights by, SET.FIGURE such as iid.accuracy, in best/. Default: the mean
-    accuracy of the o.o.d. sets, of all where there are none."""
+    """Figure to keep the best evaluated weights by, SET.FIGURE such as iid.accuracy (of sfd the least), in best/.
+    Default: the mean accuracy of the o.o.d. sets, of all where there are none."""
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
     """Where metrics go besides metrics.jsonl."""
     num_workers: int | None = None

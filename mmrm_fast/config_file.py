@@ -24,29 +24,29 @@ def parse(config_type: type[Config], arguments: Sequence[str], *, prog: str) -> 
     Raises:
         ValueError: no such file, an unknown key or a wrong value in it.
     """
-    named = config_argument(arguments) if "config" in field_names(config_type) else None
-    default = {} if named is None else {"default": read_config(named, config_type)}
+    named = argument(arguments, "--config") if "config" in field_names(config_type) else None
+    num_ranks = int(argument(arguments, "--num-gpus") or os.environ.get("WORLD_SIZE", "1"))
+    default = {} if named is None else {"default": read_config(named, config_type, num_ranks)}
     return tyro.cli(config_type, prog=prog, description=cleandoc(config_type.__doc__), args=list(arguments), **default)
 
 
-def config_argument(arguments: Sequence[str]) -> str | None:
-    """The value of `--config` among the arguments."""
-    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
-        if argument == "--config":
-            return following
-        if argument.startswith("--config="):
-            return argument.removeprefix("--config=")
+def argument(arguments: Sequence[str], name: str) -> str | None:
+    """The value of a flag among the arguments."""
+    for given, following in zip(arguments, [*arguments[1:], None], strict=True):
+        flag, has_value, value = given.partition("=")
+        if flag.replace("_", "-") == name:
+            return value if has_value else following
     return None
 
 
-def read_config(name: str, config_type: type[Config]) -> Config:
+def read_config(name: str, config_type: type[Config], num_ranks: int = 1) -> Config:
     """A config from a YAML (or JSON) file or a preset; a file of the reference implementation is translated."""
     path = find(name)
     options = read_yaml(path)
     try:
         if reference.is_reference(options):
             check_names(options, {*field_names(config_type), *reference.KEYS})
-            options, notes = reference.translate(options, num_ranks=int(os.environ.get("WORLD_SIZE", "1")))
+            options, notes = reference.translate(options, num_ranks=num_ranks)
             say(path, notes)
         check_names(options, field_names(config_type))
         hints = get_type_hints(config_type)

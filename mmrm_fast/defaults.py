@@ -5,7 +5,8 @@ from pathlib import Path
 
 from mmrm_fast import sharding
 from mmrm_fast.config import TrainConfig
-from mmrm_fast.evaluate import EvalSet, named_sets
+from mmrm_fast.evaluate import FIGURES, EvalSet, named_sets
+from mmrm_fast.inputs import HELD_OUT
 from mmrm_fast.shapes import cached_environments
 
 TINY_CHECKPOINT = Path(__file__).parent / "assets" / "shapes-internvl"
@@ -25,6 +26,7 @@ def with_defaults(config: TrainConfig) -> tuple[TrainConfig, list[EvalSet]]:
         folders = cached_environments()
         config = replace(config, data=(str(folders[config.environment] / "train.jsonl"),))
         eval_sets = eval_sets or shapes_sets(folders, config.environment)
+    check_sets(config, [eval_set.name for eval_set in eval_sets])
     model = config.model or TINY_CHECKPOINT
     filled = TINY if model == TINY_CHECKPOINT else DEFAULTS
     filled = {name: value for name, value in filled.items() if getattr(config, name) is None}
@@ -34,6 +36,22 @@ def with_defaults(config: TrainConfig) -> tuple[TrainConfig, list[EvalSet]]:
     if config.resume not in (None, "auto") and not config.output_dir:
         output_dir = Path(config.resume).resolve().parent.parent
     return replace(config, model=model, output_dir=output_dir, **filled), eval_sets
+
+
+def check_sets(config: TrainConfig, names: list[str]) -> None:
+    """Raise `ValueError` for test sets of one name, and for a `--best` that no evaluation can give."""
+    names = [*names, *[HELD_OUT] * (config.eval_fraction is not None)]
+    for name in names:
+        if names.count(name) > 1 or "/" in name:
+            raise ValueError(f"test set {name!r}: every set has a name of its own, without a slash")
+    if config.best is None:
+        return
+    if not config.eval_every:
+        raise ValueError(f"--best {config.best}: nothing is evaluated on the way, add --eval-every")
+    test_set, _, figure = config.best.rpartition(".")
+    if figure not in FIGURES or test_set not in names:
+        sets, figures = " or ".join(names), ", ".join(FIGURES)
+        raise ValueError(f"--best {config.best}: expected SET.FIGURE, of {sets}, and one of {figures}")
 
 
 def shapes_sets(folders: dict[str, Path], trained: str) -> list[EvalSet]:

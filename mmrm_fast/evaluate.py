@@ -16,6 +16,8 @@ from mmrm_fast.dataset import Sample
 from mmrm_fast.model import RewardModel
 from mmrm_fast.packing import Packed
 
+FIGURES = ("accuracy", "truth_accuracy", "proxy_accuracy", "proxy_truth_accuracy", "sfd")
+
 
 @dataclass(frozen=True)
 class EvalSet:

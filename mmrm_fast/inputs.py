@@ -68,7 +68,8 @@ def open_inputs(
         dataset, held_out = hold_out(dataset, config.eval_fraction, progress)
         eval_sets = [EvalSet(HELD_OUT, "iid", Path(sources.paths[0])), *eval_sets]
         eval_datasets = [held_out, *eval_datasets]
-    inputs = Inputs(with_pairs(dataset, config, progress), sources.weights, eval_sets, eval_datasets)
+    count = partial(on_all_ranks, dtype=np.int64, progress=progress("counting pairs"))
+    inputs = Inputs(with_pairs(dataset, config, count), sources.weights, eval_sets, eval_datasets)
     check(inputs, config, progress)
     report_duplicates(inputs, config.check_records, progress)
     return inputs
@@ -85,13 +86,12 @@ def hold_out(
     return dataset.select(np.flatnonzero(~chosen)), held_out
 
 
-def with_pairs(dataset: PreferenceDataset, config: TrainConfig, progress: Callable) -> PreferenceDataset:
-    """The training set with the pairs that `config.pairs` asks for."""
+def with_pairs(dataset: PreferenceDataset, config: TrainConfig, count: Callable) -> PreferenceDataset:
+    """The training set with the pairs that `config.pairs` asks for; `count(function, n)` is its values for 0 to n-1."""
     if config.pairs == "all":
         return dataset
     if config.pairs == "expand":
-        counts = on_all_ranks(dataset.num_pairs, len(dataset), np.int64, progress("counting pairs"))
-        return dataset.expanded(counts)
+        return dataset.expanded(count(dataset.num_pairs, len(dataset)))
     if not config.pairs.isdecimal() or not int(config.pairs):
         raise ValueError(f"--pairs must be all, expand or a number of at least 1, got {config.pairs!r}")
     return dataset.sampled(int(config.pairs), config.seed)

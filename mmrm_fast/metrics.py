@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mmrm_fast.config import TrainConfig
-from mmrm_fast.evaluate import judged_accuracy
+from mmrm_fast.evaluate import finite, judged_accuracy
 from mmrm_fast.loss import NUM_BINS
 from mmrm_fast.model import RewardModel
 
@@ -122,9 +122,8 @@ def numbers(values: dict[str, Any]) -> dict[str, float]:
 
 def append_json(path: Path, row: dict) -> None:
     """Append one JSON line; numbers that are not finite become null."""
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     with open(path, "a") as file:
-        file.write(json.dumps(finite) + "\n")
+        file.write(json.dumps(finite(row), allow_nan=False) + "\n")
 
 
 def keep_until(path: Path, step: int) -> None:
@@ -200,11 +199,12 @@ def pass_flops(part: torch.nn.Module) -> int:
 
 
 def best_figure(results: dict[str, dict], name: str | None) -> float | None:
-    """The figure to keep the best weights by: SET.FIGURE, or the mean accuracy of the o.o.d. sets, else of all."""
+    """What the best weights have most of: SET.FIGURE (of `sfd` the least), or the mean o.o.d. accuracy, else of all."""
     if name is not None:
         test_set, _, figure = name.rpartition(".")
         if figure not in results.get(test_set, {}):
             raise ValueError(f"--best {name}: expected SET.FIGURE, such as {next(iter(results), 'iid')}.accuracy")
-        return results[test_set][figure]
+        value = results[test_set][figure]
+        return None if math.isnan(value) else -value if figure == "sfd" else value
     kinds = [figures for figures in results.values() if figures["kind"] == "ood"] or list(results.values())
     return float(np.mean([judged_accuracy(figures) for figures in kinds])) if kinds else None

@@ -15,6 +15,7 @@ from mmrm_fast.dataset import PreferenceDataset, Sample
 from mmrm_fast.defaults import DEFAULTS, TINY, TINY_CHECKPOINT
 from mmrm_fast.evaluate import print_table
 from mmrm_fast.footprint import GIB, WORKSPACE, Memory, count, make_models, memory, needed
+from mmrm_fast.inputs import with_pairs
 from mmrm_fast.metrics import pass_flops
 from mmrm_fast.model import RewardModel
 from mmrm_fast.prompt import Encoded
@@ -115,7 +116,8 @@ def measure(config: TrainConfig) -> Work | None:
         return None
     dataset = open_data(config)
     places = np.linspace(0, len(dataset) - 1, min(SAMPLED, len(dataset))).astype(int)
-    samples = [sample for place in places if (sample := usable(dataset, place)) is not None]
+    chosen = with_pairs(dataset.select(places), config, lambda function, n: np.array(list(map(function, range(n)))))
+    samples = [sample for place in range(len(chosen)) if (sample := usable(chosen, place)) is not None]
     if not samples:
         raise ValueError(f"{', '.join(config.data)}: none of {len(places)} records can be used")
     rows = [
@@ -129,7 +131,7 @@ def measure(config: TrainConfig) -> Work | None:
         )
         for sample in samples
     ]
-    return Work(len(dataset), *np.mean(rows, 0))
+    return Work(round(len(dataset) * len(chosen) / len(places)), *np.mean(rows, 0))
 
 
 def open_data(config: TrainConfig) -> PreferenceDataset:
@@ -145,7 +147,7 @@ def open_data(config: TrainConfig) -> PreferenceDataset:
 def usable(dataset: PreferenceDataset, place: int) -> Sample | None:
     """The sample, None where it cannot be used or has no pair."""
     try:
-        sample = dataset[int(place)]
+        sample = dataset[place]
     except RecordError:
         return None
     return sample if sample.group.pairs else None

@@ -21,7 +21,8 @@ CONFIG, CHECKPOINTS = "config.json", "checkpoints"
 FREE = {
     "resume", "overwrite", "output_dir", "save_every", "save_minutes", "keep", "num_workers", "eval", "eval_ood",
     "eval_every", "best", "report_to", "check", "check_records", "skip_bad", "tokens_per_micro_batch", "compile",
-    "activation_checkpointing", "reshard_after_forward", "replicas", "cpu_offload", "max_bad_steps",
+    "activation_checkpointing", "reshard_after_forward", "replicas", "cpu_offload", "max_bad_steps", "config",
+    "num_gpus", "gpu_memory", "dry_run",
 }  # fmt: skip
 WORK = ("metrics.jsonl", CHECKPOINTS, "best", "final")  # what a run folder without progress does not have
 WRITTEN = (*WORK, CONFIG, "evaluations.jsonl", "tensorboard", "proxy", "results.json", "skipped.jsonl", "eval-*.jsonl")
@@ -50,8 +51,10 @@ class Progress:
         return cls(**{**saved, "counts": Counter(saved["counts"])})
 
     def skip(self, errors: list[RecordError]) -> None:
-        """Note records and responses that are not trained on."""
-        self.skipped += [{"source": e.source, "field": e.field, "reason": e.reason} for e in errors]
+        """Note records and responses that are not trained on, each once however often it came."""
+        if errors:
+            rows = [*self.skipped, *({"source": e.source, "field": e.field, "reason": e.reason} for e in errors)]
+            self.skipped = list({tuple(row.values()): row for row in rows}.values())
 
 
 def config_json(config: TrainConfig) -> dict:
@@ -70,7 +73,7 @@ def open_run(config: TrainConfig) -> tuple[Path | None, list[str]]:
     folder = config.output_dir
     sharding.on_first_rank(lambda: require_writable(folder))
     if config.resume is None:
-        sharding.on_first_rank(lambda: require_free(folder, config.overwrite))
+        sharding.on_first_rank(lambda: require_free(folder, config.overwrite))  # emptied when all is checked
         return None, []
     if config.resume == "auto":
         path, problems = newest_good(folder / CHECKPOINTS)
@@ -103,13 +106,15 @@ def require_writable(folder: Path) -> None:
 
 def require_free(folder: Path, overwrite: bool) -> None:
     """Raise `ValueError` where the folder holds a run, unless it may be replaced."""
-    if not any((folder / name).exists() for name in WORK):
-        return
-    if not overwrite:
+    if not overwrite and any((folder / name).exists() for name in WORK):
         raise ValueError(
             f"{folder}: holds a run already: --resume auto continues it, --overwrite replaces it, or choose another"
             " --output-dir"
         )
+
+
+def remove_run(folder: Path) -> None:
+    """Delete what a run wrote into its folder."""
     for name in WRITTEN:
         for path in folder.glob(name):
             shutil.rmtree(path) if path.is_dir() else path.unlink()

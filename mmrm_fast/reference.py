@@ -20,6 +20,7 @@ DEFAULTS = {
     "adam_beta2": 0.999,
     "warmup_ratio": 0.0,
     "lr_scheduler_type": "linear",
+    "lora_dropout": 0.05,
 }
 RENAMED = {
     "model_name_or_path": "model",

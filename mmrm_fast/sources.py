@@ -73,6 +73,8 @@ def record_order(sizes: Sequence[int], total: int, *, seed: int, weights: Sequen
 
 def permutations(count: int, total: int, seed: tuple[int, ...]) -> np.ndarray:
     """`total` numbers below `count` as one seeded permutation after another, uint32 (half the memory of int64)."""
+    if total and not count:
+        raise ValueError("a file of the mixture has no records")
     order = np.empty(total, np.uint32)
     for epoch, start in enumerate(range(0, total, count)):
         permutation = np.arange(count, dtype=np.uint32)

@@ -24,6 +24,7 @@ from mmrm_fast.evaluate import (
     EvalSet,
     PairRow,
     batch_rows,
+    finite,
     judged_accuracy,
     print_table,
     results_table,
@@ -42,6 +43,7 @@ from mmrm_fast.progress import (
     Stopped,
     config_json,
     open_run,
+    remove_run,
     replaced_folder,
     terminations,
     write_text,
@@ -119,6 +121,8 @@ class Trainer:
         """The run folder, its config and its metrics; on the first rank."""
         folder = self.config.output_dir
         folder.mkdir(parents=True, exist_ok=True)
+        if self.config.overwrite and self.config.resume is None:
+            remove_run(folder)
         require_space(folder, self.steps.tensors())
         write_text(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
         write_text(folder / CONFIG, json.dumps(config_json(self.config), indent=2) + "\n")
@@ -144,9 +148,9 @@ class Trainer:
                 self.end_when_told()
                 waited += seconds
                 if packed.step:
+                    self.note(packed.step.notes, training=True)
                     if not packed.step.records:
                         break
-                    self.note(packed.step.notes, training=True)
                 self.accumulate(packed)
                 if not packed.step:
                     continue
@@ -367,7 +371,7 @@ class Trainer:
         for name, own in rows.items():
             write_rows(folder / f"eval-{name}.jsonl", own)
         write_text(folder / "final" / "reward_stats.json", json.dumps(reward_stats(rows, self.kinds), indent=2) + "\n")
-        write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
+        write_text(folder / "results.json", json.dumps(finite(results), indent=2, allow_nan=False) + "\n")
         write_text(folder / "skipped.jsonl", "".join(json.dumps(row) + "\n" for row in self.progress.skipped))
         if results:
             print_table(results_table(results))

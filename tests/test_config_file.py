@@ -79,6 +79,12 @@ def test_what_is_wrong_is_named_with_file_and_key(write, text, reason):
     assert str(caught.value).startswith(f"{name}: ") and reason in str(caught.value)
 
 
+def test_a_reference_file_s_batch_is_of_the_gpus_that_are_planned_for(write):
+    name = write("model_name_or_path: m\nper_device_train_batch_size: 4\ngradient_accumulation_steps: 2\n")
+    for flag in (["--num-gpus", "16"], ["--num_gpus=16"]):
+        assert parse(TrainConfig, ["--config", name, *flag], prog="test").pairs_per_step == 16 * 4 * 2
+
+
 def test_no_such_file_names_the_presets(capsys):
     assert main(["train", "--config", "internvl9"]) == 2
     assert "internvl2-8b-robust" in capsys.readouterr().err

@@ -165,6 +165,21 @@ def test_tokens_and_steps_come_from_the_data(make_checkpoint, write_jsonl, tmp_p
     assert "40 records" in printed and "a step: 8 pairs" in printed and "an epoch: about 5 steps" in printed
 
 
+@pytest.mark.parametrize(
+    ("pairs", "records", "steps"), [("all", 12, 12), ("expand", 72, 9), ("2", 12, 3)], ids=["all", "expand", "2"]
+)
+def test_pairs_of_a_kwise_record_are_planned_as_they_are_trained(
+    make_checkpoint, write_jsonl, tmp_path, capsys, pairs, records, steps
+):
+    save_checkpoint(tmp_path / "model", make_checkpoint())
+    scores = {"responses": ["a", "b", "c", "d"], "scores": [4, 3, 2, 1]}
+    data = write_jsonl([{"prompt": f"What? {i}", **scores} for i in range(12)])
+    arguments = ["--data", str(data), "--pairs-per-step", "8", "--pairs", pairs]
+    assert run(TrainConfig(model=tmp_path / "model"), *arguments) == 0
+    printed = capsys.readouterr().out
+    assert f"data: {records} records" in printed and f"an epoch: about {steps} steps" in printed
+
+
 @pytest.mark.parametrize("llm", LLM)
 def test_an_original_folder_is_planned_from_its_config_alone(tmp_path, capsys, llm):
     config = original_config(llm, "300M", vocab_size=700)

@@ -40,6 +40,7 @@ def test_the_published_robust_file_means_the_same_here():
         "save_every": 100,
         "keep": 10,
         "report_to": "tensorboard",
+        "lora_dropout": 0.05,
     }
     assert set(notes) == {
         "deepspeed", "conv_style", "drop_path_rate", "per_device_eval_batch_size", "save_strategy", "logging_steps",

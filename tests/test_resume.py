@@ -13,7 +13,7 @@ from ranks import run_ranks
 from runs import losses, read
 from safetensors.torch import load_file
 
-from mmrm_fast.checkpoint import SealingWriter
+from mmrm_fast.checkpoint import SealingWriter, not_kept
 from mmrm_fast.train import Trainer, train
 
 OPTIONS = {"robust": True, "epochs": 2, "save_every": 2, "keep": 3, "report_to": ()}
@@ -133,6 +133,14 @@ def test_a_checkpoint_can_be_named(make_config):
         train(make_config("other", resume=str(oldest), **OPTIONS))
 
 
+def test_later_checkpoints_that_a_resumed_run_left_behind_go_when_its_own_is_whole(tmp_path):
+    names = [f"step-{step:08d}" for step in (4, 6, 7, 8)]
+    for name in names:
+        (tmp_path / name).mkdir()
+    assert [path.name for path in not_kept(tmp_path / names[2], keep=2)] == [names[0], names[3]]
+    assert [path.name for path in not_kept(tmp_path / names[3], keep=4)] == []
+
+
 def test_a_run_folder_is_neither_overwritten_nor_continued_differently_by_accident(make_config):
     config = make_config("run", **OPTIONS)
     first = losses(train(config))
@@ -141,6 +149,9 @@ def test_a_run_folder_is_neither_overwritten_nor_continued_differently_by_accide
     with pytest.raises(ValueError, match=r"lr 0\.001 -> 0\.002"):
         train(replace(config, resume="auto", lr=2e-3))
     assert losses(config.output_dir) == first
+    with pytest.raises(ValueError, match="nowhere"):
+        train(replace(config, overwrite=True, data=("nowhere.jsonl",)))
+    assert losses(config.output_dir) == first and (config.output_dir / "final").exists()
     replaced = train(replace(config, overwrite=True, max_steps=2))
     assert losses(replaced) != first and len(losses(replaced)) == 2
 

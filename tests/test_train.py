@@ -174,6 +174,24 @@ def test_an_overlong_response_is_skipped_and_counted(make_config, write_jsonl, p
     assert "1 records or responses skipped" in capsys.readouterr().out
 
 
+def test_a_bad_record_is_listed_once_however_often_it_is_met(make_config, write_jsonl, pictures):
+    evaluation = write_jsonl([mixed_records(pictures)[0], "{broken"], "cut.jsonl")
+    folder = train(make_config("often", eval=(f"small={evaluation}",), eval_every=1, epochs=2, skip_bad=True))
+    assert [row["source"].rpartition("/")[2] for row in read(folder / "skipped.jsonl")] == ["cut.jsonl:2"]
+
+
+def test_without_checks_records_that_cannot_be_used_are_named_all_the_same(make_config, write_jsonl):
+    data = write_jsonl([{"prompt": "?", "img_path": "absent.png", "chosen": "a", "rejected": "b"}], "lost.jsonl")
+    with pytest.raises(ValueError, match=r"lost\.jsonl:1: img_path.*absent\.png"):
+        train(make_config("unchecked", data=(str(data),), check_records=0, eval=()))
+
+
+def test_figures_that_no_pair_defines_are_null(make_config, write_jsonl):
+    data = write_jsonl([{"prompt": "What?", "chosen": "a", "rejected": "a"}], "ties.jsonl")
+    folder = train(make_config("ties", robust=True, max_steps=1, eval=(f"ties={data}",)))
+    assert json.loads((folder / "results.json").read_text(), parse_constant=pytest.fail)["ties"]["sfd"] is None
+
+
 def test_ratings_that_are_not_numbers_are_counted(make_config, capsys):
     train(make_config("unrated", max_steps=100))
     assert "3 responses without a numeric rating" in capsys.readouterr().out
@@ -186,6 +204,10 @@ def test_ratings_that_are_not_numbers_are_counted(make_config, capsys):
         (["--data", "{data}", "--model", "nowhere"], "nowhere"),
         (["--data", "{data}", "--eval", "noname"], "NAME=FILE"),
         (["--model", "{model}"], "--data"),
+        (["--data", "{data}", "--eval", "a={data}", "--eval-ood", "a={data}"], "a name of its own"),
+        (["--data", "{data}", "--eval", "a/b={data}"], "without a slash"),
+        (["--data", "{data}", "--eval", "a={data}", "--best", "a.accuracy"], "--eval-every"),
+        (["--data", "{data}", "--eval", "a={data}", "--best", "b.accuracy", "--eval-every", "2"], "SET.FIGURE, of a"),
     ],
 )
 def test_a_wrong_option_is_a_message_not_a_traceback(make_config, monkeypatch, capsys, arguments, reason):
