@@ -127,8 +127,9 @@ def named_files(specs: Sequence[str]) -> dict[str, Path]:
     """FILE or NAME=FILE; a file without a name has that of its stem, or of its folder where stems are equal."""
     if not specs:
         raise ValueError("--scores: give the file of at least one model")
-    pairs = [spec.partition("=") for spec in specs]
-    files = [(name, Path(path)) if found else (None, Path(name)) for name, found, path in pairs]
+    whole = [Path(spec).is_file() or "=" not in spec for spec in specs]
+    parts = [("", "", spec) if alone else spec.partition("=") for spec, alone in zip(specs, whole, strict=True)]
+    files = [(name, Path(path)) for name, _, path in parts]
     stems = [path.stem for _, path in files]
     names = [name or (path.stem if stems.count(path.stem) == 1 else path.parent.name) for name, path in files]
     if len(set(names)) < len(names):

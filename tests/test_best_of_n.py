@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from mmrm_fast.best_of_n import expected_best, kl, parse_sizes
+from mmrm_fast.best_of_n import expected_best, kl, named_files, parse_sizes
 from mmrm_fast.candidates import make_candidates
 from mmrm_fast.cli import main
 from mmrm_fast.records import RecordFile
@@ -59,6 +59,14 @@ def test_sizes_are_a_list_in_which_dots_double(text, sizes):
 def test_other_sizes_are_refused(text):
     with pytest.raises(ValueError, match="--n"):
         parse_sizes(text)
+
+
+def test_a_path_may_hold_the_sign_that_names_a_file(tmp_path):
+    path = tmp_path / "lr=1e-3" / "scores.jsonl"
+    path.parent.mkdir()
+    path.touch()
+    assert named_files([str(path)]) == {"scores": path}
+    assert named_files([f"ours={path}"]) == {"ours": path}
 
 
 # the command
