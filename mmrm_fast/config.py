@@ -24,10 +24,6 @@ class DataConfig:
     """Prepare texts and pictures exactly as the reference implementation does; see README for what differs."""
     tokens_per_micro_batch: int = 16_384
     """Work of one forward, in tokens after sharing: tokens + gathered keys / 8 + image tokens."""
-    check_records: int = 100_000
-    """Records checked before anything runs (syntax, fields, images, lengths); 0 checks none."""
-    check: bool = False
-    """Decode every image when checking. Sets of under 10,000 images are always decoded."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +121,10 @@ class TrainConfig(DataConfig):
     """Pairs of one optimizer step over all ranks, instead of `--tokens-per-batch`."""
     overlong: Literal["skip", "truncate", "error"] = "skip"
     """A response that does not fit: drop its pairs and count them, cut it, or stop."""
+    check_records: int = 100_000
+    """Records checked before anything runs (syntax, fields, images, lengths); 0 checks none."""
+    check: bool = False
+    """Decode every image when checking. Sets of under 10,000 images are always decoded."""
     skip_bad: bool = False
     """Skip records that cannot be used, listed in skipped.jsonl, instead of stopping."""
     freeze_llm: bool = False
