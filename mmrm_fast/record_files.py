@@ -27,18 +27,20 @@ WHITE_SPACE = np.frombuffer(b" \t\r\n\v\f", np.uint8)
 PARQUET = ".parquet"
 LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".json", ".json.gz")
 KINDS = (*LINES, PARQUET)
+FAILURES = "errors.jsonl"  # beside the shards of a scoring run
 
 
 def open_rows(spec: str | Path, columns: AbstractSet[str]) -> list["LineFile | RowFile"]:
     """The files that `spec` names, in the order of their names.
 
     Args:
-        spec: a file, a folder (all files in it with a known suffix) or a glob.
+        spec: a file, a folder (all files in it with a known suffix but a scoring run's `errors.jsonl`) or a glob.
         columns: what a record can hold; other Parquet columns are not read.
     """
     path = Path(spec)
     if path.is_dir():
-        paths = sorted(item for item in path.iterdir() if item.name.endswith(KINDS) and item.is_file())
+        files = (item for item in path.iterdir() if item.name.endswith(KINDS) and item.is_file())
+        paths = sorted(item for item in files if item.name != FAILURES)
     elif path.is_file():
         paths = [path]
     else:
@@ -80,7 +82,7 @@ class LineFile:
                 self.source(row), "", f"a line of {stop - start} bytes is over the limit of {MAX_LINE_BYTES}"
             )
         try:
-            return json.loads(os.pread(self.file.fileno(), stop - start, start))
+            return json.loads(os.pread(self.file.fileno(), stop - start, start).strip())  # blank lines may follow
         except (ValueError, RecursionError) as error:
             raise RecordError(self.source(row), "", f"not valid JSON ({error})") from None
 

@@ -53,7 +53,7 @@ class Turns:
 
 def parse_form(fields: dict, source: str) -> Form:
     """Read one record, whichever layout it has. Raises `RecordError`."""
-    if "text" in fields and not PREFERENCE_FIELDS & fields.keys():
+    if in_text(fields):
         fields = {**fields, **decode_text(fields["text"], source)}
     name = present(fields, PROMPT_FIELDS)
     prompt = prompt_turns(fields[name], name, source) if name in fields else None
@@ -74,6 +74,11 @@ def parse_form(fields: dict, source: str) -> Form:
 def present(fields: dict, names: Sequence[str]) -> str:
     """The first of the names that the record has; the usual one where it has none."""
     return next((name for name in names if name in fields), names[0])
+
+
+def in_text(fields: dict) -> bool:
+    """Whether the record is RLHF-V's, all of it in `text`; beside replies a `text` is anything, such as a caption."""
+    return "text" in fields and not {*PREFERENCE_FIELDS, "responses"} & fields.keys()
 
 
 def decode_text(value: object, source: str) -> dict:

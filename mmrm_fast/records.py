@@ -13,12 +13,11 @@ import numpy as np
 
 from mmrm_fast.record_fields import Message, Pair, RecordError, kind_of, number, text
 from mmrm_fast.record_files import open_rows
-from mmrm_fast.record_forms import FORM_FIELDS, PREFERENCE_FIELDS, Prompt, parse_form
+from mmrm_fast.record_forms import FORM_FIELDS, PREFERENCE_FIELDS, Prompt, in_text, parse_form
 from mmrm_fast.record_images import IMAGE_FIELDS, image_field, record_images, resolve_image, shown_images
 
 __all__ = [
-    "Group", "Message", "Pair", "Prompt", "RecordError", "RecordFile", "iter_groups", "open_records", "parse_group",
-    "prompt_json",
+    "Group", "Message", "Pair", "Prompt", "RecordError", "RecordFile", "iter_groups", "parse_group", "prompt_json",
 ]  # fmt: skip
 
 ID_FIELDS = ("id", "idx")
@@ -109,9 +108,12 @@ class RecordFile:
     """The records of one or several files, read at random: opening builds an index, `group(i)` parses one record.
 
     Args:
-        spec: a file, a folder or a glob, see `record_files`.
+        spec: a file (.jsonl, .jsonl.gz, .jsonl.zst, .parquet), every such file of a folder, or a glob.
         image_root: folder that relative image paths start from; default each file's own folder.
         need_pairs: refuse records without preferences (training, evaluation).
+
+    Raises:
+        ValueError: no such file, or not of these kinds.
     """
 
     def __init__(self, spec: str | Path, image_root: str | Path | None = None, *, need_pairs: bool = False):
@@ -128,19 +130,10 @@ class RecordFile:
         number = int(np.searchsorted(self.edges, index, side="right")) - 1
         file, row = self.files[number], int(index - self.edges[number])
         source, fields = file.source(row), file.fields(row)
-        if self.need_pairs and isinstance(fields, dict) and not {*PREFERENCE_FIELDS, "text"} & fields.keys():
+        if self.need_pairs and isinstance(fields, dict) and not (PREFERENCE_FIELDS & fields.keys() or in_text(fields)):
             raise RecordError(source, "chosen", "missing; training and evaluation need chosen/rejected or completions")
         root = self.image_root or file.path.parent
         return parse_group(fields, source=source, record=int(index), image_root=root)
-
-
-def open_records(spec: str | Path, image_root: str | Path | None = None, *, need_pairs: bool = False) -> RecordFile:
-    """Open a file (.jsonl, .jsonl.gz, .jsonl.zst, .parquet), every such file of a folder, or a glob.
-
-    Raises:
-        ValueError: no such file, or not of these kinds.
-    """
-    return RecordFile(spec, image_root, need_pairs=need_pairs)
 
 
 def iter_groups(file: RecordFile, indices: Sequence[int] | None = None) -> Iterator[Group | RecordError]:

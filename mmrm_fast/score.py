@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from mmrm_fast.cluster import gpus_each, ray_cluster
 from mmrm_fast.config import ScoreConfig
-from mmrm_fast.records import Group, RecordError, RecordFile, iter_groups, open_records, prompt_json
+from mmrm_fast.records import Group, RecordError, RecordFile, iter_groups, prompt_json
 from mmrm_fast.scorer import Scored, Scorer
 from mmrm_fast.shards import Shards, fingerprint, write_aside
 from mmrm_fast.weights import require_reward_model
@@ -52,7 +52,7 @@ class ScoringActor:
     def __init__(self, config: ScoreConfig, shards: Shards, *, num_threads: int):
         torch.set_num_threads(num_threads)
         self.config, self.shards = config, shards
-        self.file = open_records(config.data, config.image_root)
+        self.file = RecordFile(config.data, config.image_root)
         self.reading = threading.Lock()
         self.scorer = Scorer.from_pretrained(
             config.model,
@@ -162,7 +162,7 @@ def score(config: ScoreConfig) -> int:
     reward_scale(config)
     if not config.out.parent.is_dir():
         raise ValueError(f"{config.out.parent}: no such folder to write scores into")
-    file = open_records(config.data, config.image_root)
+    file = RecordFile(config.data, config.image_root)
     shards = open_shards(config, file)
     tally = run(config, shards)
     errors = [error for note in shards.notes() for error in note["errors"]]

@@ -10,7 +10,7 @@ from PIL import Image
 
 from mmrm_fast.branches import ProxyMargins
 from mmrm_fast.dataset import GroupDataset, PreferenceDataset, fault, only_paired
-from mmrm_fast.records import Group, Pair, RecordError, RecordFile, open_records
+from mmrm_fast.records import Group, Pair, RecordError, RecordFile
 
 LONG = "I think so. " * 40
 
@@ -130,7 +130,7 @@ def test_encoded_images_are_read_again_instead_of_carried_along(make_dataset, wr
     content = base64.b64encode(Path(pictures["wide"]).read_bytes()).decode()
     images = ["data:image/png;base64," + content, pictures["square"]]
     records = [{"prompt": "first", "responses": ["a"]}, {"prompt": "p", "images": images, "responses": ["a"]}]
-    dataset = make_dataset([open_records(write_jsonl(records))], kind=GroupDataset)
+    dataset = make_dataset([RecordFile(write_jsonl(records))], kind=GroupDataset)
     sample = dataset.select(np.array([1]))[0]
     assert sample.group.images == ()
     assert [len(tiles) for tiles in dataset.load(sample)] == list(sample.tiles_per_image) == [3, 1]

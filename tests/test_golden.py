@@ -10,7 +10,7 @@ from mmrm_fast import convert
 from mmrm_fast.dataset import PreferenceDataset
 from mmrm_fast.loss import preference_loss
 from mmrm_fast.packing import MicroBatch, Packer
-from mmrm_fast.records import open_records
+from mmrm_fast.records import RecordFile
 from mmrm_fast.scorer import Scorer
 from mmrm_fast.weights import load_checkpoint
 
@@ -46,7 +46,7 @@ def trained_batch(name, folder, *, robust):
     main = load_checkpoint(GOLDEN / name / folder, compat="reference", max_length=4096)
     proxy = load_checkpoint(GOLDEN / name / folder, compat="reference", proxy=True) if robust else None
     dataset = PreferenceDataset(
-        [open_records(GOLDEN / name / "pairs.jsonl")], main.prompt_encoder(), main.tiling,
+        [RecordFile(GOLDEN / name / "pairs.jsonl")], main.prompt_encoder(), main.tiling,
         with_text=robust, proxy_image="white",
     )  # fmt: skip
     samples = tuple(dataset[index] for index in range(len(dataset)))

@@ -10,7 +10,7 @@ from mmrm_fast.dataset import GroupDataset
 from mmrm_fast.images import NORMALIZATION, Tiling, mean_colour, white_tile
 from mmrm_fast.packing import MicroBatch, Packer
 from mmrm_fast.prompt import PromptEncoder
-from mmrm_fast.records import open_records
+from mmrm_fast.records import RecordFile
 from mmrm_fast.tokenizer import load_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -30,7 +30,7 @@ def open_golden(name):
     def make(file="records.jsonl", max_length=4096, **options):
         tokenizer = load_tokenizer(GOLDEN / name / "checkpoint", template=TEMPLATES[name], original=True)
         encoder = PromptEncoder(tokenizer, tokens_per_tile=4, max_length=max_length, compat="reference")
-        return GroupDataset([open_records(GOLDEN / name / file)], encoder, TILING, **options)
+        return GroupDataset([RecordFile(GOLDEN / name / file)], encoder, TILING, **options)
 
     return make
 

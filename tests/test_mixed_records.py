@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from mmrm_fast.dataset import GroupDataset, fault
-from mmrm_fast.records import RecordError, open_records
+from mmrm_fast.records import RecordError, RecordFile
 
 NUM_RECORDS = 2000
 GOOD_IMAGES = {
@@ -83,7 +83,7 @@ def test_every_record_is_a_sample_or_an_error_that_names_its_line(make_checkpoin
     content = "\n".join(lines).encode()
     path.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
     checkpoint = make_checkpoint(max_length=256)
-    dataset = GroupDataset([open_records(path)], checkpoint.prompt_encoder(), checkpoint.tiling)
+    dataset = GroupDataset([RecordFile(path)], checkpoint.prompt_encoder(), checkpoint.tiling)
     assert len(dataset) == NUM_RECORDS
 
     faults = [fault(dataset, i, decode=True) for i in range(NUM_RECORDS)]
@@ -100,6 +100,6 @@ def test_every_bad_image_says_what_is_wrong_with_it(make_checkpoint, tmp_path, i
     for name, reason in images[1].items():
         path.write_text(json.dumps({"prompt": "What?", "img_path": name, "responses": ["a"]}))
         with pytest.raises(RecordError, match=name) as caught:
-            dataset.load(dataset.encode(open_records(path).group(0)))
+            dataset.load(dataset.encode(RecordFile(path).group(0)))
         assert reason in caught.value.reason
         assert caught.value.field == "img_path"

@@ -70,6 +70,10 @@ def test_responses_may_be_messages():
     assert parse({"prompt": [USER], "responses": ["a", GOOD, [BAD]]}).responses == ("a", "c", "r")
 
 
+def test_text_beside_responses_is_not_read():
+    assert parse({"prompt": "q", "responses": ["a"], "text": "a caption"}).responses == ("a",)
+
+
 def test_a_prompt_is_written_as_it_was_read():
     assert prompt_json(parse({"prompt": [SYSTEM, USER], "responses": ["a"]}).prompt) == [SYSTEM, USER]
     assert prompt_json(parse({"prompt": "q", "responses": ["a"]}).prompt) == "q"

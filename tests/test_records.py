@@ -171,8 +171,9 @@ def test_a_lone_surrogate_in_a_field_that_is_written_out_is_an_error(write_jsonl
         RecordFile(path).group(0)
 
 
-def test_a_record_without_preferences_is_an_error_where_pairs_are_needed(write_jsonl):
-    path = write_jsonl([{"prompt": "p", "responses": ["a", "b"]}])
+@pytest.mark.parametrize("more", [{}, {"text": "a caption"}])
+def test_a_record_without_preferences_is_an_error_where_pairs_are_needed(write_jsonl, more):
+    path = write_jsonl([{"prompt": "p", "responses": ["a", "b"], **more}])
     with pytest.raises(RecordError, match="chosen: missing; training and evaluation need"):
         RecordFile(path, need_pairs=True).group(0)
 
