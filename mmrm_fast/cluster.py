@@ -23,7 +23,7 @@ def ray_cluster(address: str | None = None, env: Mapping[str, str] | None = None
     if not address:  # all processes inherit ours
         os.environ.update(env)
     ray.init(
-        address=address,
+        address=address or "local",  # None would join what RAY_ADDRESS or an earlier `ray start` names
         runtime_env={"env_vars": env} if address else None,
         log_to_driver=False,
         include_dashboard=False,

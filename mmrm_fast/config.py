@@ -202,8 +202,8 @@ class ScoreConfig(DataConfig):
     """Write (reward - mean) / std by the reward_stats.json beside the model."""
     allow_errors: bool = False
     """Exit with status 0 though records failed."""
-    actors: int | None = None
-    """Scoring processes. Default: one a GPU, or one a two CPUs."""
+    actors: Literal["auto"] | int = "auto"
+    """Scoring processes; `auto`: one a GPU, or one a two CPUs."""
     gpus_per_actor: float | None = None
     """GPUs of an actor. Default: 1 where there are any."""
     address: str | None = None

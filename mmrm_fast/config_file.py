@@ -3,6 +3,7 @@
 import os
 import types
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields
 from difflib import get_close_matches
 from inspect import cleandoc
@@ -95,8 +96,11 @@ def convert(value: Any, hint: Any, key: str) -> Any:
     """A YAML value as a field's type (YAML reads 1e-5 as text). Raises `ValueError` naming the key."""
     origin, choices = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        (hint,) = (choice for choice in choices if choice is not type(None))
-        return convert(value, hint, key)
+        *others, last = (choice for choice in choices if choice is not type(None))
+        for other in others:
+            with suppress(ValueError):
+                return convert(value, other, key)
+        return convert(value, last, key)
     if origin is tuple:
         return tuple(convert(item, choices[0], key) for item in (value if isinstance(value, list) else [value]))
     if origin is Literal:

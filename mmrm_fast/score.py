@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import islice
 
 import ray
 import torch
@@ -17,9 +18,10 @@ from tqdm import tqdm
 
 from mmrm_fast.cluster import gpus_each, ray_cluster
 from mmrm_fast.config import ScoreConfig
+from mmrm_fast.record_files import FAILURES
 from mmrm_fast.records import Group, RecordError, RecordFile, iter_groups, prompt_json
 from mmrm_fast.scorer import Scored, Scorer
-from mmrm_fast.shards import Shards, fingerprint, write_aside
+from mmrm_fast.shards import PAIR_COLUMNS, SCORE_COLUMNS, Shards, fingerprint, write_aside
 from mmrm_fast.weights import require_reward_model
 
 CPUS_PER_ACTOR = 2
@@ -64,11 +66,12 @@ class ScoringActor:
         self.scale = reward_scale(config)
 
     def score(self, chunk: int) -> Tally:
-        """Score a chunk and write its shard."""
+        """Score a chunk and write its shard. Raises what failed where it was not the records."""
         positions = self.shards.records(chunk)
         with self.reading:
             groups = list(iter_groups(self.file, positions))
         results = score_or_say_why(self.scorer, groups)
+        raise_if_broken(results)
         rows, errors, tally = [], [], Tally(records=len(positions))
         for position, result in zip(positions, results, strict=True):
             if isinstance(result, Scored):
@@ -89,6 +92,13 @@ def score_or_say_why(scorer: Scorer, groups: Sequence[Group | RecordError]) -> l
         if len(groups) == 1:
             return [error]
         return [result for group in groups for result in score_or_say_why(scorer, [group])]
+
+
+def raise_if_broken(results: Sequence[Scored | Exception]) -> None:
+    """Raise what failed where nothing was scored, as after an error of the GPU: no record is to blame for that."""
+    faults = [result for result in results if isinstance(result, Exception) and not isinstance(result, RecordError)]
+    if faults and not any(isinstance(result, Scored) for result in results):
+        raise faults[0]
 
 
 def count(scored: Scored, tally: Tally) -> None:
@@ -155,14 +165,24 @@ def score(config: ScoreConfig) -> int:
 
     Started again after an interruption, it goes on where it stopped.
     """
-    config = replace(config, model=config.model.resolve(), data=config.data.absolute(), out=config.out.absolute())
+    config = replace(
+        config,
+        model=config.model.resolve(),
+        data=config.data.absolute(),
+        out=config.out.absolute(),
+        image_root=config.image_root and config.image_root.absolute(),
+    )
     if config.best_of and config.to_pairs is not None:
         raise ValueError("--best-of and --to-pairs write different rows; choose one")
+    if config.actors != "auto" and config.actors < 1:
+        raise ValueError(f"--actors must be auto or at least 1, got {config.actors}")
     require_reward_model(config.model)
     reward_scale(config)
     if not config.out.parent.is_dir():
         raise ValueError(f"{config.out.parent}: no such folder to write scores into")
     file = RecordFile(config.data, config.image_root)
+    if config.out.resolve() in [source.path.resolve() for source in file.files]:
+        raise ValueError(f"{config.out}: is one of the files to be scored; choose another --out")
     shards = open_shards(config, file)
     tally = run(config, shards)
     errors = [error for note in shards.notes() for error in note["errors"]]
@@ -175,7 +195,8 @@ def open_shards(config: ScoreConfig, file: RecordFile) -> Shards:
     if single and config.format == "parquet":
         raise ValueError(f"--format parquet writes a folder of shards; {config.out} looks like a file")
     folder = config.out.with_name(config.out.name + ".parts") if single else config.out
-    shards = Shards(folder, "jsonl" if single else config.format, len(file))
+    columns = SCORE_COLUMNS if config.to_pairs is None else PAIR_COLUMNS
+    shards = Shards(folder, "jsonl" if single else config.format, len(file), columns)
     weights = sorted(path for path in config.model.iterdir() if path.suffix in (".json", ".safetensors", ".jinja"))
     shards.open(
         {
@@ -215,31 +236,36 @@ def sharing(tally: Tally) -> float:
 def scored_chunks(config: ScoreConfig, shards: Shards, chunks: Sequence[int]) -> Iterator[Tally]:
     """The counts of chunks as they are done, on a pool of actors."""
     with ray_cluster(config.address):
-        waiting, at_work = iter(chunks), {}
+        waiting, left = iter(chunks), len(chunks)
         actors = make_actors(config, shards, len(chunks))
+        at_work = {actor.__ray_ready__.remote(): actor for actor in actors * CHUNKS_AHEAD}  # none waits for a slow one
         try:
-            for actor in actors * CHUNKS_AHEAD:
-                at_work |= {actor.score.remote(chunk): actor for chunk in take(waiting)}
-            while at_work:
+            while left:
                 (done,), _ = ray.wait(list(at_work), num_returns=1)
                 actor = at_work.pop(done)
-                at_work |= {actor.score.remote(chunk): actor for chunk in take(waiting)}
-                yield ray.get(done)
+                at_work |= {actor.score.remote(chunk): actor for chunk in islice(waiting, 1)}
+                if isinstance(tally := ray.get(done), Tally):
+                    left -= 1
+                    yield tally
         except ray.exceptions.RayError as error:
             raise OSError(f"a scoring process failed; what is done is kept, start again to go on: {error}") from None
 
 
-def take(chunks: Iterator[int]) -> list[int]:
-    """The next chunk, or none."""
-    return [chunk for chunk in (next(chunks, None),) if chunk is not None]
-
-
 def make_actors(config: ScoreConfig, shards: Shards, num_chunks: int) -> list:
-    """The scoring processes: one a GPU, or one a two CPUs, unless the config says how many."""
+    """The scoring processes: one a GPU, or one a two CPUs, unless the config says how many.
+
+    Raises `ValueError` where the cluster lacks GPUs for them.
+    """
     resources = ray.cluster_resources()
     gpus = gpus_each(config.gpus_per_actor)
-    slots = resources["GPU"] / gpus if gpus else resources["CPU"] / CPUS_PER_ACTOR
-    count = min(config.actors or max(1, int(slots)), num_chunks)
+    there = resources.get("GPU", 0)
+    slots = there / gpus if gpus else resources["CPU"] / CPUS_PER_ACTOR
+    count = max(1, int(slots)) if config.actors == "auto" else config.actors
+    if count * gpus > there:
+        raise ValueError(
+            f"{count} actors with {gpus:g} GPUs each: the cluster has {there:g}; lower --actors or --gpus-per-actor"
+        )
+    count = min(count, num_chunks)
     threads = max(1, min(int(resources["CPU"] / count), CPUS_PER_ACTOR))
     cpus = threads if count * threads <= resources["CPU"] else 0  # more actors than CPUs, if the user wants it so
     actor = ray.remote(
@@ -250,9 +276,9 @@ def make_actors(config: ScoreConfig, shards: Shards, num_chunks: int) -> list:
 
 def finish(config: ScoreConfig, shards: Shards, tally: Tally, errors: list[dict]) -> int:
     """Join what is to be joined, list the failed records, print the summary; the exit status."""
-    listing = config.out / "errors.jsonl"
+    listing = config.out / FAILURES
     if config.out != shards.folder:
-        listing = config.out.with_name(config.out.name + ".errors.jsonl")
+        listing = config.out.with_name(f"{config.out.name}.{FAILURES}")
     listing.unlink(missing_ok=True)
     if errors:
         write_aside(listing, "".join(json.dumps(error) + "\n" for error in errors).encode())
@@ -267,5 +293,6 @@ def finish(config: ScoreConfig, shards: Shards, tally: Tally, errors: list[dict]
         return 0
     print(f"{len(errors)} records failed, listed in {listing}:")
     for error in errors[:50]:
-        print(": ".join(str(error[name]) for name in ("source", "field", "reason") if error[name]))
+        line = ": ".join(str(error[name]) for name in ("source", "field", "reason") if error[name])
+        print(line.encode(errors="replace").decode())  # a file's name may be no Unicode
     return 0 if config.allow_errors else EXIT_SOME_FAILED

@@ -24,15 +24,18 @@ COLUMNS = {
     "img_path": pyarrow.string(), "response": pyarrow.string(), "score": pyarrow.float64(),
     "truncated": pyarrow.bool_(), "chosen": pyarrow.string(), "rejected": pyarrow.string(), "margin": pyarrow.float64(),
 }  # fmt: skip
+SCORE_COLUMNS = ("id", "record", "response_index", "prompt", "img_path", "response", "score", "truncated")
+PAIR_COLUMNS = ("id", "record", "prompt", "img_path", "chosen", "rejected", "margin")
 
 
 @dataclass(frozen=True)
 class Shards:
-    """The shards of one run in a folder; `kind` is jsonl or parquet."""
+    """The shards of one run in a folder; `kind` is jsonl or parquet, `columns` are those of a Parquet shard."""
 
     folder: Path
     kind: str
     num_records: int
+    columns: Sequence[str] = SCORE_COLUMNS
 
     @property
     def num_chunks(self) -> int:
@@ -60,6 +63,8 @@ class Shards:
                 )
         elif self.folder.is_dir() and any(self.folder.iterdir()) and not description.parent.is_dir():
             raise ValueError(f"{self.folder}: is not empty and no scoring run; choose another --out")
+        else:
+            shutil.rmtree(description.parent, ignore_errors=True)  # notes of nobody knows what
         description.parent.mkdir(parents=True, exist_ok=True)
         for aside in self.folder.glob(".*.unfinished"):
             aside.unlink()
@@ -74,7 +79,7 @@ class Shards:
         """Write a chunk's rows, then its note."""
         if self.kind == "parquet":
             sink = pyarrow.BufferOutputStream()
-            parquet.write_table(table(rows), sink)
+            parquet.write_table(table(rows, self.columns), sink)
             content = sink.getvalue().to_pybytes()
         else:
             content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
@@ -88,19 +93,21 @@ class Shards:
                 yield json.loads(self.note(chunk).read_bytes())
 
     def join(self, path: Path) -> None:
-        """Put JSONL shards together in one file and remove the folder."""
+        """Put JSONL shards together in one file and remove the folder, all of it at once."""
         unfinished = path.with_name(path.name + ".unfinished")
         with open(unfinished, "wb") as whole:
             for chunk in range(self.num_chunks):
                 with open(self.shard(chunk), "rb") as shard:
                     shutil.copyfileobj(shard, whole)
         os.replace(unfinished, path)
-        shutil.rmtree(self.folder)
+        removed = self.folder.with_name(self.folder.name + ".removed")
+        shutil.rmtree(removed, ignore_errors=True)  # of a run that was killed in the last line
+        os.replace(self.folder, removed)
+        shutil.rmtree(removed)
 
 
-def table(rows: Sequence[dict]) -> pyarrow.Table:
+def table(rows: Sequence[dict], names: Sequence[str]) -> pyarrow.Table:
     """Rows as a table of one schema, whatever the rows of other shards hold: lists and conversations become JSON."""
-    names = list(rows[0]) if rows else [name for name in COLUMNS if name not in ("chosen", "rejected", "margin")]
     as_json = lambda value: json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value  # noqa: E731
     columns = {name: [as_json(row[name]) for row in rows] for name in names}
     return pyarrow.table(columns, schema=pyarrow.schema([(name, COLUMNS[name]) for name in names]))

@@ -30,6 +30,8 @@ class Options:
     """Weighting."""
     data: tuple[str, ...] = ()
     """Files."""
+    workers: Literal["auto"] | int = "auto"
+    """Processes."""
 
 
 @pytest.fixture
@@ -43,8 +45,9 @@ def write(tmp_path):
 
 
 def test_a_file_gives_every_kind_of_value(write):
-    name = write("lr: 1e-5\nsteps: 7\nrobust: true\nfolder: runs/a\nmode: reference\ndata: [a, b]\n")
-    assert read_config(name, Options) == Options(name, 1e-5, 7, True, Path("runs/a"), "reference", ("a", "b"))
+    name = write("lr: 1e-5\nsteps: 7\nrobust: true\nfolder: runs/a\nmode: reference\ndata: [a, b]\nworkers: 2\n")
+    assert read_config(name, Options) == Options(name, 1e-5, 7, True, Path("runs/a"), "reference", ("a", "b"), 2)
+    assert read_config(write("workers: auto"), Options).workers == "auto"
 
 
 def test_one_value_is_a_list_of_one_and_null_is_the_default(write):
@@ -68,6 +71,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(write):
         ("robust: 1", "robust: expected bool, got 1"),
         ("lr: [1]", "lr: expected float"),
         ("mode: papr", "mode: expected one of paper, reference, got 'papr'"),
+        ("workers: some", "workers: expected int, got 'some'"),
         ("- a", "expected keys and values, got list"),
         ("a: [", "not valid YAML"),
     ],

@@ -10,6 +10,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import ray
+import torch
 from PIL import Image
 from pyarrow import parquet
 from runs import descendants
@@ -17,9 +19,10 @@ from runs import descendants
 from mmrm_fast.cli import main
 from mmrm_fast.cluster import ray_cluster
 from mmrm_fast.config import ScoreConfig
-from mmrm_fast.records import Group, RecordError
-from mmrm_fast.score import error_row, rows_of, score_or_say_why
+from mmrm_fast.records import Group, RecordError, RecordFile, iter_groups
+from mmrm_fast.score import ScoringActor, Tally, error_row, finish, make_actors, rows_of, score_or_say_why
 from mmrm_fast.scorer import Scored, Scorer
+from mmrm_fast.shards import RECORDS_PER_CHUNK, Shards
 from mmrm_fast.weights import save_checkpoint
 
 
@@ -88,11 +91,28 @@ def test_a_model_that_is_not_one_is_refused_at_once(scoring, capsys):
     assert "config.json" in capsys.readouterr().err
 
 
-def test_a_folder_of_parquet_shards_with_accuracy_and_normalised_scores(scoring, capsys):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--actors", "0"], "--actors must be auto or at least 1, got 0"),
+        (["--gpus-per-actor", "1"], "1 actors with 1 GPUs each: the cluster has 0"),
+        (["--out", "records.jsonl"], "is one of the files to be scored"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_and_the_data_is_left_alone(scoring, capsys, monkeypatch, options, message):
+    folder, data, _ = scoring
+    monkeypatch.chdir(folder)
+    before = data.read_bytes()
+    assert main(["score", "--model", "model", "--data", "records.jsonl", "--out", "out.jsonl", *options]) == 2
+    assert message in capsys.readouterr().err and data.read_bytes() == before
+
+
+def test_a_folder_of_parquet_shards_with_accuracy_and_normalised_scores(scoring, capsys, monkeypatch):
     folder, data, good = scoring
+    monkeypatch.chdir(folder)  # the actors work elsewhere
     (folder / "model" / "reward_stats.json").write_text(json.dumps({"mean": 0.5, "std": 2.0}))
-    options = ["--format", "parquet", "--accuracy", "--normalize", "--allow-errors", "--actors", "1"]
-    arguments = ["score", "--model", str(folder / "model"), "--data", str(data), "--out", str(folder / "out"), *options]
+    options = ["--format", "parquet", "--accuracy", "--normalize", "--allow-errors", "--image-root", "."]
+    arguments = ["score", "--model", "model", "--data", data.name, "--out", "out", *options]
     assert main(arguments) == 0
     rows = parquet.read_table(folder / "out" / "part-000000.parquet").to_pylist()
     (rewards,) = Scorer.from_pretrained(folder / "model", device="cpu").score([good[3]])
@@ -104,6 +124,27 @@ def test_a_folder_of_parquet_shards_with_accuracy_and_normalised_scores(scoring,
     data.write_text(data.read_text() + "\n")
     assert main(arguments) == 2
     assert "other data" in capsys.readouterr().err
+
+
+def test_no_chunk_waits_for_an_actor_that_never_starts(scoring, monkeypatch):
+    folder, data, _ = scoring
+    nowhere = ray.remote(resources={"a machine that is not there": 1})(ScoringActor)
+    monkeypatch.setattr(
+        "mmrm_fast.score.make_actors",
+        lambda config, shards, count: [
+            nowhere.remote(config, shards, num_threads=1), *make_actors(config, shards, count)
+        ],
+    )  # fmt: skip
+    options = ["--model", str(folder / "model"), "--data", str(data), "--out", str(folder / "out.jsonl")]
+    assert main(["score", *options]) == 3
+
+
+def test_pairs_in_parquet_shards_are_records_to_train_on(scoring):
+    folder, data, _ = scoring
+    options = ["--out", str(folder / "pairs"), "--format", "parquet", "--to-pairs", "0"]
+    assert main(["score", "--model", str(folder / "model"), "--data", str(data), *options]) == 3
+    groups = list(iter_groups(RecordFile(folder / "pairs", need_pairs=True)))
+    assert [(group.id, len(group.pairs)) for group in groups] == [("a", 1), ("7", 1)]
 
 
 # what is written
@@ -147,6 +188,27 @@ def test_a_failure_costs_only_the_record_at_fault():
     assert error_row(3, results[3])["error"] == "RuntimeError" and error_row(3, results[3])["reason"] == "out of memory"
 
 
+def test_a_chunk_on_which_the_model_always_fails_is_not_done(write_jsonl, tmp_path, monkeypatch):
+    class Broken:
+        def score_groups(self, groups):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(Scorer, "from_pretrained", lambda *_, **__: Broken())
+    data = write_jsonl([{"prompt": "p", "responses": ["a"]}] * 3)
+    shards = Shards(tmp_path / "out", "jsonl", 3)
+    shards.open({})
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        ScoringActor(ScoreConfig(data=data), shards, num_threads=torch.get_num_threads()).score(0)
+    assert shards.todo() == [0]
+
+
+def test_a_failure_in_a_file_whose_name_is_no_unicode_is_printed(tmp_path, capsys):
+    shards = Shards(tmp_path, "jsonl", 1)
+    error = error_row(0, RecordError("caf\udce9.jsonl:1", "", "not valid JSON"))
+    assert finish(ScoreConfig(out=tmp_path), shards, Tally(records=1, failed=1), [error]) == 3
+    assert "caf?.jsonl:1: not valid JSON" in capsys.readouterr().out
+
+
 # killed at any moment
 
 
@@ -154,6 +216,7 @@ NUM_RECORDS, NUM_RESPONSES = 1250, 4
 
 
 MISSED_SOON = {"RAY_health_check_period_ms": "500"}  # a node that is gone; five checks in a row must fail
+ELSEWHERE = {"RAY_ADDRESS": "127.0.0.1:1"}  # a cluster that no run joins unasked
 
 
 def kill(victim, num_done, *, root, out, running):
@@ -164,6 +227,21 @@ def kill(victim, num_done, *, root, out, running):
         time.sleep(0.02)
     raylet = descendants(root, "raylet/raylet")  # first: it would start a killed actor again
     for pid in {"driver": [root], "actor": actors[:1], "node": raylet + actors}[victim]:
+        os.kill(pid, signal.SIGKILL)
+
+
+def kill_before_the_note(chunk, *, root, out):
+    """Kill the actors between the rows of a chunk and its note: whoever writes that waits for a reader."""
+    parts = out.with_name(out.name + ".parts")
+    while not (parts / f"part-{chunk:06d}.jsonl").exists():
+        assert not out.exists(), "ended before it was killed"
+        for pid in descendants(root, "ray::ScoringActor"):
+            note = parts / ".done" / f".{chunk:06d}.json.{pid}.unfinished"
+            if not note.exists():
+                os.mkfifo(note)
+        time.sleep(0.02)
+    assert not (parts / ".done" / f"{chunk:06d}.json").exists()
+    for pid in descendants(root, "ray::ScoringActor"):
         os.kill(pid, signal.SIGKILL)
 
 
@@ -178,13 +256,17 @@ def test_a_run_killed_again_and_again_has_every_response_exactly_once(make_check
     command = [sys.executable, "-m", "mmrm_fast.cli", *arguments]
     for victim, num_done in (("driver", 3), ("node", 8)):
         with open(tmp_path / "log.txt", "a") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | MISSED_SOON)
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | MISSED_SOON | ELSEWHERE)
         kill(victim, num_done, root=process.pid, out=out, running=lambda process=process: process.poll() is None)
         assert process.wait(timeout=120) != 0 and not out.exists(), (tmp_path / "log.txt").read_text()
     with ThreadPoolExecutor(1) as pool:
-        killed = pool.submit(kill, "actor", 12, root=os.getpid(), out=out, running=lambda: not out.exists())
+        killed = [
+            pool.submit(kill, "actor", 12, root=os.getpid(), out=out, running=lambda: not out.exists()),
+            pool.submit(kill_before_the_note, NUM_RECORDS // RECORDS_PER_CHUNK, root=os.getpid(), out=out),
+        ]
         assert main(arguments) == 0
-        killed.result()
+        for moment in killed:
+            moment.result()
 
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     places = itertools.product(range(NUM_RECORDS), range(NUM_RESPONSES))
