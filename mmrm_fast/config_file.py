@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import fields
 from difflib import get_close_matches
 from inspect import cleandoc
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -33,7 +34,7 @@ def parse(config_type: type[Config], arguments: Sequence[str], *, prog: str) -> 
 
 def argument(arguments: Sequence[str], name: str) -> str | None:
     """The value of a flag among the arguments."""
-    for given, following in zip(arguments, [*arguments[1:], None], strict=True):
+    for given, following in zip_longest(arguments, arguments[1:]):
         flag, has_value, value = given.partition("=")
         if flag.replace("_", "-") == name:
             return value if has_value else following

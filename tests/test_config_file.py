@@ -59,6 +59,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(write):
     config = parse(Options, ["--config", name, "--lr", "1e-3", "--no-robust", "--data", "c"], prog="test")
     assert (config.lr, config.robust, config.data, config.steps) == (1e-3, False, ("c",), 3)
     assert parse(Options, [f"--config={name}"], prog="test").robust
+    assert parse(Options, [], prog="test") == Options()
 
 
 @pytest.mark.parametrize(
