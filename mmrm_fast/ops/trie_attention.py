@@ -124,9 +124,10 @@ def trie_attention_bwd_cpu(
 
 def run_native(function, inputs, plan, scale: float, causal: bool, *outputs: Tensor) -> None:
     """Call a C++ kernel on `inputs` (q, k, v, ...: [tokens, heads, E] each) and a plan; `outputs` are contiguous."""
+    plan = [x.contiguous() for x in plan]
     inputs = [x if x.stride(2) == 1 else x.contiguous() for x in inputs]
     num_tokens, num_heads, size = inputs[0].shape
-    sizes = [len(plan[0]) - 1, num_tokens, num_heads, inputs[1].shape[1], size, len(inputs[1])]
+    sizes = [len(plan[0]) - 1, num_tokens, num_heads, inputs[1].shape[1], size, len(inputs[1]), len(plan[1])]
     pointers = addresses(*plan, *inputs, *outputs, device=inputs[0].device)
     first, second = len(plan), len(plan) + len(inputs)
     function(
@@ -282,7 +283,7 @@ def trie_attention(
     Args:
         q_THE: queries [T, H, E]; k_SGE, v_SGE: keys and values [S, G, E], H a multiple of G, one dtype
             (fp32, float64, bf16, fp16).
-        cu_seqlens_q, cu_seqlens_k: [N + 1] int32, edges of the nodes' queries and gathered keys.
+        cu_seqlens_q, cu_seqlens_k: [N + 1] int32, edges of the nodes' queries and gathered keys: from 0 to T and K.
         kv_index: [K] int64, index of every gathered key among the S tokens, ancestors first.
         max_seqlen_q, max_seqlen_k: longest node in queries and in keys.
         scale: positive factor on the dot products, usually E ** -0.5.
@@ -290,7 +291,14 @@ def trie_attention(
 
     Returns:
         [T, H, E] in q's dtype; softmax and the sums of shared gradients in fp32 (float64 for float64).
+
+    Raises:
+        ValueError: a shape or dtype that differs from the above.
+        IndexError: on the CPU, a key outside S; in C++ also edges that do not increase from 0 to T and K, or a causal
+            node with fewer keys than queries.
     """
+    check_tensors(q_THE, k_SGE, v_SGE)
+    check_plan(cu_seqlens_q, kv_index, cu_seqlens_k)
     if q_THE.shape[1] % k_SGE.shape[1]:
         raise ValueError(f"{q_THE.shape[1]} query heads are not a multiple of {k_SGE.shape[1]} key/value heads")
     if scale <= 0:
@@ -299,3 +307,22 @@ def trie_attention(
         q_THE, k_SGE, v_SGE, cu_seqlens_q, kv_index, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal
     )
     return out
+
+
+def check_tensors(q_THE: Tensor, k_SGE: Tensor, v_SGE: Tensor) -> None:
+    """One dtype and head size, a value for every key."""
+    if not q_THE.dtype == k_SGE.dtype == v_SGE.dtype:
+        dtypes = [x.dtype for x in (q_THE, k_SGE, v_SGE)]
+        raise ValueError(f"queries, keys and values must have one dtype, got {dtypes}")
+    if k_SGE.shape != v_SGE.shape or q_THE.shape[2] != k_SGE.shape[2]:
+        shapes = [list(x.shape) for x in (q_THE, k_SGE, v_SGE)]
+        raise ValueError(f"queries, keys and values must be [T, H, E], [S, G, E] and [S, G, E], got {shapes}")
+
+
+def check_plan(cu_seqlens_q: Tensor, kv_index: Tensor, cu_seqlens_k: Tensor) -> None:
+    """The dtypes that kernels read, and as many edges of queries as of keys."""
+    dtypes = [x.dtype for x in (cu_seqlens_q, kv_index, cu_seqlens_k)]
+    if dtypes != [torch.int32, torch.int64, torch.int32]:
+        raise ValueError(f"cu_seqlens_q, kv_index and cu_seqlens_k must be int32, int64 and int32, got {dtypes}")
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ValueError(f"{len(cu_seqlens_q)} edges of queries, but {len(cu_seqlens_k)} of keys")
