@@ -204,6 +204,20 @@ def test_a_plan_may_be_strided(backend):
     assert torch.equal(trie_attention(*tensors, **arguments, scale=SCALE), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("key", [0, 3])
+def test_nan_is_never_hidden(backend, key, dtype):
+    """A key that is not a number makes its queries' outputs and gradients none, as in plain torch."""
+    plan = forest(0)
+    tensors = [x.detach() for x in inputs(plan, dtype)]
+    tensors[1][key] = float("nan")
+    tensors = [x.requires_grad_() for x in tensors]
+    ours = with_gradients(lambda *x: trie_attention(*x, **keywords(plan), scale=SCALE), tensors)
+    plain = with_gradients(lambda *x: trie_attention_ref(*x, *edges_of(plan), SCALE), tensors)
+    for value, expected in zip(ours, plain, strict=True):
+        assert value.isnan()[expected.isnan()].all()
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_every_token_sees_its_own_sequence_and_nothing_else(seed):
     plan = forest(seed)
