@@ -1,6 +1,7 @@
 #include "trie_attention.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+// GCC 10 is the first that knows avx512bf16.
+#if defined(__x86_64__) && defined(__GNUC__) && __GNUC__ >= 10 && !defined(__clang__)
 #define MMRM_HAS_AVX512 1
 #include "avx512.h"
 #endif
