@@ -1,6 +1,7 @@
 """Builds mmrm_fast._native with CMake; metadata lives in pyproject.toml."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,8 @@ class CMakeBuild(build_ext):
         package_dir = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         configure = ["-S", str(ROOT), "-B", build_dir, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
         configure.append(f"-DWITH_CUDA={os.environ.get('WITH_CUDA', '1')}")
+        # Not the one in the cache of an earlier build, whose environment pip has removed.
+        configure.append(f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja') or 'ninja'}")
         try:
             subprocess.run(["cmake", *configure], check=True)
             subprocess.run(["cmake", "--build", build_dir], check=True)
@@ -29,7 +32,9 @@ class CMakeBuild(build_ext):
             raise CompileError(f"{error}; mmrm_fast will run its torch and numpy references") from error
 
 
+sources = ["CMakeLists.txt", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").iterdir())]
 setup(
-    ext_modules=[Extension("mmrm_fast._native", sources=[], optional=True)],
+    # What CMake reads, so that a source distribution holds it.
+    ext_modules=[Extension("mmrm_fast._native", sources=[], depends=sources, optional=True)],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from benchmarks.harness import Case, Options, Row
+from benchmarks.harness import Case, Options, Row, lone_row
 from mmrm_fast.defaults import TINY_CHECKPOINT
 from mmrm_fast.records import RecordFile, iter_groups
 from mmrm_fast.shapes import cached_environments
 
 ROOT = Path(__file__).parents[1]
 STEPS, QUICK_STEPS, SCORED = 40, 10, 500
-NO_BASELINE = "none"
 
 
 @dataclass(frozen=True)
@@ -46,12 +45,8 @@ def train_rows(method: str, options: Options) -> Iterator[Row]:
     """One process."""
     run = train_run(options, robust=method == "robust", threads=options.threads)
     shares = {f"share of {name}": share for name, share in run.shares.items()}
-    yield row(f"train.py {method}, shapes", run.seconds, options, {"pairs/s": run.pairs_per_second, **shares})
-
-
-def row(case: str, seconds: float, options: Options, details: dict) -> Row:
-    """A whole process, without a baseline."""
-    return Row("end-to-end", case, options.device.type, "float32", seconds, NO_BASELINE, None, None, details=details)
+    details = {"pairs/s": run.pairs_per_second, **shares}
+    yield lone_row("end-to-end", f"train.py {method}, shapes", run.seconds, options, details)
 
 
 def train_run(
@@ -97,7 +92,7 @@ def score_rows(options: Options) -> Iterator[Row]:
         "responses/s": responses / times["all"],
         "seconds of one record": times["start"],  # nearly all of it is the start of Ray and of the process
     }
-    yield row("score.py, shapes", times["all"], options, details)
+    yield lone_row("end-to-end", "score.py, shapes", times["all"], options, details)
 
 
 def process_seconds(arguments: list[str], threads: int) -> float:

@@ -1,23 +1,23 @@
 """reward_head against the head on all tokens, then index; forward, and forward and backward.
 
-The bound of the latter is zero-filling the gradient of the hidden states in new memory. Ours asks for huge pages, as
-the bound does; torch's do with THP_MEM_ALLOC_ENABLE=1.
+The bound of the latter is zero-filling the gradient of the hidden states in new memory.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
-import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from benchmarks.harness import (
+    CPU,
     Check,
     Options,
     Row,
+    Sides,
     bandwidth,
     bounded,
-    fresh_memory,
     interleaved,
     make_row,
     relative_error,
@@ -26,21 +26,24 @@ from mmrm_fast.ops.reward_head import reward_head
 
 NUM_TOKENS, NUM_RESPONSES, WIDTH = 8192, 16, 2048
 DTYPE = torch.bfloat16
-CASES = ("forward", "forward+backward")
+CASES = (("forward",), ("forward+backward",))
 BOUND = 2**-6  # the baseline's head is in bfloat16
 BASELINE = "all tokens"
 
 
 def rows(options: Options) -> Iterator[Row]:
     """One row a case."""
-    for case in CASES:
-        sides = make_sides(case)
-        ours, theirs, zeros = interleaved([*sides.values(), zero_fill], repeats=options.repeats)
+    for (case,) in CASES:
+        sides = make_sides(case, device=options.device)
+        new = partial(torch.empty, NUM_TOKENS, WIDTH, dtype=DTYPE, device=options.device)
+        functions = [*sides.values(), lambda new=new: new().zero_()]
+        ours, theirs, zeros = interleaved(functions, repeats=options.repeats)
         what = f"zeros at {bandwidth(NUM_TOKENS * WIDTH * DTYPE.itemsize, zeros.median)}"
         bound = {} if case == "forward" else bounded(ours, zeros.median, what)
         yield make_row(
-            "ops", title(case), "bfloat16", ours=ours, baseline=BASELINE, theirs=theirs, checks=checks(sides), **bound
-        )
+            "ops", title(case), "bfloat16", ours=ours, baseline=BASELINE, theirs=theirs, checks=checks(sides),
+            device=options.device.type, **bound,
+        )  # fmt: skip
 
 
 def title(case: str) -> str:
@@ -48,20 +51,15 @@ def title(case: str) -> str:
     return f"reward_head {NUM_RESPONSES} of {NUM_TOKENS:,} x {WIDTH:,}, {case}"
 
 
-def zero_fill() -> Tensor:
-    """The bound: a gradient of the hidden states without values."""
-    return fresh_memory(NUM_TOKENS, WIDTH, dtype=DTYPE).zero_()
-
-
-def make_sides(case: str) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+def make_sides(case: str, *, device: torch.device = CPU) -> Sides:
     """Both implementations on the same states; each returns the rewards, or the gradients of both inputs."""
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(NUM_TOKENS, WIDTH, generator=generator).to(DTYPE).requires_grad_()
-    weight = (torch.randn(WIDTH, generator=generator) / WIDTH).to(DTYPE)
+    hidden = torch.randn(NUM_TOKENS, WIDTH, generator=generator).to(device, DTYPE).requires_grad_()
+    weight = (torch.randn(WIDTH, generator=generator) / WIDTH).to(device, DTYPE)
     exact = weight.float().requires_grad_()
     weight.requires_grad_()
-    last_index = torch.randperm(NUM_TOKENS, generator=generator)[:NUM_RESPONSES].sort().values
-    grad = torch.randn(NUM_RESPONSES, generator=generator).to(DTYPE)
+    last_index = torch.randperm(NUM_TOKENS, generator=generator)[:NUM_RESPONSES].sort().values.to(device)
+    grad = torch.randn(NUM_RESPONSES, generator=generator).to(device, DTYPE)
 
     def ours() -> Tensor:
         return reward_head(hidden, last_index, exact)
@@ -78,16 +76,7 @@ def make_sides(case: str) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
     return {"ours": lambda: run(ours, exact), BASELINE: lambda: run(every, weight)}
 
 
-def checks(sides: dict[str, Callable[[], tuple[Tensor, ...]]]) -> list[Check]:
+def checks(sides: Sides) -> list[Check]:
     """Errors of our rewards or gradients."""
     results = zip(sides["ours"](), sides[BASELINE](), strict=True)
     return [Check(relative_error(result.float(), expected.float()), BOUND) for result, expected in results]
-
-
-@pytest.mark.parametrize("side", ["ours", BASELINE])
-@pytest.mark.parametrize("case", CASES)
-def test_reward_head(benchmark, case, side):
-    sides = make_sides(case)
-    assert all(check.passed for check in checks(sides))
-    benchmark.group = title(case)
-    benchmark(sides[side])

@@ -12,11 +12,10 @@ import torch
 from benchmarks import bench_score
 from benchmarks.bench_end_to_end import train_run
 from benchmarks.bench_train_step import our_side
-from benchmarks.harness import Case, Options, Row, interleaved
+from benchmarks.harness import Case, Options, Row, interleaved, lone_row
 from benchmarks.models import PROBE, cast, geometry, make_model, make_records
 
 RESPONSES, TILES, PAIRS, RANKS = (1, 2, 4, 8, 16, 32, 64), (1, 2, 4, 7, 12), (1, 2, 4, 8, 16, 32), (1, 2)
-NO_BASELINE = "none"
 
 
 def cases(options: Options) -> Iterator[Case]:
@@ -42,19 +41,11 @@ def pair_rows(size: int, options: Options) -> Iterator[Row]:
     side = our_side(records.pack().to(options.device), [model], "paper")
     side.step()
     (timing,) = interleaved([side.step], repeats=options.model_repeats, min_seconds=0)
-    yield alone(
-        f"train-step {size} pairs", timing.median, options, axis="pairs a step", size=size, spread=timing.spread
-    )
+    details = {"axis": "pairs a step", "size": size}
+    yield lone_row("scale", f"train-step {size} pairs", timing.median, options, details, spread=timing.spread)
 
 
 def rank_rows(size: int, options: Options) -> Iterator[Row]:
     """Seconds a step of train.py on that many ranks."""
     run = train_run(options, ranks=size, threads=1)
-    yield alone(f"train {size} ranks", run.step_seconds, options, axis="ranks", size=size)
-
-
-def alone(case: str, seconds: float, options: Options, *, spread: float | None = None, **details) -> Row:
-    """A row without a baseline."""
-    return Row(
-        "scale", case, options.device.type, "float32", seconds, NO_BASELINE, None, None, spread=spread, details=details
-    )
+    yield lone_row("scale", f"train {size} ranks", run.step_seconds, options, {"axis": "ranks", "size": size})

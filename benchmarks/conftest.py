@@ -7,5 +7,5 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def pytest_configure(config):
-    """Tests live in bench_*.py here."""
-    config.addinivalue_line("python_files", "bench_*.py")
+    """Tests live in bench_ops.py here."""
+    config.addinivalue_line("python_files", "bench_ops.py")

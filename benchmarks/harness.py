@@ -7,7 +7,6 @@ compared in the same run; a speed-up whose results differ is a failed row.
 import ctypes
 import gc
 import math
-import mmap
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -20,8 +19,9 @@ from torch import Tensor
 
 MIN_SAMPLE_SECONDS = 0.05
 SLOW_SECONDS = 20.0  # a call over it is timed twice at most
-HUGE_PAGE = 1 << 21
+CPU = torch.device("cpu")
 Suite = Literal["ops", "preprocess", "plan", "loader", "train-step", "score", "scale", "end-to-end", "flops"]
+Sides = dict[str, Callable[[], tuple[Tensor, ...]]]  # implementations of an op on the same inputs, ours first
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Row:
     baseline_spread: float | None = None
     verified: bool | None = None  # both sides' results are equal within the case's bounds; None where nothing compares
     max_error: float | None = None  # largest relative error of a result; None where that is not finite
-    peak_bytes: int | None = None  # resident memory that a call adds at its peak
+    peak_bytes: int | None = None  # memory that a call adds at its peak
     baseline_peak_bytes: int | None = None
     bound_fraction: float | None = None  # a lower bound, which the case's file names, / seconds
     computed: bool = False  # by formula: nothing was timed
@@ -112,7 +112,10 @@ class Check:
 def make_row(
     suite: str, case: str, dtype: str, *, ours: Timing, baseline: str, theirs: Timing, checks: Sequence[Check], **others
 ) -> Row:
-    """A row from both sides' timings and the checks of their results; `others` are the fields that have a default."""
+    """A row from both sides' timings and the checks of their results; `others` are the fields that have a default.
+
+    Without a check the row is not verified: its sides compute different things.
+    """
     errors = [check.error for check in checks]
     return Row(
         suite=suite,
@@ -125,15 +128,23 @@ def make_row(
         ratio=theirs.median / ours.median,
         spread=ours.spread,
         baseline_spread=theirs.spread,
-        verified=all(check.passed for check in checks),
-        max_error=max(errors, default=0.0) if all(map(math.isfinite, errors)) else None,
+        verified=all(check.passed for check in checks) if checks else None,
+        max_error=max(errors) if checks and all(map(math.isfinite, errors)) else None,
         **others,
     )
 
 
-def bounded(ours: Timing, seconds: float, what: str) -> dict:
+def lone_row(
+    suite: str, case: str, seconds: float, options: Options, details: dict, *, spread: float | None = None
+) -> Row:
+    """A row without a baseline."""
+    device = options.device.type
+    return Row(suite, case, device, "float32", seconds, "none", None, None, spread=spread, details=details)
+
+
+def bounded(ours: Timing, seconds: float, what: str, details: dict[str, float] | None = None) -> dict:
     """For `make_row`: the least seconds that the case can take, measured in the same run, and what they are."""
-    return {"bound_fraction": seconds / ours.median, "details": {"bound": what}}
+    return {"bound_fraction": seconds / ours.median, "details": {"bound": what, **(details or {})}}
 
 
 def bandwidth(num_bytes: int, seconds: float) -> str:
@@ -188,9 +199,9 @@ def time_calls(function: Callable, number: int) -> float:
     return time.perf_counter() - start
 
 
-def relative_error(result: Tensor, expected: Tensor) -> float:
-    """Largest absolute error over the largest absolute expected value."""
-    return float((result - expected).abs().max() / expected.abs().max())
+def relative_error(result: Tensor, expected: Tensor, *, least: float = 0.0) -> float:
+    """Largest absolute error over the largest absolute expected value; over `least` where that is larger."""
+    return float((result - expected).abs().max() / expected.abs().max().clamp(min=least))
 
 
 def gradient_error(gradients: dict[str, Tensor], expected: dict[str, Tensor], *, floor: float = 1e-3) -> float:
@@ -208,19 +219,17 @@ def gradient_error(gradients: dict[str, Tensor], expected: dict[str, Tensor], *,
     return max(errors)
 
 
-def fresh_memory(*shape: int, dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor that asks for huge pages, as a large output of an op does (csrc/memory.h)."""
-    tensor = torch.empty(shape, dtype=dtype)
-    begin = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE
-    length = (tensor.data_ptr() + tensor.nbytes) // HUGE_PAGE * HUGE_PAGE - begin
-    if hasattr(mmap, "MADV_HUGEPAGE") and length > 0:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
-    return tensor
-
-
 def peak_bytes(function: Callable) -> int | None:
-    """Resident memory that one call adds at its peak to what is resident before it; None but on Linux with glibc."""
+    """Memory that one call adds at its peak: of the GPU where there is one, elsewhere resident memory.
+
+    None without a GPU but on Linux with glibc.
+    """
     gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # so that freed memory that is still resident does not hide the peak
         Path("/proc/self/clear_refs").write_text("5")  # the peak restarts from here

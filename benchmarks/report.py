@@ -1,7 +1,9 @@
 """Rows out: the table, the JSON file that an interrupted run continues, the comparison with an earlier file, plots."""
 
+import hashlib
 import json
 import platform
+import subprocess
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -14,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness import Options, Row
+from mmrm_fast.progress import write_text
 
 RESULTS = Path(__file__).parent / "results"
 BYTES_PER_MIB = 1 << 20
@@ -24,6 +27,7 @@ def environment(options: Options) -> dict[str, str | int]:
     """What a reader needs to compare two files of results."""
     return {
         "date": date.today().isoformat(),
+        "commit": commit(),
         "cpu": cpu_name(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "threads": options.threads,
@@ -33,6 +37,21 @@ def environment(options: Options) -> dict[str, str | int]:
         "geometry": "full" if options.full else "reduced",
         "repeats": options.repeats,
     }
+
+
+def commit() -> str:
+    """The commit that the rows are of, with a hash of what is changed since; empty outside of a clone."""
+    head, changes = git("describe", "--always"), git("diff", "HEAD", "--", "*.py", "csrc", "CMakeLists.txt")
+    return f"{head}-{hashlib.sha256(changes.encode()).hexdigest()[:8]}" if changes else head
+
+
+def git(*arguments: str) -> str:
+    """What git prints in this folder; empty where there is no git or no clone."""
+    try:
+        command = ["git", "-C", str(Path(__file__).parents[1]), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def cpu_name() -> str:
@@ -52,16 +71,21 @@ def results_path(options: Options) -> Path:
 
 
 class ResultFile:
-    """A file of rows, written after every case; `finished` are the cases that it holds whole."""
+    """A file of rows, written after every case; `finished` are the cases that it holds whole.
+
+    With `resume` it is the newest one whose environment is the same but for the date, which may be an earlier day's.
+    """
 
     def __init__(self, path: Path, environment: dict, *, resume: bool):
         self.path, self.environment = path, environment
         self.rows: list[Row] = []
         self.finished: list[str] = []
-        if resume and path.is_file():
-            earlier = json.loads(path.read_text())
-            if earlier["environment"] == environment:
-                self.rows, self.finished = read_rows(path), earlier["finished"]
+        for earlier in [path, *of_all_days(path)] if resume else []:
+            content = json.loads(earlier.read_text()) if earlier.is_file() else {"environment": {}}
+            if undated(content["environment"]) == undated(environment):
+                self.path, self.environment = earlier, content["environment"]
+                self.rows, self.finished = read_rows(earlier), content["finished"]
+                break
 
     def add(self, case: str, rows: Iterable[Row]) -> None:
         """Add a finished case."""
@@ -69,7 +93,18 @@ class ResultFile:
         self.finished.append(case)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         content = {"environment": self.environment, "finished": self.finished, "rows": list(map(asdict, self.rows))}
-        self.path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_text(self.path, json.dumps(content, indent=2) + "\n")
+
+
+def undated(environment: dict) -> dict:
+    """All but the date."""
+    return {name: value for name, value in environment.items() if name != "date"}
+
+
+def of_all_days(path: Path) -> list[Path]:
+    """Files whose names differ from this one's in the date alone, the newest first."""
+    _, is_dated, rest = path.name.partition(date.today().isoformat())
+    return sorted(path.parent.glob(f"????-??-??{rest}"), reverse=True) if is_dated else []
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -54,17 +54,17 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     console = Console(width=None if sys.stdout.isatty() else 120)
     earlier = read_rows(options.compare) if options.compare else []
-    path = results_path(options)
-    results = ResultFile(path, environment(options), resume=options.full)
-    bar = tqdm(list(cases(options)))
-    for name, case in bar:
-        if name not in results.finished:
-            bar.set_description(name)
-            results.add(name, list(case.run()))
+    results = ResultFile(results_path(options), environment(options), resume=options.full)
+    unfinished = [(name, case) for name, case in cases(options) if name not in results.finished]
+    if results.finished:
+        print(f"{len(results.finished)} cases are in {results.path} already; without that file they run again")
+    for name, case in (bar := tqdm(unfinished)):
+        bar.set_description(name)
+        results.add(name, list(case.run()))
     print_table(console, results.environment, results.rows)
     for line in regressions(results.rows, earlier):
         console.print(f"slower: {line}")
-    print(*[path, *plot(path, results.environment, results.rows)], sep="\n")
+    print(*[results.path, *plot(results.path, results.environment, results.rows)], sep="\n")
     return 0 if all(row.verified is not False for row in results.rows) else 1
 
 

@@ -90,9 +90,10 @@ MMRM_INLINE void multiply(Left left, const Right& right, int64_t rows, int64_t s
   }
 }
 
-// 2^x for x <= 0, within 2 units in the last place; 0 below 2^-126, for -infinity too.
+// 2^x for x <= 0, within 2 units in the last place; 0 below 2^-126, for -infinity too; NaN for NaN, which a maximum
+// keeps as its second operand.
 MMRM_INLINE __m512 exp2_negative(__m512 x) {
-  x = _mm512_max_ps(x, _mm512_set1_ps(-200.0f));
+  x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x);
   const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 r = _mm512_sub_ps(x, n);  // exact, |r| <= 1/2
   __m512 p = _mm512_set1_ps(1.535336188319500e-4f);  // Cephes' exp2f

@@ -168,7 +168,7 @@ template <typename T>
 mmrm::TrieAttention<T> trie_attention(const std::vector<Address>& plan, const std::vector<int64_t>& sizes, double scale,
                                       bool causal, const std::vector<Address>& qkv,
                                       const std::vector<Strides>& strides) {
-  return {{at<int32_t>(plan[0]), at<int64_t>(plan[1]), at<int32_t>(plan[2]), sizes[0]},
+  return {{at<int32_t>(plan[0]), at<int64_t>(plan[1]), at<int32_t>(plan[2]), sizes[0], sizes[6]},
           rows_at<const T>(qkv[0], strides[0]), rows_at<const T>(qkv[1], strides[1]),
           rows_at<const T>(qkv[2], strides[2]), sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], float(scale), causal};
 }
@@ -181,7 +181,7 @@ void with_attention_dtype(const std::string& dtype, F f) {
   throw py::value_error("unsupported dtype " + dtype);
 }
 
-// plan: cu_seqlens_q, kv_index, cu_seqlens_k; sizes: N, T, H, G, E, S; out and its lse are contiguous.
+// plan: cu_seqlens_q, kv_index, cu_seqlens_k; sizes: N, T, H, G, E, S, K; out and its lse are contiguous.
 void trie_attention_fwd_cpu(const std::string& dtype, const std::vector<Address>& plan,
                             const std::vector<int64_t>& sizes, double scale, bool causal,
                             const std::vector<Address>& qkv, const std::vector<Strides>& strides, Address out,

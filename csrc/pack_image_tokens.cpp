@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "check.h"
 #include "memory.h"
 
 namespace mmrm {
@@ -12,14 +13,6 @@ namespace {
 constexpr int64_t kParallelBytes = 1 << 18;  // below this, starting threads costs more than it saves
 constexpr int64_t kBlockRows = 16;           // gradient rows that one thread takes at a time
 constexpr int64_t kColumns = 512;            // of a sum that stays in the first-level cache
-
-void check_range(const char* name, const int64_t* values, int64_t size, int64_t low, int64_t high) {
-  for (int64_t i = 0; i < size; ++i) {
-    if (values[i] >= low && values[i] < high) continue;
-    throw std::out_of_range(std::string(name) + " " + std::to_string(values[i]) + " is outside " +
-                            std::to_string(low) + ":" + std::to_string(high));
-  }
-}
 
 void check_increasing(const char* name, const int64_t* values, int64_t size, int64_t step) {
   for (int64_t i = 1; i < size; ++i) {

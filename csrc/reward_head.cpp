@@ -2,10 +2,9 @@
 
 #include <algorithm>
 #include <numeric>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
+#include "check.h"
 #include "memory.h"
 
 namespace mmrm {
@@ -16,15 +15,6 @@ constexpr int64_t kLanes = 64;     // partial sums of a dot product; fixed, so t
 constexpr int64_t kColumns = 256;  // of a thread's share of the weight's gradient
 constexpr int64_t kChunk = 64;     // responses summed in a row, so that long sums of rounded terms do not drift
 constexpr int64_t kBlockRows = 16;
-
-template <typename T>
-void check_last_index(const RewardHeadInputs<T>& in) {
-  for (int64_t i = 0; i < in.num_responses; ++i) {
-    if (in.last_index[i] >= 0 && in.last_index[i] < in.num_tokens) continue;
-    throw std::out_of_range("last_index " + std::to_string(in.last_index[i]) + " is outside 0:" +
-                            std::to_string(in.num_tokens));
-  }
-}
 
 template <typename T>
 MMRM_CLONES compute_t<T> dot(const T* hidden, const compute_t<T>* weight, int64_t size) {
@@ -98,7 +88,7 @@ void write_rows(const RewardHeadInputs<T>& in, const TokenGrads<T>& read, int64_
 
 template <typename T>
 void reward_head_fwd_cpu(const RewardHeadInputs<T>& in, compute_t<T>* rewards, [[maybe_unused]] int num_threads) {
-  check_last_index(in);
+  check_range("last_index", in.last_index, in.num_responses, 0, in.num_tokens);
 #pragma omp parallel for num_threads(num_threads) if (in.num_responses * in.width >= kParallelSize)
   for (int64_t r = 0; r < in.num_responses; ++r) {
     rewards[r] = dot(in.hidden + in.last_index[r] * in.width, in.weight, in.width);
@@ -108,7 +98,7 @@ void reward_head_fwd_cpu(const RewardHeadInputs<T>& in, compute_t<T>* rewards, [
 template <typename T>
 void reward_head_bwd_cpu(const RewardHeadInputs<T>& in, const compute_t<T>* grad, T* grad_hidden,
                          compute_t<T>* grad_weight, [[maybe_unused]] int num_threads) {
-  check_last_index(in);
+  check_range("last_index", in.last_index, in.num_responses, 0, in.num_tokens);
   use_huge_pages(grad_hidden, in.num_tokens * in.width * int64_t(sizeof(T)));
   const TokenGrads<T> read(in, grad);
   const int64_t num_blocks = (in.num_tokens + kBlockRows - 1) / kBlockRows;

@@ -1,6 +1,7 @@
 #include "trie_attention.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+// GCC 10 is the first that knows avx512bf16.
+#if defined(__x86_64__) && defined(__GNUC__) && __GNUC__ >= 10 && !defined(__clang__)
 #define MMRM_HAS_AVX512 1
 #include "avx512.h"
 #endif
@@ -15,6 +16,8 @@
 #include <string>
 #include <type_traits>
 #include <vector>
+
+#include "check.h"
 
 namespace mmrm {
 
@@ -444,14 +447,23 @@ std::vector<Range> trees(const TriePlanView& plan) {
   return runs;
 }
 
+void check_edges(const char* name, const int32_t* edges, int64_t num_nodes, int64_t end) {
+  bool are_right = num_nodes >= 0 && edges[0] == 0 && edges[num_nodes] == end;
+  for (int64_t node = 0; node < num_nodes; ++node) are_right = are_right && edges[node] <= edges[node + 1];
+  if (!are_right) throw std::out_of_range(std::string(name) + " must increase from 0 to " + std::to_string(end));
+}
+
 template <typename T>
-void check_keys(const TrieAttention<T>& in) {
+void check_plan(const TrieAttention<T>& in) {
   const TriePlanView& plan = in.plan;
-  const int64_t num_keys = plan.num_nodes ? plan.cu_seqlens_k[plan.num_nodes] : 0;
-  for (int64_t j = 0; j < num_keys; ++j) {
-    if (plan.kv_index[j] >= 0 && plan.kv_index[j] < in.num_key_tokens) continue;
-    throw std::out_of_range("kv_index " + std::to_string(plan.kv_index[j]) + " is outside 0:" +
-                            std::to_string(in.num_key_tokens));
+  check_edges("cu_seqlens_q", plan.cu_seqlens_q, plan.num_nodes, in.num_tokens);
+  check_edges("cu_seqlens_k", plan.cu_seqlens_k, plan.num_nodes, plan.num_keys);
+  check_range("kv_index", plan.kv_index, plan.num_keys, 0, in.num_key_tokens);
+  for (int64_t n = 0; in.causal && n < plan.num_nodes; ++n) {
+    const Node<T> node(in, n, 0);
+    if (node.num_tokens <= node.num_keys) continue;
+    throw std::out_of_range("node " + std::to_string(n) + " has " + std::to_string(node.num_tokens) +
+                            " queries, but " + std::to_string(node.num_keys) + " keys");
   }
 }
 
@@ -460,7 +472,7 @@ void check_keys(const TrieAttention<T>& in) {
 template <typename T>
 void trie_attention_fwd_cpu(const TrieAttention<T>& in, HeadRows<T> out, float* lse,
                             [[maybe_unused]] int num_threads) {
-  check_keys(in);
+  check_plan(in);
   struct Item {
     int64_t node, group, begin;
   };
@@ -486,7 +498,7 @@ void trie_attention_fwd_cpu(const TrieAttention<T>& in, HeadRows<T> out, float* 
 template <typename T>
 void trie_attention_bwd_cpu(const TrieAttention<T>& in, const TrieAttentionGrads<T>& grads,
                             [[maybe_unused]] int num_threads) {
-  check_keys(in);
+  check_plan(in);
   const std::vector<Range> runs = trees(in.plan);
   const int64_t num_items = int64_t(runs.size()) * in.num_kv_heads;
 #pragma omp parallel num_threads(num_threads)

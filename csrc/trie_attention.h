@@ -11,7 +11,7 @@ struct TriePlanView {
   const int32_t* cu_seqlens_q;  // [N + 1]
   const int64_t* kv_index;      // [K]
   const int32_t* cu_seqlens_k;  // [N + 1]
-  int64_t num_nodes;
+  int64_t num_nodes, num_keys;
 };
 
 // [tokens, heads, E]; a head's E values are contiguous.
@@ -45,7 +45,8 @@ bool has_trie_attention_cpu();
 
 // The meaning is that of trie_attention_ref in mmrm_fast/ops/trie_attention.py: float, or bf16_t with float sums, where
 // weights and their gradients are rounded to bf16 before they are multiplied. The same bits for any num_threads.
-// They throw std::out_of_range where a key's index is outside 0:S.
+// They throw std::out_of_range where a key's index is outside 0:S, where edges do not increase from 0 to T and K, and
+// where a causal node has fewer keys than queries.
 template <typename T>
 void trie_attention_fwd_cpu(const TrieAttention<T>& in, HeadRows<T> out, float* lse /* [H, T] */, int num_threads);
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 import mmrm_fast
-from mmrm_fast.ops.native import native, runs_on
+from mmrm_fast.ops.native import native, runs_on, takes
 
 PACKAGES = ("torch", "transformers", "triton", "flash-attn", "ray")
 OPS = {  # backends beside the reference
@@ -20,8 +20,10 @@ OPS = {  # backends beside the reference
     "pixel_shuffle_norm": ("C++", "Triton"),
     "patchify": ("C++", "Triton"),
     "plan_trie": ("C++",),
+    "resize_bicubic": ("C++",),
     "trie_attention": ("C++", "SDPA", "flash-attn"),
 }
+HOST_OPS = ("plan_trie", "resize_bicubic")  # of data preparation, on the CPU everywhere
 REBUILD = "pip install -e . -v shows why; it needs a C++17 compiler"
 
 
@@ -84,12 +86,12 @@ def installed(package: str) -> str | None:
 
 def choose(op: str, machine: Machine) -> Choice:
     """What an op runs on where its tensors are: the GPUs that torch sees, otherwise the CPU."""
-    if op == "plan_trie" or not machine.devices:
+    if op in HOST_OPS or not machine.devices:
         return choose_on_cpu(op, machine)
     if op == "trie_attention":
         if machine.packages["flash-attn"]:
-            return Choice("flash-attn", "it is installed")
-        return Choice("none", "attention on CUDA needs flash-attn")
+            return Choice("flash-attn", "it is installed; fp32 runs node by node in torch")
+        return Choice("torch", "flash-attn is not installed: the slow path, node by node")
     obstacle = cuda_obstacle(machine) if "CUDA C++" in OPS[op] else "it has no CUDA C++ kernel"
     if obstacle is None:
         return Choice("CUDA C++", "compiled for these GPUs, and the driver takes its cudart")
@@ -99,11 +101,11 @@ def choose(op: str, machine: Machine) -> Choice:
 
 
 def choose_on_cpu(op: str, machine: Machine) -> Choice:
-    where = "host code" if op == "plan_trie" else "torch sees no GPU"
+    where = "host code" if op in HOST_OPS else "torch sees no GPU"
+    if machine.native is None:
+        return Choice("SDPA" if op == "trie_attention" else "reference", f"{where}, and the native module did not load")
     if op == "trie_attention" and not machine.attention:
         return Choice("SDPA", f"{where}, and C++ needs a CPU with AVX-512 BF16: torch's kernel, node by node")
-    if machine.native is None:
-        return Choice("reference", f"{where}, and the native module did not load")
     return Choice("C++", where)
 
 
@@ -114,7 +116,7 @@ def cuda_obstacle(machine: Machine) -> str | None:
     for name, major, minor in machine.devices:
         if not runs_on(list(machine.architectures), major, minor):
             return f"no CUDA kernel is compiled for sm_{major}{minor} ({name})"
-    if machine.driver // 1000 < machine.cudart // 1000:
+    if not takes(machine.driver, machine.cudart):
         return f"the driver takes CUDA {dotted(machine.driver)}, the kernels were built with {dotted(machine.cudart)}"
     return None
 
@@ -138,13 +140,13 @@ def remedies(machine: Machine) -> Iterator[str]:
     if not packages["triton"]:
         yield "Triton: pip install 'triton>=3.5'; without it ops run their references on the GPU"
     if not packages["flash-attn"]:
-        yield "flash-attn: pip install 'mmrm_fast[cuda]'; attention on the GPU needs it"
+        yield "flash-attn: pip install 'mmrm_fast[cuda]'; without it attention on the GPU takes the slow path"
 
 
 def cuda_remedy(machine: Machine) -> str:
     if not machine.architectures:
         return "put nvcc on PATH and run pip install -e . again"
-    if machine.driver // 1000 < machine.cudart // 1000:
+    if not takes(machine.driver, machine.cudart):
         return "update the driver, or rebuild with an older CUDA toolkit"
     return "rebuild with a CUDA toolkit that knows this GPU"
 
@@ -185,7 +187,7 @@ def built(machine: Machine) -> Iterator[str]:
     if not machine.driver:
         driver = "none"
     elif machine.cudart:
-        verdict = "takes" if machine.driver // 1000 >= machine.cudart // 1000 else "is too old for"
+        verdict = "takes" if takes(machine.driver, machine.cudart) else "is too old for"
         driver = f"CUDA {dotted(machine.driver)}, {verdict} the kernels' cudart {dotted(machine.cudart)}"
     else:
         driver = f"CUDA {dotted(machine.driver)}"

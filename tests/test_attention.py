@@ -139,6 +139,85 @@ def test_a_key_outside_the_packed_tokens_is_an_error(backend):
         trie_attention(*tensors, **arguments, scale=SCALE)
 
 
+@pytest.fixture
+def only_cpp():
+    if not op.has_native(torch.float32, SIZE):
+        pytest.skip("this CPU has no AVX-512 BF16 instructions, or there is no native module")
+
+
+@pytest.mark.parametrize(
+    ("name", "edge", "change", "message"),
+    [
+        ("cu_seqlens_q", -1, 1, "cu_seqlens_q must increase from 0 to"),
+        ("cu_seqlens_k", -1, 1, "cu_seqlens_k must increase from 0 to"),
+        ("cu_seqlens_k", 0, -1, "cu_seqlens_k must increase from 0 to"),
+        ("cu_seqlens_q", 1, 10_000, "cu_seqlens_q must increase from 0 to"),
+        ("cu_seqlens_q", 1, 1, "node 0 has .* queries, but .* keys"),
+    ],
+)
+def test_edges_that_do_not_fit_the_tensors_are_an_error_in_cpp(only_cpp, name, edge, change, message):
+    plan = forest(0)
+    tensors, arguments = inputs(plan, torch.float32), keywords(plan)
+    arguments[name][edge] += change
+    with pytest.raises(IndexError, match=message):
+        trie_attention(*tensors, **arguments, scale=SCALE)
+
+
+@pytest.mark.parametrize(
+    ("position", "convert", "message"),
+    [
+        (0, torch.Tensor.bfloat16, "must have one dtype, got .*bfloat16.*float32.*float32"),
+        (2, torch.Tensor.double, "must have one dtype"),
+        (2, lambda x: x[1:], r"must be \[T, H, E\], \[S, G, E\] and \[S, G, E\], got"),
+        (0, lambda x: x[..., :4], r"must be \[T, H, E\], \[S, G, E\] and \[S, G, E\], got"),
+    ],
+)
+def test_tensors_that_do_not_fit_each_other_are_refused(position, convert, message):
+    tensors = inputs(forest(0), torch.float32)
+    tensors[position] = convert(tensors[position])
+    with pytest.raises(ValueError, match=message):
+        trie_attention(*tensors, **keywords(forest(0)), scale=SCALE)
+
+
+@pytest.mark.parametrize(
+    ("name", "convert", "message"),
+    [
+        ("cu_seqlens_q", torch.Tensor.long, "must be int32, int64 and int32, got .*int64.*int64.*int32"),
+        ("kv_index", torch.Tensor.int, "must be int32, int64 and int32"),
+        ("cu_seqlens_k", torch.Tensor.long, "must be int32, int64 and int32"),
+        ("cu_seqlens_k", lambda x: x[:-1], "edges of queries, but .* of keys"),
+    ],
+)
+def test_a_plan_that_kernels_would_misread_is_refused(name, convert, message):
+    arguments = keywords(forest(0))
+    arguments[name] = convert(arguments[name])
+    with pytest.raises(ValueError, match=message):
+        trie_attention(*inputs(forest(0)), **arguments, scale=SCALE)
+
+
+def test_a_plan_may_be_strided(backend):
+    plan = forest(0)
+    tensors, arguments = inputs(plan, torch.float32), keywords(plan)
+    expected = trie_attention(*tensors, **arguments, scale=SCALE)
+    for name in ("cu_seqlens_q", "kv_index", "cu_seqlens_k"):
+        arguments[name] = arguments[name].repeat_interleave(2)[::2]
+    assert torch.equal(trie_attention(*tensors, **arguments, scale=SCALE), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("key", [0, 3])
+def test_nan_is_never_hidden(backend, key, dtype):
+    """A key that is not a number makes its queries' outputs and gradients none, as in plain torch."""
+    plan = forest(0)
+    tensors = [x.detach() for x in inputs(plan, dtype)]
+    tensors[1][key] = float("nan")
+    tensors = [x.requires_grad_() for x in tensors]
+    ours = with_gradients(lambda *x: trie_attention(*x, **keywords(plan), scale=SCALE), tensors)
+    plain = with_gradients(lambda *x: trie_attention_ref(*x, *edges_of(plan), SCALE), tensors)
+    for value, expected in zip(ours, plain, strict=True):
+        assert value.isnan()[expected.isnan()].all()
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_every_token_sees_its_own_sequence_and_nothing_else(seed):
     plan = forest(seed)

@@ -1,15 +1,24 @@
 """The benchmarks' own promises: counted FLOPs, runs that continue, regressions that are listed."""
 
+import subprocess
+import sys
 from dataclasses import replace
+from datetime import date
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import bench_pair_loss, bench_score, bench_train_step, report
+from benchmarks.bench_loader import digest
 from benchmarks.flops import Sizes, batch_work
-from benchmarks.harness import Row
+from benchmarks.harness import Check, Options, Row, Timing, make_row, peak_bytes, relative_error
 from benchmarks.models import Geometry, make_model, make_records
 from benchmarks.report import ResultFile, read_rows, regressions
+from mmrm_fast.packing import Packed, map_tensors
 
 TINY = Geometry(56, 32, 10, 0.1, vision_layers=1, text_layers=2, vocab_size=64)
 ROW = Row("score", "score 1x1", "cpu", "float32", 1.0, "padded", 5.0, 5.0, spread=0.05, verified=True)
@@ -35,6 +44,95 @@ def test_an_interrupted_run_continues_where_its_environment_is_the_same(tmp_path
     assert ResultFile(path, {"cpu": "a"}, resume=True).finished == ["score: 1x1"]
     assert ResultFile(path, {"cpu": "b"}, resume=True).finished == []
     assert ResultFile(path, {"cpu": "a"}, resume=False).rows == []
+    assert [each.name for each in tmp_path.iterdir()] == ["rows.json"]
+
+
+def test_an_interrupted_run_continues_on_the_next_day_but_not_after_a_change_of_the_code(tmp_path):
+    today, before = (tmp_path / f"{day}-cpu-full.json" for day in (date.today().isoformat(), "2020-02-03"))
+    ResultFile(before, {"date": "2020-02-03", "commit": "a"}, resume=True).add("score: 1x1", [ROW])
+    ResultFile(tmp_path / "2020-02-04-cpu.json", {"date": "2020-02-04", "commit": "a"}, resume=True).add("other", [])
+    continued = ResultFile(today, {"date": "2020-02-05", "commit": "a"}, resume=True)
+    assert (continued.path, continued.finished, continued.rows) == (before, ["score: 1x1"], [ROW])
+    assert continued.environment["date"] == "2020-02-03"
+    changed = ResultFile(today, {"date": "2020-02-05", "commit": "b"}, resume=True)
+    assert (changed.path, changed.finished) == (today, [])
+
+
+def test_results_say_which_code_they_are_of(monkeypatch):
+    answers = {"describe": "abc1234", "diff": ""}
+    monkeypatch.setattr(report, "git", lambda name, *_: answers[name])
+    commits = []
+    for answers["diff"] in ("", "+ one", "+ another"):
+        commits.append(report.commit())
+    assert commits[0] == "abc1234" and len(set(commits)) == 3
+    assert all(commit.startswith("abc1234-") for commit in commits[1:])
+
+
+def test_running_needs_no_pytest():
+    blocked = "import sys; sys.modules['pytest'] = None; import benchmarks.run"
+    subprocess.run([sys.executable, "-c", blocked], cwd=Path(report.__file__).parents[1], check=True)
+
+
+def test_a_row_without_a_check_is_not_verified():
+    time = Timing(1.0, 0.0)
+    rows = [
+        make_row("ops", "a case", "float32", ours=time, baseline="eager", theirs=time, checks=checks)
+        for checks in ([], [Check(0.5, 1.0), Check(0.1, 1.0)], [Check(0.5, 0.4)], [Check(float("nan"), 1.0)])
+    ]
+    found = [(row.verified, row.max_error) for row in rows]
+    assert found == [(None, None), (True, 0.5), (False, 0.5), (False, None)]
+
+
+def test_the_peak_of_a_call_on_a_gpu_is_its_allocators(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch, "cuda", SimpleNamespace(
+        is_available=lambda: True, reset_peak_memory_stats=lambda: calls.append("reset"),
+        memory_allocated=lambda: 100, max_memory_allocated=lambda: 350,
+    ))  # fmt: skip
+    assert peak_bytes(lambda: calls.append("call")) == 250
+    assert calls == ["reset", "call"]
+
+
+def test_the_error_of_a_score_near_zero_is_relative_to_what_scores_usually_are():
+    scores, others = torch.tensor([1e-6]), torch.tensor([2e-6])
+    assert relative_error(scores, others) == pytest.approx(0.5)
+    assert relative_error(scores, others, least=0.1) == pytest.approx(1e-5)
+    assert relative_error(scores * 1e6, others * 1e6, least=0.1) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_score_alone_is_verified(dtype, monkeypatch):
+    monkeypatch.setattr(bench_score, "geometry", lambda options: TINY)
+    rows = list(bench_score.case_rows("score", "score 1x1", ((1, (40,)),), dtype, Options(quick=True)))
+    assert [(row.baseline, row.verified) for row in rows] == [("padded", True), ("reference", True)]
+
+
+def test_a_step_with_another_proxy_is_timed_but_not_verified():
+    records = partial(make_records, TINY, [(1, (40, 50))])
+    rows = bench_train_step.case_rows("robust", records, "text", torch.float32, Options(quick=True))
+    assert {row.baseline: row.verified for row in rows} == {"padded": True, "reference, white proxy": None}
+
+
+def test_without_a_compiler_pair_loss_is_compared_with_eager_alone(monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("No working C++ compiler found\nand more")
+
+    monkeypatch.setattr(bench_pair_loss, "CASES", ((8,),))
+    monkeypatch.setitem(bench_pair_loss.BASELINES, "torch.compile", fail)
+    row, empty = bench_pair_loss.rows(Options(quick=True))
+    assert (row.baseline, row.verified, empty.verified) == ("eager", True, None)
+    assert row.details["index seconds"] > 0
+    assert "no row against torch.compile, No working C++ compiler found\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["tiles", "margin_P", "main", "text", "pairs"])
+def test_the_loaders_digest_is_of_every_part_of_a_batch(name):
+    batch = make_records(TINY, [(3, (120, 100))]).pack(with_text=True)
+    batch = replace(batch, margin_P=torch.tensor([1.0]))
+    part = getattr(batch, name)
+    other = part + 1 if isinstance(part, torch.Tensor) else map_tensors(part, lambda tensor: tensor + 1)
+    digests = [digest(Packed(each, (), {}, None)) for each in (batch, replace(batch), replace(batch, **{name: other}))]
+    assert digests[0] == digests[1] != digests[2]
 
 
 @pytest.mark.parametrize(("seconds", "listed"), [(1.0, 0), (1.09, 0), (1.2, 1)])

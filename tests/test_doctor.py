@@ -3,12 +3,14 @@
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 
+from mmrm_fast import ops
 from mmrm_fast.cli import main
-from mmrm_fast.doctor import OPS, Machine, choose, dotted, lines, remedies
+from mmrm_fast.doctor import HOST_OPS, OPS, Machine, choose, dotted, lines, remedies
 from mmrm_fast.ops.native import cuda_native, native
 
 H100 = ("NVIDIA H100", 9, 0)
@@ -43,7 +45,7 @@ def test_report_of_this_machine(capsys):
 
 def test_the_dispatcher_agrees():
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    for op in set(OPS) - {"plan_trie"}:
+    for op in set(OPS) - {*HOST_OPS}:
         import_module(f"mmrm_fast.ops.{op}")
         schema = f"mmrm_fast::{op}" + ("" if op == "patchify" else "_fwd")
         compiled = op == "trie_attention" or ("CUDA C++" in OPS[op] and cuda_native() is not None)
@@ -67,8 +69,32 @@ def test_the_dispatcher_agrees():
 def test_choices(machine, pair_loss, patchify, reason):
     assert choose("pair_loss", machine).backend == pair_loss
     assert choose("patchify", machine).backend == patchify
-    assert choose("plan_trie", machine).backend == ("C++" if machine.native else "reference")
+    for op in HOST_OPS:
+        assert choose(op, machine).backend == ("C++" if machine.native else "reference")
     assert reason in choose("pair_loss", machine).why
+
+
+CPU_SERVER = replace(SERVER, devices=())
+
+
+@pytest.mark.parametrize(
+    ("machine", "backend", "reason"),
+    [
+        (SERVER, "flash-attn", "it is installed; fp32 runs node by node"),
+        (without(SERVER, "flash-attn"), "torch", "flash-attn is not installed: the slow path"),
+        (CPU_SERVER, "C++", "torch sees no GPU"),
+        (replace(CPU_SERVER, attention=False), "SDPA", "C++ needs a CPU with AVX-512 BF16"),
+        (replace(CPU_SERVER, attention=False, native=None), "SDPA", "the native module did not load"),
+    ],
+)
+def test_choices_of_attention(machine, backend, reason):
+    choice = choose("trie_attention", machine)
+    assert choice.backend == backend and reason in choice.why
+
+
+def test_every_op_is_reported():
+    files = (Path(ops.__file__).parent).glob("*.py")
+    assert set(OPS) == {path.stem for path in files} - {"__init__", "kernel_report", "native"}
 
 
 @pytest.mark.parametrize(

@@ -31,12 +31,17 @@ def cuda_native() -> ModuleType | None:
         return None
     devices, (driver, runtime) = module.cuda_devices(), module.cuda_versions()
     has_code = devices and all(runs_on(module.cuda_architectures, *capability) for capability in devices)
-    return module if has_code and driver // 1000 >= runtime // 1000 else None
+    return module if has_code and takes(driver, runtime) else None
 
 
 def runs_on(architectures: list[int], major: int, minor: int) -> bool:
     """Whether machine code of one of the architectures (80 is sm_80) runs on a device of this compute capability."""
     return any(a // 10 == major and a % 10 <= minor for a in architectures)
+
+
+def takes(driver: int, runtime: int) -> bool:
+    """Whether a driver's CUDA runs kernels that were built with this one, both 1000 * major + 10 * minor."""
+    return driver // 1000 >= runtime // 1000
 
 
 def addresses(*tensors: Tensor | None, device: torch.device) -> list[int]:

@@ -12,6 +12,8 @@ import numpy as np
 
 from mmrm_fast.ops.native import native
 
+MAX_TOKENS = 1 << 30  # of all sequences; a plan gathers at most twice as many keys, whose edges are int32
+
 
 @dataclass(frozen=True)
 class TriePlan:
@@ -49,7 +51,8 @@ def plan_trie(keys: np.ndarray, cu_seqlens: np.ndarray, *, min_shared: int = 32)
         min_shared: tokens; a shorter shared run is recomputed by each of its children.
 
     Raises:
-        ValueError: a wrong dtype or shape, boundaries that do not cover `keys`, an empty sequence, min_shared < 1.
+        ValueError: a wrong dtype or shape, boundaries that do not cover `keys`, an empty sequence, min_shared < 1, 2^30
+            tokens or more.
     """
     _check_sequences(keys, cu_seqlens, min_shared)
     if native() is None:
@@ -132,6 +135,8 @@ def _check_sequences(keys: np.ndarray, cu_seqlens: np.ndarray, min_shared: int) 
             raise ValueError(f"{name} must be 1-D int64, got shape {array.shape} {array.dtype}")
     if cu_seqlens.size == 0 or cu_seqlens[0] != 0 or cu_seqlens[-1] != keys.size:
         raise ValueError(f"cu_seqlens must run from 0 to {keys.size} tokens, got {cu_seqlens[:1]} to {cu_seqlens[-1:]}")
+    if keys.size >= MAX_TOKENS:
+        raise ValueError(f"{keys.size:,} tokens in one plan, at most {MAX_TOKENS - 1:,}: plan fewer sequences at once")
     empty = np.flatnonzero(np.diff(cu_seqlens) <= 0)
     if empty.size:
         n = empty[0]

@@ -2,14 +2,18 @@
 
 Each node's queries are its own tokens, its keys its ancestors' tokens and its own, gathered by `kv_index`.
 One op with its own backward, so that gathered keys and values are never kept: only q, k, v, out and the
-log-sum-exp are. On CUDA it is flash-attn's variable-length kernel with `cu_seqlens_q != cu_seqlens_k`; on a CPU with
-AVX-512 and its BF16 instructions it is C++ (csrc/trie_attention.cpp), on others torch's CPU flash kernel, node by node.
+log-sum-exp are. On CUDA it is flash-attn's variable-length kernel with `cu_seqlens_q != cu_seqlens_k`, and node by node
+in plain torch what that does not take; on a CPU with AVX-512 and its BF16 instructions it is C++
+(csrc/trie_attention.cpp), on others torch's CPU flash kernel, node by node.
 
 Shapes: T queries, S tokens with a key (the same where each is a query), K gathered keys, N nodes, H query heads,
 G key/value heads, E head size.
 """
 
+import warnings
+from functools import cache
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -27,7 +31,8 @@ library.define(
     " -> (Tensor, Tensor, Tensor)"
 )
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
-MAX_NATIVE_HEAD_SIZE = 256
+FLASH_DTYPES = (torch.bfloat16, torch.float16)
+MAX_HEAD_SIZE = 256  # of the C++ kernel and of flash-attn
 
 
 def trie_attention_ref(
@@ -40,11 +45,16 @@ def trie_attention_ref(
         q = q_THE[rows]
         k, v = (x[index].repeat_interleave(repeat, dim=1) for x in (k_SGE, v_SGE))
         scores = torch.einsum("qhe,khe->hqk", q, k) * scale
-        if causal:
-            visible = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(len(k) - len(q))
-            scores = scores.masked_fill(~visible, float("-inf"))
-        outputs.append(torch.einsum("hqk,khe->qhe", scores.softmax(-1), v))
+        weights = (masked(scores) if causal else scores).softmax(-1)
+        outputs.append(torch.einsum("hqk,khe->qhe", weights, v))
     return torch.cat(outputs)
+
+
+def masked(scores_Hqk: Tensor) -> Tensor:
+    """A node's scores, -inf where a key comes after the query; the last key is the last query's own."""
+    num_queries, num_keys = scores_Hqk.shape[1:]
+    visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=scores_Hqk.device)
+    return scores_Hqk.masked_fill(~visible.tril(num_keys - num_queries), float("-inf"))
 
 
 def nodes(cu_seqlens_q: Tensor, kv_index: Tensor, cu_seqlens_k: Tensor):
@@ -54,9 +64,14 @@ def nodes(cu_seqlens_q: Tensor, kv_index: Tensor, cu_seqlens_k: Tensor):
         yield slice(q_edges[node], q_edges[node + 1]), kv_index[k_edges[node] : k_edges[node + 1]]
 
 
+def exact_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What softmax and sums are in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def has_native(dtype: torch.dtype, head_size: int) -> bool:
     """Whether the C++ kernel computes this attention here."""
-    return is_built() and dtype in NATIVE_DTYPES and head_size <= MAX_NATIVE_HEAD_SIZE
+    return is_built() and dtype in NATIVE_DTYPES and head_size <= MAX_HEAD_SIZE
 
 
 @torch.compiler.assume_constant_result  # torch.compile cannot trace a call into the native module
@@ -70,7 +85,7 @@ def trie_attention_fwd_cpu(
 ):
     """Output [T, H, E] and log-sum-exp [H, T] (fp32; float64 for float64)."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=exact_dtype(q.dtype))
     plan = (cu_seqlens_q, kv_index, cu_seqlens_k)
     if has_native(q.dtype, q.shape[2]):
         run_native(native().trie_attention_fwd_cpu, (q, k, v), plan, scale, causal, out, lse)
@@ -109,9 +124,10 @@ def trie_attention_bwd_cpu(
 
 def run_native(function, inputs, plan, scale: float, causal: bool, *outputs: Tensor) -> None:
     """Call a C++ kernel on `inputs` (q, k, v, ...: [tokens, heads, E] each) and a plan; `outputs` are contiguous."""
+    plan = [x.contiguous() for x in plan]
     inputs = [x if x.stride(2) == 1 else x.contiguous() for x in inputs]
     num_tokens, num_heads, size = inputs[0].shape
-    sizes = [len(plan[0]) - 1, num_tokens, num_heads, inputs[1].shape[1], size, len(inputs[1])]
+    sizes = [len(plan[0]) - 1, num_tokens, num_heads, inputs[1].shape[1], size, len(inputs[1]), len(plan[1])]
     pointers = addresses(*plan, *inputs, *outputs, device=inputs[0].device)
     first, second = len(plan), len(plan) + len(inputs)
     function(
@@ -133,11 +149,49 @@ def heads_first(x: Tensor) -> Tensor:
     return x.transpose(0, 1).unsqueeze(0)
 
 
+def trie_attention_fwd_nodes(q, k, v, cu_seqlens_q, kv_index, cu_seqlens_k, scale, causal=True):
+    """Output [T, H, E] and log-sum-exp [H, T] on any device, node by node in plain torch."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=exact_dtype(q.dtype))
+    for rows, index in nodes(cu_seqlens_q, kv_index, cu_seqlens_k):
+        scores, _, _, values = node_scores(q[rows], k[index], v[index], scale, causal)
+        lse[:, rows] = scores.logsumexp(-1)
+        out[rows] = torch.einsum("hqk,khe->qhe", scores.softmax(-1), values).to(q.dtype)
+    return out, lse
+
+
+def trie_attention_bwd_nodes(grad, q, k, v, out, lse, cu_seqlens_q, kv_index, cu_seqlens_k, scale, causal=True):
+    """dq, dk, dv on any device: each node's weights again from its log-sum-exp, sums over nodes in `exact_dtype`."""
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (k, v))
+    for rows, index in nodes(cu_seqlens_q, kv_index, cu_seqlens_k):
+        scores, queries, keys, values = node_scores(q[rows], k[index], v[index], scale, causal)
+        weights, node_grad = (scores - lse[:, rows, None]).exp(), grad[rows].to(lse.dtype)
+        delta = (node_grad * out[rows]).sum(-1).T.unsqueeze(-1)  # [H, queries, 1]
+        slopes = weights * (torch.einsum("qhe,khe->hqk", node_grad, values) - delta) * scale
+        dq[rows] = torch.einsum("hqk,khe->qhe", slopes, keys).to(q.dtype)
+        for sums, terms, factors in ((dk, slopes, queries), (dv, weights, node_grad)):
+            node_sums = torch.einsum("hqk,qhe->khe", terms, factors)
+            sums.index_add_(0, index, node_sums.unflatten(1, (k.shape[1], -1)).sum(2))
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def node_scores(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A node's masked scores [H, queries, keys], and q, k, v with H heads each, all in `exact_dtype`."""
+    q, k, v = (x.to(exact_dtype(q.dtype)) for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = torch.einsum("qhe,khe->hqk", q, k) * scale
+    return masked(scores) if causal else scores, q, k, v
+
+
 def trie_attention_fwd_cuda(
     q, k, v, cu_seqlens_q, kv_index, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal=True
 ):
-    """flash-attn's variable-length forward on gathered keys and values."""
-    out, lse, *_ = flash_attn()._flash_attn_varlen_forward(
+    """flash-attn's variable-length forward on gathered keys and values, or node by node."""
+    flash = flash_attn(q.dtype, q.shape[2])
+    if flash is None:
+        return trie_attention_fwd_nodes(q, k, v, cu_seqlens_q, kv_index, cu_seqlens_k, scale, causal)
+    out, lse, *_ = flash._flash_attn_varlen_forward(
         q.contiguous(), k[kv_index], v[kv_index], cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         dropout_p=0.0, softmax_scale=scale, causal=causal,
     )  # fmt: skip
@@ -147,10 +201,13 @@ def trie_attention_fwd_cuda(
 def trie_attention_bwd_cuda(
     grad, q, k, v, out, lse, cu_seqlens_q, kv_index, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal=True
 ):
-    """flash-attn's variable-length backward, then an fp32 sum of each key's gradients over the nodes."""
+    """flash-attn's variable-length backward and an fp32 sum of each key's gradients over nodes, or node by node."""
+    flash = flash_attn(q.dtype, q.shape[2])
+    if flash is None:
+        return trie_attention_bwd_nodes(grad, q, k, v, out, lse, cu_seqlens_q, kv_index, cu_seqlens_k, scale, causal)
     q, gathered_k, gathered_v = q.contiguous(), k[kv_index], v[kv_index]
     dq, node_dk, node_dv = torch.empty_like(q), torch.empty_like(gathered_k), torch.empty_like(gathered_v)
-    flash_attn()._flash_attn_varlen_backward(
+    flash._flash_attn_varlen_backward(
         grad.contiguous(), q, gathered_k, gathered_v, out, lse, dq, node_dk, node_dv,
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=scale, causal=causal,
         window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None,
@@ -162,10 +219,14 @@ def trie_attention_bwd_cuda(
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-def flash_attn():
-    """flash-attn's module of low-level functions, or a clear error."""
+@cache
+def flash_attn(dtype: torch.dtype, head_size: int) -> ModuleType | None:
+    """flash-attn's module of low-level functions; None where it takes no such heads, or, with a warning, is missing."""
+    if dtype not in FLASH_DTYPES or head_size > MAX_HEAD_SIZE or head_size % 8:
+        return None
     if find_spec("flash_attn") is None:
-        raise RuntimeError("attention on CUDA needs flash-attn: pip install 'mmrm_fast[cuda]'")
+        warnings.warn("attention on CUDA is slow without flash-attn: pip install 'mmrm_fast[cuda]'", stacklevel=2)
+        return None
     from flash_attn import flash_attn_interface
 
     return flash_attn_interface
@@ -182,8 +243,7 @@ for name, device, function in (
 
 @torch.library.register_fake("mmrm_fast::trie_attention_fwd", lib=library)
 def _(q, k, v, cu_seqlens_q, kv_index, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal=True):
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=lse_dtype)
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=exact_dtype(q.dtype))
 
 
 @torch.library.register_fake("mmrm_fast::trie_attention_bwd", lib=library)
@@ -222,8 +282,8 @@ def trie_attention(
 
     Args:
         q_THE: queries [T, H, E]; k_SGE, v_SGE: keys and values [S, G, E], H a multiple of G, one dtype
-            (fp32, float64, bf16, fp16; on CUDA bf16 or fp16).
-        cu_seqlens_q, cu_seqlens_k: [N + 1] int32, edges of the nodes' queries and gathered keys.
+            (fp32, float64, bf16, fp16).
+        cu_seqlens_q, cu_seqlens_k: [N + 1] int32, edges of the nodes' queries and gathered keys: from 0 to T and K.
         kv_index: [K] int64, index of every gathered key among the S tokens, ancestors first.
         max_seqlen_q, max_seqlen_k: longest node in queries and in keys.
         scale: positive factor on the dot products, usually E ** -0.5.
@@ -231,7 +291,14 @@ def trie_attention(
 
     Returns:
         [T, H, E] in q's dtype; softmax and the sums of shared gradients in fp32 (float64 for float64).
+
+    Raises:
+        ValueError: a shape or dtype that differs from the above.
+        IndexError: on the CPU, a key outside S; in C++ also edges that do not increase from 0 to T and K, or a causal
+            node with fewer keys than queries.
     """
+    check_tensors(q_THE, k_SGE, v_SGE)
+    check_plan(cu_seqlens_q, kv_index, cu_seqlens_k)
     if q_THE.shape[1] % k_SGE.shape[1]:
         raise ValueError(f"{q_THE.shape[1]} query heads are not a multiple of {k_SGE.shape[1]} key/value heads")
     if scale <= 0:
@@ -240,3 +307,22 @@ def trie_attention(
         q_THE, k_SGE, v_SGE, cu_seqlens_q, kv_index, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal
     )
     return out
+
+
+def check_tensors(q_THE: Tensor, k_SGE: Tensor, v_SGE: Tensor) -> None:
+    """One dtype and head size, a value for every key."""
+    if not q_THE.dtype == k_SGE.dtype == v_SGE.dtype:
+        dtypes = [x.dtype for x in (q_THE, k_SGE, v_SGE)]
+        raise ValueError(f"queries, keys and values must have one dtype, got {dtypes}")
+    if k_SGE.shape != v_SGE.shape or q_THE.shape[2] != k_SGE.shape[2]:
+        shapes = [list(x.shape) for x in (q_THE, k_SGE, v_SGE)]
+        raise ValueError(f"queries, keys and values must be [T, H, E], [S, G, E] and [S, G, E], got {shapes}")
+
+
+def check_plan(cu_seqlens_q: Tensor, kv_index: Tensor, cu_seqlens_k: Tensor) -> None:
+    """The dtypes that kernels read, and as many edges of queries as of keys."""
+    dtypes = [x.dtype for x in (cu_seqlens_q, kv_index, cu_seqlens_k)]
+    if dtypes != [torch.int32, torch.int64, torch.int32]:
+        raise ValueError(f"cu_seqlens_q, kv_index and cu_seqlens_k must be int32, int64 and int32, got {dtypes}")
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ValueError(f"{len(cu_seqlens_q)} edges of queries, but {len(cu_seqlens_k)} of keys")

@@ -184,6 +184,18 @@ def test_wrong_input_is_named(keys, cu_seqlens, min_shared, message):
         plan_trie(np.array(keys, dtype=np.int64), np.array(cu_seqlens, dtype=np.int64), min_shared=min_shared)
 
 
+def test_more_tokens_than_int32_edges_can_count_are_refused():
+    keys = np.broadcast_to(np.int64(0), 1 << 30)  # takes no memory
+    with pytest.raises(ValueError, match=r"1,073,741,824 tokens in one plan, at most 1,073,741,823"):
+        plan_trie(keys, np.array([0, keys.size]))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_plan_gathers_at_most_two_keys_a_token(seed):
+    keys, cu_seqlens = join(random_forest(np.random.default_rng(seed)))
+    assert len(plan_trie(keys, cu_seqlens, min_shared=1).kv_index) <= 2 * len(keys)
+
+
 def test_wrong_dtype_is_named():
     with pytest.raises(ValueError, match=r"cu_seqlens must be 1-D int64, got shape .* int32"):
         plan_trie(np.zeros(2, dtype=np.int64), np.array([0, 2], dtype=np.int32))

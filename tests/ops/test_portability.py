@@ -77,6 +77,13 @@ def test_aarch64_compiles_without_warnings_and_gives_the_same_bits(digests, tmp_
     assert run([QEMU, program]).splitlines() == digests
 
 
+def test_gcc_before_10_gets_no_attention_kernel_instead_of_a_failed_build():
+    """It knows no BF16 instructions of AVX-512."""
+    older = ["-Wno-builtin-macro-redefined", "-U__GNUC__", "-D__GNUC__=9"]
+    preprocessed = [run(["g++", "-std=c++17", *flags, "-E", ATTENTION]) for flags in (older, [])]
+    assert ["avx512bf16" in text for text in preprocessed] == [False, True]
+
+
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="binutils is not installed")
 def test_one_build_has_code_for_every_generation(as_built):
     code = run(["objdump", "-d", "--no-show-raw-insn", as_built])

@@ -1,10 +1,11 @@
-"""The flash path of `trie_attention`, against a plain torch emulation of flash-attn's variable-length contract.
+"""The CUDA paths of `trie_attention`: without flash-attn, and against an emulation of its variable-length contract.
 
 The contract: sequence n has queries cu_seqlens_q[n] : cu_seqlens_q[n+1] and keys cu_seqlens_k[n] : cu_seqlens_k[n+1],
 causal attention is aligned bottom-right, query heads share key/value heads in groups, backward writes into dq, dk, dv.
 """
 
 import inspect
+import warnings
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -83,7 +84,7 @@ def forest():
 
 
 def test_the_flash_path_equals_the_reference(forest, monkeypatch):
-    monkeypatch.setattr(op, "flash_attn", lambda: EMULATED)
+    monkeypatch.setattr(op, "flash_attn", lambda dtype, head_size: EMULATED)
     q, k, v, index, longest = forest
     inputs = [x.clone().requires_grad_() for x in (q, k, v)]
     expected = op.trie_attention_ref(*inputs, *index, SCALE)
@@ -95,20 +96,48 @@ def test_the_flash_path_equals_the_reference(forest, monkeypatch):
 
 
 def test_both_paths_keep_the_same_log_sum_exp(forest, monkeypatch):
-    monkeypatch.setattr(op, "flash_attn", lambda: EMULATED)
+    monkeypatch.setattr(op, "flash_attn", lambda dtype, head_size: EMULATED)
     q, k, v, index, longest = forest
     results = [f(q, k, v, *index, *longest, SCALE) for f in (op.trie_attention_fwd_cpu, op.trie_attention_fwd_cuda)]
     torch.testing.assert_close(*results)
 
 
 @pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash-attn is installed")
-def test_without_flash_attn_cuda_says_what_to_install():
-    with pytest.raises(RuntimeError, match=r"pip install 'mmrm_fast\[cuda\]'"):
-        op.flash_attn()
+def test_without_flash_attn_cuda_goes_on_and_says_once_what_to_install():
+    op.flash_attn.cache_clear()
+    with pytest.warns(UserWarning, match=r"slow without flash-attn: pip install 'mmrm_fast\[cuda\]'"):
+        assert op.flash_attn(torch.bfloat16, 64) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert op.flash_attn(torch.bfloat16, 64) is None
+
+
+@pytest.mark.parametrize(("dtype", "head_size"), [(torch.float32, 64), (torch.float64, 64), (torch.bfloat16, 257)])
+def test_what_flash_attn_does_not_take_goes_node_by_node(dtype, head_size):
+    assert op.flash_attn(dtype, head_size) is None
+
+
+@pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash-attn is installed")
+@pytest.mark.filterwarnings("ignore:attention on CUDA is slow")
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_path_of_cuda_without_flash_attn_is_exact(forest, dtype, causal):
+    """Values and the gradients of queries, keys and values, against float64."""
+    q, k, v, index, longest = forest
+    tensors = [x.to(dtype) for x in (q, k, v)]
+    wide = [x.double().requires_grad_() for x in tensors]
+    expected = op.trie_attention_ref(*wide, *index, SCALE, causal)
+    grad = torch.randn(expected.shape).to(dtype)
+    out, lse = op.trie_attention_fwd_cuda(*tensors, *index, *longest, SCALE, causal)
+    grads = op.trie_attention_bwd_cuda(grad, *tensors, out, lse, *index, *longest, SCALE, causal)
+    exact = [expected.detach(), *torch.autograd.grad(expected, wide, grad.double())]
+    for value, truth in zip((out, *grads), exact, strict=True):
+        assert value.dtype == dtype
+        torch.testing.assert_close(value.double(), truth, rtol=0, atol=4 * torch.finfo(dtype).eps * truth.abs().max())
 
 
 @pytest.mark.skipif(find_spec("flash_attn") is None, reason="flash-attn needs a GPU toolchain and is not installed")
 @pytest.mark.parametrize("name", vars(EMULATED))
 def test_the_emulated_signature_is_that_of_the_installed_flash_attn(name):
-    installed = inspect.signature(getattr(op.flash_attn(), name)).parameters
+    installed = inspect.signature(getattr(op.flash_attn(torch.bfloat16, 64), name)).parameters
     assert list(installed) == list(inspect.signature(getattr(EMULATED, name)).parameters)
