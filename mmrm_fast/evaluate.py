@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -153,7 +154,14 @@ def read_rows(path: Path) -> list[PairRow]:
 
 def write_json(path: Path, value: object) -> None:
     """Write indented JSON, null where a number is NaN or infinite."""
-    path.write_text(json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
+    write_text(path, json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file aside, then under its name."""
+    aside = path.with_name(path.name + ".unfinished")
+    aside.write_text(text)
+    os.replace(aside, path)
 
 
 def finite(value: object) -> object:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mmrm_fast.config import TrainConfig
-from mmrm_fast.evaluate import finite, judged_accuracy
+from mmrm_fast.evaluate import finite, judged_accuracy, write_text
 from mmrm_fast.loss import NUM_BINS
 from mmrm_fast.model import RewardModel
 
@@ -137,9 +137,7 @@ def keep_until(path: Path, step: int) -> None:
                 kept.append(line)
         except ValueError:
             continue
-    aside = path.with_name(path.name + ".unfinished")
-    aside.write_text("".join(kept))
-    os.replace(aside, path)
+    write_text(path, "".join(kept))
 
 
 def peak_memory_bytes(device: torch.device) -> int:

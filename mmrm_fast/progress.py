@@ -136,13 +136,6 @@ def require_same(config: TrainConfig, checkpoint: Path | None) -> None:
         raise ValueError(f"{folder}: cannot be resumed with a different config: {listed}")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file aside, then under its name."""
-    aside = path.with_name(path.name + ".unfinished")
-    aside.write_text(text)
-    os.replace(aside, path)
-
-
 @contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill, which then takes the place of `folder`."""

@@ -119,9 +119,9 @@ class QueryReader:
         )
         specials = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         closing = {tokenizer.eos_token, tokenizer.pad_token} | {token for token in specials if token in tail}
-        self.closing = sorted(filter(None, closing), key=len, reverse=True)
-        opening = {tokenizer.bos_token, tokenizer.pad_token}
-        self.leading = re.compile(f"^(?:{any_of(opening)})+")
+        self.closing = longest_first(closing)
+        opening = "|".join(map(re.escape, longest_first({tokenizer.bos_token, tokenizer.pad_token})))
+        self.leading = re.compile(f"^(?:{opening or '(?!)'})+")  # without such tokens it matches nothing
         self.image = re.compile(r"<img>(?:<IMG_CONTEXT>)+</img>")
 
     def read(self, query: str, prompt: str | None = None) -> tuple[str, str]:
@@ -141,9 +141,9 @@ class QueryReader:
         return self.image.sub(IMAGE, prompt), without_end(response, self.closing)
 
 
-def any_of(tokens: set[str | None]) -> str:
-    """A regular expression's alternatives; nothing matches none of them."""
-    return "|".join(map(re.escape, sorted(filter(None, tokens), key=len, reverse=True))) or "(?!)"
+def longest_first(tokens: set[str | None]) -> list[str]:
+    """The tokens that there are, so that none hides a longer one that it is part of."""
+    return sorted(filter(None, tokens), key=len, reverse=True)
 
 
 def without_end(text: str, tokens: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from mmrm_fast.best_of_n import ORACLE, curve, read_values, selected_quality
 from mmrm_fast.candidates import make_candidates
-from mmrm_fast.progress import write_text
+from mmrm_fast.evaluate import write_text
 from mmrm_fast.records import RecordFile, iter_groups
 from mmrm_fast.scorer import Scorer
 from mmrm_fast.shapes import ENVIRONMENTS

@@ -24,13 +24,14 @@ from mmrm_fast.evaluate import (
     EvalSet,
     PairRow,
     batch_rows,
-    finite,
     judged_accuracy,
     print_table,
     results_table,
     reward_stats,
     summarize,
+    write_json,
     write_rows,
+    write_text,
 )
 from mmrm_fast.inputs import MAX_LISTED, InputErrors, open_inputs
 from mmrm_fast.loader import load
@@ -46,7 +47,6 @@ from mmrm_fast.progress import (
     remove_run,
     replaced_folder,
     terminations,
-    write_text,
 )
 from mmrm_fast.records import RecordError, RecordFile
 from mmrm_fast.step import Steps
@@ -371,7 +371,7 @@ class Trainer:
         for name, own in rows.items():
             write_rows(folder / f"eval-{name}.jsonl", own)
         write_text(folder / "final" / "reward_stats.json", json.dumps(reward_stats(rows, self.kinds), indent=2) + "\n")
-        write_text(folder / "results.json", json.dumps(finite(results), indent=2, allow_nan=False) + "\n")
+        write_json(folder / "results.json", results)
         write_text(folder / "skipped.jsonl", "".join(json.dumps(row) + "\n" for row in self.progress.skipped))
         if results:
             print_table(results_table(results))
