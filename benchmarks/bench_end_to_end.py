@@ -16,9 +16,9 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.harness import Case, Options, Row, lone_row
-from mmrm_fast.defaults import TINY_CHECKPOINT
-from mmrm_fast.records import RecordFile, iter_groups
-from mmrm_fast.shapes import cached_environments
+from mmrm_fast.data.records import RecordFile, iter_groups
+from mmrm_fast.data.shapes import cached_environments
+from mmrm_fast.train.defaults import TINY_CHECKPOINT
 
 ROOT = Path(__file__).parents[1]
 STEPS, QUICK_STEPS, SCORED = 40, 10, 500

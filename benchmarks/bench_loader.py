@@ -12,13 +12,13 @@ from functools import partial
 import numpy as np
 
 from benchmarks.harness import Case, Check, Options, Row, interleaved, make_row
-from mmrm_fast.dataset import PreferenceDataset
-from mmrm_fast.defaults import TINY_CHECKPOINT
-from mmrm_fast.loader import load
-from mmrm_fast.packing import Packed, Packer, map_tensors
-from mmrm_fast.records import RecordFile
-from mmrm_fast.shapes import cached_environments
-from mmrm_fast.weights import load_checkpoint
+from mmrm_fast.checkpoint.folder import load_checkpoint
+from mmrm_fast.data.packing import Packed, Packer, map_tensors
+from mmrm_fast.data.records import RecordFile
+from mmrm_fast.data.samples import PreferenceDataset
+from mmrm_fast.data.schedule import load
+from mmrm_fast.data.shapes import cached_environments
+from mmrm_fast.train.defaults import TINY_CHECKPOINT
 
 RECORDS, BUDGET = 512, 6_144  # records of an epoch; work of a step, as training on the tiny checkpoint has it
 

@@ -22,7 +22,7 @@ from benchmarks.harness import (
     make_row,
     relative_error,
 )
-from mmrm_fast.images import NORMALIZATION
+from mmrm_fast.data.images import NORMALIZATION
 from mmrm_fast.ops.patchify import patchify
 
 NUM_TILES, SIDE, PATCH_SIZE = 16, 448, 14

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.harness import Case, Check, Options, Row, bounded, interleaved, make_row, relative_error
-from mmrm_fast.images import NORMALIZATION, Tiling, choose_grid, load_image, load_tiles
+from mmrm_fast.data.images import NORMALIZATION, Tiling, choose_grid, load_image, load_tiles
 from mmrm_fast.ops.patchify import patchify
 from mmrm_fast.ops.resize_bicubic import resize_bicubic, resize_bicubic_ref
 

@@ -19,7 +19,7 @@ from benchmarks.baselines import PaddedRewardModel, ReferenceRewardModel
 from benchmarks.flops import Sizes, batch_work, bound_seconds, products_run
 from benchmarks.harness import Case, Check, Options, Row, interleaved, make_row, peak_bytes, relative_error
 from benchmarks.models import cast, geometry, make_model, make_records
-from mmrm_fast.packing import PackedBatch
+from mmrm_fast.data.packing import PackedBatch
 
 BATCH = 8  # sequences of a padded forward
 DTYPES = (torch.float32, torch.bfloat16)

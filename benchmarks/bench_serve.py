@@ -25,8 +25,8 @@ import numpy as np
 from PIL import Image
 
 from mmrm_fast.client import image_url
-from mmrm_fast.scorer import Scorer
-from mmrm_fast.shapes import random_scene, render
+from mmrm_fast.data.shapes import random_scene, render
+from mmrm_fast.score.scorer import Scorer
 
 SUBJECTS = ("a red circle", "two blue squares", "a green triangle on the left", "nothing but a yellow circle")
 HOSTILE = (

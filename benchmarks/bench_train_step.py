@@ -38,9 +38,9 @@ from benchmarks.harness import (
     relative_error,
 )
 from benchmarks.models import PROBE, Records, cast, geometry, make_model, make_records
-from mmrm_fast.loss import preference_loss
-from mmrm_fast.model import RewardModel
-from mmrm_fast.packing import PackedBatch
+from mmrm_fast.data.packing import PackedBatch
+from mmrm_fast.model.reward_model import RewardModel
+from mmrm_fast.train.loss import preference_loss
 
 DTYPES = (torch.float32, torch.bfloat16)
 EXACT_BOUNDS = (1e-5, 1e-4)  # of rewards and gradients in fp32

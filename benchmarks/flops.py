@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.baselines import PaddedBatch
 from benchmarks.harness import Timing
-from mmrm_fast.packing import PackedBatch, TokenPlan
+from mmrm_fast.data.packing import PackedBatch, TokenPlan
 
 ATTENTION_BACKWARD = 2.5  # five products where the forward has two
 

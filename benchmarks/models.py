@@ -10,12 +10,12 @@ from transformers import InternVLConfig, InternVLModel, InternVLVisionConfig, Qw
 
 from benchmarks.baselines import PaddedBatch, normalize, pad
 from benchmarks.harness import Options
-from mmrm_fast.dataset import Sample
-from mmrm_fast.images import NORMALIZATION, white_tile
-from mmrm_fast.model import RewardModel
-from mmrm_fast.packing import PackedBatch, pack
-from mmrm_fast.prompt import Encoded
-from mmrm_fast.records import Group, Pair
+from mmrm_fast.data.images import NORMALIZATION, white_tile
+from mmrm_fast.data.packing import PackedBatch, pack
+from mmrm_fast.data.prompt import Encoded
+from mmrm_fast.data.records import Group, Pair
+from mmrm_fast.data.samples import Sample
+from mmrm_fast.model.reward_model import RewardModel
 
 PATCH_SIZE = 14
 IMAGE_TOKEN_ID = 1  # text tokens are drawn above it, 0 is padding

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness import Options, Row
-from mmrm_fast.evaluate import write_text
+from mmrm_fast.files import write_text
 
 RESULTS = Path(__file__).parent / "results"
 BYTES_PER_MIB = 1 << 20

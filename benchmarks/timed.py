@@ -11,9 +11,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from mmrm_fast import train
 from mmrm_fast.cli import main
-from mmrm_fast.model import RewardModel
+from mmrm_fast.model.reward_model import RewardModel
+from mmrm_fast.train import trainer
 
 seconds: dict[str, float] = defaultdict(float)
 
@@ -54,12 +54,12 @@ def evaluated(evaluate):
 
 
 if __name__ == "__main__":
-    loader = train.Trainer.loader
-    train.Trainer.loader = lambda self, *args, **kwargs: timed_items(loader(self, *args, **kwargs))
-    train.Trainer.evaluate = evaluated(train.Trainer.evaluate)
+    loader = trainer.Trainer.loader
+    trainer.Trainer.loader = lambda self, *args, **kwargs: timed_items(loader(self, *args, **kwargs))
+    trainer.Trainer.evaluate = evaluated(trainer.Trainer.evaluate)
     RewardModel.forward = timed("forward", RewardModel.forward)
     torch.Tensor.backward = timed("backward", torch.Tensor.backward)
-    train.Trainer.optimizer_step = timed("optimizer", train.Trainer.optimizer_step)
+    trainer.Trainer.optimizer_step = timed("optimizer", trainer.Trainer.optimizer_step)
     status = main(sys.argv[2:])
     Path(sys.argv[1]).write_text(json.dumps(seconds))
     sys.exit(status)

@@ -73,25 +73,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_train(config: TrainConfig) -> int:
     if config.dry_run:
-        from mmrm_fast.plan import dry_run
+        from mmrm_fast.train.dry_run import dry_run
 
         dry_run(config)
         return 0
-    from mmrm_fast.train import train
+    from mmrm_fast.train.trainer import train
 
     train(config)
     return 0
 
 
 def run_score(config: ScoreConfig) -> int:
-    from mmrm_fast.score import score
+    from mmrm_fast.score.command import score
 
     return score(config)
 
 
 def run_serve(config: ServeConfig) -> int:
     try:
-        from mmrm_fast.serve import serve
+        from mmrm_fast.serve.command import serve
     except ModuleNotFoundError as error:
         raise ValueError(f"the server needs {error.name}: pip install 'mmrm_fast[serve]'") from None
 
@@ -100,27 +100,27 @@ def run_serve(config: ServeConfig) -> int:
 
 
 def run_evaluate(config: EvaluateConfig) -> int:
-    from mmrm_fast.benchmark import evaluate
+    from mmrm_fast.evaluate.command import evaluate
 
     return evaluate(config)
 
 
 def run_best_of_n(config: BestOfNConfig) -> int:
-    from mmrm_fast.best_of_n import best_of_n
+    from mmrm_fast.evaluate.best_of_n import best_of_n
 
     best_of_n(config)
     return 0
 
 
 def run_report(config: ReportConfig) -> int:
-    from mmrm_fast.report import report
+    from mmrm_fast.evaluate.report import report
 
     report(config)
     return 0
 
 
 def run_study(config: StudyConfig) -> int:
-    from mmrm_fast.study import study
+    from mmrm_fast.study.command import study
 
     study(config)
     return 0
@@ -129,7 +129,8 @@ def run_study(config: StudyConfig) -> int:
 def run_convert(config: ConvertConfig) -> int:
     from tqdm import tqdm
 
-    from mmrm_fast.export import convert_folder, reward_check
+    from mmrm_fast.checkpoint.export import convert_folder
+    from mmrm_fast.score.scorer import reward_check
 
     convert_folder(config.source, config.target, progress=lambda names: tqdm(names, desc="convert", unit="tensor"))
     if config.check:
@@ -144,7 +145,7 @@ def run_convert(config: ConvertConfig) -> int:
 def run_export(config: ExportConfig) -> int:
     from tqdm import tqdm
 
-    from mmrm_fast.export import export_original, export_vllm
+    from mmrm_fast.checkpoint.export import export_original, export_vllm
 
     export = {"vllm": export_vllm, "original": export_original}[config.format]
     export(config.source, config.target, progress=lambda names: tqdm(names, desc="export", unit="tensor"))
@@ -153,7 +154,7 @@ def run_export(config: ExportConfig) -> int:
 
 
 def run_inspect(config: InspectConfig) -> int:
-    from mmrm_fast.export import inspect
+    from mmrm_fast.checkpoint.export import inspect
 
     facts = inspect(config.folder)
     for name, value in facts.items():

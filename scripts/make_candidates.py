@@ -1,10 +1,10 @@
-"""Writes a best-of-N set of `mmrm_fast.candidates`: python scripts/make_candidates.py FOLDER --environment length."""
+"""Writes a best-of-N set: python scripts/make_candidates.py FOLDER --environment length."""
 
 from pathlib import Path
 
 import tyro
 
-from mmrm_fast.candidates import make_candidates
+from mmrm_fast.study.candidates import make_candidates
 
 
 def main(

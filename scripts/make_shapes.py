@@ -1,10 +1,10 @@
-"""Writes the synthetic preference environments of `mmrm_fast.shapes`."""
+"""Writes the synthetic preference environments of `mmrm_fast.data.shapes`."""
 
 from pathlib import Path
 
 import tyro
 
-from mmrm_fast.shapes import ENVIRONMENTS, ShapesConfig, make_environments
+from mmrm_fast.data.shapes import ENVIRONMENTS, ShapesConfig, make_environments
 
 DEFAULTS = ShapesConfig()
 

@@ -1,6 +1,6 @@
 """Pre-trains the tiny InternVL in `mmrm_fast/assets/shapes-internvl`, which stands for InternVL's own pre-training.
 
-It learns, without any bias, to describe pictures of `mmrm_fast.shapes` and to verify statements about them: every cue
+It learns, without any bias, to describe the pictures of `data.shapes` and to verify statements about them: every cue
 style occurs equally often with true and false responses. A training text is
 
     <|im_start|>user\n<img>...</img>\n{question}<|im_end|>\n<|im_start|>assistant\n{response}<|im_end|>{yes|no}
@@ -26,8 +26,8 @@ from tqdm import tqdm
 from transformers import InternVLConfig, InternVLForConditionalGeneration, PreTrainedTokenizerFast
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
-from mmrm_fast.images import NORMALIZATION, Tiling, tile_image
-from mmrm_fast.shapes import (
+from mmrm_fast.data.images import NORMALIZATION, Tiling, tile_image
+from mmrm_fast.data.shapes import (
     ATTRIBUTES,
     CUES,
     FILLERS,

@@ -17,11 +17,11 @@ from transformers import (
     Qwen2Config,
 )
 
+from mmrm_fast.checkpoint.folder import Checkpoint, save_checkpoint
 from mmrm_fast.config import TrainConfig
-from mmrm_fast.images import NORMALIZATION, Tiling
-from mmrm_fast.model import RewardModel
-from mmrm_fast.scorer import Scorer
-from mmrm_fast.weights import Checkpoint, save_checkpoint
+from mmrm_fast.data.images import NORMALIZATION, Tiling
+from mmrm_fast.model.reward_model import RewardModel
+from mmrm_fast.score.scorer import Scorer
 
 TOKENS_PER_TILE = 4
 CHATML = (

@@ -10,8 +10,8 @@ import numpy as np
 import uvicorn
 from PIL import Image
 
-from mmrm_fast.api import RewardService, make_app
-from mmrm_fast.guard import Limits
+from mmrm_fast.serve.api import RewardService, make_app
+from mmrm_fast.serve.guard import Limits
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from benchmarks.flops import Sizes, batch_work
 from benchmarks.harness import Check, Options, Row, Timing, make_row, peak_bytes, relative_error
 from benchmarks.models import Geometry, make_model, make_records
 from benchmarks.report import ResultFile, read_rows, regressions
-from mmrm_fast.packing import Packed, map_tensors
+from mmrm_fast.data.packing import Packed, map_tensors
 
 TINY = Geometry(56, 32, 10, 0.1, vision_layers=1, text_layers=2, vocab_size=64)
 ROW = Row("score", "score 1x1", "cpu", "float32", 1.0, "padded", 5.0, 5.0, spread=0.05, verified=True)

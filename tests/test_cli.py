@@ -31,7 +31,7 @@ def test_a_misspelt_option_is_an_error_that_names_the_nearest(capsys):
 
 def test_serving_without_its_packages_says_what_to_install(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "fastapi", None)
-    for name in ("mmrm_fast.serve", "mmrm_fast.api"):
+    for name in ("mmrm_fast.serve.command", "mmrm_fast.serve.api"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     assert main(["serve"]) == 2
     assert "pip install 'mmrm_fast[serve]'" in capsys.readouterr().err

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmrm_fast import convert
-from mmrm_fast.dataset import PreferenceDataset
-from mmrm_fast.loss import preference_loss
-from mmrm_fast.packing import MicroBatch, Packer
-from mmrm_fast.records import RecordFile
-from mmrm_fast.scorer import Scorer
-from mmrm_fast.weights import load_checkpoint
+from mmrm_fast.checkpoint import internvl_chat
+from mmrm_fast.checkpoint.folder import load_checkpoint
+from mmrm_fast.data.packing import MicroBatch, Packer
+from mmrm_fast.data.records import RecordFile
+from mmrm_fast.data.samples import PreferenceDataset
+from mmrm_fast.score.scorer import Scorer
+from mmrm_fast.train.loss import preference_loss
 
 GOLDEN = Path(__file__).parent / "golden"
 MODELS = ("InternLM2ForCausalLM", "Qwen2ForCausalLM")
@@ -66,9 +66,9 @@ def original_gradients(model):
     gradients = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            where = convert.source(name.removeprefix("model."), model.model.config)
+            where = internvl_chat.source(name.removeprefix("model."), model.model.config)
             gradients.setdefault(where.name, []).append((where.spans, parameter.grad))
-    return {name: convert.packed(parts) for name, parts in gradients.items()}
+    return {name: internvl_chat.packed(parts) for name, parts in gradients.items()}
 
 
 def check_gradients(expected, models):

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmrm_fast.dataset import GroupDataset
-from mmrm_fast.images import NORMALIZATION, Tiling, mean_colour, white_tile
-from mmrm_fast.packing import MicroBatch, Packer
-from mmrm_fast.prompt import PromptEncoder
-from mmrm_fast.records import RecordFile
-from mmrm_fast.tokenizer import load_tokenizer
+from mmrm_fast.checkpoint.tokenizer import load_tokenizer
+from mmrm_fast.data.images import NORMALIZATION, Tiling, mean_colour, white_tile
+from mmrm_fast.data.packing import MicroBatch, Packer
+from mmrm_fast.data.prompt import PromptEncoder
+from mmrm_fast.data.records import RecordFile
+from mmrm_fast.data.samples import GroupDataset
 
 GOLDEN = Path(__file__).parent / "golden"
 TEMPLATES = {"InternLM2ForCausalLM": "internlm2-chat", "Qwen2ForCausalLM": "Hermes-2"}

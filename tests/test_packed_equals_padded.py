@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from benchmarks.baselines import normalize
-from mmrm_fast.attention import read_last_tokens
-from mmrm_fast.dataset import PreferenceDataset
-from mmrm_fast.loss import preference_loss
-from mmrm_fast.packing import MicroBatch, Packer
-from mmrm_fast.records import Group, Pair
+from mmrm_fast.data.packing import MicroBatch, Packer
+from mmrm_fast.data.records import Group, Pair
+from mmrm_fast.data.samples import PreferenceDataset
+from mmrm_fast.model.attention import read_last_tokens
+from mmrm_fast.train.loss import preference_loss
 
 GRADIENT_BOUNDS = {torch.float64: (1e-9, 1e-12), torch.float32: (1e-4, 1e-7)}
 REWARD_BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-5}

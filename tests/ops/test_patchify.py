@@ -4,7 +4,7 @@ import pytest
 import torch
 from ops.common import is_same_for_any_thread_count
 
-from mmrm_fast.images import NORMALIZATION
+from mmrm_fast.data.images import NORMALIZATION
 from mmrm_fast.ops.patchify import DTYPES, patchify, patchify_cpu, patchify_ref
 
 MEAN, STD = NORMALIZATION["imagenet"]

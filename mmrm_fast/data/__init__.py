@@ -1,0 +1,1 @@
+"""Records on disk to packed batches; no model, no rank."""

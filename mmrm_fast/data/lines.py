@@ -1,0 +1,195 @@
+"""Random access to the decoded records of files: JSONL (plain, gzip, zstd) and Parquet.
+
+A JSONL file is indexed by line offset: 16 bytes a line, one pass. A compressed one is first unpacked into an anonymous
+temporary file (it vanishes with the process), so that there is one way to read lines. Parquet is read by row group, one
+kept at a time, only the columns that a record can have. Reading is safe in forked workers.
+"""
+
+import glob
+import gzip
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Set as AbstractSet
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from mmrm_fast.data.types import RecordError
+
+SCAN_BYTES = 1 << 24
+MAX_LINE_BYTES = 1 << 28
+MAX_UNPACKED_BYTES = 1 << 36
+MAX_ROW_GROUP_BYTES = 1 << 30
+WHITE_SPACE = np.frombuffer(b" \t\r\n\v\f", np.uint8)
+PARQUET = ".parquet"
+LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".json", ".json.gz")
+KINDS = (*LINES, PARQUET)
+FAILURES = "errors.jsonl"  # beside the shards of a scoring run
+
+
+def open_rows(spec: str | Path, columns: AbstractSet[str]) -> list["LineFile | RowFile"]:
+    """The files that `spec` names, in the order of their names.
+
+    Args:
+        spec: a file, a folder (all files in it with a known suffix but a scoring run's `errors.jsonl`) or a glob.
+        columns: what a record can hold; other Parquet columns are not read.
+    """
+    path = Path(spec)
+    if path.is_dir():
+        files = (item for item in path.iterdir() if item.name.endswith(KINDS) and item.is_file())
+        paths = sorted(item for item in files if item.name != FAILURES)
+    elif path.is_file():
+        paths = [path]
+    else:
+        paths = sorted(Path(name) for name in glob.glob(str(spec), recursive=True) if Path(name).is_file())
+    if not paths:
+        what = "no record files in this folder" if path.is_dir() else "no such file"
+        raise ValueError(f"{spec}: {what}; expected {', '.join(KINDS)}, a folder or a glob of them")
+    kept: dict = {}
+    return [RowFile(path, columns, kept) if path.name.endswith(PARQUET) else LineFile(path) for path in paths]
+
+
+class LineFile:
+    """A JSONL file read by line offset; blank lines are not records."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.file = open_lines(path)
+        if ".json" in path.suffixes and self.file.read(SCAN_BYTES).lstrip()[:1] == b"[":
+            raise ValueError(f"{path}: one JSON array; write a record a line: jq -c '.[]' {path} > records.jsonl")
+        self.size = os.fstat(self.file.fileno()).st_size
+        self.offsets, self.line_numbers = scan_lines(self.file)
+
+    def __reduce__(self):
+        return LineFile, (self.path,)
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def source(self, row: int) -> str:
+        """Where the record stands: "file.jsonl:12"."""
+        return f"{self.path}:{self.line_numbers[row]}"
+
+    def fields(self, row: int) -> object:
+        """The decoded JSON of a line. Raises `RecordError`."""
+        start = int(self.offsets[row])
+        stop = int(self.offsets[row + 1]) if row + 1 < len(self.offsets) else self.size
+        if stop - start > MAX_LINE_BYTES:
+            raise RecordError(
+                self.source(row), "", f"a line of {stop - start} bytes is over the limit of {MAX_LINE_BYTES}"
+            )
+        try:
+            return json.loads(os.pread(self.file.fileno(), stop - start, start).strip())  # blank lines may follow
+        except (ValueError, RecursionError) as error:
+            raise RecordError(self.source(row), "", f"not valid JSON ({error})") from None
+
+
+def open_lines(path: Path) -> BinaryIO:
+    """The file itself, or an anonymous temporary one that holds what it unpacks to."""
+    if path.suffix == ".gz":
+        return unpack(path, gzip.open(path))
+    if path.suffix == ".zst":
+        import pyarrow
+
+        return unpack(path, pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"))
+    return open(path, "rb")
+
+
+def unpack(path: Path, packed: BinaryIO) -> BinaryIO:
+    """Copy a compressed stream into a temporary file, up to `MAX_UNPACKED_BYTES` and half of the free space."""
+    limit = min(MAX_UNPACKED_BYTES, shutil.disk_usage(tempfile.gettempdir()).free // 2)
+    plain = tempfile.TemporaryFile()  # noqa: SIM115
+    try:
+        with packed:
+            while chunk := packed.read(SCAN_BYTES):
+                plain.write(chunk)
+                if plain.tell() > limit:
+                    raise ValueError(
+                        f"{path}: unpacks to over {limit} bytes; unpack it yourself, or set TMPDIR to a larger disk"
+                    )
+    except (OSError, EOFError, gzip.zlib.error) as error:
+        raise ValueError(f"{path}: cannot be unpacked ({error})") from None
+    plain.seek(0)
+    return plain
+
+
+def scan_lines(file: BinaryIO) -> tuple[np.ndarray, np.ndarray]:
+    """Byte offsets (int64) and 1-based line numbers (int64) of a file's non-blank lines."""
+    starts, suspects, position, opens_line = [], [], 0, True
+    file.seek(0)
+    while chunk := file.read(SCAN_BYTES):
+        data = np.frombuffer(chunk, np.uint8)
+        begins = np.flatnonzero(data[:-1] == ord("\n")) + 1
+        begins = np.concatenate([[0], begins]) if opens_line else begins
+        opens_line = data[-1] == ord("\n")
+        starts.append(begins + position)
+        suspects.append(np.isin(data[begins], WHITE_SPACE))
+        position += len(chunk)
+    offsets = np.concatenate([np.zeros(0, np.int64), *starts])
+    keep = np.ones(len(offsets), bool)
+    for index in np.flatnonzero(np.concatenate([np.zeros(0, bool), *suspects])):
+        stop = offsets[index + 1] if index + 1 < len(offsets) else position
+        keep[index] = not blank(file, int(offsets[index]), int(stop))
+    kept = np.flatnonzero(keep)
+    return offsets[kept], kept + 1
+
+
+def blank(file: BinaryIO, start: int, stop: int) -> bool:
+    """Whether these bytes of a file are white space alone."""
+    file.seek(start)
+    while start < stop:
+        chunk = file.read(min(SCAN_BYTES, stop - start))
+        if chunk.strip():
+            return False
+        start += len(chunk)
+    return True
+
+
+class RowFile:
+    """A Parquet file read by row group; the last one read is kept, one for all files that share `kept`."""
+
+    def __init__(self, path: Path, columns: AbstractSet[str], kept: dict):
+        import pyarrow
+        from pyarrow import parquet
+
+        self.path, self.all_columns, self.kept = path, columns, kept
+        try:
+            self.file = parquet.ParquetFile(path)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise ValueError(f"{path}: not a Parquet file that can be read ({error})") from None
+        self.columns = [name for name in self.file.schema_arrow.names if name in columns]
+        metadata = self.file.metadata
+        groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+        largest = max((group.total_byte_size for group in groups), default=0)
+        if largest > MAX_ROW_GROUP_BYTES:
+            raise ValueError(
+                f"{path}: a row group of {largest} bytes is too large to be read at random; write row_group_size=100"
+            )
+        self.edges = np.cumsum([0, *(group.num_rows for group in groups)])
+
+    def __reduce__(self):
+        return RowFile, (self.path, self.all_columns, {})
+
+    def __len__(self) -> int:
+        return int(self.edges[-1])
+
+    def source(self, row: int) -> str:
+        """Where the record stands: "file.parquet:12", the row counted from 1."""
+        return f"{self.path}:{row + 1}"
+
+    def fields(self, row: int) -> object:
+        """A row as a dictionary. Raises `RecordError`."""
+        import pyarrow
+
+        group = int(np.searchsorted(self.edges, row, side="right")) - 1
+        key = (self.path, group)
+        try:
+            if key not in self.kept:
+                self.kept.clear()
+                self.kept[key] = self.file.read_row_group(group, columns=self.columns, use_threads=False)
+            return self.kept[key].slice(row - self.edges[group], 1).to_pylist()[0]
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
+            raise RecordError(self.source(row), "", f"not a row that can be read ({error})") from None

@@ -1,0 +1,305 @@
+"""Samples to packed batches: every shared prefix once, every distinct image once.
+
+Shapes: T packed tokens, R responses, P pairs, I tiles, S pixels a tile side, N trie nodes, K gathered keys.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmrm_fast.data.images import white_tile
+from mmrm_fast.data.records import RecordError
+from mmrm_fast.data.samples import GroupDataset, ProxyImage, Sample
+from mmrm_fast.ops.pack_image_tokens import SourceIndex, source_index
+from mmrm_fast.ops.pair_loss import PairIndex, pair_index
+from mmrm_fast.ops.plan_trie import TriePlan, plan_trie
+
+MIN_SHARED = 32
+REGIME_SHIFT = 40  # token keys are far below it
+
+
+class OnDevice:
+    """A dataclass whose tensors move together."""
+
+    def to(self, device: torch.device | str):
+        """A copy with every tensor on `device`, without waiting for page-locked ones."""
+        return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def map_tensors(value, function: Callable[[Tensor], Tensor]):
+    """A dataclass with `function` applied to every tensor in it."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if not is_dataclass(value):
+        return value
+    return replace(value, **{field.name: map_tensors(getattr(value, field.name), function) for field in fields(value)})
+
+
+@dataclass(frozen=True)
+class TokenPlan(OnDevice):
+    """Packed tokens of one branch: a forest of token tries."""
+
+    source_T: Tensor  # int64: token id, or -1 - row of the batch's image features
+    source_index: SourceIndex  # of source_T
+    position_ids_T: Tensor  # int64
+    cu_seqlens_q: Tensor  # [N + 1] int32
+    kv_index: Tensor  # [K] int64
+    cu_seqlens_k: Tensor  # [N + 1] int32
+    last_index_R: Tensor  # int64: where each response's reward is read
+    read_index: Tensor  # int64: the distinct ones among them, increasing
+    read_row_R: Tensor  # int64: each response's row among those
+    read_kv_index: Tensor  # int64: what each of the distinct ones attends over, one after another
+    read_cu_seqlens_k: Tensor  # int32: their edges
+    max_seqlen_q: int
+    max_seqlen_k: int
+    num_tokens_unshared: int  # tokens of all sequences, as if nothing were shared
+    rope_regimes_T: Tensor | None = None  # int64, of each token's sequence; None where all have the usual frequencies
+
+    def rope_positions(self) -> Tensor:
+        """Position ids [1, T], or [2, T] with `rope_regimes_T` below them, as `rope.OwnLengthRope` takes them."""
+        rows = [self.position_ids_T] if self.rope_regimes_T is None else [self.position_ids_T, self.rope_regimes_T]
+        return torch.stack(rows)
+
+    def attention_plan(self) -> dict[str, Tensor | int]:
+        """The keyword arguments that the attention reads, the last layer's among them."""
+        names = ("cu_seqlens_q", "kv_index", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+        names += ("read_index", "read_kv_index", "read_cu_seqlens_k")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class PackedBatch(OnDevice):
+    """One forward of the model. `num_responses` says how many rewards belong to each sample, in order."""
+
+    main: TokenPlan
+    text: TokenPlan | None
+    tiles: Tensor  # [I, S, S, 3] uint8, each distinct image once
+    text_tiles: Tensor | None  # [1, S, S, 3] uint8: the white tile that the text-only proxy has for every image
+    pairs: PairIndex
+    margin_P: Tensor | None  # float32; None where no pair has a margin
+    num_responses: tuple[int, ...]
+
+
+def pack(
+    samples: Sequence[Sample],
+    images: Sequence[Sequence[np.ndarray]],
+    *,
+    tokens_per_tile: int,
+    tile_size: int,
+    min_shared: int = MIN_SHARED,
+    with_text: bool = False,
+    proxy_image: ProxyImage = "none",
+    rope_regime: Callable[[int], int] | None = None,
+) -> PackedBatch:
+    """Pack samples and their images' tiles into one batch.
+
+    Args:
+        samples: the groups; none gives a batch of one token, no pair and no weight, which still runs.
+        images: each sample's images as uint8 tiles [I, S, S, 3].
+        tokens_per_tile: image tokens of a tile.
+        tile_size: S, for a batch without images: one black tile stands in, whose features nothing reads, so that
+            every rank runs the same modules.
+        min_shared: shorter shared runs are recomputed instead of becoming a node.
+        with_text: also plan the text-only proxy's tokens.
+        proxy_image: `white` where the samples' `text` was encoded with white tiles.
+        rope_regime: see `rope.RopeRegime`; only sequences of one regime share a prefix.
+    """
+    tiles, bases = unique_tiles(images, tile_size)
+    main = [
+        place_images(sequence, rows)
+        for sample, rows in zip(samples, image_rows(bases, images, tokens_per_tile), strict=True)
+        for sequence in sample.main.sequences
+    ]
+    white = with_text and proxy_image == "white"
+    text = [
+        white_images(sequence, tokens_per_tile) if white else sequence
+        for sample in samples
+        for sequence in (sample.text.sequences if with_text else ())
+    ]
+    pairs, margin_P = flatten_pairs(samples)
+    return PackedBatch(
+        main=plan_tokens(main, min_shared, rope_regime),
+        text=plan_tokens(text, min_shared, rope_regime) if with_text else None,
+        tiles=torch.from_numpy(tiles),
+        text_tiles=torch.from_numpy(white_tile(tile_size)) if white else None,
+        pairs=pairs,
+        margin_P=margin_P,
+        num_responses=tuple(len(sample.main.sequences) for sample in samples),
+    )
+
+
+def unique_tiles(images: Sequence[Sequence[np.ndarray]], tile_size: int) -> tuple[np.ndarray, list[list[int]]]:
+    """Tiles of the distinct images [I, S, S, 3] and, per sample and image, the row of its first tile."""
+    first_tile: dict[bytes, int] = {}
+    distinct, bases, count = [], [], 0
+    for sample_images in images:
+        bases.append([])
+        for tiles in sample_images:
+            key = hashlib.blake2b(tiles, digest_size=16).digest()
+            if key not in first_tile:
+                first_tile[key] = count
+                distinct.append(tiles)
+                count += len(tiles)
+            bases[-1].append(first_tile[key])
+    if not distinct:
+        return np.zeros((1, tile_size, tile_size, 3), np.uint8), bases
+    return np.concatenate(distinct), bases
+
+
+def image_rows(bases, images, tokens_per_tile: int) -> list[np.ndarray]:
+    """Per sample, the batch's feature row of each of the sample's image tokens, int64."""
+    rows = []
+    for sample_bases, sample_images in zip(bases, images, strict=True):
+        spans = [np.arange(base, base + len(tiles)) for base, tiles in zip(sample_bases, sample_images, strict=True)]
+        tile_rows = np.concatenate([np.zeros(0, np.int64), *spans])
+        rows.append((tile_rows[:, None] * tokens_per_tile + np.arange(tokens_per_tile)).reshape(-1))
+    return rows
+
+
+def place_images(sequence: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """A sequence's keys with its image rows counted over the batch instead of over the record."""
+    is_image = sequence < 0
+    placed = sequence.copy()
+    placed[is_image] = -1 - rows[-1 - sequence[is_image]]
+    return placed
+
+
+def white_images(sequence: np.ndarray, tokens_per_tile: int) -> np.ndarray:
+    """A sequence's keys with every image of one tile being the same."""
+    return np.where(sequence < 0, -1 - (-1 - sequence) % tokens_per_tile, sequence)
+
+
+def plan_tokens(
+    sequences: Sequence[np.ndarray], min_shared: int, rope_regime: Callable[[int], int] | None = None
+) -> TokenPlan:
+    """Plan one branch's sequences; none becomes a single sequence of one token."""
+    sequences = sequences or [np.zeros(1, np.int64)]
+    keys = np.concatenate(sequences)
+    lengths = [*map(len, sequences)]
+    regimes = np.repeat([rope_regime(length) if rope_regime else 0 for length in lengths], lengths).astype(np.int64)
+    plan = plan_trie(keys + (regimes << REGIME_SHIFT), np.cumsum([0, *lengths]), min_shared=min_shared)
+    source_T = torch.from_numpy(keys[plan.token_index])
+    read_index, read_row = np.unique(plan.last_index, return_inverse=True)
+    paths = [*map(partial(path, plan), read_index)]
+    return TokenPlan(
+        source_T=source_T,
+        source_index=source_index(source_T),
+        position_ids_T=torch.from_numpy(plan.position_ids),
+        cu_seqlens_q=torch.from_numpy(plan.cu_seqlens_q),
+        kv_index=torch.from_numpy(plan.kv_index),
+        cu_seqlens_k=torch.from_numpy(plan.cu_seqlens_k),
+        last_index_R=torch.from_numpy(plan.last_index),
+        read_index=torch.from_numpy(read_index),
+        read_row_R=torch.from_numpy(read_row),
+        read_kv_index=torch.from_numpy(np.concatenate(paths)),
+        read_cu_seqlens_k=torch.from_numpy(np.cumsum([0, *map(len, paths)], dtype=np.int32)),
+        max_seqlen_q=int(np.diff(plan.cu_seqlens_q).max()),
+        max_seqlen_k=int(np.diff(plan.cu_seqlens_k).max()),
+        num_tokens_unshared=len(keys),
+        rope_regimes_T=torch.from_numpy(regimes[plan.token_index]) if regimes.any() else None,
+    )
+
+
+def path(plan: TriePlan, token: int) -> np.ndarray:
+    """What a packed token attends over: its ancestors and itself, int64."""
+    node = np.searchsorted(plan.cu_seqlens_q, token, side="right") - 1
+    unseen = plan.cu_seqlens_q[node + 1] - 1 - token
+    return plan.kv_index[plan.cu_seqlens_k[node] : plan.cu_seqlens_k[node + 1] - unseen]
+
+
+def flatten_pairs(samples: Sequence[Sample]) -> tuple[PairIndex, Tensor | None]:
+    """The samples' pairs over the batch's responses, and their margins [P] where there are any."""
+    chosen, rejected, margin, first = [], [], [], 0
+    for sample in samples:
+        chosen += [first + pair.chosen for pair in sample.group.pairs]
+        rejected += [first + pair.rejected for pair in sample.group.pairs]
+        margin += [pair.margin for pair in sample.group.pairs]
+        first += len(sample.main.sequences)
+    index = pair_index(
+        torch.tensor(chosen, dtype=torch.int64), torch.tensor(rejected, dtype=torch.int64), max(first, 1)
+    )
+    return index, torch.tensor(margin, dtype=torch.float32) if any(margin) else None
+
+
+@dataclass(frozen=True)
+class Notes:
+    """What some records have that is not trained on; adds up."""
+
+    errors: tuple[RecordError, ...] = ()  # records that cannot be used
+    dropped: tuple[RecordError, ...] = ()  # responses whose pairs were left out
+    unrated: int = 0  # responses whose rating is not a finite number
+    unpaired: int = 0  # records without a preference
+
+    def __add__(self, other: "Notes") -> "Notes":
+        return Notes(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the schedule, the same on every rank."""
+
+    consumed: int  # records of the order used up when it is done
+    records: int  # that it scores, over all ranks
+    imbalance: float  # max over mean cost of the ranks
+    notes: Notes  # on the records from the step before to `consumed`
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What shares a forward: samples, or indices of the packer's data set."""
+
+    items: tuple[Sample | int, ...]
+    step: Step | None = None  # the step that it ends
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A micro-batch ready for the model; samples whose images cannot be decoded are in `errors` instead."""
+
+    batch: PackedBatch
+    samples: tuple[Sample, ...]
+    errors: dict[int, RecordError]  # by the sample's place in the micro-batch
+    step: Step | None
+
+    def pin_memory(self) -> "Packed":
+        """The same in page-locked memory; a DataLoader calls it."""
+        return replace(self, batch=map_tensors(self.batch, Tensor.pin_memory))
+
+
+class Packer:
+    """Decodes and packs micro-batches; as a torch map-style data set its index is the `MicroBatch` itself.
+
+    Args:
+        dataset: where the samples come from.
+        with_text: also plan the text-only proxy's tokens.
+        min_shared: see `pack`.
+    """
+
+    def __init__(self, dataset: GroupDataset, *, with_text: bool = False, min_shared: int = MIN_SHARED):
+        self.dataset, self.with_text, self.min_shared = dataset, with_text, min_shared
+
+    def __getitem__(self, micro: MicroBatch) -> Packed:
+        samples, images, errors = [], [], {}
+        for place, item in enumerate(micro.items):
+            try:
+                sample = item if isinstance(item, Sample) else self.dataset[item]
+                images.append(self.dataset.load(sample))
+                samples.append(sample)
+            except RecordError as error:
+                errors[place] = error
+        batch = pack(
+            samples,
+            images,
+            tokens_per_tile=self.dataset.encoder.tokens_per_tile,
+            tile_size=self.dataset.tiling.tile_size,
+            min_shared=self.min_shared,
+            with_text=self.with_text,
+            proxy_image=self.dataset.proxy_image,
+            rope_regime=self.dataset.encoder.rope_regime,
+        )
+        return Packed(batch, tuple(samples), errors, micro.step)

@@ -1,0 +1,128 @@
+"""Records to groups: one prompt with its images, K responses and the preference pairs among them.
+
+Every layout of `record_forms` and every file of `record_files` becomes one type, `Group`, so that nothing downstream
+asks where a record came from.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mmrm_fast.data.forms import FORM_FIELDS, PREFERENCE_FIELDS, in_text, parse_form
+from mmrm_fast.data.lines import open_rows
+from mmrm_fast.data.pictures import IMAGE_FIELDS, image_field, record_images, resolve_image, shown_images
+from mmrm_fast.data.types import Group, Message, Pair, Prompt, RecordError, kind_of, number, text
+
+__all__ = [
+    "Group", "Message", "Pair", "Prompt", "RecordError", "RecordFile", "iter_groups", "parse_group", "prompt_json",
+]  # fmt: skip
+
+ID_FIELDS = ("id", "idx")
+FIELDS = {*ID_FIELDS, *IMAGE_FIELDS, *FORM_FIELDS, "truth"}
+
+
+def parse_group(
+    fields: object, *, source: str, record: int = 0, image_root: Path | None = None, confined: bool = False
+) -> Group:
+    """Turn one decoded record of any form into a `Group`.
+
+    Args:
+        image_root: where relative image paths start.
+        confined: accept only encoded images and paths under `image_root`, for records that strangers send.
+
+    Raises:
+        RecordError: a field is missing, of the wrong type, not a finite number or over a limit.
+    """
+    if not isinstance(fields, dict):
+        raise RecordError(source, "", f"a record is a JSON object, this is {kind_of(fields)}")
+    images = record_images(fields, source, image_root, confined)
+    form = parse_form(fields, source)
+    shown = fields.get(image_field(fields))
+    if form.images:
+        if images:
+            raise RecordError(
+                source, image_field(fields), "there are images in the messages as well; use one of the two"
+            )
+        images = tuple(resolve_image(image, "image", source, image_root, confined) for image in form.images)
+        shown = list(form.images)
+    return Group(
+        source=source,
+        record=record,
+        id=parse_id(fields, source),
+        prompt=form.prompt,
+        img_path=shown_images(shown),
+        images=images,
+        responses=form.responses,
+        pairs=form.pairs,
+        truth=parse_truth(fields, len(form.responses), source),
+        num_unrated=form.num_unrated,
+    )
+
+
+def parse_id(fields: dict, source: str) -> str | None:
+    """The record's own name, text or a number, as text."""
+    name = next((name for name in ID_FIELDS if fields.get(name) is not None), None)
+    if name is None:
+        return None
+    value = fields[name]
+    return str(value) if isinstance(value, (int, float)) else text(value, name, source)
+
+
+def parse_truth(fields: dict, num_responses: int, source: str) -> tuple[float, ...] | None:
+    """The optional true quality of each response, in the order of the responses (chosen, rejected)."""
+    truth = fields.get("truth")
+    if truth is None:
+        return None
+    if not isinstance(truth, list) or len(truth) != num_responses or not all(math.isfinite(number(x)) for x in truth):
+        raise RecordError(source, "truth", f"expected a list of {num_responses} finite numbers, one a response")
+    return tuple(map(number, truth))
+
+
+def prompt_json(prompt: Prompt) -> str | list[dict[str, str]]:
+    """A group's prompt as JSON has it."""
+    if isinstance(prompt, str):
+        return prompt
+    return [{"role": message.role, "content": message.content} for message in prompt]
+
+
+class RecordFile:
+    """The records of one or several files, read at random: opening builds an index, `group(i)` parses one record.
+
+    Args:
+        spec: a file (.jsonl, .jsonl.gz, .jsonl.zst, .parquet), every such file of a folder, or a glob.
+        image_root: folder that relative image paths start from; default each file's own folder.
+        need_pairs: refuse records without preferences (training, evaluation).
+
+    Raises:
+        ValueError: no such file, or not of these kinds.
+    """
+
+    def __init__(self, spec: str | Path, image_root: str | Path | None = None, *, need_pairs: bool = False):
+        self.path, self.need_pairs = Path(spec), need_pairs
+        self.image_root = Path(image_root) if image_root else None
+        self.files = open_rows(spec, FIELDS)
+        self.edges = np.cumsum([0, *map(len, self.files)])
+
+    def __len__(self) -> int:
+        return int(self.edges[-1])
+
+    def group(self, index: int) -> Group:
+        """Parse record `index`. Raises `RecordError` naming file, line and field."""
+        number = int(np.searchsorted(self.edges, index, side="right")) - 1
+        file, row = self.files[number], int(index - self.edges[number])
+        source, fields = file.source(row), file.fields(row)
+        if self.need_pairs and isinstance(fields, dict) and not (PREFERENCE_FIELDS & fields.keys() or in_text(fields)):
+            raise RecordError(source, "chosen", "missing; training and evaluation need chosen/rejected or completions")
+        root = self.image_root or file.path.parent
+        return parse_group(fields, source=source, record=int(index), image_root=root)
+
+
+def iter_groups(file: RecordFile, indices: Sequence[int] | None = None) -> Iterator[Group | RecordError]:
+    """The file's groups in order, a `RecordError` in the place of each one that cannot be parsed."""
+    for index in range(len(file)) if indices is None else indices:
+        try:
+            yield file.group(index)
+        except RecordError as error:
+            yield error

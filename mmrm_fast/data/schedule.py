@@ -1,0 +1,166 @@
+"""Records in a given order to packed micro-batches on every rank: sizes, steps, micro-batches, worker processes.
+
+Each rank's workers size their share of a window of records and the ranks exchange the sizes, so that all of them cut
+the same steps although a record is tokenised twice in all: once to be sized, once to be packed where it is trained on.
+"""
+
+import heapq
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import islice
+from typing import NamedTuple
+
+from torch.utils.data import DataLoader
+
+from mmrm_fast.data.packing import MicroBatch, Notes, Packed, Packer, Step
+from mmrm_fast.data.records import RecordError
+from mmrm_fast.data.samples import GroupDataset
+from mmrm_fast.data.workers import Endless, in_order
+
+WINDOW = 4096
+
+
+class Size(NamedTuple):
+    """What the schedule knows of a record."""
+
+    cost: int  # work in tokens, see `Sample.cost`; 0 where there is nothing to score
+    pairs: int
+    notes: Notes
+
+
+def load(
+    dataset: GroupDataset, order: Sequence[int], *, packer: Packer, num_workers: int = 0, pin_memory: bool = False,
+    **options,
+) -> Iterator[Packed]:  # fmt: skip
+    """The packed micro-batches of `schedule`, in its order, prepared by `num_workers` processes (0: by this one)."""
+    micro_batches = schedule(dataset, order, num_workers=num_workers, **options)
+    return iter(
+        DataLoader(
+            packer, sampler=Endless(micro_batches), batch_size=None, num_workers=num_workers, pin_memory=pin_memory
+        )
+    )
+
+
+def schedule(
+    dataset: GroupDataset,
+    order: Sequence[int],
+    *,
+    tokens_per_micro_batch: int,
+    tokens_per_batch: int = 0,
+    pairs_per_step: int | None = None,
+    start: int = 0,
+    rank: int = 0,
+    num_ranks: int = 1,
+    gather: Callable[[list], list] = list,
+    num_workers: int = 0,
+    window: int = WINDOW,
+) -> Iterator[MicroBatch]:
+    """One rank's micro-batches over the records of `order`; which records make a step depends on no rank.
+
+    Consecutive records are cut into steps, and each step is balanced over the ranks in micro-batches of at most
+    `tokens_per_micro_batch`; every rank gets equally many. Where no record can be used the only step is empty.
+
+    Args:
+        dataset, order: the records `dataset[order[i]]`.
+        tokens_per_micro_batch: work of one micro-batch, see `Sample.cost`; a record over it stands alone.
+        tokens_per_batch: work of one step over all ranks.
+        pairs_per_step: cut steps by this number of pairs instead.
+        start: position in the order to begin at. A step's `consumed` gives what an uninterrupted run goes on with.
+        gather: lists of all ranks to one list, on every rank; called once a window, in lockstep.
+        num_workers: processes that size records ahead; 0 sizes them here.
+        window: records sized together; no step depends on it.
+    """
+    pending: list[Size] = []
+    for end, sizes in size_windows(dataset, order, start, rank, num_ranks, gather, num_workers, window):
+        pending += sizes
+        first, at_end = end - len(pending), end == len(order)
+        budget = pairs_per_step or tokens_per_batch
+        runs = cut([size.pairs if pairs_per_step else size.cost for size in pending], budget)
+        rest = [] if at_end else pending[runs.pop().start :]
+        for run in runs:
+            sized = {first + item: pending[item] for item in run}
+            yield from step_micro_batches(order, sized, tokens_per_micro_batch, rank, num_ranks)
+        pending = rest
+
+
+def step_micro_batches(order, sized: dict[int, Size], limit: int, rank: int, num_ranks: int) -> Iterator[MicroBatch]:
+    """One rank's micro-batches of the step whose records are sized by their position in the order."""
+    usable = [position for position, size in sized.items() if size.cost]
+    costs = [sized[position].cost for position in usable]
+    bins = balance(costs, limit, num_ranks)
+    notes = sum((size.notes for size in sized.values()), Notes())
+    step = Step(
+        max(sized) + 1, len(usable), imbalance([sum(costs[i] for i in items) for items in bins], num_ranks), notes
+    )
+    for number, items in enumerate(mine := bins[rank::num_ranks]):
+        records = tuple(int(order[usable[item]]) for item in items)
+        yield MicroBatch(records, step if number == len(mine) - 1 else None)
+
+
+def size_windows(
+    dataset, order, start: int, rank: int, num_ranks: int, gather, num_workers: int, window: int
+) -> Iterator[tuple[int, list[Size]]]:
+    """(end, sizes) of consecutive windows of the order, each rank sizing every `num_ranks`-th record."""
+    windows = [range(at, min(at + window, len(order))) for at in range(start, len(order), window)]
+    shares = [positions[rank::num_ranks] for positions in windows]
+    sizes = in_order(partial(size, dataset, order), shares, num_workers=num_workers, ahead=window // num_ranks)
+    for positions, share in zip(windows, shares, strict=True):
+        everyone = gather(list(islice(sizes, len(share))))
+        yield positions.stop, [size for _, size in sorted(everyone, key=lambda pair: pair[0])]
+
+
+def size(dataset: GroupDataset, order: Sequence[int], position: int) -> tuple[int, Size]:
+    """(position, size) of one record of the order, which is encoded and forgotten."""
+    try:
+        sample = dataset[int(order[position])]
+    except RecordError as error:
+        return position, Size(0, 0, Notes(errors=(error,)))
+    pairs = len(sample.group.pairs)
+    notes = Notes(dropped=sample.dropped, unrated=sample.group.num_unrated, unpaired=int(not pairs))
+    cost = sample.cost(dataset.encoder.tokens_per_tile) if sample.main.sequences else 0
+    return position, Size(cost, pairs if cost else 0, notes)
+
+
+def cut(costs: Sequence[int], budget: int) -> list[range]:
+    """Consecutive runs of items whose costs sum to at most `budget`; an item over it stands alone.
+
+    Items without cost belong to the run before them (the first ones to the run after).
+    """
+    runs, start, total = [], 0, 0
+    for index, cost in enumerate(costs):
+        if total and cost and total + cost > budget:
+            runs.append(range(start, index))
+            start, total = index, 0
+        total += cost
+    return [*runs, range(start, len(costs))] if len(costs) else []
+
+
+def balance(costs: Sequence[int], limit: int, num_ranks: int) -> list[list[int]]:
+    """Deal items into a multiple of `num_ranks` bins of at most `limit` each (an item over it stands alone).
+
+    Largest first into the emptiest bin; bins may be empty. Items keep their order inside a bin. Rank r takes
+    `bins[r::num_ranks]`.
+    """
+    num_bins = -(-max(1, -(-sum(costs) // limit)) // num_ranks) * num_ranks
+    while True:
+        bins = deal(costs, num_bins)
+        if all(len(items) <= 1 or sum(costs[item] for item in items) <= limit for items in bins):
+            return bins
+        num_bins += num_ranks
+
+
+def deal(costs: Sequence[int], num_bins: int) -> list[list[int]]:
+    """Each item, largest first, into the emptiest of `num_bins`."""
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    loads = [(0, number) for number in range(num_bins)]
+    for item in sorted(range(len(costs)), key=lambda item: (-costs[item], item)):
+        load, number = loads[0]
+        heapq.heapreplace(loads, (load + costs[item], number))
+        bins[number].append(item)
+    return [sorted(items) for items in bins]
+
+
+def imbalance(loads: Sequence[int], num_ranks: int) -> float:
+    """Max over mean cost of the ranks, which wait for each other after every micro-batch: 1 is perfect."""
+    slowest = sum(max(loads[at : at + num_ranks]) for at in range(0, len(loads), num_ranks))
+    return slowest * num_ranks / (sum(loads) or 1)

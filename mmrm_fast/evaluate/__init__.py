@@ -1,0 +1,1 @@
+"""Rewards judged: benchmarks, calibration, best-of-N, reports."""

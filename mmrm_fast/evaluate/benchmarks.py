@@ -1,0 +1,273 @@
+"""Published layouts of the field's preference benchmarks, read to items: one record each, its group and its pair.
+
+    vl-rewardbench          id, query, response[2], image, human_ranking, query_source     arXiv 2411.17451
+    multimodal-rewardbench  ID, Text, Image, Output1, Output2, Better, Category            arXiv 2502.14191
+    mm-rlhf-rewardbench     id, prompt, chosen, rejected, image                            arXiv 2502.10391
+    rewardbench             prompt, chosen, rejected, subset, id                           arXiv 2403.13787
+    pairs                   any record form with preferences
+
+Files are Parquet, JSON lines, a JSON list or CSV. An image is a file name under the images folder (with or without the
+first folder of its name), a data URL, bytes, or the `{"bytes", "path"}` object of Parquet files.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mmrm_fast.data.lines import open_rows
+from mmrm_fast.data.pictures import resolve_image
+from mmrm_fast.data.records import Group, RecordFile, iter_groups, parse_group
+from mmrm_fast.data.types import Pair, RecordError, kind_of
+
+SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".csv")
+TEST_SPLITS = ("test", "filtered")  # of published splits, the ones that leaderboards report
+IMAGE_FIELDS = ("image", "Image", "image_path", "images", "img_path")
+COLUMNS = {  # of Parquet files; others are not read
+    "id", "ID", "query", "response", "human_ranking", "ranking", "query_source", "Text", "Output1", "Output2", "Better",
+    "Category", "prompt", "chosen", "rejected", "subset", *IMAGE_FIELDS,
+}  # fmt: skip
+MAX_CELL_CHARS = 1 << 27  # a CSV field, such as an inline image
+
+VL_SOURCES = {  # what a source is called in query_source, image_path or id: the source and its group; first match
+    "povid": ("povid", "hallucination"),
+    "hallucinationpair": ("povid", "hallucination"),
+    "rlhfv": ("rlhf-v", "hallucination"),
+    "rlaifv": ("rlaif-v", "hallucination"),
+    "wildvision": ("wildvision", "general"),
+    "mathverse": ("mathverse", "reasoning"),
+    "mmmu": ("mmmu", "reasoning"),
+    **dict.fromkeys(
+        ("vlfeedback", "lrvinstruction", "svit", "llavar", "llavamed", "comvint", "pcaeval", "m3it"),
+        ("vlfeedback", "general"),
+    ),
+}
+TRAINING_SETS = ("povid", "rlhf-v")  # VL-RewardBench items from what reward models are trained on
+MULTIMODAL_SPLITS = {"safety": ("pairs", "bias", "toxicity"), "reasoning": ("math", "math", "coding")}
+
+
+class MissingImage(RecordError):
+    """An item whose image is not there: it cannot be scored, and that is neither right nor wrong."""
+
+    def __reduce__(self):
+        return MissingImage, (self.source, self.field, self.reason)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One benchmark item. `record` has the responses in published order and the labelled pairs among them."""
+
+    id: str
+    record: Group
+    group: str = "all"
+    subgroup: str | None = None
+    in_training_set: bool = False  # from a data set that reward models are commonly trained on
+    ordered: bool = True  # the order of the responses was published, not made by naming the better one `chosen`
+
+
+@dataclass(frozen=True)
+class Unread:
+    """An item that cannot be scored, with the group it counts in where that is known."""
+
+    id: str
+    group: str
+    error: RecordError
+
+
+def read_items(bench: str, data: Path, images: Path | None) -> Iterator[Item | Unread]:
+    """Every item of a benchmark in the order of its files, an `Unread` in the place of each that cannot be used.
+
+    Args:
+        bench: `pairs` or a name in `LAYOUTS`.
+        data: a file, or a folder with published files.
+        images: folder that image file names start from; default the folder of the file.
+
+    Raises:
+        ValueError: no such file, or one that is not of its format.
+    """
+    for path in data_files(data):
+        if bench == "pairs":
+            yield from read_pairs(path, images)
+        else:
+            yield from read_layout(LAYOUTS[bench], path, images or path.parent)
+
+
+def read_pairs(path: Path, images: Path | None) -> Iterator[Item | Unread]:
+    """Items of a preference file in any record form, one a record."""
+    for index, group in enumerate(iter_groups(RecordFile(path, images, need_pairs=True))):
+        if isinstance(group, RecordError):
+            yield Unread(str(index), "all", group)
+            continue
+        identity = group.id or str(index)
+        absent = [image for image in group.images if isinstance(image, str) and not Path(image).is_file()]
+        if absent:
+            yield Unread(identity, "all", MissingImage(group.source, "image", f"{absent[0]}: no such image file"))
+        else:
+            yield Item(identity, group, ordered=len(group.responses) > 2)
+
+
+def read_layout(layout: Callable[[dict, str], Item], path: Path, images: Path) -> Iterator[Item | Unread]:
+    """Items of one file in a benchmark's own layout."""
+    for index, (source, fields) in enumerate(read_rows(path)):
+        identity, group = str(index), "unknown"
+        try:
+            if isinstance(fields, RecordError):
+                raise fields
+            if not isinstance(fields, dict):
+                raise RecordError(source, "", f"an item is a JSON object, this is {kind_of(fields)}")
+            identity = str(fields.get("id", fields.get("ID", index)))
+            item = layout(fields, source)
+            group = item.group
+            found = find_images(fields, source, images, required=layout is not rewardbench)
+            yield replace(item, id=identity, record=replace(item.record, id=identity, record=index, images=found))
+        except RecordError as error:
+            yield Unread(identity, group, error)
+
+
+def vl_rewardbench(fields: dict, source: str) -> Item:
+    """VL-RewardBench; `human_ranking` holds each response's rank, 0 the better."""
+    ranking = fields.get("human_ranking", fields.get("ranking"))
+    if ranking not in ([0, 1], [1, 0]):
+        raise RecordError(source, "human_ranking", f"expected [0, 1] or [1, 0], got {ranking!r}")
+    name, group = vl_source(fields, source)
+    record = two_responses(fields.get("query"), fields.get("response"), source, ranking.index(0), ("query", "response"))
+    return Item("", record, group, in_training_set=name in TRAINING_SETS)
+
+
+def vl_source(fields: dict, source: str) -> tuple[str, str]:
+    """The data set an item comes from and the group it is reported in."""
+    said = [str(fields.get(field) or "") for field in ("query_source", "image_path", "id")]
+    names = " ".join(re.sub(r"[^a-z0-9]", "", name.lower()) for name in said)
+    for known, where in VL_SOURCES.items():
+        if known in names:
+            return where
+    raise RecordError(source, "query_source", f"in no group: {said[0]!r}, id {said[2]!r}")
+
+
+def multimodal_rewardbench(fields: dict, source: str) -> Item:
+    """Multimodal RewardBench; safety and reasoning are split by the prefix of the id."""
+    better, category = fields.get("Better"), fields.get("Category")
+    if better not in ("Output1", "Output2"):
+        raise RecordError(source, "Better", f"expected 'Output1' or 'Output2', got {better!r}")
+    if not isinstance(category, str):
+        raise RecordError(source, "Category", f"expected a string, got {kind_of(category)}")
+    outputs = [fields.get("Output1"), fields.get("Output2")]
+    record = two_responses(fields.get("Text"), outputs, source, int(better == "Output2"), ("Text", "Output1, Output2"))
+    if category not in MULTIMODAL_SPLITS:
+        return Item("", record, category)
+    prefix, with_prefix, without = MULTIMODAL_SPLITS[category]
+    part = with_prefix if str(fields.get("ID")).lower().startswith(prefix) else without
+    return Item("", record, category, f"{category}/{part}")
+
+
+def mm_rlhf_rewardbench(fields: dict, source: str) -> Item:
+    """MM-RLHF-RewardBench; several pairs share an id."""
+    return Item("", chosen_rejected(fields, source), ordered=False)
+
+
+def rewardbench(fields: dict, source: str) -> Item:
+    """RewardBench, text alone."""
+    return Item("", chosen_rejected(fields, source), str(fields.get("subset", "all")), ordered=False)
+
+
+LAYOUTS: dict[str, Callable[[dict, str], Item]] = {
+    "vl-rewardbench": vl_rewardbench,
+    "multimodal-rewardbench": multimodal_rewardbench,
+    "mm-rlhf-rewardbench": mm_rlhf_rewardbench,
+    "rewardbench": rewardbench,
+}
+
+
+def two_responses(prompt: object, responses: object, source: str, better: int, names: tuple[str, str]) -> Group:
+    """A record of two responses; `names` are what the layout calls prompt and responses."""
+    try:
+        group = parse_group({"prompt": prompt, "responses": responses}, source=source)
+    except RecordError as error:
+        field = names[0] if error.field == "prompt" else error.field.replace("responses", names[1])
+        raise RecordError(source, field, error.reason) from None
+    if len(group.responses) != 2:
+        raise RecordError(source, names[1], f"expected two responses, got {len(group.responses)}")
+    return replace(group, pairs=(Pair(better, 1 - better),))
+
+
+def chosen_rejected(fields: dict, source: str) -> Group:
+    """A record of `prompt`, `chosen` and `rejected`."""
+    return parse_group({name: fields.get(name) for name in ("prompt", "chosen", "rejected")}, source=source)
+
+
+def find_images(fields: dict, source: str, root: Path, *, required: bool) -> tuple[str | bytes, ...]:
+    """The images of an item, as paths or encoded bytes."""
+    field = next((name for name in IMAGE_FIELDS if fields.get(name)), None)
+    if field is None:
+        if required:
+            raise MissingImage(source, "image", "the item has no image")
+        return ()
+    values = fields[field] if isinstance(fields[field], list) else [fields[field]]
+    return tuple(find_image(value, source, field, root) for value in values)
+
+
+def find_image(value: object, source: str, field: str, root: Path) -> str | bytes:
+    """One image as a path below `root` or as encoded bytes."""
+    image = resolve_image(value, field, source, root, confined=True)
+    if isinstance(image, bytes) or Path(image).is_file():
+        return image
+    shorter = root.joinpath(*Path(image).relative_to(root.resolve()).parts[1:])
+    if not shorter.is_file():
+        raise MissingImage(source, field, f"{image}: no such image file")
+    return str(shorter)
+
+
+def data_files(data: Path) -> list[Path]:
+    """The files of a benchmark: `data` itself, or those in it; where there are splits, the tested one."""
+    if data.is_file():
+        return [data]
+    if not data.is_dir():
+        raise ValueError(f"{data}: no such file or folder")
+    for folder in (data, data / "data"):
+        for suffix in SUFFIXES:
+            files = sorted(folder.glob("*" + suffix))
+            tested = [path for path in files if path.name.startswith(TEST_SPLITS)]
+            if files:
+                return tested or files
+    raise ValueError(f"{data}: no {', '.join(SUFFIXES)} file in it or in its folder data/")
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, object]]:
+    """Decoded rows of a file with where they stand; a `RecordError` in the place of one that cannot be decoded."""
+    if path.suffix == ".csv":
+        yield from csv_rows(path)
+    elif path.suffix == ".json" and path.read_text(encoding="utf-8").lstrip().startswith("["):
+        yield from json_list(path)
+    elif path.name.endswith(SUFFIXES):
+        for file in open_rows(path, COLUMNS):
+            for row in range(len(file)):
+                try:
+                    yield file.source(row), file.fields(row)
+                except RecordError as error:
+                    yield error.source, error
+    else:
+        raise ValueError(f"{path}: expected a name that ends in {', '.join(SUFFIXES)}")
+
+
+def json_list(path: Path) -> Iterator[tuple[str, object]]:
+    """The items of a JSON list."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    for number, row in enumerate(rows):
+        yield f"{path}[{number}]", row
+
+
+def csv_rows(path: Path) -> Iterator[tuple[str, object]]:
+    """The rows of a CSV file, by the names in its first line."""
+    csv.field_size_limit(MAX_CELL_CHARS)
+    with open(path, encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        try:
+            for row in reader:
+                yield f"{path}:{reader.line_num}", row
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: {error}") from None

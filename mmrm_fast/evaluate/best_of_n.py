@@ -1,0 +1,202 @@
+"""The `best-of-n` command: the true quality of the response that a reward model would select out of N, as N grows.
+
+With M scored responses to a prompt, sorted by score, the i-th is the best of a random N of them with probability
+C(i - 1, N - 1) / C(M, N); the expected quality of the selected one is exact over all subsets, without sampling. Tied
+scores share their mean quality, since any of them may be selected. The distance from the policy that drew the
+responses is KL = log N - (N - 1) / N (Stiennon et al., arXiv 2009.01325; Gao et al., arXiv 2210.10760).
+"""
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.table import Table
+from scipy.special import gammaln
+
+from mmrm_fast.config import BestOfNConfig
+from mmrm_fast.evaluate.reliability import mean_interval
+from mmrm_fast.files import write_json
+from mmrm_fast.tables import print_table
+
+ORACLE = "the truth itself"
+
+
+def best_of_n(config: BestOfNConfig) -> dict:
+    """Write best-of-n.json, .svg and .png, print the table; returns what the JSON holds."""
+    from mmrm_fast.evaluate import plots  # matplotlib takes a second to import
+
+    sizes, truth = parse_sizes(config.n), read_values(config.truth, "truth")
+    models = {name: read_values(path, "score") for name, path in named_files(config.scores).items()}
+    check(truth, config.truth, models, max(sizes))
+    qualities = {name: selected_quality(scores, truth, sizes) for name, scores in models.items()}
+    curves = {name: curve(values, sizes) for name, values in qualities.items()}
+    curves[ORACLE] = curve(selected_quality(truth, truth, sizes), sizes)
+    results = {
+        "prompts": len(truth),
+        "responses": sorted({len(values) for values in truth.values()}),
+        "curves": curves,
+        "differences": differences(qualities, sizes),
+    }
+    folder = config.output_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "best-of-n.json", results)
+    figure = plots.best_of_n(curves, quality="expected truth of the selected response", bound=ORACLE)
+    for suffix in ("svg", "png"):
+        plots.save(figure, folder / f"best-of-n.{suffix}")
+    print_table(quality_table(curves, sizes))
+    for row in results["differences"]:
+        print("{first} minus {second} at N = {n}: {difference:+.3f} ({low:+.3f} to {high:+.3f})".format(**row))
+    print(f"all figures: {folder / 'best-of-n.json'}; plot: best-of-n.svg, best-of-n.png")
+    return results
+
+
+def expected_best(scores: np.ndarray, quality: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+    """Expected quality of the highest-scored of a random N, for every N in `sizes`.
+
+    Args:
+        scores, quality: [M] float, of the responses to one prompt.
+        sizes: N, each from 1 to M.
+    """
+    _, place, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    shared = (np.bincount(place, quality) / counts)[place]  # [M], tied responses alike
+    in_order = shared[np.argsort(place, kind="stable")]
+    below = np.arange(len(scores))  # responses below each
+    weights = [np.exp(log_choose(below, n - 1) - log_choose(len(scores), n)) for n in sizes]
+    return np.array([float(weight @ in_order) for weight in weights])
+
+
+def log_choose(total: np.ndarray | int, size: int) -> np.ndarray:
+    """log C(total, size), minus infinity where size is larger."""
+    total = np.asarray(total, float)
+    with np.errstate(invalid="ignore"):
+        value = gammaln(total + 1) - gammaln(size + 1) - gammaln(np.maximum(total - size, 0) + 1)
+    return np.where(total >= size, value, -np.inf)
+
+
+def kl(size: int) -> float:
+    """KL of best-of-N from the policy, in nats."""
+    return math.log(size) - (size - 1) / size
+
+
+def selected_quality(scores: Mapping, truth: Mapping, sizes: Sequence[int]) -> np.ndarray:
+    """Expected quality [prompts, sizes]."""
+    return np.stack([expected_best(scores[record], truth[record], sizes) for record in truth])
+
+
+def curve(values: np.ndarray, sizes: Sequence[int]) -> list[dict]:
+    """Mean over prompts with its 95 % bootstrap interval, a row an N."""
+    low, high = mean_interval(values)
+    means = values.mean(0)
+    return [
+        {"n": n, "kl": kl(n), "quality": float(mean), "low": float(a), "high": float(b)}
+        for n, mean, a, b in zip(sizes, means, low, high, strict=True)
+    ]
+
+
+def differences(qualities: Mapping[str, np.ndarray], sizes: Sequence[int]) -> list[dict]:
+    """Every model minus the first at the largest N, paired by prompt."""
+    (first, base), *others = qualities.items()
+    rows = []
+    for name, values in others:
+        low, high = mean_interval(values - base)[:, -1]
+        difference = float((values - base)[:, -1].mean())
+        rows.append(
+            {"first": name, "second": first, "n": sizes[-1], "difference": difference, "low": low, "high": high}
+        )
+    return rows
+
+
+def parse_sizes(text: str) -> list[int]:
+    """`1,2,4,8` as numbers; `...` doubles up to the number behind it. Raises `ValueError`."""
+    sizes: list[int] = []
+    parts = [part.strip() for part in text.split(",")]
+    for place, part in enumerate(parts):
+        if part == "..." and sizes and place + 1 < len(parts) and parts[place + 1].isdigit():
+            while sizes[-1] * 2 < int(parts[place + 1]):
+                sizes.append(sizes[-1] * 2)
+        elif part.isdigit() and int(part) > (sizes[-1] if sizes else 0):
+            sizes.append(int(part))
+        else:
+            raise ValueError(f"--n {text}: expected rising numbers from 1, such as 1,2,4,...,64")
+    return sizes
+
+
+def named_files(specs: Sequence[str]) -> dict[str, Path]:
+    """FILE or NAME=FILE; a file without a name has that of its stem, or of its folder where stems are equal."""
+    if not specs:
+        raise ValueError("--scores: give the file of at least one model")
+    whole = [Path(spec).is_file() or "=" not in spec for spec in specs]
+    parts = [("", "", spec) if alone else spec.partition("=") for spec, alone in zip(specs, whole, strict=True)]
+    files = [(name, Path(path)) for name, _, path in parts]
+    stems = [path.stem for _, path in files]
+    names = [name or (path.stem if stems.count(path.stem) == 1 else path.parent.name) for name, path in files]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--scores: models need different names, got {', '.join(names)}; give NAME=FILE")
+    return dict(zip(names, (path for _, path in files), strict=True))
+
+
+def read_values(path: Path, field: str) -> dict[int, np.ndarray]:
+    """The `field` of every response by record, from rows of `mmrm-fast score` or from records with a list of it."""
+    values: dict[int, dict[int, float]] = defaultdict(dict)
+    for position, (source, row) in enumerate(json_rows(path)):
+        if isinstance(row.get(field), list):
+            record, numbers = position, list(enumerate(row[field]))
+        else:
+            record, numbers = row.get("record"), [(row.get("response_index"), row.get(field))]
+        for index, number in numbers:
+            if not isinstance(record, int) or not isinstance(index, int):
+                raise ValueError(f"{source}: needs `record` and `response_index`, as `mmrm-fast score` writes them")
+            if not isinstance(number, (int, float)) or not math.isfinite(number):
+                raise ValueError(f"{source}: {field}: expected a finite number, got {number!r}")
+            if values[record].setdefault(index, number) != number:
+                raise ValueError(f"{source}: record {record} has another {field} for response {index}")
+    return {record: in_place(numbers, path, record) for record, numbers in sorted(values.items())}
+
+
+def in_place(numbers: dict[int, float], path: Path, record: int) -> np.ndarray:
+    """Values of the responses 0, 1, ... of a record."""
+    if sorted(numbers) != list(range(len(numbers))):
+        raise ValueError(f"{path}: record {record} lacks some of its responses, it has {len(numbers)}")
+    return np.array([numbers[index] for index in range(len(numbers))], float)
+
+
+def json_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    """Lines of a JSONL file and where they stand."""
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: not valid JSON ({error})") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}:{number}: a row is a JSON object")
+            yield f"{path}:{number}", row
+
+
+def check(truth: Mapping, source: Path, models: Mapping[str, Mapping], largest: int) -> None:
+    """Every model scored every response of every record, and there are enough of them. Raises `ValueError`."""
+    if not truth:
+        raise ValueError(f"{source}: no records")
+    for record, values in truth.items():
+        if len(values) < largest:
+            raise ValueError(f"{source}: record {record} has {len(values)} responses, N goes up to {largest}")
+        for name, scores in models.items():
+            found = len(scores.get(record, ()))
+            if found != len(values):
+                raise ValueError(f"{name}: record {record} has {found} scores for {len(values)} responses")
+
+
+def quality_table(curves: Mapping[str, list[dict]], sizes: Sequence[int]) -> Table:
+    """Quality by model and N."""
+    table = Table(title="Expected truth of the selected response, by N")
+    table.add_column("model")
+    for n in sizes:
+        table.add_column(str(n), justify="right")
+    for name, rows in curves.items():
+        table.add_row(name, *(f"{row['quality']:.3f}" for row in rows))
+    return table

@@ -1,0 +1,292 @@
+"""`mmrm-fast report RUN [RUN ...]`: one self-contained HTML page of what runs did, without a network or a script."""
+
+import base64
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+import numpy as np
+
+from mmrm_fast.config import ReportConfig
+from mmrm_fast.data.images import load_image
+from mmrm_fast.data.records import Group, RecordFile, prompt_json
+from mmrm_fast.data.samples import only_paired
+from mmrm_fast.evaluate import plots
+from mmrm_fast.evaluate.reliability import calibration
+from mmrm_fast.pairs import judged_accuracy
+from mmrm_fast.tables import percent
+
+TEMPLATE = Path(__file__).parents[1] / "assets" / "report.html"
+SHOWN_PAIRS = 10
+THUMBNAIL = (480, 320)  # pixels
+MAX_TEXT = 1200  # characters of a prompt or response
+CURVES = {  # title: the metrics of it, by what is appended to the run's name
+    "loss": {"": "loss_main", " proxy": "loss_proxy"},
+    "training accuracy": {"": "accuracy", " proxy": "proxy_accuracy"},
+    "margin": {"": "margin"},
+    "mean SFC": {"": "sfc_mean"},
+    "gradient norm": {"": "grad_norm", " proxy": "proxy_grad_norm"},
+    "learning rate": {"": "lr"},
+    "tokens a second": {"": "tokens_per_second"},
+    "model FLOPs utilisation": {"": "mfu"},
+}
+FIGURES = {"labels": "accuracy", "truth": "truth_accuracy", "proxy": "proxy_accuracy", "SFD": "sfd"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder holds; what is not there is empty."""
+
+    folder: Path
+    name: str
+    config: dict
+    environment: dict
+    metrics: list[dict]  # a row a step
+    evaluations: list[dict]  # a row an evaluation
+    results: dict[str, dict]  # figures by test set
+    pairs: dict[str, list[dict]]  # evaluated pairs by test set
+
+
+def report(config: ReportConfig) -> None:
+    """Write the page of `config.runs`."""
+    if not config.runs:
+        raise ValueError("give the folder of a run, such as runs/robust")
+    runs = [read_run(folder) for folder in config.runs]
+    names = {run.name for run in runs}
+    if len(names) < len(runs):
+        runs = [Run(**{**vars(run), "name": str(run.folder)}) for run in runs]
+    out = config.out or config.runs[0] / "report.html"
+    out.write_text(page(runs), encoding="utf-8")
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run folder. Raises `ValueError` where there is no run."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: no config.json; expected the folder of a run, as `mmrm-fast train` leaves it")
+    pairs = {path.stem.removeprefix("eval-"): read_rows(path) for path in sorted(folder.glob("eval-*.jsonl"))}
+    return Run(
+        folder=folder,
+        name=folder.resolve().name,
+        config=read_object(folder / "config.json"),
+        environment=read_object(folder / "environment.json"),
+        metrics=read_rows(folder / "metrics.jsonl"),
+        evaluations=read_rows(folder / "evaluations.jsonl"),
+        results=read_object(folder / "results.json"),
+        pairs=pairs,
+    )
+
+
+def read_object(path: Path) -> dict:
+    """A JSON object, empty where there is no file."""
+    try:
+        value = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    return value if isinstance(value, dict) else {}
+
+
+def read_rows(path: Path) -> list[dict]:
+    """JSON lines, without those that a running or killed process has left unfinished; empty where there is no file."""
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def page(runs: Sequence[Run]) -> str:
+    """The whole page."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    heads, rows = accuracy_table(runs)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        title=" · ".join(run.name for run in runs),
+        runs=[section(run) for run in runs],
+        accuracy_heads=heads,
+        accuracy_rows=rows,
+        shared_charts=[*accuracy_chart(runs), *curve_charts(runs)],
+    )
+
+
+def section(run: Run) -> dict:
+    """What the template shows of one run."""
+    seconds = sum(row.get("seconds") or 0 for row in run.metrics)
+    pairs = sum(row.get("pairs") or 0 for row in run.metrics)
+    method = "shortcut-aware" if run.config.get("robust") else "standard"
+    return {
+        "name": run.name,
+        "summary": f"{run.name}: {method}, {len(run.metrics)} steps, {pairs:,} pairs, {seconds / 60:,.1f} minutes",
+        "charts": run_charts(run),
+        "galleries": galleries(run),
+        "tables": [
+            (title, [(key, shown(value)) for key, value in items.items()])
+            for title, items in (("Config", run.config), ("Environment", run.environment))
+            if items
+        ],
+    }
+
+
+def shown(value: object) -> str:
+    """A config value as text."""
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def accuracy_table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows of the figures of every test set and run, for the figures that any of them has."""
+    sets = {name: None for run in runs for name in run.results}
+    rows = [(name, run, run.results[name]) for name in sets for run in runs if name in run.results]
+    found = [(head, key) for head, key in FIGURES.items() if any(key in figures for _, _, figures in rows)]
+    several = len(runs) > 1
+    heads = [*(["run"] if several else []), "kind", "pairs", *(head for head, _ in found)]
+    return heads, [
+        [name, *([run.name] if several else []), figures.get("kind", ""), str(figures.get("pairs", ""))]
+        + [percent(figures.get(key)) for _, key in found]
+        for name, run, figures in rows
+    ]
+
+
+def accuracy_chart(runs: Sequence[Run]) -> list[str]:
+    """Accuracy by test set, against the truth where it is known."""
+    sets = {name: figures.get("kind", "") for run in runs for name, figures in run.results.items()}
+    if not sets:
+        return []
+    judged = {
+        run.name: [judged_accuracy(run.results[name]) if name in run.results else None for name in sets] for run in runs
+    }
+    names = [f"{name} ({kind})" if kind and kind != name else name for name, kind in sets.items()]
+    title = "accuracy by test set"
+    return [plots.svg(plots.bars(title, names, judged), title)]
+
+
+def curve_charts(runs: Sequence[Run]) -> Iterable[str]:
+    """One chart a metric, a colour a run, for the metrics that there are."""
+    for title, parts in CURVES.items():
+        curves = {run.name + suffix: series(run, key) for run in runs for suffix, key in parts.items()}
+        curves = {name: (x, y) for name, (x, y) in curves.items() if any(y)}
+        if curves:
+            yield plots.svg(plots.lines(title, curves), title)
+
+
+def series(run: Run, key: str) -> tuple[list, list]:
+    """A metric's steps and values, where it has any."""
+    if key == "sfc_mean" and not run.config.get("robust"):
+        return [], []
+    rows = [(row["step"], row[key]) for row in run.metrics if row.get(key) is not None and "step" in row]
+    return [step for step, _ in rows], [value for _, value in rows]
+
+
+def run_charts(run: Run) -> list[str]:
+    """The charts of one run: tests during training, SFC over time, calibration, margins by test set."""
+    drawn = {"test accuracy": plots.lines("test accuracy", tested)} if (tested := test_accuracies(run)) else {}
+    rows = [row for row in run.metrics if row.get("sfc_histogram") and any(row["sfc_histogram"])]
+    if rows and run.config.get("robust"):
+        title, histograms = "SFC of the training pairs", np.array([row["sfc_histogram"] for row in rows])
+        drawn[title] = plots.sfc_over_time([row["step"] for row in rows], histograms, title)
+    sets = {name: np.array([row["margin"] for row in rows], float) for name, rows in run.pairs.items() if rows}
+    if sets:
+        drawn["Calibration"] = plots.reliability({name: calibration(values) for name, values in sets.items()})
+    for name, values in sets.items():
+        proxy = [row.get("proxy_margin") for row in run.pairs[name]]
+        title = f"margins on {name}"
+        drawn[title] = plots.margins(values, None if None in proxy else np.array(proxy, float), title)
+    return [plots.svg(figure, title) for title, figure in drawn.items()]
+
+
+def test_accuracies(run: Run) -> dict[str, tuple[list, list]]:
+    """By test set, the steps it was evaluated after and the accuracies, against the truth where it is known."""
+    curves: dict[str, tuple[list, list]] = {}
+    for row in run.evaluations:
+        for name, figures in row.get("sets", {}).items():
+            steps, shares = curves.setdefault(name, ([], []))
+            steps.append(row["step"])
+            shares.append(judged_accuracy(figures))
+    return curves
+
+
+def galleries(run: Run) -> list[tuple[str, str, list[dict]]]:
+    """(heading, note, pairs) of the pairs worth looking at."""
+    rows = [{**row, "set": name, "sfc": shortcut_failure(row)} for name, rows in run.pairs.items() for row in rows]
+    weighted = sorted((row for row in rows if row["sfc"] is not None), key=lambda row: -row["sfc"])[:SHOWN_PAIRS]
+    worst = sorted(rows, key=lambda row: row["margin"])[:SHOWN_PAIRS]
+    files = Files(run.config.get("image_root"))
+    found = []
+    if weighted:
+        note = "The evaluated pairs with the highest SFC: the text-only proxy fails on them most."
+        found.append(("Most up-weighted pairs", note, [files.card(row) for row in weighted]))
+    if worst:
+        note = "The evaluated pairs with the lowest margin: the model prefers the rejected response."
+        found.append(("Worst pairs", note, [files.card(row) for row in worst]))
+    return found
+
+
+def shortcut_failure(row: dict) -> float | None:
+    """SFC of an evaluated pair, L_t / (L + L_t) (Li et al., arXiv 2503.03122); None without a proxy."""
+    if row.get("proxy_margin") is None:
+        return None
+    loss, proxy_loss = (float(np.logaddexp(0, -row[key])) for key in ("margin", "proxy_margin"))
+    return proxy_loss / (loss + proxy_loss) if loss + proxy_loss else 0.5
+
+
+class Files:
+    """The record files that evaluated pairs come from, each opened once."""
+
+    def __init__(self, image_root: str | None):
+        self.image_root = image_root
+        self.opened: dict[str, RecordFile] = {}
+
+    def card(self, row: dict) -> dict:
+        """What is shown of a pair: its figures, and as much of its record as can be read."""
+        figures = ("margin", "proxy_margin", "sfc")
+        card = {key: "" if row.get(key) is None else f"{row[key]:.3f}" for key in figures}
+        card |= {"set": row["set"], "source": row["source"], "prompt": "", "chosen": "", "rejected": ""}
+        card |= {"images": [], "problem": ""}
+        try:
+            group = only_paired(self.group(row["source"], row["record"]))
+            card["prompt"] = shortened(text_of(group))
+            card |= {key: shortened(group.responses[row[key]]) for key in ("chosen", "rejected")}
+            card["images"] = [thumbnail(image) for image in group.images]
+        except (ValueError, OSError, IndexError) as error:
+            card["problem"] = str(error)
+        return card
+
+    def group(self, source: str, record: int) -> Group:
+        """The record that stands at `source`, "FILE:LINE", and was number `record` of its set."""
+        path = source.rpartition(":")[0]
+        if path not in self.opened:
+            self.opened[path] = RecordFile(path, self.image_root)
+        file = self.opened[path]
+        if record < len(file) and (group := file.group(record)).source == source:
+            return group
+        (rows,) = file.files
+        places = (place for place in range(len(rows)) if rows.source(place) == source)
+        place = next(places, None)
+        if place is None:
+            raise ValueError(f"{source}: no such record any more")
+        return file.group(place)
+
+
+def text_of(group: Group) -> str:
+    """A prompt as text, the messages of a conversation one after the other."""
+    prompt = prompt_json(group.prompt)
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def shortened(text: str) -> str:
+    """A text of at most `MAX_TEXT` characters."""
+    return text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + " …"
+
+
+def thumbnail(image: str | bytes) -> str:
+    """A picture as a data URL of a JPEG no larger than `THUMBNAIL`."""
+    picture = load_image(image)
+    picture.thumbnail(THUMBNAIL)
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()

@@ -1,0 +1,1 @@
+"""A packed batch to one reward a response."""

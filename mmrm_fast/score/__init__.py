@@ -1,0 +1,1 @@
+"""Rewards written down, on Ray."""

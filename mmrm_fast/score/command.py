@@ -1,0 +1,298 @@
+"""Batch scoring on Ray: actors, each a `Scorer`, read their own records and write their own shards.
+
+The driver hands out positions and gets counts back; no text and no pixels pass through it.
+Not Ray Data: a chunk's shard and its note are written under the chunk's own number, so that a run that died anywhere
+and is started again has every response once; and actors that read their own records move none between processes.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import islice
+
+import ray
+import torch
+from tqdm import tqdm
+
+from mmrm_fast.checkpoint.folder import require_reward_model
+from mmrm_fast.config import ScoreConfig
+from mmrm_fast.data.lines import FAILURES
+from mmrm_fast.data.records import Group, RecordError, RecordFile, iter_groups, prompt_json
+from mmrm_fast.score.cluster import gpus_each, ray_cluster
+from mmrm_fast.score.scorer import Scored, Scorer
+from mmrm_fast.score.shards import PAIR_COLUMNS, SCORE_COLUMNS, Shards, fingerprint, write_aside
+
+CPUS_PER_ACTOR = 2
+CHUNKS_AHEAD = 2  # of an actor: one is read and tokenised while the model runs on the other
+RETRIES = 5
+EXIT_SOME_FAILED = 3
+IDENTITY = ("max_length", "max_tiles", "compat", "best_of", "to_pairs", "normalize")  # what changes the rows
+
+
+@dataclass
+class Tally:
+    """Counts of a chunk, or of a run."""
+
+    records: int = 0
+    responses: int = 0
+    failed: int = 0
+    tokens: int = 0  # of prompts, images and responses, a prompt counted once
+    tokens_unshared: int = 0  # as if every response were scored by itself
+    pairs: int = 0
+    right: float = 0.0  # pairs whose preferred response has the higher reward, a tie counting half
+
+    def add(self, other: "Tally") -> None:
+        for field in fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
+
+class ScoringActor:
+    """One copy of the model. Two calls at a time: one reads, decodes and packs while the other is in the model."""
+
+    def __init__(self, config: ScoreConfig, shards: Shards, *, num_threads: int):
+        torch.set_num_threads(num_threads)
+        self.config, self.shards = config, shards
+        self.file = RecordFile(config.data, config.image_root)
+        self.reading = threading.Lock()
+        self.scorer = Scorer.from_pretrained(
+            config.model,
+            max_length=config.max_length,
+            max_tiles=config.max_tiles,
+            compat=config.compat,
+            tokens_per_micro_batch=config.tokens_per_micro_batch,
+        )
+        self.scale = reward_scale(config)
+
+    def score(self, chunk: int) -> Tally:
+        """Score a chunk and write its shard. Raises what failed where it was not the records."""
+        positions = self.shards.records(chunk)
+        with self.reading:
+            groups = list(iter_groups(self.file, positions))
+        results = score_or_say_why(self.scorer, groups)
+        raise_if_broken(results)
+        rows, errors, tally = [], [], Tally(records=len(positions))
+        for position, result in zip(positions, results, strict=True):
+            if isinstance(result, Scored):
+                count(result, tally)
+                rows += rows_of(result, self.config, *self.scale)
+            else:
+                errors.append(error_row(position, result))
+        tally.failed = len(errors)
+        self.shards.write(chunk, rows, {"tally": asdict(tally), "errors": errors})
+        return tally
+
+
+def score_or_say_why(scorer: Scorer, groups: Sequence[Group | RecordError]) -> list[Scored | Exception]:
+    """Score groups; where that fails as a whole, each by itself, so that only the one at fault is lost."""
+    try:
+        return scorer.score_groups(groups)
+    except Exception as error:
+        if len(groups) == 1:
+            return [error]
+        return [result for group in groups for result in score_or_say_why(scorer, [group])]
+
+
+def raise_if_broken(results: Sequence[Scored | Exception]) -> None:
+    """Raise what failed where nothing was scored, as after an error of the GPU: no record is to blame for that."""
+    faults = [result for result in results if isinstance(result, Exception) and not isinstance(result, RecordError)]
+    if faults and not any(isinstance(result, Scored) for result in results):
+        raise faults[0]
+
+
+def count(scored: Scored, tally: Tally) -> None:
+    """Add a record to the counts."""
+    rewards = scored.rewards
+    tally.responses += len(rewards)
+    tally.tokens += scored.num_tokens
+    tally.tokens_unshared += scored.num_tokens_unshared
+    for pair in scored.group.pairs:
+        margin = rewards[pair.chosen] - rewards[pair.rejected]
+        tally.pairs += 1
+        tally.right += 1.0 if margin > 0 else 0.5 if margin == 0 else 0.0
+
+
+def error_row(position: int, error: Exception) -> dict:
+    """A line of the list of errors."""
+    known = isinstance(error, RecordError)
+    return {
+        "record": position,
+        "source": error.source if known else None,
+        "field": error.field if known else None,
+        "reason": error.reason if known else str(error),
+        "error": type(error).__name__,
+    }
+
+
+def reward_scale(config: ScoreConfig) -> tuple[float, float]:
+    """(mean, standard deviation) that rewards are normalised by."""
+    if not config.normalize:
+        return 0.0, 1.0
+    path = config.model / "reward_stats.json"
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; training writes it, with test sets, for --normalize")
+    stats = json.loads(path.read_text())
+    if not stats.get("std"):
+        raise ValueError(f"{path}: needs a `mean` and a positive `std`")
+    return stats["mean"], stats["std"]
+
+
+def rows_of(scored: Scored, config: ScoreConfig, mean: float = 0.0, std: float = 1.0) -> list[dict]:
+    """A record's output: a row a response, its best response, or its best and worst as a pair."""
+    group = scored.group
+    shared = {"id": group.id, "record": group.record, "prompt": prompt_json(group.prompt), "img_path": group.img_path}
+    scores = [(reward - mean) / std for reward in scored.rewards]
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])
+    if config.to_pairs is not None:
+        best, worst = order[0], order[-1]
+        margin = scores[best] - scores[worst]
+        if best == worst or margin < config.to_pairs:
+            return []
+        return [{**shared, "chosen": group.responses[best], "rejected": group.responses[worst], "margin": margin}]
+    return [
+        {
+            "id": group.id, "record": group.record, "response_index": i, "prompt": shared["prompt"],
+            "img_path": group.img_path, "response": group.responses[i], "score": scores[i],
+            "truncated": scored.truncated[i],
+        }
+        for i in (order[:1] if config.best_of else range(len(scores)))
+    ]  # fmt: skip
+
+
+def score(config: ScoreConfig) -> int:
+    """Score every record of `config.data`; returns the exit status, 3 when any record failed.
+
+    Started again after an interruption, it goes on where it stopped.
+    """
+    config = replace(
+        config,
+        model=config.model.resolve(),
+        data=config.data.absolute(),
+        out=config.out.absolute(),
+        image_root=config.image_root and config.image_root.absolute(),
+    )
+    if config.best_of and config.to_pairs is not None:
+        raise ValueError("--best-of and --to-pairs write different rows; choose one")
+    if config.actors != "auto" and config.actors < 1:
+        raise ValueError(f"--actors must be auto or at least 1, got {config.actors}")
+    require_reward_model(config.model)
+    reward_scale(config)
+    if not config.out.parent.is_dir():
+        raise ValueError(f"{config.out.parent}: no such folder to write scores into")
+    file = RecordFile(config.data, config.image_root)
+    if config.out.resolve() in [source.path.resolve() for source in file.files]:
+        raise ValueError(f"{config.out}: is one of the files to be scored; choose another --out")
+    shards = open_shards(config, file)
+    tally = run(config, shards)
+    errors = [error for note in shards.notes() for error in note["errors"]]
+    return finish(config, shards, tally, errors)
+
+
+def open_shards(config: ScoreConfig, file: RecordFile) -> Shards:
+    """The run's shards: in the folder `out`, or beside the file `out` until they are joined."""
+    single = config.out.suffix == ".jsonl"
+    if single and config.format == "parquet":
+        raise ValueError(f"--format parquet writes a folder of shards; {config.out} looks like a file")
+    folder = config.out.with_name(config.out.name + ".parts") if single else config.out
+    columns = SCORE_COLUMNS if config.to_pairs is None else PAIR_COLUMNS
+    shards = Shards(folder, "jsonl" if single else config.format, len(file), columns)
+    weights = sorted(path for path in config.model.iterdir() if path.suffix in (".json", ".safetensors", ".jinja"))
+    shards.open(
+        {
+            "data": fingerprint(source.path for source in file.files),
+            "image root": str(config.image_root),
+            "model": fingerprint(weights, sampled=True),
+            "records": len(file),
+            "options": {name: getattr(config, name) for name in IDENTITY},
+            "format": shards.kind,
+        }
+    )
+    return shards
+
+
+def run(config: ScoreConfig, shards: Shards) -> Tally:
+    """Score the chunks that are not done; the counts of all."""
+    tally, todo = Tally(), shards.todo()
+    for note in shards.notes():
+        tally.add(Tally(**note["tally"]))
+    if not todo:
+        return tally
+    started, before = time.monotonic(), tally.responses
+    with tqdm(total=shards.num_records, initial=tally.records, unit=" records", desc="scoring") as bar:
+        for done in scored_chunks(config, shards, todo):
+            tally.add(done)
+            rate = (tally.responses - before) / (time.monotonic() - started)
+            bar.set_postfix_str(f"{rate:.0f} responses/s, shared {sharing(tally):.1f}x, failed {tally.failed}")
+            bar.update(done.records)
+    return tally
+
+
+def sharing(tally: Tally) -> float:
+    """Tokens of per-response scoring over tokens that went through the model."""
+    return tally.tokens_unshared / max(tally.tokens, 1)
+
+
+def scored_chunks(config: ScoreConfig, shards: Shards, chunks: Sequence[int]) -> Iterator[Tally]:
+    """The counts of chunks as they are done, on a pool of actors."""
+    with ray_cluster(config.address):
+        waiting, left = iter(chunks), len(chunks)
+        actors = make_actors(config, shards, len(chunks))
+        at_work = {actor.__ray_ready__.remote(): actor for actor in actors * CHUNKS_AHEAD}  # none waits for a slow one
+        try:
+            while left:
+                (done,), _ = ray.wait(list(at_work), num_returns=1)
+                actor = at_work.pop(done)
+                at_work |= {actor.score.remote(chunk): actor for chunk in islice(waiting, 1)}
+                if isinstance(tally := ray.get(done), Tally):
+                    left -= 1
+                    yield tally
+        except ray.exceptions.RayError as error:
+            raise OSError(f"a scoring process failed; what is done is kept, start again to go on: {error}") from None
+
+
+def make_actors(config: ScoreConfig, shards: Shards, num_chunks: int) -> list:
+    """The scoring processes: one a GPU, or one a two CPUs, unless the config says how many.
+
+    Raises `ValueError` where the cluster lacks GPUs for them.
+    """
+    resources = ray.cluster_resources()
+    gpus = gpus_each(config.gpus_per_actor)
+    there = resources.get("GPU", 0)
+    slots = there / gpus if gpus else resources["CPU"] / CPUS_PER_ACTOR
+    count = max(1, int(slots)) if config.actors == "auto" else config.actors
+    if count * gpus > there:
+        raise ValueError(
+            f"{count} actors with {gpus:g} GPUs each: the cluster has {there:g}; lower --actors or --gpus-per-actor"
+        )
+    count = min(count, num_chunks)
+    threads = max(1, min(int(resources["CPU"] / count), CPUS_PER_ACTOR))
+    cpus = threads if count * threads <= resources["CPU"] else 0  # more actors than CPUs, if the user wants it so
+    actor = ray.remote(
+        num_cpus=cpus, num_gpus=gpus, max_restarts=RETRIES, max_task_retries=RETRIES, max_concurrency=CHUNKS_AHEAD
+    )(ScoringActor)
+    return [actor.remote(config, shards, num_threads=threads) for _ in range(count)]
+
+
+def finish(config: ScoreConfig, shards: Shards, tally: Tally, errors: list[dict]) -> int:
+    """Join what is to be joined, list the failed records, print the summary; the exit status."""
+    listing = config.out / FAILURES
+    if config.out != shards.folder:
+        listing = config.out.with_name(f"{config.out.name}.{FAILURES}")
+    listing.unlink(missing_ok=True)
+    if errors:
+        write_aside(listing, "".join(json.dumps(error) + "\n" for error in errors).encode())
+    if config.out != shards.folder:
+        shards.join(config.out)
+    print(f"{tally.records - tally.failed} of {tally.records} records scored: {config.out}")
+    print(f"{tally.responses} responses; {sharing(tally):.1f} times the tokens if each were scored by itself")
+    if config.accuracy:
+        right = f"{100 * tally.right / tally.pairs:.2f} % of {tally.pairs} pairs" if tally.pairs else "no preferences"
+        print(f"accuracy: {right}")
+    if not errors:
+        return 0
+    print(f"{len(errors)} records failed, listed in {listing}:")
+    for error in errors[:50]:
+        line = ": ".join(str(error[name]) for name in ("source", "field", "reason") if error[name])
+        print(line.encode(errors="replace").decode())  # a file's name may be no Unicode
+    return 0 if config.allow_errors else EXIT_SOME_FAILED

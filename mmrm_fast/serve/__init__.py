@@ -1,0 +1,1 @@
+"""Rewards handed out over HTTP."""

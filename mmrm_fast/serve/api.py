@@ -1,0 +1,234 @@
+"""The HTTP API around one scorer: OpenRLHF's and vLLM's reward endpoints, a page, health and metrics."""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+
+from mmrm_fast import __version__
+from mmrm_fast.data.images import ImageError, image_size
+from mmrm_fast.data.prompt import PromptError
+from mmrm_fast.data.records import Group, RecordError, parse_group
+from mmrm_fast.data.samples import Sample
+from mmrm_fast.score.scorer import Scored, Scorer, join
+from mmrm_fast.serve import protocols
+from mmrm_fast.serve.batcher import Batcher
+from mmrm_fast.serve.guard import Guard, Limits, Metrics
+from mmrm_fast.serve.refusals import Refused, refusal
+
+CHARACTERS_PER_TOKEN = 8  # more text than this a token is not even tokenised
+PAGE_POLICY = (
+    "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+REFUSALS = {status: {"description": reason} for status, reason in {
+    400: "Not JSON.", 401: "No token, or a wrong one.", 413: "The body is too large.",
+    422: "A field is missing, of the wrong type, or over a limit.", 429: "Too many requests.",
+    503: "No replica answered.", 504: "Too slow.",
+}.items()}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of a request's records."""
+
+    scored: tuple[Scored, ...]
+    num_tokens: int  # of all sequences, as if nothing were shared
+
+    @property
+    def rewards(self) -> list[float]:
+        return [reward for scored in self.scored for reward in scored.rewards]
+
+    @property
+    def truncated(self) -> list[bool]:
+        return [cut for scored in self.scored for cut in scored.truncated]
+
+
+class RewardService:
+    """Scores the records of requests, within limits, batched with those of other requests."""
+
+    def __init__(
+        self, scorer: Scorer, name: str, *, limits: Limits, image_root: Path | None = None, max_delay: float = 0.003
+    ):
+        self.scorer, self.name, self.limits, self.image_root = scorer, name, limits, image_root
+        self.reader = protocols.QueryReader(scorer.checkpoint.tokenizer)
+        self.metrics = Metrics()
+        self.batcher = Batcher(scorer, max_delay=max_delay, on_batch=self.metrics.count_batch)
+
+    async def score(self, records: Sequence[dict]) -> Answer:
+        """Score records as parsed JSON. Raises `RecordError`, `Refused`."""
+        samples = await asyncio.to_thread(self.prepare, records)
+        pieces = [self.scorer.split(sample) for sample in samples]
+        outcomes = iter(await self.batcher.score([piece for parts in pieces for piece in parts]))
+        joined = [
+            join(sample.group, [next(outcomes) for _ in parts]) for sample, parts in zip(samples, pieces, strict=True)
+        ]
+        for outcome in joined:
+            if isinstance(outcome, RecordError):
+                raise outcome
+        self.metrics.responses.inc(sum(len(scored.rewards) for scored in joined))
+        return Answer(tuple(joined), sum(sample.num_tokens_unshared for sample in samples))
+
+    def prepare(self, records: Sequence[dict]) -> list[Sample]:
+        """Records to samples, everything checked that can be before the pixels are decoded."""
+        groups = [
+            parse_group(fields, source=f"record {i}", record=i, image_root=self.image_root, confined=True)
+            for i, fields in enumerate(records)
+        ]
+        limits = self.limits
+        if (count := sum(len(group.responses) for group in groups)) > limits.responses:
+            raise Refused(422, f"{count} responses are over the limit of {limits.responses}")
+        characters = sum(map(len_text, groups))
+        if characters > limits.tokens * CHARACTERS_PER_TOKEN:
+            raise Refused(422, f"{characters} characters of text are over the limit of {limits.tokens} tokens")
+        images = sum(len(group.images) for group in groups)
+        if images * self.scorer.checkpoint.tokens_per_tile > limits.tokens:
+            raise Refused(422, f"{images} images are over the limit of {limits.tokens} tokens")
+        for group in groups:
+            check_pixels(group, limits.pixels)
+        samples = [self.scorer.encode(group) for group in groups]
+        if (tokens := sum(map(self.scorer.cost, samples))) > limits.tokens:
+            raise Refused(422, f"{tokens} tokens of work are over the limit of {limits.tokens}")
+        return samples
+
+
+def len_text(group: Group) -> int:
+    """Characters of a group; a turn is more than its text."""
+    turns = [group.prompt] if isinstance(group.prompt, str) else [turn.content for turn in group.prompt]
+    return sum(len(text) + CHARACTERS_PER_TOKEN for text in (*turns, *group.responses))
+
+
+def check_pixels(group: Group, limit: int) -> None:
+    """Raise `RecordError` for an image whose header announces too many pixels, or that is none."""
+    for image in group.images:
+        try:
+            width, height = image_size(image)
+        except ImageError as error:
+            raise RecordError(group.source, "image", str(error)) from None
+        if width * height > limit:
+            raise RecordError(group.source, "image", f"{width} x {height} pixels are over the limit of {limit}")
+
+
+def make_app(service: RewardService, token: str | None = None) -> FastAPI:
+    """The ASGI application of one replica."""
+    app = FastAPI(title="mmrm_fast reward server", version=__version__, redoc_url=None)
+    add_openrlhf(app, service)
+    add_vllm(app, service)
+    add_pages(app, service)
+    app.add_exception_handler(RequestValidationError, invalid_request)
+    app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(Exception, server_error)
+    for kind in (RecordError, PromptError):
+        app.add_exception_handler(kind, invalid_record)
+    app.add_exception_handler(Refused, lambda request, error: refusal(error.status, error.message, error.field))
+    paths = frozenset(route.path for route in app.routes)
+    app.add_middleware(Guard, limits=service.limits, metrics=service.metrics, token=token, paths=paths)
+    return app
+
+
+def add_openrlhf(app: FastAPI, service: RewardService) -> None:
+    """OpenRLHF's remote reward model."""
+
+    @app.post("/get_reward", responses=REFUSALS, tags=["OpenRLHF"])
+    async def get_reward(request: protocols.RewardRequest) -> dict:
+        """Rewards of whole decoded queries, with `images` optionally."""
+        answer = await service.score(await asyncio.to_thread(protocols.reward_records, request, service.reader))
+        return protocols.reward_answer(answer.rewards, answer.truncated)
+
+
+def add_vllm(app: FastAPI, service: RewardService) -> None:
+    """vLLM's pooling endpoints."""
+
+    async def values(records: list[dict], use_activation: bool | None) -> tuple[Answer, list[float]]:
+        answer = await service.score(records)
+        return answer, list(map(protocols.activation(use_activation), answer.rewards))
+
+    @app.post("/classify", responses=REFUSALS, tags=["vLLM"])
+    async def classify(request: protocols.InputRequest) -> dict:
+        """The reward of each input as the one class's `probs`; raw unless `use_activation` asks for the sigmoid."""
+        records = await asyncio.to_thread(protocols.input_records, request, service.reader)
+        answer, rewards = await values(records, request.use_activation)
+        return protocols.envelope("classify", service.name, answer.num_tokens) | {
+            "data": protocols.classify_data(rewards)
+        }
+
+    @app.post("/pooling", responses=REFUSALS, tags=["vLLM"])
+    async def pooling(request: protocols.InputRequest) -> dict:
+        """The reward of each input as a vector of one."""
+        records = await asyncio.to_thread(protocols.input_records, request, service.reader)
+        answer, rewards = await values(records, request.use_activation)
+        return protocols.envelope("pool", service.name, answer.num_tokens) | {"data": protocols.pooling_data(rewards)}
+
+    @app.post("/score", responses=REFUSALS, tags=["vLLM"])
+    async def score(request: protocols.ScoreRequest) -> dict:
+        """The reward of each document as a response to its query."""
+        answer, rewards = await values(protocols.score_records(request), request.use_activation)
+        return protocols.envelope("score", service.name, answer.num_tokens) | {"data": protocols.score_data(rewards)}
+
+    @app.post("/rerank", responses=REFUSALS, tags=["vLLM"])
+    async def rerank(request: protocols.RerankRequest) -> dict:
+        """Best-of-N: the documents as responses to the query, best first."""
+        records = protocols.rerank_records(request)
+        answer, rewards = await values(records, request.use_activation)
+        results = protocols.rerank_results(request, records[0]["responses"], rewards)
+        return protocols.envelope("rerank", service.name, answer.num_tokens) | {"results": results}
+
+
+def add_pages(app: FastAPI, service: RewardService) -> None:
+    """The page, health and metrics."""
+    page = (files("mmrm_fast") / "assets" / "page.html").read_text(encoding="utf-8")
+
+    @app.get("/", include_in_schema=False)
+    async def index() -> HTMLResponse:
+        headers = {"content-security-policy": PAGE_POLICY, "x-content-type-options": "nosniff"}
+        return HTMLResponse(page, headers=headers)
+
+    @app.get("/healthz", tags=["operations"])
+    async def healthz() -> dict:
+        """The process answers."""
+        return {"status": "ok"}
+
+    @app.get("/readyz", tags=["operations"])
+    async def readyz() -> dict:
+        """The model is loaded."""
+        return {"status": "ready", "model": service.name}
+
+    @app.get("/metrics", tags=["operations"], response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """Prometheus metrics."""
+        return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+async def invalid_request(request: Request, error: RequestValidationError) -> JSONResponse:
+    """422 for what does not fit the schema, without repeating what was sent; 400 for what is not JSON."""
+    first = error.errors()[0]
+    field = ".".join(map(str, first["loc"][1:]))
+    if first["type"] == "json_invalid":
+        return refusal(400, f"not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}")
+    return refusal(422, f"{field}: {first['msg']}" if field else first["msg"], field or None)
+
+
+async def invalid_record(request: Request, error: RecordError | PromptError) -> JSONResponse:
+    """422 for a record that cannot be scored."""
+    return refusal(422, str(error), error.field or None)
+
+
+async def http_error(request: Request, error: HTTPException) -> JSONResponse:
+    """What the framework refuses: no such path, no such method, an unreadable body."""
+    response = refusal(error.status_code, str(error.detail))
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def server_error(request: Request, error: Exception) -> JSONResponse:
+    """500 for a fault of ours, which the log explains."""
+    logging.getLogger(__name__).error("request failed", exc_info=error)
+    return refusal(500, "the server failed; its log says why")

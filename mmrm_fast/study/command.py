@@ -1,0 +1,213 @@
+"""The paper's question on one's own data: does the shortcut-aware model hold where the standard one breaks?
+
+Every method is trained on every environment and tested on all of them. A cell is one training, in a process of its
+own; a cell whose results exist is not trained again.
+"""
+
+import csv
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from rich.table import Table
+from tqdm import tqdm
+
+from mmrm_fast.config import StudyConfig
+from mmrm_fast.data.shapes import cached_environments
+from mmrm_fast.files import write_json
+from mmrm_fast.study.figures import FIGURES, SFD, Cell, Environment, Runs, mean_and_spread, means, study_figures
+from mmrm_fast.study.page import KINDS, LABELS, write_page
+from mmrm_fast.tables import percent, print_table
+
+METHODS = {  # options of `mmrm-fast train`
+    "standard": "",
+    "robust": "--robust",
+    "robust-reference": "--robust --sfc-mode reference",
+    "robust-normalized": "--robust --sfc-mode normalized",
+    "robust-balanced": "--robust --sfc-mode balanced",
+    "robust-white": "--robust --proxy-image white",
+    "robust-warmup": "--robust --sfc-warmup-steps 20",
+    "robust-floor": "--robust --sfc-floor 0.1",
+}
+OPTIONS = "options.json"  # in a cell's folder
+RESERVED = ("iid", "neutral", "reversed")  # names of test sets
+
+
+def study(config: StudyConfig) -> dict:
+    """Train every cell, write study.json, study.csv and study.html, print the table; returns what study.json holds."""
+    root, started = config.output_dir, time.perf_counter()
+    methods, environments = chosen_methods(config.methods), chosen_environments(config.env)
+    if config.best_of_n and config.env:
+        raise ValueError("--best-of-n: only where the truth is known, on the synthetic environments without --env")
+    root.mkdir(parents=True, exist_ok=True)
+    seeds = range(1 if config.quick else config.seeds)
+    cells = [Cell(method, name, seed) for seed in seeds for name in environments for method in methods]
+    missing = [cell for cell in cells if not is_trained(cell, environments, config)]
+    train_cells(missing, environments, config)
+    results = {
+        "trained_now": len(missing),
+        "seconds": round(time.perf_counter() - started, 1),
+        "methods": {method: METHODS[method] for method in methods},
+        "environments": {name: {"train": str(e.train), "test": str(e.test)} for name, e in environments.items()},
+        **study_figures(Runs(cells, environments, root)),
+    }
+    if config.best_of_n:
+        from mmrm_fast.study.selection import selection_figures  # loads transformers
+
+        results["best_of_n"] = selection_figures(cells, root)
+        write_csv(root / "best-of-n.csv", results["best_of_n"]["models"])
+    write_json(root / "study.json", results)
+    write_csv(root / "study.csv", results["tests"])
+    write_csv(root / "comparisons.csv", results["significance"])
+    write_page(root / "study.html", results)
+    report(results, root)
+    return results
+
+
+def chosen_methods(text: str) -> list[str]:
+    """Method names from a list with commas. Raises `ValueError`."""
+    methods = list(dict.fromkeys(filter(None, (name.strip() for name in text.split(",")))))
+    unknown = [name for name in methods if name not in METHODS]
+    if unknown or not methods:
+        raise ValueError(f"--methods {text}: expected some of {', '.join(METHODS)}")
+    return methods
+
+
+def chosen_environments(specs: tuple[str, ...]) -> dict[str, Environment]:
+    """Environments from NAME=TRAIN,TEST; the shapes' own where there are none. Raises `ValueError`."""
+    if not specs:
+        return {name: shapes_environment(folder) for name, folder in cached_environments().items()}
+    environments = {}
+    for spec in specs:
+        name, _, paths = spec.partition("=")
+        train, _, test = paths.partition(",")
+        if not (name and train and test) or "/" in name:
+            raise ValueError(f"--env {spec}: environments are given as NAME=TRAIN,TEST")
+        if name in environments or name in RESERVED:
+            raise ValueError(f"--env {spec}: the name is taken; {', '.join(RESERVED)} are names of test sets")
+        for path in (train, test):
+            if not Path(path).exists():
+                raise ValueError(f"--env {spec}: {path}: no such file")
+        environments[name] = Environment(Path(train), Path(test), {})
+    return environments
+
+
+def shapes_environment(folder: Path) -> Environment:
+    """One of the synthetic environments."""
+    probes = {name: folder / f"{name}.jsonl" for name in ("neutral", "reversed")}
+    return Environment(folder / "train.jsonl", folder / "iid.jsonl", probes)
+
+
+def is_trained(cell: Cell, environments: Mapping[str, Environment], config: StudyConfig) -> bool:
+    """Whether the cell's results are there. Raises `ValueError` where it was trained with other options."""
+    folder = cell.folder(config.output_dir)
+    before, now = folder / OPTIONS, options(cell, environments, config)
+    if before.exists() and (other := json.loads(before.read_text())) != now:
+        raise ValueError(
+            f"{folder}: was trained with {shlex.join(other)}, not {shlex.join(now)}: choose another --output-dir, or"
+            " delete the folder"
+        )
+    return (folder / "results.json").exists()
+
+
+def train_cells(cells: list[Cell], environments: Mapping[str, Environment], config: StudyConfig) -> None:
+    """Train cells, `config.jobs` at a time; the first failure stops the study with the end of its log."""
+    with (
+        ThreadPoolExecutor(config.jobs) as pool,
+        tqdm(total=len(cells), desc="trainings", unit=" runs", disable=not cells) as bar,
+    ):
+        runs = [pool.submit(train_cell, cell, environments, config) for cell in cells]
+        for run in as_completed(runs):
+            if run.exception():
+                pool.shutdown(cancel_futures=True)
+            run.result()
+            bar.update()
+
+
+def train_cell(cell: Cell, environments: Mapping[str, Environment], config: StudyConfig) -> None:
+    """Train one cell in a process of its own, its output in log.txt."""
+    folder = cell.folder(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / OPTIONS, options(cell, environments, config))
+    threads = max(1, len(os.sched_getaffinity(0)) // config.jobs)
+    with open(folder / "log.txt", "w") as log:
+        variables = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        done = subprocess.run(command(cell, environments, config), stdout=log, stderr=subprocess.STDOUT, env=variables)
+    if done.returncode:
+        tail = (folder / "log.txt").read_text()[-2000:]
+        raise RuntimeError(f"{cell} failed, see {folder / 'log.txt'}:\n{tail}")
+
+
+def command(cell: Cell, environments: Mapping[str, Environment], config: StudyConfig) -> list[str]:
+    """The command line that trains a cell."""
+    launcher = [sys.executable, "-m"]
+    if config.processes > 1:
+        launcher += ["torch.distributed.run", "--standalone", f"--nproc-per-node={config.processes}", "-m"]
+    run = ["--output-dir", str(cell.folder(config.output_dir)), "--resume", "auto"]
+    return [*launcher, "mmrm_fast.cli", "train", *options(cell, environments, config), *run]
+
+
+def options(cell: Cell, environments: Mapping[str, Environment], config: StudyConfig) -> list[str]:
+    """What a cell is trained with."""
+    own = environments[cell.environment]
+    if config.env:
+        data = ["--data", str(own.train), "--eval", f"iid={own.test}"]
+        others = [f"{name}={other.test}" for name, other in environments.items() if name != cell.environment]
+        data += ["--eval-ood", *others] if others else []
+    else:
+        data = ["--environment", cell.environment]
+    model = ["--model", str(config.model)] if config.model else []
+    method = shlex.split(METHODS[cell.method]) + shlex.split(config.options)
+    return [*data, *model, "--seed", str(cell.seed), *method]
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """Rows as CSV."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def report(results: dict, root: Path) -> None:
+    """Print the table, the tests of significance and where everything is."""
+    print_table(study_table(results))
+    print(SFD)
+    print_comparisons(results["significance"], "o.o.d. accuracy in points", 100, 1)
+    if selection := results.get("best_of_n"):
+        for kind, title in KINDS.items():
+            best = f"truth of the best of {selection['sizes'][-1]}, {title}"
+            print_comparisons(selection[kind]["comparisons"], best, 1, 3)
+    print(f"figures: {root}/study.json, study.csv, comparisons.csv; page: {root / 'study.html'}")
+
+
+def print_comparisons(rows: Sequence[dict], title: str, scale: float, digits: int) -> None:
+    """Print paired differences, a line each."""
+    if rows:
+        print(f"{title}, paired over {rows[0]['records']:,} records, p corrected for {len(rows)} comparisons:")
+    for row in rows:
+        figures = [f"{scale * row[key]:+.{digits}f}" for key in ("difference", "low", "high")]
+        print("  {second} minus {first}: {} ({} to {}), p = {p_holm:.4f}".format(*figures, **row))
+
+
+def study_table(results: dict) -> Table:
+    """One row a method and environment (mean over seeds), then the means with their spread."""
+    shown = [figure for figure in FIGURES if any(figure in overall for overall in results["means"].values())]
+    table = Table(title="Accuracy (%), mean over seeds; o.o.d.: the other environments' tests; truth where known")
+    for column in ("method", "trained on", *(LABELS.get(figure, figure) for figure in shown)):
+        table.add_column(column, justify="left" if column in ("method", "trained on") else "right")
+    for method, overall in results["means"].items():
+        for name in results["environments"]:
+            own = [row for row in results["tests"] if (row["method"], row["environment"]) == (method, name)]
+            figures = means(own)
+            table.add_row(method, name, *(percent(figures.get(figure, {}).get("mean")) for figure in shown))
+        cells = [mean_and_spread(overall.get(figure)) for figure in shown]
+        table.add_row(method, "mean ± spread", *cells, end_section=True)
+    return table

@@ -1,0 +1,242 @@
+"""The numbers of a study, from the run folders of its cells: accuracies and SFD by train and test set, means, tests.
+
+A test row is one model on one test set. `judged` accuracy is against the truth where the data knows it, else against
+the labels. SFD is judged by the text-only proxy of the first method that has one, on the same data and seed, so that
+methods without a proxy have it too.
+"""
+
+import json
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import permutation_test
+
+from mmrm_fast.data.records import Group, RecordFile, iter_groups
+from mmrm_fast.data.samples import only_paired
+from mmrm_fast.evaluate.reliability import credit, mean_interval, text_controls
+from mmrm_fast.pairs import PairRow, accuracy, read_rows, shortcut_failure_degradation, truth_sign
+from mmrm_fast.tables import percent
+
+SFD = (
+    "SFD (shortcut-failure degradation): accuracy on the test pairs that the text-only proxy trained on the same data "
+    "gets right, minus accuracy on those it gets wrong (its ties are in neither); our reading of Li et al., arXiv "
+    "2503.03122."
+)
+FIGURES = ("iid labels", "iid", "ood", "neutral", "reversed", "sfd")
+PARTS_OF_TRAINING = 25
+RESAMPLES = 9999
+BATCH_VALUES = 1 << 20  # resampled differences in memory at a time
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training: a method on an environment with a seed."""
+
+    method: str
+    environment: str
+    seed: int
+
+    def folder(self, root: Path) -> Path:
+        """Its run folder."""
+        return root / f"{self.method}-{self.environment}-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A training file, the test file of its distribution, and probes of its shortcut by name."""
+
+    train: Path
+    test: Path
+    probes: Mapping[str, Path]
+
+
+class Runs:
+    """The finished cells of a study; evaluated rows are read once."""
+
+    def __init__(self, cells: Sequence[Cell], environments: Mapping[str, Environment], root: Path):
+        self.cells, self.environments, self.root = tuple(cells), dict(environments), root
+        self.methods = list(dict.fromkeys(cell.method for cell in cells))
+        self.rows = cache(lambda cell, name: read_rows(cell.folder(root) / f"eval-{name}.jsonl"))
+
+    def sets(self, cell: Cell) -> list[tuple[str, str, str]]:
+        """The test sets of a cell: what it is, its kind and the name that the run knows it by."""
+        trained = cell.environment
+        sets = [(n, "iid", "iid") if n == trained else (n, "ood", n) for n in self.environments]
+        return sets + [(probe, "probe", probe) for probe in self.environments[trained].probes]
+
+    def ood(self, method: str) -> Iterator[tuple[str, list[PairRow]]]:
+        """Environment and evaluated pairs of every test of a method's models away from their training."""
+        for cell in self.cells:
+            for test, kind, name in self.sets(cell):
+                if cell.method == method and kind == "ood":
+                    yield test, self.rows(cell, name)
+
+    def proxy_margins(self, cell: Cell, name: str) -> np.ndarray | None:
+        """Margins of the text-only proxy that judges a cell on a test set; None where no method has one."""
+        for other in self.cells:
+            if (other.environment, other.seed) == (cell.environment, cell.seed):
+                rows = self.rows(other, name)
+                if rows and rows[0].proxy_margin is not None:
+                    return np.array([row.proxy_margin for row in rows])
+        return None
+
+
+def study_figures(runs: Runs) -> dict:
+    """Everything that study.json holds."""
+    tests = [row for cell in runs.cells for row in test_rows(cell, runs)]
+    credits = {method: ood_credits(method, runs) for method in runs.methods}
+    return {
+        "definitions": {"sfd": SFD},
+        "tests": tests,
+        "means": {method: means([row for row in tests if row["method"] == method]) for method in runs.methods},
+        "significance": compare(pairs_of(runs.methods), credits) if len(runs.environments) > 1 else [],
+        "rules": {name: rules(environment.test) for name, environment in runs.environments.items()},
+        "controls": {method: controls(method, runs) for method in runs.methods},
+        "sfc": {method: sfc_over_training(method, runs) for method in runs.methods},
+    }
+
+
+def test_rows(cell: Cell, runs: Runs) -> Iterator[dict]:
+    """The figures of one model on every test set."""
+    for test, kind, name in runs.sets(cell):
+        rows, proxy = runs.rows(cell, name), runs.proxy_margins(cell, name)
+        margins, sign = np.array([row.margin for row in rows]), truth_sign(rows)
+        known = sign != 0
+        figures = {"pairs": len(rows), "labels": accuracy(margins), "judged": accuracy((margins * sign)[known])}
+        if proxy is not None:
+            figures["proxy"] = accuracy(proxy)
+            figures["sfd"] = shortcut_failure_degradation((margins * sign)[known], (proxy * sign)[known])
+        yield {**vars(cell), "test": test, "kind": kind, **figures}
+
+
+def means(tests: Sequence[dict]) -> dict[str, dict[str, float]]:
+    """Mean of each figure over environments and seeds, and its spread: the deviation of the seeds' means, None for one.
+
+    `ood`: the mean over trained environments of the mean over the other environments' tests; `sfd` likewise.
+    """
+    table = {}
+    for figure in FIGURES:
+        by_seed = [seed_mean([row for row in tests if row["seed"] == seed], figure) for seed in seeds_of(tests)]
+        if not np.isnan(by_seed).all():
+            spread = float(np.std(by_seed)) if len(by_seed) > 1 else None
+            table[figure] = {"mean": float(np.mean(by_seed)), "spread": spread}
+    return table
+
+
+def mean_and_spread(figure: dict | None) -> str:
+    """A mean with its spread in per cent, a dash where there is none."""
+    if figure is None:
+        return "-"
+    return percent(figure["mean"]) + ("" if figure["spread"] is None else f" ± {percent(figure['spread'])}")
+
+
+def seeds_of(tests: Sequence[dict]) -> list[int]:
+    """The seeds among test rows."""
+    return sorted({row["seed"] for row in tests})
+
+
+def seed_mean(tests: Sequence[dict], figure: str) -> float:
+    """One figure of one method and seed, the mean of its trained environments' means."""
+    kind, key = {"iid labels": ("iid", "labels"), "sfd": ("ood", "sfd")}.get(figure, (figure, "judged"))
+    values: dict[str, list[float]] = {}
+    for row in tests:
+        if kind in (row["kind"], row["test"]) and key in row:
+            values.setdefault(row["environment"], []).append(row[key])
+    return float(np.mean([np.mean(own) for own in values.values()])) if values else float("nan")
+
+
+def pairs_of(methods: Sequence[str]) -> list[tuple[str, str]]:
+    """The methods that are compared: every one with the first, and with the paper's `robust` where that is another."""
+    first, *others = methods
+    bases = [first, "robust"] if "robust" in others else [first]
+    return [(base, other) for base in bases for other in others if other != base]
+
+
+def compare(pairs: Sequence[tuple[str, str]], values: Mapping[str, Mapping[Hashable, Sequence[float]]]) -> list[dict]:
+    """Differences of two methods each, second minus first, paired by test record.
+
+    A record's difference is that of the means over its values. `p_value` is of the permutation test that swaps the
+    methods in each record (two-sided, `RESAMPLES` permutations, the exact McNemar test's idea for more than one
+    model), `p_holm` the same corrected by Holm for all `pairs`; the 95 % interval is a bootstrap over records and not
+    corrected. All hold for these trained models; how much another seed changes is the spread beside the means.
+
+    Args:
+        values: by method and record, such as the credits of a method's models on the pairs of the record.
+    """
+    rows = [{"first": a, "second": b} | paired_difference(values[a], values[b]) for a, b in pairs]
+    order, corrected = sorted(rows, key=lambda row: row["p_value"]), 0.0
+    for place, row in enumerate(order):
+        corrected = max(corrected, min(1.0, row["p_value"] * (len(order) - place)))
+        row["p_holm"] = corrected
+    return rows
+
+
+def paired_difference(first: Mapping[Hashable, Sequence[float]], second: Mapping[Hashable, Sequence[float]]) -> dict:
+    """The mean difference over records with its interval and p-value, see `compare`."""
+    difference = np.array([np.mean(second[key]) - np.mean(first[key]) for key in first])
+    test = permutation_test(
+        (difference,), np.mean, permutation_type="samples", n_resamples=RESAMPLES, rng=np.random.default_rng(0),
+        batch=max(1, BATCH_VALUES // len(difference)),
+    )  # fmt: skip
+    low, high = map(float, mean_interval(difference))
+    mean = float(difference.mean())
+    return {"records": len(difference), "difference": mean, "low": low, "high": high, "p_value": float(test.pvalue)}
+
+
+def ood_credits(method: str, runs: Runs) -> dict[tuple[str, int], list[float]]:
+    """Credits of a method's models by (o.o.d. test set, record)."""
+    credits: dict[tuple[str, int], list[float]] = {}
+    for test, rows in runs.ood(method):
+        sign = truth_sign(rows)
+        for row, right, known in zip(rows, credit(sign * [row.margin for row in rows]), sign, strict=True):
+            if known:
+                credits.setdefault((test, row.record), []).append(float(right))
+    return credits
+
+
+def paired_responses(test: Path) -> Iterator[Group]:
+    """The records of a test file with the responses that evaluated rows count."""
+    return (only_paired(group) for group in iter_groups(RecordFile(test)) if isinstance(group, Group))
+
+
+def rules(test: Path) -> dict[str, float]:
+    """Label accuracy of rules that look at length or format alone, on one test file."""
+    pairs = [(group.responses, pair) for group in paired_responses(test) for pair in group.pairs]
+    chosen, rejected = ([texts[getattr(pair, end)] for texts, pair in pairs] for end in ("chosen", "rejected"))
+    return text_controls(np.zeros(len(pairs)), chosen, rejected)["rules"]
+
+
+def controls(method: str, runs: Runs) -> dict:
+    """A method's accuracy by length difference and correlations with length and format, over all its o.o.d. tests."""
+    texts = {
+        name: {group.record: group.responses for group in paired_responses(environment.test)}
+        for name, environment in runs.environments.items()
+    }
+    rows = [(row, texts[test][row.record]) for test, rows in runs.ood(method) for row in rows]
+    if not rows:
+        return {}
+    chosen, rejected = [text[row.chosen] for row, text in rows], [text[row.rejected] for row, text in rows]
+    figures = text_controls(np.array([row.margin for row, _ in rows]), chosen, rejected)
+    return {"buckets": figures["buckets"], "correlation": figures["correlation"]}
+
+
+def sfc_over_training(method: str, runs: Runs) -> list[dict[str, float]]:
+    """The SFC's mean and 10, 50 and 90 % quantiles of a step, averaged over runs, by share of the training."""
+    parts: list[dict[str, list[float]]] = [{} for _ in range(PARTS_OF_TRAINING)]
+    for cell in (cell for cell in runs.cells if cell.method == method):
+        with open(cell.folder(runs.root) / "metrics.jsonl") as file:
+            steps = [json.loads(line) for line in file]
+        for number, step in enumerate(steps):
+            part = parts[number * PARTS_OF_TRAINING // len(steps)]
+            for name in ("sfc_mean", "sfc_p10", "sfc_p50", "sfc_p90"):
+                if step.get(name) is not None:  # null where the step was not finite
+                    part.setdefault(name, []).append(step[name])
+    curve = [
+        {"share": (number + 0.5) / PARTS_OF_TRAINING, **{name: float(np.mean(v)) for name, v in part.items()}}
+        for number, part in enumerate(parts)
+        if part
+    ]
+    return [] if all(row.get("sfc_mean") == 1 for row in curve) else curve  # a weight of 1: no SFC

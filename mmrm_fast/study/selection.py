@@ -1,0 +1,113 @@
+"""Best of N in a study on shapes: the true quality of what its models select away from their training.
+
+Sets of candidates have the cues of another environment's i.i.d. test (`ood`), or those of the own environment's test
+in which the cue points the wrong way (`reversed`). All models select among the same candidates.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby, islice
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from mmrm_fast.data.records import RecordFile, iter_groups
+from mmrm_fast.data.shapes import ENVIRONMENTS
+from mmrm_fast.evaluate.best_of_n import ORACLE, curve, read_values, selected_quality
+from mmrm_fast.files import write_text
+from mmrm_fast.score.scorer import Scorer
+from mmrm_fast.study.candidates import make_candidates
+from mmrm_fast.study.figures import Cell, compare, pairs_of
+
+SIZES = (1, 2, 4, 8, 16, 32, 64)
+NUM_PROMPTS = 100  # of a set
+RECORDS_AT_ONCE = 8  # scored in one call
+Task = tuple[Cell, tuple[str, str]]  # a model and the kind and environment of a set
+Selected = Mapping[Task, np.ndarray]  # [prompts, sizes] expected quality
+SPLITS = {"ood": "iid", "reversed": "reversed"}  # kinds of sets, and the split whose cues their candidates have
+
+
+def selection_figures(cells: Sequence[Cell], root: Path) -> dict:
+    """What study.json holds of best-of-N: by model and set, and by kind of set curves over N and paired comparisons."""
+    tasks = [(cell, name) for cell in cells for name in sets_of(cell)]
+    truths = {name: read_values(candidates(root, *name), "truth") for name in dict.fromkeys(name for _, name in tasks)}
+    score_missing([task for task in tasks if not scores_file(root, *task).exists()], root)
+    selected = {
+        (cell, name): selected_quality(read_values(scores_file(root, cell, name), "score"), truths[name], SIZES)
+        for cell, name in tasks
+    }
+    rows = [
+        {**vars(cell), "kind": kind, "cues": cues, **dict(zip(map(str, SIZES), values.mean(0).tolist(), strict=True))}
+        for (cell, (kind, cues)), values in selected.items()
+    ]
+    return {"sizes": SIZES, "models": rows, **{kind: kind_figures(kind, selected, truths) for kind in SPLITS}}
+
+
+def kind_figures(kind: str, selected: Selected, truths: Mapping) -> dict:
+    """Curves by method over the sets of a kind, mean over models, and every comparison at the largest N."""
+    methods, curves, last = list(dict.fromkeys(cell.method for cell, _ in selected)), {}, {}
+    for method in methods:
+        own = {task: v for task, v in selected.items() if (task[0].method, task[1][0]) == (method, kind)}
+        prompts = by_prompt(own)
+        rows = curve(np.array([np.mean(values, axis=0) for values in prompts.values()]), SIZES)
+        curves[method] = [row | {"spread": spread} for row, spread in zip(rows, seed_spread(own), strict=True)]
+        last[method] = {prompt: [float(v[-1]) for v in values] for prompt, values in prompts.items()}
+    known = [selected_quality(truth, truth, SIZES) for name, truth in truths.items() if name[0] == kind]
+    curves[ORACLE] = curve(np.concatenate(known), SIZES)
+    return {"curves": curves, "comparisons": compare(pairs_of(methods), last)}
+
+
+def by_prompt(own: Selected) -> dict[tuple, list[np.ndarray]]:
+    """The quality [sizes] that each model selects, by set and prompt."""
+    prompts: dict[tuple, list[np.ndarray]] = {}
+    for (_, name), values in own.items():
+        for prompt, qualities in enumerate(values):
+            prompts.setdefault((*name, prompt), []).append(qualities)
+    return prompts
+
+
+def seed_spread(own: Selected) -> list[float | None]:
+    """The deviation of the seeds' means for each size, None for one seed."""
+    seeds = {cell.seed for cell, _ in own}
+    means = [np.mean([v.mean(0) for (cell, _), v in own.items() if cell.seed == seed], axis=0) for seed in seeds]
+    return np.std(means, axis=0).tolist() if len(seeds) > 1 else [None] * len(SIZES)
+
+
+def sets_of(cell: Cell) -> list[tuple[str, str]]:
+    """The (kind, environment) of the sets that a model selects from."""
+    others = [("ood", name) for name in ENVIRONMENTS if name != cell.environment]
+    return [*others, ("reversed", cell.environment)]
+
+
+def candidates(root: Path, kind: str, environment: str) -> Path:
+    """The file of a set, written where it does not exist."""
+    file = root / "candidates" / f"{kind}-{environment}" / "candidates.jsonl"
+    if not file.exists():
+        make_candidates(file.parent, environment, SPLITS[kind], num_prompts=NUM_PROMPTS, num_responses=max(SIZES))
+    return file
+
+
+def scores_file(root: Path, cell: Cell, name: tuple[str, str]) -> Path:
+    """A model's scores of a set, a line a prompt; `mmrm-fast best-of-n` reads it."""
+    return cell.folder(root) / f"scores-{'-'.join(name)}.jsonl"
+
+
+def score_missing(tasks: Sequence[Task], root: Path) -> None:
+    """Score sets, each model loaded once; a file appears complete or not at all."""
+    by_cell = groupby(tasks, key=lambda task: task[0])
+    with tqdm(total=len(tasks), desc="best of N", unit=" sets", disable=not tasks) as bar:
+        for cell, own in by_cell:
+            scorer = Scorer.from_pretrained(cell.folder(root) / "final")
+            for _, name in own:
+                file = scores_file(root, cell, name)
+                write_text(file, "".join(json.dumps({"score": row}) + "\n" for row in score_set(scorer, root, name)))
+                bar.update()
+
+
+def score_set(scorer: Scorer, root: Path, name: tuple[str, str]) -> Iterator[list[float]]:
+    """The rewards of every prompt's candidates."""
+    groups = iter_groups(RecordFile(candidates(root, *name)))
+    while chunk := list(islice(groups, RECORDS_AT_ONCE)):
+        for scored in scorer.score_groups(chunk):
+            yield list(scored.rewards)

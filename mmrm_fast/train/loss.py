@@ -1,0 +1,194 @@
+"""The preference loss of both branches over a step: sums per micro-batch, one division at its end.
+
+Gradients of a step are accumulated as sums over pairs, on every rank and micro-batch, and multiplied once by
+`gradient_scales`, so accumulation, uneven ranks and budgets give the gradient of the global mean exactly.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid, one_hot
+
+from mmrm_fast.data.packing import PackedBatch
+from mmrm_fast.ops.pair_loss import PairIndex, PairLoss, pair_loss
+
+SUMS = ("main", "proxy", "weight", "weighted_sfc", "main_correct", "proxy_correct", "bt_main")
+MARGINS = ("margin", "margin_squared")
+COUNTS = ("pairs", "records", "tokens", "tokens_unshared", "text_tokens", "tiles", "errors")
+REQUESTS = ("save",)
+LEAST_WEIGHT = 0.05  # of a pair in the mode `balanced`
+NUM_BINS = 20  # of the SFC histogram over 0..1
+
+
+def preference_loss(
+    rewards_R: Tensor,
+    proxy_rewards_R: Tensor | None,
+    batch: PackedBatch,
+    *,
+    sfc_mode: str = "paper",
+    label_smoothing: float = 0.0,
+    centering: float = 0.0,
+    warmup: bool = False,
+    floor: float = 0.0,
+) -> PairLoss:
+    """Sums over the batch's pairs of `SFC * L` and of `L_t` (`L` alone where there is no proxy).
+
+    Source: Li et al., arXiv 2503.03122; see `ops.pair_loss` for the formulas, modes and options, `balanced_loss` for
+    the mode `balanced`.
+    """
+    if proxy_rewards_R is None:
+        sfc_mode, warmup, floor = "standard", False, 0.0
+    if sfc_mode == "balanced":
+        if centering:
+            raise ValueError(f"mode 'balanced' would rescale the centering term, got centering={centering}")
+        options = {"label_smoothing": label_smoothing, "warmup": warmup, "floor": floor}
+        return balanced_loss(rewards_R, proxy_rewards_R, batch, **options)
+    return pair_loss(
+        rewards_R, proxy_rewards_R, batch.pairs, mode=sfc_mode, margin=batch.margin_P,
+        label_smoothing=label_smoothing, centering=centering, warmup=warmup, floor=floor,
+    )  # fmt: skip
+
+
+def balanced_loss(
+    rewards_R: Tensor,
+    proxy_rewards_R: Tensor,
+    batch: PackedBatch,
+    *,
+    label_smoothing: float,
+    warmup: bool,
+    floor: float,
+) -> PairLoss:
+    """The loss of pairs weighted so that text no longer tells the label: inverse propensity, in place of the SFC.
+
+    With p = sigmoid(b) the proxy's probability of the label, the weight is min(1, c / p), detached, c = `LEAST_WEIGHT`,
+    and the step is divided by its mean. Weighted by 1 / p, pairs whose text favours their label weigh as much as those
+    whose text speaks against it, so nothing is left for the shortcut to predict. Unlike the SFC it does not depend on
+    the model's own loss: a pair that the shortcut solves and the model gets wrong weighs as much as one that both get
+    right, never less than c. The bound at 1 (p = c) keeps single pairs from deciding a step.
+
+    Returns what `pair_loss` does; `sfc` is the weight.
+    """
+    pairs = batch.pairs
+    margin_P, proxy_margin_P = (
+        (rewards[pairs.chosen] - rewards[pairs.rejected]).detach().to(torch.promote_types(rewards.dtype, torch.float32))
+        for rewards in (rewards_R, proxy_rewards_R)
+    )
+    weight_P = (LEAST_WEIGHT / torch.sigmoid(proxy_margin_P)).clamp(min=floor, max=1)
+    weight_P = torch.full_like(weight_P, 0.5) if warmup else weight_P
+    options = {"mode": "standard", "margin": batch.margin_P, "label_smoothing": label_smoothing}
+    main = pair_loss(rewards_R, None, pairs, weight=weight_P, **options)
+    proxy = pair_loss(proxy_rewards_R, None, pairs, **options)
+    return main._replace(
+        proxy=proxy.main, weight=proxy.weight, weighted_sfc=main.weight, proxy_correct=proxy.main_correct,
+        bt_main=-logsigmoid(margin_P).sum(), sfc=weight_P,
+    )  # fmt: skip
+
+
+def by_pair(rewards_R: Tensor, pairs: PairIndex) -> tuple[Tensor, PairIndex]:
+    """Rewards [2P], those of chosen before those of rejected, and the pairs over them: no two share a reward."""
+    num_pairs = len(pairs.chosen)
+    places = torch.arange(2 * num_pairs, device=rewards_R.device)
+    entries = torch.cat([places[:num_pairs] * 2, places[:num_pairs] * 2 + 1])
+    index = PairIndex(
+        places[:num_pairs], places[num_pairs:], torch.arange(2 * num_pairs + 1, device=rewards_R.device), entries
+    )
+    return rewards_R[torch.cat([pairs.chosen, pairs.rejected])], index
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """Sums of one optimizer step over all its pairs and ranks, by their names above."""
+
+    sums: dict[str, float]
+    sfc_histogram: tuple[int, ...] = ()
+
+    def gradient_scales(self, sfc_mode: str) -> tuple[float, float]:
+        """Factors from accumulated sums to gradients of the mean loss, main and proxy branch.
+
+        In `normalized` and `balanced` the main branch is also divided by the mean weight.
+        """
+        weight, weighted_sfc = self.sums["weight"], self.sums["weighted_sfc"]
+        if not weight:
+            return 0.0, 0.0
+        return 1 / (weighted_sfc if sfc_mode in ("normalized", "balanced") else weight), 1 / weight
+
+    def metrics(self) -> dict[str, float]:
+        """Means over the step's pairs, and its counts: what is logged."""
+        weight, pairs = self.sums["weight"] or 1.0, self.sums["pairs"] or 1
+        margin = self.sums["margin"] / pairs
+        spread = self.sums["margin_squared"] / pairs - margin**2
+        return {
+            "loss": (self.sums["main"] + self.sums["proxy"]) / weight,
+            "loss_main": self.sums["main"] / weight,
+            "loss_proxy": self.sums["proxy"] / weight,
+            "loss_bradley_terry": self.sums["bt_main"] / weight,
+            "sfc_mean": self.sums["weighted_sfc"] / weight,
+            "accuracy": self.sums["main_correct"] / pairs,
+            "proxy_accuracy": self.sums["proxy_correct"] / pairs,
+            "margin": margin,
+            "margin_std": math.sqrt(spread) if spread > 0 else 0.0,
+            **{name: int(self.sums[name]) for name in COUNTS},
+        }
+
+    def sfc_metrics(self) -> dict[str, float | list[int]]:
+        """The SFC's distribution over the step's pairs: quantiles (to within a bin) and a histogram over 0..1."""
+        edges = {f"sfc_p{percent}": quantile(self.sfc_histogram, percent / 100) for percent in (10, 50, 90)}
+        return {**edges, "sfc_histogram": list(self.sfc_histogram)}
+
+
+def quantile(histogram: tuple[int, ...], share: float) -> float:
+    """The value below which `share` of a histogram over 0..1 lies, linear within a bin; 0 of an empty one."""
+    wanted, below = share * sum(histogram), 0
+    for number, count in enumerate(histogram):
+        if count and below + count >= wanted:
+            return (number + (wanted - below) / count) / len(histogram)
+        below += count
+    return 0.0
+
+
+class StepAccumulator:
+    """Adds up a rank's micro-batches, on the device until the step's end.
+
+    `request` adds a rank's wish to save to the same sums, so that all ranks grant it at the same step.
+    """
+
+    def __init__(self, device: torch.device):
+        self.names = (*SUMS, *MARGINS, *COUNTS, *REQUESTS)
+        self.zeros = torch.zeros(len(self.names) + NUM_BINS, dtype=torch.float64, device=device)
+        self.sums = self.zeros.clone()
+        self.edges = torch.linspace(0, 1, NUM_BINS + 1, device=device)[1:-1]
+
+    def add(self, loss: PairLoss, margin_P: Tensor, batch: PackedBatch, num_errors: int) -> None:
+        """Add one micro-batch; `margin_P` are the model's, on the device, the batch's tensors on either side."""
+        counts = [
+            len(batch.pairs.chosen),
+            len(batch.num_responses),
+            len(batch.main.source_T),
+            batch.main.num_tokens_unshared,
+            0 if batch.text is None else len(batch.text.source_T),
+            len(batch.tiles),
+            num_errors,
+            *[0] * len(REQUESTS),
+        ]
+        values = [getattr(loss, name).detach().double() for name in SUMS]
+        margin_P = margin_P.detach().double()
+        self.sums += torch.cat(
+            [
+                torch.stack([*values, margin_P.sum(), margin_P.square().sum()]),
+                torch.tensor(counts, dtype=torch.float64, device=self.sums.device),
+                one_hot(torch.bucketize(loss.sfc.detach(), self.edges), NUM_BINS).sum(0).double(),
+            ]
+        )
+
+    def request(self, name: str) -> None:
+        """Ask all ranks for one of `REQUESTS` at the end of this step."""
+        self.sums[self.names.index(name)] += 1
+
+    def totals(self, all_sum: Callable[[Tensor], Tensor]) -> StepTotals:
+        """The step's sums over all ranks (`all_sum` adds a tensor up over them); ready for the next step."""
+        sums, self.sums = all_sum(self.sums).tolist(), self.zeros.clone()
+        named = dict(zip(self.names, sums, strict=False))
+        return StepTotals(named, tuple(map(int, sums[len(self.names) :])))

@@ -1,0 +1,209 @@
+"""The two rewards of a training: the model's, and that of the text-only proxy in its several forms."""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mmrm_fast.checkpoint.folder import Checkpoint, configured, load_checkpoint
+from mmrm_fast.checkpoint.parameters import load_weights
+from mmrm_fast.config import TrainConfig
+from mmrm_fast.data.packing import TokenPlan, white_tile
+from mmrm_fast.data.samples import Sample
+from mmrm_fast.model.lora import MAIN, PROXY, TwoAdapterModel, add_lora, merged
+from mmrm_fast.model.reward_model import RewardModel
+from mmrm_fast.train import sharding
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One reward that is trained: `main` or `proxy`, as a function of its tokens (and tiles)."""
+
+    name: str
+    root: RewardModel  # both branches' where they are adapters of one model
+    checkpoint: Checkpoint  # whose folder format its weights are saved in
+    lora_scale: float
+
+    def __call__(self, plan: TokenPlan, tiles_ISSC: Tensor | None = None) -> Tensor:
+        """Rewards [R]."""
+        shared = {"branch": self.name} if isinstance(self.root, TwoAdapterModel) else {}
+        return self.root(plan, tiles_ISSC, **shared)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that train for this reward, by name."""
+        named = self.root.named_parameters()
+        return {name: p for name, p in named if p.requires_grad and self.owns(name)}
+
+    def owns(self, name: str) -> bool:
+        """Whether a parameter of the root is this branch's."""
+        if not isinstance(self.root, TwoAdapterModel):
+            return True
+        is_proxy = name.startswith("proxy_score.") or f".{PROXY}." in name
+        return is_proxy == (self.name == PROXY)
+
+    def state(self) -> dict[str, Tensor]:
+        """The weights of a plain model, adapters merged, whole on the first rank. Called on every rank."""
+        state = sharding.full_state(self.root)
+        is_shared = isinstance(self.root, TwoAdapterModel)
+        plain = merged(state, self.name if is_shared else MAIN, self.lora_scale)
+        proxy_score = plain.pop("proxy_score.weight", None)
+        if self.name == MAIN or not is_shared or not plain:
+            return plain
+        text_only = {name: value for name, value in plain.items() if name.startswith("model.language_model.")}
+        return {**text_only, "score.weight": proxy_score}
+
+
+def make_branches(config: TrainConfig, device: torch.device) -> list[Branch]:
+    """Load, freeze, adapt and shard the models: the main branch and, unless its margins come from a file, the proxy."""
+    main = load(config, config.model)
+    freeze(main.model, llm=config.freeze_llm, backbone=config.freeze_backbone, mlp=config.freeze_mlp)
+    checkpoints = {MAIN: main}
+    if config.robust and config.proxy_model != "lora" and not proxy_file(config):
+        checkpoints[PROXY] = load_proxy(config, main)
+    for checkpoint in checkpoints.values():
+        adapt(checkpoint.model, config)
+    roots = {name: checkpoint.model for name, checkpoint in checkpoints.items()}
+    if config.robust and config.proxy_model == "lora":
+        see_white(main, config)
+        add_lora(main.model.model.language_model, config, PROXY)
+        roots = dict.fromkeys((MAIN, PROXY), TwoAdapterModel(main.model))
+        checkpoints[PROXY] = main
+    for root in dict.fromkeys(roots.values()):
+        sharding.shard(root, device, config)
+    if reads_own_shards(config):
+        for checkpoint, folder in zip(checkpoints.values(), (config.model, proxy_folder(config)), strict=False):
+            load_weights(checkpoint.model, folder, device="cpu" if sharding.offloads(device, config) else device)
+    scale = config.lora_alpha / config.lora_r
+    return [Branch(name, root, checkpoints[name], scale) for name, root in roots.items()]
+
+
+def load(config: TrainConfig, folder: str | Path, *, text_only: bool = False) -> Checkpoint:
+    """Load a checkpoint, or its language model, with this run's limits and options for pictures."""
+    checkpoint = load_checkpoint(folder, max_length=config.max_length, with_weights=False)
+    if text_only:
+        checkpoint.model.drop_vision()
+    if not reads_own_shards(config):
+        load_weights(checkpoint.model, folder)
+    return configured(checkpoint, config)
+
+
+def reads_own_shards(config: TrainConfig) -> bool:
+    """Whether a rank reads its own shards alone, after sharding.
+
+    Adapters rename the weights that they wrap and a white tile passes through the whole vision tower: with them every
+    rank loads all weights first.
+    """
+    has_adapters = config.llm_lora or config.vision_lora
+    return sharding.num_ranks() > 1 and not has_adapters and config.proxy_image == "none"
+
+
+def proxy_folder(config: TrainConfig) -> str | Path:
+    """Where the proxy's weights come from."""
+    return config.model if config.proxy_model == "full" else config.proxy_model
+
+
+def load_proxy(config: TrainConfig, main: Checkpoint) -> Checkpoint:
+    """The proxy's own model: a copy of the main one's, or a smaller one with the same tokenizer."""
+    proxy = load(config, proxy_folder(config), text_only=config.proxy_image == "none")
+    if proxy.tokenizer.get_vocab() != main.tokenizer.get_vocab():
+        raise ValueError(f"--proxy-model {config.proxy_model}: its tokenizer is not that of {config.model}")
+    freeze(proxy.model, llm=False, backbone=config.freeze_backbone, mlp=config.freeze_mlp)
+    see_white(proxy, config)
+    if proxy.model.only_tiles is not None:
+        proxy.model.model.vision_tower = None
+    return proxy
+
+
+def see_white(checkpoint: Checkpoint, config: TrainConfig) -> None:
+    """Run a frozen vision tower on the proxy's white tile, once for the whole training."""
+    if config.proxy_image == "white" and config.freeze_backbone and not config.vision_lora:
+        checkpoint.model.keep_only(torch.from_numpy(white_tile(checkpoint.tiling.tile_size)))
+
+
+def adapt(model: RewardModel, config: TrainConfig) -> None:
+    """Add the adapters that the config asks for."""
+    if config.llm_lora:
+        add_lora(model.model.language_model, config, MAIN)
+    if config.vision_lora and model.model.vision_tower is not None:
+        add_lora(model.model.vision_tower, config, MAIN)
+
+
+def freeze(model: RewardModel, *, llm: bool, backbone: bool, mlp: bool) -> None:
+    """Take parts out of the training."""
+    parts = {"language_model": llm, "vision_tower": backbone, "multi_modal_projector": mlp}
+    for name, frozen in parts.items():
+        part = getattr(model.model, name)
+        if part is not None:
+            part.requires_grad_(not frozen)
+
+
+def train_mode(model: RewardModel) -> None:
+    """Train what is trained; frozen parts stay in evaluation mode, without noise."""
+    model.train()
+    for part in (model.model.language_model, model.model.vision_tower, model.model.multi_modal_projector):
+        if part is not None and not any(parameter.requires_grad for parameter in part.parameters()):
+            part.eval()
+
+
+def proxy_file(config: TrainConfig) -> Path | None:
+    """The file of precomputed margins, where `proxy_model` is one."""
+    if not config.robust or config.proxy_model in ("full", "lora"):
+        return None
+    path = Path(config.proxy_model)
+    return None if path.is_dir() else path
+
+
+def check_proxy(config: TrainConfig) -> None:
+    """Raise `ValueError` where the options of the proxy contradict each other."""
+    if not config.robust:
+        return
+    if config.proxy_model == "lora" and not config.llm_lora:
+        raise ValueError("--proxy-model lora: model and proxy are adapters on frozen weights, add --llm-lora")
+    path = proxy_file(config)
+    if path and not path.is_file():
+        raise ValueError(f"--proxy-model {path}: not `full`, `lora`, a folder or a file")
+    if path and config.pairs != "all":
+        raise ValueError(
+            f"--proxy-model {path}: margins are by pair of a whole record, not with --pairs {config.pairs}"
+        )
+    if path and len(config.data) != 1:
+        raise ValueError(f"--proxy-model {path}: margins are by record of one file, --data has {len(config.data)}")
+
+
+class ProxyMargins:
+    """Text-only margins r(chosen) - r(rejected) from a JSONL file, one row a pair: what a proxy would compute.
+
+    Rows hold `record` (position in the training file), `chosen` and `rejected` (among the responses that are in any
+    pair) and `proxy_margin`: `eval-NAME.jsonl` of a robust run that had the training file as a test set.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.margins: dict[tuple[int, int, int], float] = {}
+        with open(path) as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    row = json.loads(line)
+                    self.margins[row["record"], row["chosen"], row["rejected"]] = float(row["proxy_margin"])
+                except (ValueError, KeyError, TypeError) as error:
+                    raise ValueError(
+                        f"{path}:{number}: not a row of record, chosen, rejected, proxy_margin: {error}"
+                    ) from None
+
+    def of(self, samples: Iterable[Sample]) -> Tensor:
+        """The margins [P] of a batch's pairs, float32."""
+        keys = [key for sample in samples for key in pair_keys(sample)]
+        missing = [key for key in keys if key not in self.margins]
+        if missing:
+            raise ValueError(f"{self.path}: no margin for record {missing[0][0]}, responses {missing[0][1:]}")
+        return torch.tensor([self.margins[key] for key in keys], dtype=torch.float32)
+
+
+def pair_keys(sample: Sample) -> Iterator[tuple[int, int, int]]:
+    """(record, chosen, rejected) of a sample's pairs as evaluation numbers them, which leaves no response out."""
+    places = sample.places or range(len(sample.group.responses))
+    for pair in sample.group.pairs:
+        yield sample.group.record, places[pair.chosen], places[pair.rejected]

@@ -1,0 +1,198 @@
+"""Resumable states of a run, RUN/checkpoints/step-N: written aside by every rank, sealed, renamed; found, checked.
+
+A folder holds torch.distributed.checkpoint's files and `checkpoint.json`: the progress, and size and CRC-32 of each
+file. It is renamed to its name when all of that is on the disk, so what has the name is whole.
+"""
+
+import json
+import os
+import re
+import shutil
+import zlib
+from concurrent.futures import Future
+from pathlib import Path
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
+
+from mmrm_fast.train import sharding
+
+SEAL = "checkpoint.json"
+UNFINISHED = ".unfinished"
+CHUNK_BYTES = 1 << 24
+
+
+class Checkpoints:
+    """Writes a run's checkpoints in the background and keeps the newest `keep`. Made on every rank."""
+
+    def __init__(self, folder: Path, *, keep: int):
+        self.folder, self.keep = folder, max(1, keep)
+        self.group = dist.new_group(backend="gloo")  # of its own: a step's collectives overlap with a save's
+        self.saving: Future | None = None
+        self.saving_step = 0
+        if sharding.rank() == 0:
+            for left in folder.glob(f"*{UNFINISHED}"):
+                shutil.rmtree(left, ignore_errors=True)
+
+    def save(self, step: int, tensors: dict[str, Tensor], progress: dict) -> str | None:
+        """Start to write a checkpoint; returns why the one before could not be written, None where it could.
+
+        Args:
+            step: optimizer steps done.
+            tensors: this rank's, sharded or the same on all ranks; copied before this returns.
+            progress: what else a resumed run needs, as JSON, the same on every rank.
+        """
+        problem = self.wait()
+        writer = SealingWriter(self.folder / f"step-{step:08d}", progress, keep=self.keep)
+        self.saving_step = step
+        self.saving = dcp.async_save(tensors, storage_writer=writer, process_group=self.group)
+        return problem
+
+    def wait(self) -> str | None:
+        """Wait for the write that is under way; returns why it failed, None where it did not."""
+        saving, self.saving = self.saving, None
+        try:
+            if saving is not None:
+                saving.result()
+        except (CheckpointException, OSError, RuntimeError) as error:
+            return f"the checkpoint of step {self.saving_step} could not be written: {first_cause(error)}"
+        return None
+
+    def close(self) -> str | None:
+        """Wait on all ranks and leave the group."""
+        problem = self.wait()
+        sharding.barrier()
+        dist.destroy_process_group(self.group)
+        return problem
+
+
+def first_cause(error: BaseException) -> str:
+    """The reason inside torch's list of every rank's failure."""
+    failures = getattr(error, "failures", {})
+    return str(next((failure[0] for failure in failures.values()), error)) or repr(error)
+
+
+class SealingWriter(FileSystemWriter):
+    """torch's writer of files into `folder`.unfinished, which it seals and renames when every rank is done."""
+
+    def __init__(self, folder: Path, progress: dict, *, keep: int):
+        super().__init__(folder.with_name(folder.name + UNFINISHED))
+        self.folder, self.progress, self.keep = folder, progress, keep
+
+    def write_data(self, plan, planner):
+        """Write this rank's files and, beside them, their sums."""
+        done = super().write_data(plan, planner)
+        prefix = plan.storage_data.prefix
+        sums = {path.name: file_sum(path) for path in sorted(Path(self.path).glob(f"{prefix}*.distcp"))}
+        write_synced(Path(self.path) / f"{prefix}sums.json", json.dumps(sums))
+        return done
+
+    def finish(self, metadata, results) -> None:
+        """On the first rank, after all have written: metadata, seal, rename; then the oldest checkpoints go."""
+        super().finish(metadata, results)
+        path, sums = Path(self.path), {}
+        for part in sorted(path.glob("__*_sums.json")):
+            sums.update(json.loads(part.read_text()))
+            part.unlink()
+        sums[".metadata"] = file_sum(path / ".metadata")
+        write_synced(path / SEAL, json.dumps({"progress": self.progress, "files": sums}))
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        os.replace(path, self.folder)
+        sync_folder(self.folder.parent)
+        for path in not_kept(self.folder, self.keep):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def write_synced(path: Path, text: str) -> None:
+    """Write a file and wait until it is on the disk."""
+    with open(path, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until a rename in a folder is on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_sum(path: Path) -> list[int]:
+    """Size in bytes and CRC-32 of a file."""
+    size, crc = 0, 0
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+    return [size, crc]
+
+
+def found(folder: Path) -> list[Path]:
+    """The finished checkpoints of a run, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name))
+
+
+def not_kept(newest: Path, keep: int) -> list[Path]:
+    """What goes now that `newest` is whole: all but the last `keep` up to it, and later steps, which a run left."""
+    checkpoints = found(newest.parent)
+    count = checkpoints.index(newest) + 1
+    return [*checkpoints[: max(0, count - keep)], *checkpoints[count:]]
+
+
+def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest undamaged checkpoint, and what is wrong with the newer ones. Called on every rank.
+
+    Raises:
+        ValueError: there are checkpoints, and all are damaged.
+    """
+    candidates, problems = sharding.on_first_rank(lambda: found(folder)), []
+    for path in reversed(candidates):
+        damage = damage_of(path)
+        if damage is None:
+            return path, problems
+        problems.append(damage)
+    if candidates:
+        raise ValueError("\n".join([f"{folder}: no good checkpoint to resume from:", *problems]))
+    return None, problems
+
+
+def damage_of(path: Path) -> str | None:
+    """What is wrong with a checkpoint, None where all is as it was written. The files are divided over the ranks."""
+    try:
+        files = json.loads((path / SEAL).read_text())["files"]
+        mine = sorted(files)[sharding.rank() :: sharding.num_ranks()]
+        problems = [f"{path / name}: damaged" for name in mine if file_sum(path / name) != files[name]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        problems = [f"{path}: damaged: {error}"]
+    problems = sharding.gather_lists(problems)
+    return problems[0] if problems else None
+
+
+def read_progress(path: Path) -> dict:
+    """What was passed to `Checkpoints.save`. Raises `ValueError` where there is no such checkpoint."""
+    if not (path / SEAL).is_file():
+        raise ValueError(f"{path}: not a checkpoint: expected a folder such as RUN/checkpoints/step-00000100")
+    return json.loads((path / SEAL).read_text())["progress"]
+
+
+def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Read a checkpoint into tensors, in place and resharded; those it does not hold stay as they are.
+
+    Called on every rank. The files' index is a pickle: only checkpoints of one's own runs are to be resumed.
+    """
+    reader = FileSystemReader(path)
+    held = reader.read_metadata().state_dict_metadata
+    dcp.load({name: tensor for name, tensor in tensors.items() if name in held}, storage_reader=reader)
+
+
+def require_space(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Raise `ValueError` where the disk cannot hold two checkpoints (the old one is deleted after the new is whole)."""
+    needed = 2 * sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ValueError(f"{folder}: two checkpoints take {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")

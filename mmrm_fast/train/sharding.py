@@ -1,0 +1,174 @@
+"""Ranks and FSDP2: who runs where, and how a model is sharded over them."""
+
+import os
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers.utils.logging import disable_progress_bar
+
+from mmrm_fast.config import TrainConfig
+from mmrm_fast.model.reward_model import RewardModel
+
+TIMEOUT = timedelta(minutes=10)
+
+
+@contextmanager
+def ranks():
+    """This process's device; joins the group that torchrun started (or one of its own), and leaves it at the end."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    alone = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=TIMEOUT, **alone)
+    if dist.get_rank():
+        disable_progress_bar()
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's rank."""
+    return dist.get_rank()
+
+
+def num_ranks() -> int:
+    """Ranks in the group."""
+    return dist.get_world_size()
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    dist.barrier()
+
+
+def all_sum(values: Tensor) -> Tensor:
+    """The sum over all ranks, in place."""
+    dist.all_reduce(values)
+    return values
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank."""
+    flags = torch.tensor(int(flag))
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return bool(flags)
+
+
+def gather_lists(items: list) -> list:
+    """Every rank's items, in the order of the ranks, on every rank."""
+    gathered: list = [None] * num_ranks()
+    dist.all_gather_object(gathered, items)
+    return [item for part in gathered for item in part]
+
+
+def on_first_rank(function: Callable[[], Any]) -> Any:
+    """Call `function` on the first rank alone; its result, or its `ValueError` or `OSError`, on all of them."""
+    outcome = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = function()
+        except (ValueError, OSError) as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """What models compute in."""
+    automatic = "bfloat16" if device.type == "cuda" else "float32"
+    return getattr(torch, automatic if config.dtype == "auto" else config.dtype)
+
+
+def shard(model: RewardModel, device: torch.device, config: TrainConfig) -> RewardModel:
+    """Checkpoint, compile and shard a model: one FSDP2 group a block, one a score head, the root for the rest.
+
+    Trained weights are fp32 shards, reduced in fp32 and computed with in `config.dtype`, in which frozen weights are
+    kept; gradients are summed over ranks, not averaged, because the step divides by its global pair weight. Embedding,
+    projector, patch embedding and final norm stay in the root's group, as they are used in its forward alone. One rank
+    computing in fp32 needs no sharding. A model on the meta device stays there, to be filled by `load_weights`.
+    """
+    dtype = compute_dtype(config, device)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+    for block in blocks(model):
+        if config.compile:
+            block.forward = torch.compile(block.forward, dynamic=True)  # every batch has other sizes
+        if config.activation_checkpointing != "none":
+            block.forward = partial(checkpoint, block.forward, **checkpoint_options(config.activation_checkpointing))
+    offloaded = offloads(device, config)
+    if not offloaded and not next(model.parameters()).is_meta:
+        model.to(device)
+    if num_ranks() == 1 and dtype == torch.float32 and not offloaded:
+        return model
+    options = {"mesh": make_mesh(device, config.replicas), "reshard_after_forward": config.reshard_after_forward}
+    if offloaded:
+        options["offload_policy"] = CPUOffloadPolicy()
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    groups = [fully_shard(block, mp_policy=policy, **options) for block in blocks(model)]
+    groups += [fully_shard(head, mp_policy=exact, **options) for head in model.heads()]
+    for group in [*groups, fully_shard(model, mp_policy=policy, **options)]:
+        group.set_gradient_divide_factor(1.0)
+        group.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+def offloads(device: torch.device, config: TrainConfig) -> bool:
+    """Whether weights and optimizer state wait in host memory."""
+    return config.cpu_offload and device.type != "cpu"
+
+
+def make_mesh(device: torch.device, replicas: int) -> DeviceMesh:
+    """All ranks in a row, or `replicas` rows of them."""
+    if num_ranks() % replicas:
+        raise ValueError(f"--replicas {replicas} does not divide {num_ranks()} ranks")
+    if replicas == 1:
+        return init_device_mesh(device.type, (num_ranks(),))
+    return init_device_mesh(device.type, (replicas, num_ranks() // replicas), mesh_dim_names=("replicate", "shard"))
+
+
+def checkpoint_options(mode: str) -> dict:
+    """Arguments of `torch.utils.checkpoint` that recompute a whole block, or all but its expensive operations."""
+    if mode == "full":
+        return {"use_reentrant": False}
+    return {"use_reentrant": False, "context_fn": partial(create_selective_checkpoint_contexts, keep_expensive)}
+
+
+def keep_expensive(context, op, *args, **kwargs) -> CheckpointPolicy:
+    """Selective checkpointing: matrix products and attention are kept, the rest is computed again."""
+    kept = {"aten::mm", "aten::addmm", "aten::bmm", "mmrm_fast::trie_attention_fwd"}
+    is_kept = op.name().split(".")[0] in kept or "scaled_dot_product" in op.name()
+    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def blocks(model: RewardModel) -> Iterable[nn.Module]:
+    """The repeated blocks: vision layers, then decoder layers."""
+    if model.model.vision_tower is not None:
+        yield from model.model.vision_tower.encoder.layer
+    yield from model.model.language_model.layers
+
+
+def full_state(model: RewardModel) -> dict[str, Tensor]:
+    """All weights, gathered on the CPU (on rank 0 where sharded)."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def full_value(value: Tensor) -> Tensor:
+    """A tensor that may be sharded, whole."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value

@@ -1,0 +1,168 @@
+"""Checkpoints there and back: identical tensors, identical rewards, and what plain transformers makes of them."""
+
+import json
+
+import pytest
+import torch
+from original import LLM, original_config, random_state, write_checkpoint
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, InternVLModel
+
+from mmrm_fast.checkpoint.export import convert_folder, export_original, export_vllm, inspect
+from mmrm_fast.checkpoint.folder import load_checkpoint, save_checkpoint
+from mmrm_fast.cli import main
+from mmrm_fast.score.scorer import Scorer
+
+RESPONSES = ["the red circle", "", "left of the blue image"]
+
+
+def rewards(folder, pictures, **options):
+    scorer = Scorer.from_pretrained(folder, device="cpu", dtype="float32", **options)
+    return scorer.score([{"prompt": "What?", "img_path": pictures["photo"], "responses": RESPONSES}])
+
+
+@pytest.mark.parametrize("vision", ["300M", "6B"])
+@pytest.mark.parametrize("llm", LLM)
+def test_original_to_native_to_original_gives_identical_tensors_and_rewards(tmp_path, pictures, llm, vision):
+    first, native, second = (tmp_path / name for name in ("first", "native", "second"))
+    state = write_checkpoint(first, original_config(llm, vision, 578))
+    convert_folder(first, native)
+    export_original(native, second)
+    again = load_file(second / "model.safetensors")
+    assert again.keys() == state.keys()
+    assert all(again[name].dtype == state[name].dtype and torch.equal(again[name], state[name]) for name in state)
+    expected = rewards(first, pictures)
+    assert rewards(native, pictures) == expected and rewards(second, pictures) == expected
+
+
+def test_here_to_native_to_here_gives_identical_weights_and_rewards(tmp_path, pictures):
+    write_checkpoint(tmp_path / "first", original_config("InternLM2", "6B", 578))
+    loaded = load_checkpoint(tmp_path / "first")
+    save_checkpoint(tmp_path / "final", loaded)
+    state, again = loaded.model.state_dict(), load_checkpoint(tmp_path / "final").model.state_dict()
+    assert all(torch.equal(state[name], again[name]) for name in state)
+    assert rewards(tmp_path / "final", pictures) == rewards(tmp_path / "first", pictures)
+
+
+def test_large_weights_are_written_in_shards_and_read_back(tmp_path, pictures, monkeypatch):
+    monkeypatch.setattr("mmrm_fast.checkpoint.tensors.SHARD_BYTES", 50_000)
+    write_checkpoint(tmp_path / "first", original_config("Llama", "300M", 578))
+    convert_folder(tmp_path / "first", tmp_path / "native")
+    index = json.loads((tmp_path / "native" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2 and not (tmp_path / "native" / "model.safetensors").exists()
+    assert rewards(tmp_path / "native", pictures) == rewards(tmp_path / "first", pictures)
+
+
+def test_a_saved_model_runs_in_plain_transformers(tmp_path, pictures):
+    write_checkpoint(tmp_path / "first", original_config("Qwen2", "300M", 578))
+    checkpoint = load_checkpoint(tmp_path / "first")
+    checkpoint.model.model.config.dtype = torch.bfloat16  # as its folder had it; these weights are fp32
+    save_checkpoint(tmp_path / "final", checkpoint)
+    model = InternVLModel.from_pretrained(tmp_path / "final")
+    score = load_file(tmp_path / "final" / "model.safetensors")["score.weight"]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "final")
+    messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "the red circle"}]
+    ids = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)["input_ids"]
+    hidden = model(input_ids=ids).last_hidden_state[0, -1]
+    scorer = Scorer.from_pretrained(tmp_path / "final", device="cpu")
+    ((expected,),) = scorer.score([{"prompt": "What?", "responses": ["the red circle"]}])
+    assert float((hidden @ score[0].float()).detach()) == pytest.approx(expected, abs=1e-5)
+    assert model.config.num_labels == model.config.text_config.num_labels == 1
+    assert model.config.problem_type == "regression"
+
+
+def test_the_vllm_layout_has_one_bias_free_score_under_the_names_of_the_whole_model(tmp_path):
+    write_checkpoint(tmp_path / "first", original_config("Qwen2", "300M", 578))
+    export_vllm(tmp_path / "first", tmp_path / "vllm")
+    names = load_file(tmp_path / "vllm" / "model.safetensors").keys()
+    assert {name.split(".")[1] for name in names if name.startswith("model.")} == {
+        "vision_tower", "multi_modal_projector", "language_model",
+    }  # fmt: skip
+    assert [name for name in names if not name.startswith("model.")] == ["score.weight"]
+    config = json.loads((tmp_path / "vllm" / "config.json").read_text())
+    assert config["architectures"] == ["InternVLForSequenceClassification"]
+    assert config["problem_type"] == "regression" and len(config["id2label"]) == 1
+    assert len(config["text_config"]["id2label"]) == 1
+    load_checkpoint(tmp_path / "vllm")
+
+
+def test_an_exported_tokenizer_adds_the_bos_token_and_reads_in_transformers_4(tmp_path):
+    write_checkpoint(tmp_path / "first", original_config("InternLM2", "300M", 569))
+    export_original(tmp_path / "first", tmp_path / "second")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "second")
+    assert tokenizer("the red").input_ids == [1, *tokenizer.encode("the red", add_special_tokens=False)]
+    fields = json.loads((tmp_path / "second" / "tokenizer.json").read_text())
+    assert all(isinstance(merge, str) for merge in fields["model"]["merges"])
+
+
+def peft_state(config, scale):
+    """A checkpoint whose `wqkv` and `qkv` carry adapters under peft's names, and the same with them merged."""
+    plain, generator = random_state(config), torch.Generator().manual_seed(1)
+    wrapped, merged = {}, dict(plain)
+    for name, value in plain.items():
+        part, _, rest = name.partition(".")
+        if part not in ("language_model", "vision_model"):
+            wrapped[name] = value
+            continue
+        name_in_peft = f"{part}.base_model.model.{rest}"
+        if not rest.endswith(("wqkv.weight", "attn.qkv.weight")):
+            wrapped[name_in_peft] = value
+            continue
+        stem = name_in_peft.removesuffix("weight")
+        a, b = (torch.randn(shape, generator=generator) * 0.2 for shape in ((4, value.shape[1]), (len(value), 4)))
+        wrapped |= {
+            f"{stem}base_layer.weight": value,
+            f"{stem}lora_A.default.weight": a,
+            f"{stem}lora_B.default.weight": b,
+        }
+        merged[name] = value.float() + scale * b @ a
+    return wrapped, merged
+
+
+@pytest.mark.parametrize(
+    ("facts", "scale"), [({"use_llm_lora": 4, "use_backbone_lora": 4}, 2.0), ({"lora_r": 4, "lora_alpha": 16}, 4.0)]
+)
+def test_adapters_are_merged_when_loaded(tmp_path, pictures, facts, scale):
+    config = original_config("InternLM2", "300M", 578, **facts)
+    wrapped, merged = peft_state(config, scale)
+    names = tuple(random_state(config))
+    write_checkpoint(tmp_path / "wrapped", config, drop=names, extra=wrapped)
+    write_checkpoint(tmp_path / "merged", config, drop=names, extra=merged)
+    (expected,) = rewards(tmp_path / "merged", pictures)
+    assert rewards(tmp_path / "wrapped", pictures)[0] == pytest.approx(expected, abs=1e-5)
+    assert inspect(tmp_path / "wrapped")["adapters"] == "LoRA on 5 weights, merged when loaded"
+
+
+def test_the_proxy_of_the_reference_is_left_out_for_scoring_and_converted_beside_the_model(tmp_path, pictures):
+    config = original_config("InternLM2", "300M", 578)
+    proxy = {"bias_reward_model." + name: -value for name, value in random_state(config).items()}
+    write_checkpoint(tmp_path / "both", config, extra=proxy)
+    write_checkpoint(tmp_path / "alone", config)
+    convert_folder(tmp_path / "both", tmp_path / "native")
+    assert rewards(tmp_path / "both", pictures) == rewards(tmp_path / "alone", pictures)
+    converted = load_file(tmp_path / "native" / "proxy" / "model.safetensors")
+    assert torch.equal(converted["score.weight"], proxy["bias_reward_model.score.weight"])
+    assert inspect(tmp_path / "both")["text-only proxy"] == "in this folder"
+    assert inspect(tmp_path / "native")["text-only proxy"] == f"in {tmp_path / 'native' / 'proxy'}"
+    again = load_checkpoint(tmp_path / "both", proxy=True).model.score.weight
+    assert torch.equal(again, proxy["bias_reward_model.score.weight"].float())
+
+
+def test_the_commands_convert_export_and_inspect(tmp_path, capsys):
+    write_checkpoint(tmp_path / "first", original_config("Phi3 su", "6B", 578))
+    assert main(["convert", str(tmp_path / "first"), str(tmp_path / "native")]) == 0
+    assert "difference 0.0e+00" in capsys.readouterr().out
+    assert main(["export", str(tmp_path / "native"), str(tmp_path / "second"), "--format", "original"]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "second")]) == 0
+    shown = capsys.readouterr().out
+    for words in (
+        "original internvl_chat",
+        "3 layers of 24, rms_norm",
+        "RoPE longrope",
+        "phi3-chat",
+        "4 tokens a tile",
+    ):
+        assert words in shown
+    assert main(["inspect", str(tmp_path)]) == 2
+    assert "no config.json" in capsys.readouterr().err

@@ -1,0 +1,238 @@
+"""Which records make a step and a micro-batch: no number of ranks, workers or windows changes the steps."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from mmrm_fast.data.prompt import Encoded
+from mmrm_fast.data.records import Group, Pair, RecordError
+from mmrm_fast.data.samples import Sample
+from mmrm_fast.data.schedule import balance, cut, imbalance, schedule
+
+# cut and balance
+
+
+@pytest.mark.parametrize(
+    ("costs", "budget", "runs"),
+    [
+        ([], 10, []),
+        ([3], 10, [[0]]),
+        ([5, 5, 1], 10, [[0, 1], [2]]),
+        ([5, 6, 4], 10, [[0], [1, 2]]),
+        ([50], 10, [[0]]),
+        ([1, 50, 1], 10, [[0], [1], [2]]),
+        ([10, 10], 10, [[0], [1]]),
+        ([0, 0], 10, [[0, 1]]),
+        ([0, 50, 0, 1, 0], 10, [[0, 1, 2], [3, 4]]),
+    ],
+)
+def test_cut_fills_consecutive_runs_up_to_the_budget(costs, budget, runs):
+    assert [list(run) for run in cut(costs, budget)] == runs
+
+
+@pytest.mark.parametrize(
+    ("costs", "limit", "num_ranks", "bins"),
+    [
+        ([], 10, 1, [[]]),
+        ([], 10, 3, [[], [], []]),
+        ([4], 10, 2, [[0], []]),
+        ([4, 4], 10, 1, [[0, 1]]),
+        ([4, 4], 10, 2, [[0], [1]]),
+        ([4, 4, 4], 10, 1, [[0, 2], [1]]),
+        ([1, 9, 2, 8], 10, 2, [[0, 1], [2, 3]]),
+        ([6, 6, 6], 10, 1, [[0], [1], [2]]),
+        ([6, 6, 6], 10, 2, [[0], [1], [2], []]),
+        ([50, 1], 10, 1, [[0], [1], [], [], [], []]),
+    ],
+)
+def test_balance_deals_the_largest_first_into_the_emptiest_bin(costs, limit, num_ranks, bins):
+    assert balance(costs, limit, num_ranks) == bins
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+def test_balance_keeps_limit_multiple_and_order_for_random_costs(num_ranks):
+    rng = np.random.default_rng(num_ranks)
+    for _ in range(100):
+        costs = rng.integers(1, 60, rng.integers(0, 40)).tolist()
+        bins = balance(costs, 100, num_ranks)
+        assert len(bins) % num_ranks == 0
+        assert sorted(item for items in bins for item in items) == list(range(len(costs)))
+        assert all(items == sorted(items) and sum(costs[item] for item in items) <= 100 for items in bins)
+
+
+# the schedule
+
+
+class Records:
+    """A stand-in data set: record i costs `costs[i]`; a cost of None is an error, 0 a record without responses."""
+
+    encoder = SimpleNamespace(tokens_per_tile=4)
+
+    def __init__(self, costs):
+        self.costs = costs
+
+    def __getitem__(self, index):
+        cost = self.costs[index]
+        if cost is None:
+            raise RecordError(f"file.jsonl:{index + 1}", "prompt", "missing")
+        group = Group("", index, None, "", None, (), ("",) * bool(cost), (Pair(0, 0),) * bool(cost))
+        return Sized(group, (), Encoded((np.zeros(1, np.int64),) * bool(cost), 0, ()), cost)
+
+
+class Sized(Sample):
+    def __init__(self, group, tiles_per_image, main, work):
+        super().__init__(group, tiles_per_image, main)
+        object.__setattr__(self, "work", work)
+
+    def cost(self, tokens_per_tile):
+        return self.work
+
+
+def random_records(seed, count=60):
+    rng = np.random.default_rng(seed)
+    costs = rng.integers(1, 40, count).tolist()
+    for index in rng.choice(count, 10, replace=False).tolist():
+        costs[index] = [None, 0, 150][index % 3]
+    return Records(costs), rng.permutation(count)
+
+
+class Exchange:
+    """Every rank's lists to all ranks, which run as threads."""
+
+    def __init__(self, num_ranks):
+        self.lists, self.barrier = [[] for _ in range(num_ranks)], threading.Barrier(num_ranks, timeout=60)
+
+    def gather(self, rank, items):
+        self.lists[rank] = items
+        self.barrier.wait()
+        gathered = [item for part in self.lists for item in part]
+        self.barrier.wait()
+        return gathered
+
+
+def run(records, order, *, num_ranks=1, per_batch=100, per_micro_batch=50, window=16, **options):
+    """Per rank its micro-batches."""
+    exchange = Exchange(num_ranks)
+
+    def on_rank(rank):
+        return list(
+            schedule(
+                records, order, tokens_per_batch=per_batch, tokens_per_micro_batch=per_micro_batch, window=window,
+                rank=rank, num_ranks=num_ranks, gather=lambda items: exchange.gather(rank, items), **options,
+            )
+        )  # fmt: skip
+
+    with ThreadPoolExecutor(num_ranks) as pool:
+        return list(pool.map(on_rank, range(num_ranks)))
+
+
+def steps(ranks):
+    """The records of each step, over all ranks, sorted."""
+    found = [[]]
+    for at_once in zip(*ranks, strict=True):
+        found[-1] += [index for micro in at_once for index in micro.items]
+        if at_once[0].step:
+            found.append([])
+    assert found.pop() == []
+    return [sorted(step) for step in found]
+
+
+def places(micro_batches):
+    """What each micro-batch trains on, and how far the data are used up where it ends a step."""
+    return [(micro.items, micro.step and micro.step.consumed) for micro in micro_batches]
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_records_of_a_step_do_not_depend_on_the_number_of_ranks(seed, num_ranks):
+    records, order = random_records(seed)
+    assert steps(run(records, order, num_ranks=num_ranks)) == steps(run(records, order))
+
+
+@pytest.mark.parametrize("window", [1, 7, 1000])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_records_of_a_step_do_not_depend_on_the_window(seed, window):
+    records, order = random_records(seed)
+    assert steps(run(records, order, window=window)) == steps(run(records, order))
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("seed", range(5))
+def test_ranks_run_in_lockstep(seed, num_ranks):
+    ranks = run(*random_records(seed), num_ranks=num_ranks)
+    beats = [[micro.step for micro in rank] for rank in ranks]
+    assert all(rank == beats[0] for rank in beats)
+    assert beats[0][-1]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("seed", range(5))
+def test_every_record_is_used_once_or_reported_once_or_has_nothing_to_score(seed, num_ranks):
+    records, order = random_records(seed)
+    ranks = run(records, order, num_ranks=num_ranks)
+    used = sorted(index for rank in ranks for micro in rank for index in micro.items)
+    assert used == [index for index, cost in enumerate(records.costs) if cost]
+    errors = [error for micro in ranks[0] if micro.step for error in micro.step.notes.errors]
+    reported = sorted(int(error.source.rpartition(":")[2]) - 1 for error in errors)
+    assert reported == [index for index, cost in enumerate(records.costs) if cost is None]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("seed", range(5))
+def test_budgets_hold_but_for_a_record_that_is_over_them_by_itself(seed, num_ranks):
+    records, order = random_records(seed)
+    ranks = run(records, order, num_ranks=num_ranks)
+    micro_batches = [micro.items for rank in ranks for micro in rank]
+    for budget, batches in ((100, steps(ranks)), (50, micro_batches)):
+        assert all(len(batch) <= 1 or sum(records.costs[index] for index in batch) <= budget for batch in batches)
+
+
+def test_steps_of_a_number_of_pairs_take_as_many_whatever_they_cost():
+    records, order = random_records(0)
+    found = steps(run(records, order, num_ranks=2, pairs_per_step=8))
+    assert [len(step) for step in found[:-1]] == [8] * (len(found) - 1)
+    assert sorted(index for step in found for index in step) == [i for i, cost in enumerate(records.costs) if cost]
+
+
+def test_a_rank_without_work_gets_empty_micro_batches():
+    ranks = run(Records([5, 5]), [0, 1], num_ranks=4)
+    assert [[micro.items for micro in rank] for rank in ranks] == [[(0,)], [(1,)], [()], [()]]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_started_at_the_consumed_records_it_gives_exactly_what_remained(seed):
+    records, order = random_records(seed)
+    (whole,) = run(records, order)
+    for number, micro in enumerate(whole):
+        if micro.step:
+            (rest,) = run(records, order, start=micro.step.consumed, window=7)
+            assert places(rest) == places(whole[number + 1 :])
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_worker_processes_change_nothing(num_workers):
+    records, order = random_records(0, count=200)
+    options = {"tokens_per_batch": 300, "tokens_per_micro_batch": 100, "window": 150}
+    alone, helped = (list(schedule(records, order, num_workers=n, **options)) for n in (0, num_workers))
+    assert places(helped) == places(alone)
+
+
+def test_the_last_step_has_consumed_everything_even_if_it_ends_in_errors():
+    ((*_, last),) = run(Records([5, None, 0, None]), range(4))
+    assert last.step.consumed == 4 and len(last.step.notes.errors) == 2
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_where_nothing_is_usable_the_only_step_is_empty_and_says_why(num_ranks):
+    for (micro,) in run(Records([None, 0]), range(2), num_ranks=num_ranks):
+        assert (micro.items, micro.step.records, len(micro.step.notes.errors)) == ((), 0, 1)
+    assert run(Records([]), []) == [[]]
+
+
+def test_imbalance_is_the_slowest_rank_over_the_mean_at_every_micro_batch():
+    assert imbalance([4, 4, 4, 4], 2) == 1
+    assert imbalance([6, 2, 2, 6], 2) == 1.5
+    assert imbalance([0, 0], 2) == 0

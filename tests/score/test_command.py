@@ -1,0 +1,331 @@
+"""Batch scoring on Ray: every line of input ends as scores or as a named error, once, in order."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import ray
+import torch
+from PIL import Image
+from pyarrow import parquet
+from runs import descendants
+
+from mmrm_fast.checkpoint.folder import save_checkpoint
+from mmrm_fast.cli import main
+from mmrm_fast.config import ScoreConfig
+from mmrm_fast.data.records import Group, RecordError, RecordFile, iter_groups
+from mmrm_fast.score.cluster import ray_cluster
+from mmrm_fast.score.command import ScoringActor, Tally, error_row, finish, make_actors, rows_of, score_or_say_why
+from mmrm_fast.score.scorer import Scored, Scorer
+from mmrm_fast.score.shards import RECORDS_PER_CHUNK, Shards
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    """One cluster for all runs in this process."""
+    with ray_cluster():
+        yield
+
+
+@pytest.fixture
+def scoring(make_checkpoint, pictures, write_jsonl, tmp_path):
+    """A model folder and a JSONL of good and bad lines; the good ones by line position."""
+    save_checkpoint(tmp_path / "model", make_checkpoint(max_length=256))
+    (tmp_path / "empty.png").write_bytes(b"")
+    good = {
+        0: {
+            "id": "a",
+            "prompt": "What is this?",
+            "img_path": "photo.png",
+            "responses": ["two", "", "two", "long " * 300],
+        },
+        3: {"prompt": "No picture", "responses": ["naïve 图 😀"]},
+        4: {"id": 7, "prompt": "Pairs score too", "img_path": "wide.png", "chosen": "x", "rejected": "y"},
+    }
+    lines = [good[0], "{", {"prompt": "no image", "img_path": "empty.png", "responses": ["a"]}, good[3], good[4]]
+    return tmp_path, write_jsonl(lines), good
+
+
+def test_scoring_a_file(scoring, capsys):
+    folder, data, good = scoring
+    out = folder / "out.jsonl"
+    arguments = ["--model", str(folder / "model"), "--data", str(data), "--out", str(out), "--actors", "1"]
+    assert main(["score", *arguments]) == 3
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["record"], row["response_index"]) for row in rows] == [
+        (0, 0),
+        (0, 1),
+        (0, 2),
+        (0, 3),
+        (3, 0),
+        (4, 0),
+        (4, 1),
+    ]
+    assert list(rows[0]) == ["id", "record", "response_index", "prompt", "img_path", "response", "score", "truncated"]
+    assert [row["id"] for row in rows] == ["a"] * 4 + [None] + ["7"] * 2
+    assert [row["truncated"] for row in rows] == [False, False, False, True, False, False, False]
+    assert rows[0]["img_path"] == "photo.png" and rows[4]["response"] == "naïve 图 😀"
+    assert rows[0]["score"] == rows[2]["score"] != rows[1]["score"]
+
+    record = {**good[0], "img_path": str(folder / "photo.png")}
+    (rewards,) = Scorer.from_pretrained(folder / "model", device="cpu").score([record])
+    assert [row["score"] for row in rows[:4]] == pytest.approx(rewards, abs=1e-5)
+
+    errors = [json.loads(line) for line in (folder / "out.jsonl.errors.jsonl").read_text().splitlines()]
+    assert [error["source"].rsplit(":")[-1] for error in errors] == ["2", "3"]
+    assert [(error["record"], error["error"]) for error in errors] == [(1, "RecordError"), (2, "RecordError")]
+    assert not (folder / "out.jsonl.parts").exists()
+    printed = capsys.readouterr().out
+    assert "3 of 5 records scored" in printed and "records.jsonl:2" in printed and "empty.png" in printed
+
+
+def test_a_model_that_is_not_one_is_refused_at_once(scoring, capsys):
+    folder, data, _ = scoring
+    assert main(["score", "--model", str(folder), "--data", str(data), "--out", str(folder / "out.jsonl")]) == 2
+    assert "config.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--actors", "0"], "--actors must be auto or at least 1, got 0"),
+        (["--gpus-per-actor", "1"], "1 actors with 1 GPUs each: the cluster has 0"),
+        (["--out", "records.jsonl"], "is one of the files to be scored"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_and_the_data_is_left_alone(scoring, capsys, monkeypatch, options, message):
+    folder, data, _ = scoring
+    monkeypatch.chdir(folder)
+    before = data.read_bytes()
+    assert main(["score", "--model", "model", "--data", "records.jsonl", "--out", "out.jsonl", *options]) == 2
+    assert message in capsys.readouterr().err and data.read_bytes() == before
+
+
+def test_a_folder_of_parquet_shards_with_accuracy_and_normalised_scores(scoring, capsys, monkeypatch):
+    folder, data, good = scoring
+    monkeypatch.chdir(folder)  # the actors work elsewhere
+    (folder / "model" / "reward_stats.json").write_text(json.dumps({"mean": 0.5, "std": 2.0}))
+    options = ["--format", "parquet", "--accuracy", "--normalize", "--allow-errors", "--image-root", "."]
+    arguments = ["score", "--model", "model", "--data", data.name, "--out", "out", *options]
+    assert main(arguments) == 0
+    rows = parquet.read_table(folder / "out" / "part-000000.parquet").to_pylist()
+    (rewards,) = Scorer.from_pretrained(folder / "model", device="cpu").score([good[3]])
+    assert [row["score"] for row in rows if row["record"] == 3] == pytest.approx([(rewards[0] - 0.5) / 2], abs=1e-5)
+    assert len((folder / "out" / "errors.jsonl").read_text().splitlines()) == 2
+    assert "of 1 pairs" in capsys.readouterr().out
+
+    assert main(arguments) == 0, "a finished run that is started again has nothing to do"
+    data.write_text(data.read_text() + "\n")
+    assert main(arguments) == 2
+    assert "other data" in capsys.readouterr().err
+
+
+def test_no_chunk_waits_for_an_actor_that_never_starts(scoring, monkeypatch):
+    folder, data, _ = scoring
+    nowhere = ray.remote(resources={"a machine that is not there": 1})(ScoringActor)
+    monkeypatch.setattr(
+        "mmrm_fast.score.command.make_actors",
+        lambda config, shards, count: [
+            nowhere.remote(config, shards, num_threads=1), *make_actors(config, shards, count)
+        ],
+    )  # fmt: skip
+    options = ["--model", str(folder / "model"), "--data", str(data), "--out", str(folder / "out.jsonl")]
+    assert main(["score", *options]) == 3
+
+
+def test_pairs_in_parquet_shards_are_records_to_train_on(scoring):
+    folder, data, _ = scoring
+    options = ["--out", str(folder / "pairs"), "--format", "parquet", "--to-pairs", "0"]
+    assert main(["score", "--model", str(folder / "model"), "--data", str(data), *options]) == 3
+    groups = list(iter_groups(RecordFile(folder / "pairs", need_pairs=True)))
+    assert [(group.id, len(group.pairs)) for group in groups] == [("a", 1), ("7", 1)]
+
+
+# what is written
+
+
+def scored(*rewards, pairs=()):
+    group = Group("f:1", 7, "a", "What?", None, (), tuple(f"r{i}" for i in range(len(rewards))), pairs)
+    return Scored(group, rewards, (False,) * len(rewards))
+
+
+def test_best_of_is_the_response_with_the_highest_reward():
+    (row,) = rows_of(scored(1.0, 3.0, 2.0, 3.0), ScoreConfig(best_of=True))
+    assert (row["record"], row["response_index"], row["response"], row["score"]) == (7, 1, "r1", 3.0)
+
+
+def test_pairs_are_best_and_worst_where_they_are_far_enough_apart():
+    (row,) = rows_of(scored(1.0, 3.0, 2.0), ScoreConfig(to_pairs=2.0))
+    assert (row["chosen"], row["rejected"], row["margin"]) == ("r1", "r0", 2.0)
+    assert rows_of(scored(1.0, 3.0, 2.0), ScoreConfig(to_pairs=2.1)) == []
+    assert rows_of(scored(1.0), ScoreConfig(to_pairs=0.0)) == []
+
+
+def test_scores_are_normalised_by_mean_and_deviation():
+    assert [row["score"] for row in rows_of(scored(1.0, 3.0), ScoreConfig(), 2.0, 0.5)] == [-2.0, 2.0]
+
+
+class Fragile:
+    """A scorer that fails as a whole when a certain group is among the others."""
+
+    def score_groups(self, groups):
+        if any(isinstance(group, Group) and group.record == 3 for group in groups):
+            raise RuntimeError("out of memory")
+        return [group if isinstance(group, RecordError) else scored(1.0) for group in groups]
+
+
+def test_a_failure_costs_only_the_record_at_fault():
+    groups = [Group(f"f:{i}", i, None, "p", None, (), ("r",)) for i in range(6)]
+    groups[5] = RecordError("f:6", "", "not valid JSON")
+    results = score_or_say_why(Fragile(), groups)
+    assert [type(result) for result in results] == [Scored] * 3 + [RuntimeError, Scored, RecordError]
+    assert error_row(3, results[3])["error"] == "RuntimeError" and error_row(3, results[3])["reason"] == "out of memory"
+
+
+def test_a_chunk_on_which_the_model_always_fails_is_not_done(write_jsonl, tmp_path, monkeypatch):
+    class Broken:
+        def score_groups(self, groups):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(Scorer, "from_pretrained", lambda *_, **__: Broken())
+    data = write_jsonl([{"prompt": "p", "responses": ["a"]}] * 3)
+    shards = Shards(tmp_path / "out", "jsonl", 3)
+    shards.open({})
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        ScoringActor(ScoreConfig(data=data), shards, num_threads=torch.get_num_threads()).score(0)
+    assert shards.todo() == [0]
+
+
+def test_a_failure_in_a_file_whose_name_is_no_unicode_is_printed(tmp_path, capsys):
+    shards = Shards(tmp_path, "jsonl", 1)
+    error = error_row(0, RecordError("caf\udce9.jsonl:1", "", "not valid JSON"))
+    assert finish(ScoreConfig(out=tmp_path), shards, Tally(records=1, failed=1), [error]) == 3
+    assert "caf?.jsonl:1: not valid JSON" in capsys.readouterr().out
+
+
+# killed at any moment
+
+
+NUM_RECORDS, NUM_RESPONSES = 1250, 4
+
+
+MISSED_SOON = {"RAY_health_check_period_ms": "500"}  # a node that is gone; five checks in a row must fail
+ELSEWHERE = {"RAY_ADDRESS": "127.0.0.1:1"}  # a cluster that no run joins unasked
+
+
+def kill(victim, num_done, *, root, out, running):
+    """Kill the driver, one of its actors, or all of its node, when its actors are at work and so much is done."""
+    done = out.with_name(out.name + ".parts") / ".done"
+    while not (len(list(done.glob("0*.json"))) >= num_done and (actors := descendants(root, "ray::ScoringActor"))):
+        assert running(), "ended before it was killed"
+        time.sleep(0.02)
+    raylet = descendants(root, "raylet/raylet")  # first: it would start a killed actor again
+    for pid in {"driver": [root], "actor": actors[:1], "node": raylet + actors}[victim]:
+        os.kill(pid, signal.SIGKILL)
+
+
+def kill_before_the_note(chunk, *, root, out):
+    """Kill the actors between the rows of a chunk and its note: whoever writes that waits for a reader."""
+    parts = out.with_name(out.name + ".parts")
+    while not (parts / f"part-{chunk:06d}.jsonl").exists():
+        assert not out.exists(), "ended before it was killed"
+        for pid in descendants(root, "ray::ScoringActor"):
+            note = parts / ".done" / f".{chunk:06d}.json.{pid}.unfinished"
+            if not note.exists():
+                os.mkfifo(note)
+        time.sleep(0.02)
+    assert not (parts / ".done" / f"{chunk:06d}.json").exists()
+    for pid in descendants(root, "ray::ScoringActor"):
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_a_run_killed_again_and_again_has_every_response_exactly_once(make_checkpoint, tmp_path):
+    save_checkpoint(tmp_path / "model", make_checkpoint(max_length=256))
+    responses = [["same", "same", "", f"number {i}"] for i in range(NUM_RECORDS)]
+    with open(tmp_path / "records.jsonl", "w") as file:
+        file.writelines(json.dumps({"prompt": "What?", "responses": own}) + "\n" for own in responses)
+    out = tmp_path / "out.jsonl"
+    arguments = ["--model", tmp_path / "model", "--data", tmp_path / "records.jsonl", "--out", out, "--actors", "2"]
+    arguments = ["score", *map(str, arguments)]
+    command = [sys.executable, "-m", "mmrm_fast.cli", *arguments]
+    for victim, num_done in (("driver", 3), ("node", 8)):
+        with open(tmp_path / "log.txt", "a") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | MISSED_SOON | ELSEWHERE)
+        kill(victim, num_done, root=process.pid, out=out, running=lambda process=process: process.poll() is None)
+        assert process.wait(timeout=120) != 0 and not out.exists(), (tmp_path / "log.txt").read_text()
+    with ThreadPoolExecutor(1) as pool:
+        killed = [
+            pool.submit(kill, "actor", 12, root=os.getpid(), out=out, running=lambda: not out.exists()),
+            pool.submit(kill_before_the_note, NUM_RECORDS // RECORDS_PER_CHUNK, root=os.getpid(), out=out),
+        ]
+        assert main(arguments) == 0
+        for moment in killed:
+            moment.result()
+
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    places = itertools.product(range(NUM_RECORDS), range(NUM_RESPONSES))
+    assert [(row["record"], row["response_index"]) for row in rows] == list(places)
+    assert [row["response"] for row in rows] == [response for own in responses for response in own]
+    sample = range(0, NUM_RECORDS, 60)
+    records = [{"prompt": "What?", "responses": responses[record]} for record in sample]
+    for record, rewards in zip(sample, Scorer.from_pretrained(tmp_path / "model", "cpu").score(records), strict=True):
+        got = [row["score"] for row in rows[record * NUM_RESPONSES : (record + 1) * NUM_RESPONSES]]
+        assert got == pytest.approx(rewards, abs=1e-5)
+
+
+# good and bad
+
+
+def write_pictures(folder):
+    """Pictures of all kinds."""
+    Image.new("RGB", (60, 60), "red").save(folder / "good.png")
+    content = (folder / "good.png").read_bytes()
+    (folder / "cut.png").write_bytes(content[: len(content) // 2])
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "text.png").write_text("not a picture")
+    Image.new("1", (20_000, 10_000)).save(folder / "huge.png")
+    Image.new("CMYK", (60, 60)).save(folder / "cmyk.jpg")
+    Image.new("I;16", (60, 60)).save(folder / "deep.png")
+
+
+KINDS = [  # a record or a line, and whether it gets scores
+    ({"prompt": "p", "responses": ["a", "b"]}, True),
+    ({"prompt": "p", "img_path": "good.png", "responses": ["a"]}, True),
+    ({"prompt": "p", "img_path": "cmyk.jpg", "responses": ["", "naïve 图 😀"]}, True),
+    ({"prompt": "p", "img_path": "deep.png", "responses": ["long " * 20_000]}, True),
+    ({"prompt": "p", "img_path": "cut.png", "responses": ["a"]}, False),
+    ({"prompt": "p", "img_path": "empty.png", "responses": ["a"]}, False),
+    ({"prompt": "p", "img_path": "text.png", "responses": ["a"]}, False),
+    ({"prompt": "p", "img_path": "none.png", "responses": ["a"]}, False),
+    ({"prompt": "p", "img_path": "huge.png", "responses": ["a"]}, False),
+    ({"prompt": "p", "img_path": 5, "responses": ["a"]}, False),
+    ({"prompt": "p", "responses": []}, False),
+    ({"prompt": "p" * 10_000, "responses": ["a"]}, False),
+    ({"responses": ["a"]}, False),
+    ("{", False),
+    ("\x00", False),
+    ("[]", False),
+]
+
+
+def test_2000_good_and_bad_records_are_all_accounted_for(make_checkpoint, tmp_path):
+    save_checkpoint(tmp_path / "model", make_checkpoint(max_length=256))
+    write_pictures(tmp_path)
+    chosen = [KINDS[0 if i % 3 else i // 3 % len(KINDS)] for i in range(2000)]
+    lines = [record if isinstance(record, str) else json.dumps(record) for record, _ in chosen]
+    (tmp_path / "records.jsonl").write_text("".join(line + "\n" for line in lines))
+    out = tmp_path / "out.jsonl"
+    arguments = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "records.jsonl"), "--out", str(out)]
+    assert main(["score", *arguments]) == 3
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    errors = [json.loads(line) for line in (tmp_path / "out.jsonl.errors.jsonl").read_text().splitlines()]
+    expected = [(i, j) for i, (record, good) in enumerate(chosen) if good for j in range(len(record["responses"]))]
+    assert [(row["record"], row["response_index"]) for row in rows] == expected
+    assert [error["record"] for error in errors] == [i for i, (_, good) in enumerate(chosen) if not good]
+    assert all(error["reason"] and error["error"] == "RecordError" for error in errors)

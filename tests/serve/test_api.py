@@ -1,0 +1,310 @@
+"""The reward server's protocols: what OpenRLHF's and vLLM's clients send is answered in their forms, with the rewards
+that scoring the same records gives; requests that meet share what they have in common."""
+
+import asyncio
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+from pydantic import ValidationError
+from reward_server import data_url, picture, running
+
+from mmrm_fast.checkpoint.folder import save_checkpoint
+from mmrm_fast.data.records import Group, RecordError
+from mmrm_fast.score.scorer import Scorer
+from mmrm_fast.serve.batcher import Batcher
+from mmrm_fast.serve.guard import Limits
+from mmrm_fast.serve.protocols import QueryReader, RerankRequest, RewardRequest, ScoreRequest
+
+PROMPT = "What is in the picture?"
+RESPONSES = ["two red circles", "I think so.", "", "two red circles on the left"]
+EXACT = {"abs": 1e-5}
+
+
+def content(*, image):
+    return [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": PROMPT}]
+
+
+@pytest.fixture(scope="module")
+def scorer(make_checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    save_checkpoint(folder, make_checkpoint(max_length=256))
+    return Scorer.from_pretrained(folder, "cpu")
+
+
+@pytest.fixture(scope="module")
+def image_root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    (root / "wide.png").write_bytes(picture())
+    return root
+
+
+@pytest.fixture(scope="module")
+def client(scorer, image_root):
+    with running(scorer, image_root=image_root) as url, httpx.Client(base_url=url, timeout=30) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def expected(scorer, image_root):
+    """Rewards of PROMPT with `wide.png` and without a picture."""
+    records = [{"prompt": PROMPT, "responses": RESPONSES, "img_path": path} for path in (image_root / "wide.png", None)]
+    records[0]["img_path"] = str(records[0]["img_path"])
+    with_image, without = scorer.score(records)
+    return {"image": with_image, "text": without}
+
+
+def post(client, path, body):
+    answer = client.post(path, json=body)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def rendered(scorer, prompt, response):
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    return scorer.checkpoint.tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+# OpenRLHF
+
+
+def test_get_reward_scores_whole_decoded_queries(client, scorer, expected):
+    body = {"query": [rendered(scorer, PROMPT, response) for response in RESPONSES], "labels": [None] * 4}
+    answer = post(client, "/get_reward", body)
+    assert answer["rewards"] == pytest.approx(expected["text"], **EXACT)
+    assert answer["scores"] == pytest.approx([1 / (1 + math.exp(-reward)) for reward in answer["rewards"]])
+    assert answer["extra_logs"] == {"truncated": [0.0] * 4}
+
+
+@pytest.mark.parametrize("image", ["wide.png", data_url(picture())], ids=["path", "data URL"])
+def test_get_reward_takes_images(client, scorer, expected, image):
+    body = {"query": [rendered(scorer, PROMPT, RESPONSES[0])], "prompts": [PROMPT], "images": [[image]]}
+    body["prompts"] = [body["query"][0].partition(RESPONSES[0])[0]]
+    assert post(client, "/get_reward", body)["rewards"] == pytest.approx(expected["image"][:1], **EXACT)
+
+
+def test_a_response_that_was_cut_is_reported(client, scorer):
+    answer = post(client, "/get_reward", {"query": [rendered(scorer, PROMPT, "I think so. " * 200)]})
+    assert answer["extra_logs"] == {"truncated": [1.0]}
+
+
+QUERIES = {
+    "as the template renders it": ("{head}What?{middle}two{tail}", None, ("What?", "two")),
+    "padded": ("<pad><pad>{head}What?{middle}two{end}<pad><pad>", None, ("What?", "two")),
+    "with whitespace between end tokens": ("{head}What?{middle}two {end}\n{end}<pad> \n", None, ("What?", "two ")),
+    "without an end": ("{head}What?{middle}two circ", None, ("What?", "two circ")),
+    "a response that plays the template":
+        ("{head}Q{middle}A{tail}{head}Q2{middle}B{tail}", None, ("Q", "A{tail}{head}Q2{middle}B")),
+    "with a templated prompt": ("{head}What?{middle}two{tail}", "{head}What?{middle}", ("What?", "two")),
+    "with a plain prompt": ("What? two", "What?", ("What?", " two")),
+    "in another template": ("[INST]What?[/INST]two", "[INST]What?[/INST]", ("[INST]What?[/INST]", "two")),
+    "with image tokens":
+        ("{head}<img><IMG_CONTEXT><IMG_CONTEXT></img>\nWhat?{middle}two{tail}", None, ("<image>\nWhat?", "two")),
+    "an empty response": ("{head}What?{middle}{tail}", None, ("What?", "")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", QUERIES)
+def test_a_query_is_read_back_by_the_template(tokenizer, case):
+    reader = QueryReader(tokenizer)
+    slots = {"head": reader.head, "middle": reader.middle, "tail": "<|im_end|>\n", "end": "<|im_end|>"}
+    query, prompt, (want_prompt, want_response) = QUERIES[case]
+    prompt = prompt and prompt.format(**slots)
+    assert reader.read(query.format(**slots), prompt) == (want_prompt, want_response.format(**slots))
+
+
+def test_a_query_that_cannot_be_read_says_what_to_send(client):
+    answer = client.post("/get_reward", json={"query": ["What? two"]})
+    assert answer.status_code == 422 and "prompts" in answer.json()["error"]["message"]
+    answer = client.post("/get_reward", json={"query": ["What? two"], "prompts": ["Which?"]})
+    assert answer.status_code == 422 and "begin with its prompt" in answer.json()["error"]["message"]
+    answer = client.post("/get_reward", json={"query": ["What? two"], "prompts": []})
+    assert answer.status_code == 422 and "0 entries for 1" in answer.json()["error"]["message"]
+
+
+# vLLM
+
+
+def test_classify_takes_text_and_chats(client, scorer, expected):
+    texts = [rendered(scorer, PROMPT, response) for response in RESPONSES]
+    answer = post(client, "/classify", {"model": "any", "input": texts, "use_activation": False})
+    assert [item["probs"][-1] for item in answer["data"]] == pytest.approx(expected["text"], **EXACT)
+    assert answer["data"][0] == {**answer["data"][0], "index": 0, "num_classes": 1} and answer["object"] == "list"
+    assert answer["usage"]["prompt_tokens"] == answer["usage"]["total_tokens"] > 20
+    chat = [{"role": "user", "content": content(image="wide.png")}, {"role": "assistant", "content": RESPONSES[0]}]
+    answer = post(client, "/classify", {"messages": chat})
+    assert answer["data"][0]["probs"] == pytest.approx(expected["image"][:1], **EXACT)
+
+
+@pytest.mark.parametrize("name", ["use_activation", "activation"])
+def test_an_activation_is_the_sigmoid(client, scorer, expected, name):
+    answer = post(client, "/classify", {"input": rendered(scorer, PROMPT, RESPONSES[0]), name: True})
+    assert answer["data"][0]["probs"] == pytest.approx([1 / (1 + math.exp(-expected["text"][0]))], **EXACT)
+
+
+def test_pooling_gives_the_reward_as_a_vector(client, scorer, expected):
+    answer = post(client, "/pooling", {"input": rendered(scorer, PROMPT, RESPONSES[0])})
+    assert answer["data"][0]["object"] == "pooling"
+    assert answer["data"][0]["data"] == pytest.approx(expected["text"][:1], **EXACT)
+
+
+@pytest.mark.parametrize("names", [("queries", "documents"), ("text_1", "text_2")])
+def test_score_takes_one_query_or_one_each(client, expected, names):
+    query = {"content": content(image=data_url(picture()))}
+    for queries in (query, [query] * len(RESPONSES)):
+        answer = post(client, "/score", dict(zip(names, (queries, RESPONSES), strict=True)))
+        assert [item["score"] for item in answer["data"]] == pytest.approx(expected["image"], **EXACT)
+    answer = post(client, "/score", {names[0]: PROMPT, names[1]: {"content": [{"type": "text", "text": RESPONSES[1]}]}})
+    assert [item["score"] for item in answer["data"]] == pytest.approx(expected["text"][1:2], **EXACT)
+
+
+def test_rerank_is_best_of_n(client, expected):
+    answer = post(client, "/rerank", {"query": PROMPT, "documents": RESPONSES, "top_n": 2})
+    order = sorted(range(4), key=lambda i: -expected["text"][i])[:2]
+    assert [item["index"] for item in answer["results"]] == order
+    assert [item["document"]["text"] for item in answer["results"]] == [RESPONSES[i] for i in order]
+    scores = [item["relevance_score"] for item in answer["results"]]
+    assert scores == pytest.approx([expected["text"][i] for i in order], **EXACT)
+
+
+def test_a_conversation_is_scored_as_its_record_is(client, scorer):
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hi"},
+        {"role": "user", "content": PROMPT},
+    ]
+    answer = post(client, "/classify", {"messages": [*turns, {"role": "assistant", "content": "two"}]})
+    (expected,) = scorer.score([{"prompt": turns, "responses": ["two"]}])
+    assert answer["data"][0]["probs"] == pytest.approx(expected, **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("/classify", {}, "input"),
+        ("/classify", {"input": "a", "messages": [{"role": "user", "content": "a"}] * 2}, "input"),
+        ("/classify", {"messages": [{"role": "user", "content": "a"}] * 2}, "messages"),
+        ("/score", {"queries": ["a", "b"], "documents": ["c"]}, "documents"),
+        ("/score", {"documents": "a"}, "queries"),
+        ("/rerank", {"query": "a", "documents": []}, "documents"),
+        ("/rerank", {"query": "a", "documents": ["b"], "top_n": -1}, "top_n"),
+        ("/rerank", {"query": "a", "documents": [{"content": content(image="wide.png")}]}, "documents"),
+    ],
+)  # fmt: skip
+def test_a_body_that_makes_no_sense_is_refused_by_its_field(client, path, body, field):
+    answer = client.post(path, json=body)
+    assert answer.status_code == 422
+    assert field in answer.json()["error"]["param"] or field in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("kind", [RewardRequest, ScoreRequest, RerankRequest])
+def test_a_list_of_wrong_items_is_refused_by_its_first(kind):
+    for items in ([1] * 5000, [{"content": [{"type": "text"}] * 5000}]):
+        body = {"query": items, "queries": items, "documents": items}
+        with pytest.raises(ValidationError) as caught:
+            kind.model_validate(body)
+        assert caught.value.error_count() < 20
+
+
+# operations
+
+
+def test_docs_health_and_metrics(client):
+    assert "swagger" in client.get("/docs").text.lower()
+    assert client.get("/healthz").json() == {"status": "ok"}
+    assert client.get("/readyz").json() == {"status": "ready", "model": "tiny"}
+    post(client, "/rerank", {"query": PROMPT, "documents": RESPONSES})
+    metrics = client.get("/metrics").text
+    assert 'mmrm_requests_total{path="/rerank",status="200"}' in metrics
+    assert "mmrm_tokens_total" in metrics and "mmrm_responses_total" in metrics
+    assert client.get("/nowhere").status_code == 404 and client.get("/rerank").status_code == 405
+    assert client.get("/nowhere").json()["error"]["code"] == 404
+
+
+# sharing
+
+
+def group(number, *responses, prompt=PROMPT, images=()):
+    return Group(f"file:{number}", number, None, prompt, None, images, responses)
+
+
+def outcomes_of(scorer, groups, **options):
+    """What a batcher makes of groups that arrive together, and the batches it packed."""
+    batches = []
+
+    async def score():
+        batcher = Batcher(scorer, on_batch=batches.append, **options)
+        samples = [scorer.encode(group) for group in groups]
+        return await asyncio.gather(*(batcher.score([sample]) for sample in samples))
+
+    return [outcome for (outcome,) in asyncio.run(score())], batches
+
+
+def test_requests_for_the_same_picture_and_prompt_share_them(scorer):
+    groups = [group(i, f"{response} {i}", images=(picture(),)) for i, response in enumerate(RESPONSES * 4)]
+    groups.insert(3, group(99, "red", images=(picture(1),)))
+    outcomes, (batch,) = outcomes_of(scorer, groups)
+    assert len(batch.tiles) == 3 + 3 and batch.num_responses == (16, 1)
+    for one, outcome in zip(groups, outcomes, strict=True):
+        (alone,) = scorer.score_groups([one])
+        assert outcome.group == one and outcome.rewards == pytest.approx(alone.rewards, **EXACT)
+
+
+def test_a_batch_stays_within_the_budget_and_the_oldest_go_first(scorer, monkeypatch):
+    monkeypatch.setattr(scorer, "tokens_per_micro_batch", 300)
+    groups = [group(i, "red " * 20, prompt=f"What {i}?") for i in range(12)]
+    outcomes, batches = outcomes_of(scorer, groups)
+    assert len(batches) > 1 and [outcome.group for outcome in outcomes] == groups
+    assert all(len(batch.main.source_T) <= 300 for batch in batches)
+
+
+def test_a_request_that_cannot_be_scored_harms_no_other(scorer):
+    groups = [group(0, "two", images=(picture(),)), group(1, "two", images=(picture()[:-900],)), group(2, "two")]
+    outcomes, _ = outcomes_of(scorer, groups)
+    assert isinstance(outcomes[1], RecordError) and outcomes[1].source == "file:1"
+    assert outcomes[0].rewards and outcomes[2].rewards
+
+
+def test_one_client_a_request_gets_the_rewards_of_one_batch(client, expected):
+    body = {"query": PROMPT, "documents": None}
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda r: post(client, "/rerank", {**body, "documents": [r]}), RESPONSES * 8))
+    rewards = [answer["results"][0]["relevance_score"] for answer in answers]
+    assert rewards == pytest.approx(expected["text"] * 8, **EXACT)
+
+
+# limits
+
+
+@pytest.fixture(scope="module")
+def slow_scorer(scorer):
+    """The scorer, so slow that requests meet their limits."""
+    import time
+
+    class Slow:
+        def __getattr__(self, name):
+            return getattr(scorer, name)
+
+        def score_packed(self, packed):
+            time.sleep(1.0)
+            return scorer.score_packed(packed)
+
+    return Slow()
+
+
+def test_overload_is_shed_and_what_was_admitted_is_answered(slow_scorer):
+    with running(slow_scorer, limits=Limits(requests=4)) as url, ThreadPoolExecutor(20) as pool:
+        ask = lambda _: httpx.post(f"{url}/rerank", json={"query": "a", "documents": ["b"]}, timeout=30)  # noqa: E731
+        answers = list(pool.map(ask, range(20)))
+    statuses = [answer.status_code for answer in answers]
+    assert set(statuses) == {200, 429} and statuses.count(200) >= 4
+    refused = answers[statuses.index(429)]
+    assert refused.headers["retry-after"] == "1" and "try again" in refused.json()["error"]["message"]
+
+
+def test_a_request_that_takes_too_long_is_given_up(slow_scorer):
+    with running(slow_scorer, limits=Limits(seconds=0.3)) as url:
+        answer = httpx.post(f"{url}/rerank", json={"query": "a", "documents": ["b"]}, timeout=30)
+    assert answer.status_code == 504 and "0.3 seconds" in answer.json()["error"]["message"]

@@ -1,0 +1,196 @@
+"""The dry run: figures that can be checked by hand, and a refusal of what cannot fit."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from original import LLM, original_config, write_checkpoint
+from transformers import InternVLConfig, InternVLVisionConfig, Qwen2Config
+
+from benchmarks.models import FULL, model_config
+from mmrm_fast.checkpoint.folder import load_checkpoint, save_checkpoint
+from mmrm_fast.cli import main
+from mmrm_fast.config import TrainConfig
+from mmrm_fast.model.mlp import use_gated_product
+from mmrm_fast.train.footprint import activations, count, make_models, memory, needed, text_pass
+
+HIDDEN, LAYERS, KV, MLP, VOCABULARY = 3584, 28, 4 * 128, 18944, 151674
+LANGUAGE_MODEL = (
+    VOCABULARY * HIDDEN
+    + LAYERS * (2 * HIDDEN * HIDDEN + HIDDEN + 2 * (HIDDEN * KV + KV) + 3 * HIDDEN * MLP + 2 * HIDDEN)
+    + HIDDEN
+)
+PROJECTOR = 2 * 4096 + (4096 * HIDDEN + HIDDEN) + (HIDDEN * HIDDEN + HIDDEN)
+TRAINED = LANGUAGE_MODEL + PROJECTOR + HIDDEN
+
+
+@pytest.fixture
+def eight(tmp_path):
+    """A folder with nothing but the config.json of InternVL3-8B."""
+    vision = InternVLVisionConfig(
+        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, image_size=448,
+        patch_size=14, attention_bias=True,
+    )  # fmt: skip
+    text = Qwen2Config(
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=28,
+        num_key_value_heads=4, intermediate_size=MLP,
+    )  # fmt: skip
+    folder = tmp_path / "InternVL3-8B"
+    folder.mkdir()
+    config = InternVLConfig(vision_config=vision, text_config=text, image_token_id=151667)
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    return TrainConfig(model=folder, robust=True, activation_checkpointing="full")
+
+
+def bytes_of(config, name="main", **options):
+    options = {"num_gpus": 8, "tokens": 8192, "tiles": 16, **options}
+    return memory(config, name, make_models(config)[name], **options)
+
+
+def test_parameters_of_a_published_size(eight):
+    models = make_models(eight)
+    assert count(models["main"].model.language_model) == LANGUAGE_MODEL
+    assert count(models["main"], True) == TRAINED
+    assert count(models["proxy"]) == LANGUAGE_MODEL + HIDDEN
+    assert 0.30e9 < count(models["main"].model.vision_tower) < 0.31e9
+
+
+def test_trained_weights_gradients_and_moments_are_fp32_shards_and_frozen_ones_bf16(eight):
+    frozen = count(make_models(eight)["main"], False)
+    held = bytes_of(eight)
+    assert held.weights == pytest.approx((4 * TRAINED + 2 * frozen) / 8)
+    assert held.gradients == pytest.approx(4 * TRAINED / 8)
+    assert held.optimizer == pytest.approx(8 * TRAINED / 8)
+    assert bytes_of(replace(eight, ema=0.99)).optimizer == pytest.approx(12 * TRAINED / 8)
+    assert bytes_of(replace(eight, replicas=2)).gradients == pytest.approx(4 * TRAINED / 4)
+    assert bytes_of(replace(eight, cpu_offload=True)).optimizer == 0
+
+
+def test_with_full_checkpointing_a_token_leaves_its_hidden_state_in_every_layer(eight):
+    more, fewer = (activations(eight, "proxy", tokens, 1) for tokens in (2048, 1024))
+    per_token = (more - fewer) / 1024
+    whole = activations(replace(eight, activation_checkpointing="none"), "proxy", 1024, 1) / 1024
+    final_norm = (4 + 2) * HIDDEN  # its input in fp32 and, normalised, in bf16
+    a_layer = (whole - final_norm) / LAYERS
+    assert per_token == pytest.approx(2 * HIDDEN * LAYERS + a_layer + final_norm, rel=0.005)
+    kept = activations(replace(eight, activation_checkpointing="selective"), "proxy", 1024, 1) / 1024
+    assert per_token < kept < whole
+
+
+def test_a_frozen_vision_tower_saves_nothing_and_a_trained_one_does(eight):
+    frozen, trained = (activations(replace(eight, freeze_backbone=f), "main", 1024, 64) for f in (True, False))
+    hidden_states = 64 * 1025 * 1024 * 2 * 24
+    assert trained - frozen > hidden_states
+
+
+def test_activations_are_what_a_real_pass_saves(make_checkpoint, tmp_path):
+    """Counted from one and two blocks on the meta device against three blocks that are really run."""
+    model = make_checkpoint().model
+    config = model.model.config
+    config.text_config.num_hidden_layers = 3
+    config.text_config.layer_types = ["full_attention"] * 3
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    plain = TrainConfig(model=tmp_path, robust=True, dtype="float32")
+    with torch.device("cpu"):
+        real = type(model.model.language_model)(config.text_config)
+    model.model.language_model = real
+    passed = text_pass(model, 100)
+    embeds = torch.zeros(1, 100, config.text_config.hidden_size, requires_grad=True)
+    ends = torch.tensor([0, 100], dtype=torch.int32)
+    places = torch.arange(100)
+    run = lambda: real(  # noqa: E731
+        inputs_embeds=embeds, position_ids=places[None], use_cache=False, cu_seqlens_q=ends, kv_index=places,
+        cu_seqlens_k=ends, max_seqlen_q=100, max_seqlen_k=100,
+    )  # fmt: skip
+    real.set_attn_implementation("mmrm_trie")
+    use_gated_product(real)
+    assert activations(plain, "proxy", 100, 1) == pytest.approx(replace(passed, run=run).saved(), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({}, ["main", "proxy"]),
+        ({"proxy_model": "lora", "llm_lora": True}, ["main"]),
+        ({"robust": False}, ["main"]),
+    ],
+)
+def test_every_proxy_choice_has_its_models(eight, options, names):
+    models = make_models(replace(eight, **options))
+    assert list(models) == names
+    if options.get("llm_lora"):
+        assert count(models["main"], True) < 0.1 * count(models["main"])
+        both, full = bytes_of(replace(eight, **options)).total, needed([bytes_of(eight, n) for n in ("main", "proxy")])
+        assert both < 0.6 * full
+
+
+BENCHMARK = {"main": {"tokens": 5346, "tiles": 16}, "proxy": {"tokens": 1250, "tiles": 1}}
+
+
+def over_loaded(config):
+    """Bytes of a step over the loaded weights at the sizes of `benchmarks/models.py`, in fp32 on one rank."""
+    memories = [bytes_of(config, name, num_gpus=1, **BENCHMARK[name]) for name in make_models(config)]
+    return needed(memories) - sum(memory.weights for memory in memories)
+
+
+@pytest.mark.parametrize(("checkpointing", "bound"), [("full", 0.6), ("none", 0.8)])
+def test_two_adapters_need_no_more_than_this_share_over_the_loaded_weights(tmp_path, checkpointing, bound):
+    """Without checkpointing activations are most of it, and both ways keep the same."""
+    (tmp_path / "config.json").write_text(json.dumps(model_config(FULL).to_dict()))
+    full = TrainConfig(model=tmp_path, robust=True, dtype="float32", activation_checkpointing=checkpointing)
+    lora = replace(full, llm_lora=True, proxy_model="lora")
+    assert over_loaded(lora) < bound * over_loaded(full)
+
+
+def run(config, *arguments):
+    return main(["train", "--dry-run", "--robust", "--model", str(config.model), *arguments])
+
+
+def test_what_does_not_fit_is_refused_with_what_helps(eight, capsys):
+    assert run(eight, "--gpu-memory", "80") == 2
+    assert "--num-gpus" in capsys.readouterr().err
+    options = ["--num-gpus", "16", "--activation-checkpointing", "full"]
+    assert run(eight, "--gpu-memory", "80", *options) == 0
+    printed = capsys.readouterr().out
+    assert f"{LANGUAGE_MODEL:,}" in printed and "fits" in printed
+
+
+def test_tokens_and_steps_come_from_the_data(make_checkpoint, write_jsonl, tmp_path, capsys):
+    save_checkpoint(tmp_path / "model", make_checkpoint())
+    data = write_jsonl([{"prompt": "What?", "chosen": f"answer {i}", "rejected": "no"} for i in range(40)])
+    config = TrainConfig(model=tmp_path / "model")
+    assert run(config, "--data", str(data), "--pairs-per-step", "8") == 0
+    printed = capsys.readouterr().out
+    assert "40 records" in printed and "a step: 8 pairs" in printed and "an epoch: about 5 steps" in printed
+
+
+@pytest.mark.parametrize(
+    ("pairs", "records", "steps"), [("all", 12, 12), ("expand", 72, 9), ("2", 12, 3)], ids=["all", "expand", "2"]
+)
+def test_pairs_of_a_kwise_record_are_planned_as_they_are_trained(
+    make_checkpoint, write_jsonl, tmp_path, capsys, pairs, records, steps
+):
+    save_checkpoint(tmp_path / "model", make_checkpoint())
+    scores = {"responses": ["a", "b", "c", "d"], "scores": [4, 3, 2, 1]}
+    data = write_jsonl([{"prompt": f"What? {i}", **scores} for i in range(12)])
+    arguments = ["--data", str(data), "--pairs-per-step", "8", "--pairs", pairs]
+    assert run(TrainConfig(model=tmp_path / "model"), *arguments) == 0
+    printed = capsys.readouterr().out
+    assert f"data: {records} records" in printed and f"an epoch: about {steps} steps" in printed
+
+
+@pytest.mark.parametrize("llm", LLM)
+def test_an_original_folder_is_planned_from_its_config_alone(tmp_path, capsys, llm):
+    config = original_config(llm, "300M", vocab_size=700)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    plan = TrainConfig(model=tmp_path)
+    assert run(plan) == 0 and "need --data and the checkpoint's tokenizer" in capsys.readouterr().out
+    planned = count(make_models(plan)["main"])
+    write_checkpoint(tmp_path, config)
+    assert planned == count(load_checkpoint(tmp_path).model)
+
+
+def test_a_folder_that_is_no_model_is_named(tmp_path, capsys):
+    assert run(TrainConfig(model=tmp_path / "nothing")) == 2
+    assert "config.json" in capsys.readouterr().err

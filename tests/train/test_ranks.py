@@ -1,0 +1,247 @@
+"""Every way to train is the same on one rank, two and four, and with every way to spend memory."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from ranks import run_ranks
+from runs import losses, margins, mixed_records, read
+
+from mmrm_fast.checkpoint.folder import save_checkpoint
+from mmrm_fast.model.lora import TwoAdapterModel
+from mmrm_fast.score.scorer import Scorer
+from mmrm_fast.train.optimizer import lr_factor
+from mmrm_fast.train.proxy import Branch, make_branches
+from mmrm_fast.train.sharding import ranks
+from mmrm_fast.train.trainer import Trainer, train
+
+LORA = {"llm_lora": True, "lora_r": 4, "lora_alpha": 8.0, "lr": 5e-3}
+WAYS = {
+    "standard": {},
+    "robust": {"robust": True},
+    "lora": {**LORA, "vision_lora": True},
+    "proxy lora": {**LORA, "robust": True, "proxy_model": "lora"},
+    "proxy lora, white": {**LORA, "robust": True, "proxy_model": "lora", "proxy_image": "white"},
+    "proxy white": {"robust": True, "proxy_image": "white"},
+    "proxy white, all trained": {"robust": True, "proxy_image": "white", "freeze_backbone": False},
+    "proxy path": {"robust": True, "proxy_model": "small"},
+    "proxy file": {"robust": True, "proxy_model": "margins.jsonl"},
+}
+
+
+@pytest.fixture
+def make_way(make_config, make_checkpoint, tmp_path):
+    """A TrainConfig of one of `WAYS`, with what it names in place."""
+    save_checkpoint(tmp_path / "small", make_checkpoint(text="llama", max_length=256))
+    rows = [
+        {"record": record, "chosen": chosen, "rejected": rejected, "proxy_margin": (record - 5) / 4 + chosen - rejected}
+        for record in range(11)
+        for chosen, rejected in [(0, 1), (0, 2), (1, 2)]
+    ]
+    (tmp_path / "margins.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def make(name, way, **options):
+        options = {"report_to": (), "max_steps": 3, **WAYS[way], **options}
+        proxy = options.get("proxy_model", "full")
+        return make_config(
+            name, **options | ({} if proxy in ("full", "lora") else {"proxy_model": str(tmp_path / proxy)})
+        )
+
+    return make
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_and_four_ranks_equal_one(make_way, way):
+    one, two, four = train(make_way("one", way)), make_way("two", way), make_way("four", way)
+    assert run_ranks(train, two) == [0, 0]
+    assert run_ranks(train, four, world=4) == [0, 0, 0, 0]
+    assert len(losses(one)) == 3 and losses(one)[0] != losses(one)[1]
+    for config in (two, four):
+        assert losses(config.output_dir) == pytest.approx(losses(one), abs=1e-4)
+        assert margins(config.output_dir) == pytest.approx(margins(one), abs=1e-3)
+
+
+MEMORY = {
+    "full checkpointing": {"activation_checkpointing": "full"},
+    "selective checkpointing": {"activation_checkpointing": "selective"},
+    "gathered weights kept": {"reshard_after_forward": False},
+    "replicas": {"replicas": 2},
+}
+
+
+@pytest.mark.parametrize("option", MEMORY)
+def test_memory_options_do_not_change_two_adapters_on_one_model(make_way, option):
+    """The hardest case: a layer that recomputes with the other branch's adapter gives wrong gradients silently."""
+    plain, config = train(make_way("plain", "proxy lora")), make_way("option", "proxy lora", **MEMORY[option])
+    assert run_ranks(train, config) == [0, 0]
+    assert losses(config.output_dir) == pytest.approx(losses(plain), abs=1e-5)
+
+
+def test_replicas_that_are_shards_themselves_equal_one_rank(make_way):
+    one, rows = train(make_way("one", "robust")), make_way("rows", "robust", replicas=2)
+    assert run_ranks(train, rows, world=4) == [0, 0, 0, 0]
+    assert losses(rows.output_dir) == pytest.approx(losses(one), abs=1e-4)
+    assert margins(rows.output_dir) == pytest.approx(margins(one), abs=1e-3)
+
+
+def test_replicas_must_divide_the_ranks(make_way):
+    with pytest.raises(ValueError, match="--replicas 2 does not divide 1 ranks"):
+        train(make_way("run", "standard", replicas=2, dtype="bfloat16"))
+
+
+def test_bfloat16_trains_float32_weights_and_stays_close(make_way):
+    exact, rough = (train(make_way(dtype, "robust", dtype=dtype)) for dtype in ("float32", "bfloat16"))
+    assert losses(rough) == pytest.approx(losses(exact), abs=0.05)
+    weights = Scorer.from_pretrained(rough / "final", device="cpu").model.state_dict()
+    trained = weights["model.language_model.layers.0.mlp.up_proj.weight"]
+    assert trained.dtype == torch.float32 and not torch.equal(trained, trained.bfloat16().float())
+
+
+@pytest.mark.parametrize("way", ["lora", "proxy lora"])
+def test_final_is_a_plain_checkpoint_with_its_adapter_merged(make_way, pictures, way):
+    folder = train(make_way("run", way))
+    records = [
+        {"prompt": r["prompt"], "img_path": r["img_path"], "responses": [r["chosen"], r["rejected"]]}
+        for r in mixed_records(pictures)[:3]
+    ]
+    rewards = Scorer.from_pretrained(folder / "final", device="cpu").score(records)
+    assert [chosen - rejected for chosen, rejected in rewards] == pytest.approx(margins(folder), abs=1e-5)
+
+
+def test_two_adapters_hold_one_copy_of_the_weights_and_train_apart(make_way):
+    with ranks() as device:
+        main, proxy = make_branches(make_way("run", "proxy lora"), device)
+    assert isinstance(main.root, TwoAdapterModel) and main.root is proxy.root
+    main_names, proxy_names = set(main.trained()), set(proxy.trained())
+    assert not main_names & proxy_names
+    assert {name.replace(".proxy.", ".main.").replace("proxy_score", "score") for name in proxy_names} == {
+        name for name in main_names if "projector" not in name
+    }
+    frozen = [name for name, p in main.root.named_parameters() if not p.requires_grad and "language_model" in name]
+    assert len(frozen) == 2 * 12 + 2
+
+
+def test_the_white_tile_passes_a_frozen_vision_tower_once(make_way):
+    with ranks() as device:
+        _, proxy = make_branches(make_way("run", "proxy white"), device)
+    assert proxy.root.model.vision_tower is None and proxy.root.only_tiles.shape[0] == 1
+
+
+def test_a_file_of_margins_is_what_an_evaluation_of_the_training_file_wrote(make_way, make_config):
+    first = make_way("first", "robust", max_steps=None)
+    robust = train(make_way("first", "robust", max_steps=None, eval=(f"train={first.data[0]}",)))
+    folder = train(make_config("second", robust=True, proxy_model=str(robust / "eval-train.jsonl")))
+    assert all(0 < row["sfc_mean"] < 1 for row in read(folder / "metrics.jsonl"))
+    assert not (folder / "proxy").exists()
+
+
+def test_the_proxy_of_a_run_is_a_proxy_for_another(make_way):
+    proxy = train(make_way("first", "robust")) / "proxy"
+    assert len(losses(train(make_way("second", "robust", proxy_model=str(proxy))))) == 3
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({"proxy_model": "lora"}, "--llm-lora"),
+        ({"proxy_model": "nowhere"}, "nowhere: not `full`, `lora`, a folder or a file"),
+        ({"proxy_model": "{margins}", "pairs": "expand"}, "--pairs expand"),
+    ],
+)
+def test_options_of_the_proxy_that_contradict_each_other_are_refused(make_config, tmp_path, options, reason):
+    (tmp_path / "margins").write_text('{"record": 0, "chosen": 0}\n')
+    options = {key: value.format(margins=tmp_path / "margins") for key, value in options.items()}
+    with pytest.raises(ValueError, match=reason):
+        train(make_config("run", robust=True, **options))
+
+
+def test_a_margin_that_is_missing_is_named(make_config, tmp_path):
+    path = tmp_path / "margins.jsonl"
+    path.write_text('{"record": 0, "chosen": 0, "rejected": 1, "proxy_margin": 0.5}\n')
+    with pytest.raises(ValueError, match=r"margins\.jsonl: no margin for record \d+, responses"):
+        train(make_config("run", robust=True, proxy_model=str(path)))
+    path.write_text('{"record": 0, "chosen": 0}\n')
+    with pytest.raises(ValueError, match=r"margins\.jsonl:1: .*rejected"):
+        train(make_config("run", robust=True, proxy_model=str(path)))
+
+
+def poison(monkeypatch, steps):
+    """Rewards that are not numbers in these steps."""
+    call = Branch.__call__
+
+    def poisoned(self, plan, tiles=None):
+        rewards = call(self, plan, tiles)
+        return rewards * float("nan") if poison.step in steps else rewards
+
+    accumulate = Trainer.accumulate
+
+    def counting(self, packed):
+        poison.step = self.progress.step
+        accumulate(self, packed)
+
+    monkeypatch.setattr(Branch, "__call__", poisoned)
+    monkeypatch.setattr(Trainer, "accumulate", counting)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(make_way, monkeypatch, capsys):
+    poison(monkeypatch, {1})
+    folder = train(make_way("run", "robust"))
+    assert [row["bad_steps"] for row in read(folder / "metrics.jsonl")] == [0, 1, 0]
+    assert losses(folder)[1] is None and losses(folder)[2] is not None
+    assert "1 steps skipped" in capsys.readouterr().out
+
+
+def test_too_many_such_steps_in_a_row_stop_the_run_and_name_their_records(make_way, monkeypatch):
+    poison(monkeypatch, {1, 2, 3})
+    with pytest.raises(FloatingPointError, match=r"2 steps in a row .*train\.jsonl:\d+"):
+        train(make_way("run", "robust", max_bad_steps=2, max_steps=None))
+
+
+def test_clipping_by_branch_keeps_the_proxy_out_of_the_models_norm(make_way):
+    options = {"max_grad_norm": 1e-3, "max_steps": 2}
+    branch, joint = (train(make_way(clip, "robust", clip=clip, **options)) for clip in ("branch", "joint"))
+    assert losses(branch)[0] == losses(joint)[0] and losses(branch)[1] != losses(joint)[1]
+
+
+def test_the_moving_average_is_what_is_evaluated_and_saved(make_way, pictures):
+    plain, averaged = train(make_way("plain", "standard")), train(make_way("average", "standard", ema=0.5))
+    assert losses(plain) == losses(averaged) and margins(plain) != margins(averaged)
+    record = mixed_records(pictures)[0]
+    scored = {key: record[key] for key in ("prompt", "img_path")} | {
+        "responses": [record["chosen"], record["rejected"]]
+    }
+    ((chosen, rejected),) = Scorer.from_pretrained(averaged / "final", device="cpu").score([scored])
+    assert chosen - rejected == pytest.approx(margins(averaged)[0], abs=1e-5)
+
+
+def test_the_best_weights_by_a_figure_are_kept(make_way):
+    folder = train(make_way("run", "standard", eval_every=1, best="small.accuracy"))
+    assert (folder / "best" / "model.safetensors").is_file()
+    with pytest.raises(ValueError, match=r"--best nothing\.accuracy: expected SET\.FIGURE"):
+        train(make_way("wrong", "standard", eval_every=1, best="nothing.accuracy"))
+
+
+def test_metrics_say_what_people_look_at(make_way):
+    folder = train(make_way("run", "robust", report_to=("tensorboard",)))
+    row = read(folder / "metrics.jsonl")[0]
+    assert sum(row["sfc_histogram"]) == row["pairs"] and row["sfc_p10"] <= row["sfc_p50"] <= row["sfc_p90"]
+    wanted = {"loss_main", "loss_proxy", "accuracy", "proxy_accuracy", "margin", "margin_std", "grad_norm", "lr"}
+    wanted |= {"proxy_grad_norm", "sharing", "tokens_per_second", "flops_per_second", "peak_memory_bytes"}
+    assert wanted | {"data_wait_seconds"} <= set(row)
+    assert list((folder / "tensorboard").iterdir())
+    stats = json.loads((folder / "final" / "reward_stats.json").read_text())
+    assert stats["responses"] == 8 and stats["sets"]["one"]["responses"] == 2 and stats["std"] > 0
+
+
+def test_learning_rate_schedules():
+    assert [lr_factor(share, 0.1, "linear") for share in (0.05, 0.1, 0.55, 1.0)] == pytest.approx([0.5, 1, 0.5, 0])
+    assert [lr_factor(share, 0.1, "constant") for share in (0.05, 0.1, 1.0)] == pytest.approx([0.5, 1, 1])
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_a_compiled_block_is_one_graph_and_trains_alike(make_way, monkeypatch, checkpointing):
+    plain = train(make_way("plain", "robust", max_steps=2))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager", fullgraph=True))
+    folder = train(make_way("compiled", "robust", max_steps=2, compile=True, activation_checkpointing=checkpointing))
+    assert losses(folder) == pytest.approx(losses(plain), abs=1e-6)

@@ -1,0 +1,194 @@
+"""A run that ends early goes on as if it had not: killed, terminated, damaged, moved to other ranks, out of disk."""
+
+import json
+import multiprocessing
+import os
+import resource
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+from ranks import run_ranks
+from runs import losses, read
+from safetensors.torch import load_file
+
+from mmrm_fast.train.resume import SealingWriter, not_kept
+from mmrm_fast.train.trainer import Trainer, train
+
+OPTIONS = {"robust": True, "epochs": 2, "save_every": 2, "keep": 3, "report_to": ()}
+
+
+def in_child(function, *args):
+    """Run a function in a fork; its exit code, negative for a signal."""
+    process = multiprocessing.get_context("fork").Process(target=function, args=args)
+    process.start()
+    process.join(60)
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def kill_when(owner, name, condition):
+    """Let a method kill its process, before it does anything, when the condition holds."""
+    method = getattr(owner, name)
+
+    def killing(self, *args, **kwargs):
+        if condition(self):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return method(self, *args, **kwargs)
+
+    setattr(owner, name, killing)
+
+
+MOMENTS = {
+    "in a step": lambda: kill_when(Trainer, "accumulate", lambda trainer: trainer.progress.step == 3),
+    "inside a save": lambda: kill_when(SealingWriter, "finish", lambda writer: writer.progress["step"] == 4),
+    "between a step and its checkpoint": lambda: kill_when(
+        Trainer, "save_progress", lambda trainer: trainer.progress.step == 6
+    ),
+}
+
+
+def train_until(moment, config):
+    MOMENTS[moment]()
+    train(config)
+
+
+def same_runs(one, two):
+    """The same steps, each once, with bitwise the same losses and weights."""
+    assert [row["step"] for row in read(one / "metrics.jsonl")] == list(range(1, len(losses(one)) + 1))
+    assert [row["step"] for row in read(two / "metrics.jsonl")] == list(range(1, len(losses(one)) + 1))
+    assert losses(one) == losses(two)
+    for name in ("final", "proxy"):
+        torch.testing.assert_close(*(load_file(f / name / "model.safetensors") for f in (one, two)), rtol=0, atol=0)
+
+
+def test_killed_runs_resume_to_bitwise_the_same_end(make_config):
+    """With worker processes, dropout in adapters and a moving average, at three moments in turn on the same run."""
+    options = {**OPTIONS, "epochs": 3, "num_workers": 1, "llm_lora": True, "lora_r": 4, "lora_dropout": 0.2, "ema": 0.9}
+    whole = train(make_config("whole", **options))
+    config = make_config("killed", resume="auto", **options)
+    for moment in MOMENTS:
+        assert in_child(train_until, moment, config) == -signal.SIGKILL, moment
+        assert not (config.output_dir / "final").exists()
+    same_runs(whole, train(config))
+    names = sorted(path.name for path in (config.output_dir / "checkpoints").iterdir())
+    assert len(names) == 3 and not any("unfinished" in name for name in names)
+
+
+def terminate_one(config):
+    """SIGTERM to the last rank: in the third step, or in the evaluation after the fourth."""
+    end_when_told = Trainer.end_when_told
+
+    def terminating(self):
+        step, evaluating = self.progress.step, not self.main.root.training
+        if os.environ["RANK"] == "1" and (evaluating if config.resume else step == 2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        end_when_told(self)
+
+    Trainer.end_when_told = terminating
+    train(config)
+
+
+def test_sigterm_to_one_rank_saves_on_all_and_another_number_of_ranks_goes_on(make_config):
+    options = {"robust": True, "epochs": 2, "eval_every": 4, "keep": 3, "ema": 0.9}
+    whole, config = train(make_config("whole", **options)), make_config("stopped", **options)
+    assert run_ranks(terminate_one, config) == [0, 0]
+    assert len(losses(config.output_dir)) == 2 and not (config.output_dir / "final").exists()
+    assert [path.name for path in (config.output_dir / "checkpoints").iterdir()] == ["step-00000002"]
+    assert run_ranks(terminate_one, replace(config, resume="auto")) == [0, 0]
+    assert len(losses(config.output_dir)) == 4 and not (config.output_dir / "evaluations.jsonl").exists()
+    train(replace(config, resume="auto"))
+    assert [row["step"] for row in read(config.output_dir / "evaluations.jsonl")] == [4]
+    assert losses(config.output_dir) == pytest.approx(losses(whole), abs=1e-4)
+    torch.testing.assert_close(
+        *(load_file(f / "final" / "model.safetensors") for f in (config.output_dir, whole)), atol=1e-3, rtol=1e-3
+    )
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(make_config, capsys):
+    config = make_config("run", **OPTIONS)
+    whole = train(make_config("whole", **OPTIONS))
+    *_, before, newest = sorted((train(config) / "checkpoints").iterdir())
+    part = newest / "__0_0.distcp"
+    data = bytearray(part.read_bytes())
+    data[len(data) // 2] ^= 1
+    part.write_bytes(data)
+    same_runs(whole, train(replace(config, resume="auto")))
+    said = capsys.readouterr().err
+    assert f"{part}: damaged" in said and f"resuming from {before}" in said
+
+    for path in (config.output_dir / "checkpoints").iterdir():
+        (path / "checkpoint.json").write_text("{")
+    with pytest.raises(ValueError, match="no good checkpoint"):
+        train(replace(config, resume="auto"))
+
+
+def test_a_checkpoint_can_be_named(make_config):
+    config = make_config("run", **OPTIONS)
+    whole = train(make_config("whole", **OPTIONS))
+    oldest = sorted((train(config) / "checkpoints").iterdir())[0]
+    same_runs(whole, train(replace(config, resume=str(oldest), output_dir=None)))
+    with pytest.raises(ValueError, match="not a checkpoint of the run folder"):
+        train(make_config("other", resume=str(oldest), **OPTIONS))
+
+
+def test_later_checkpoints_that_a_resumed_run_left_behind_go_when_its_own_is_whole(tmp_path):
+    names = [f"step-{step:08d}" for step in (4, 6, 7, 8)]
+    for name in names:
+        (tmp_path / name).mkdir()
+    assert [path.name for path in not_kept(tmp_path / names[2], keep=2)] == [names[0], names[3]]
+    assert [path.name for path in not_kept(tmp_path / names[3], keep=4)] == []
+
+
+def test_a_run_folder_is_neither_overwritten_nor_continued_differently_by_accident(make_config):
+    config = make_config("run", **OPTIONS)
+    first = losses(train(config))
+    with pytest.raises(ValueError, match=r"--resume auto continues it, --overwrite replaces it"):
+        train(config)
+    with pytest.raises(ValueError, match=r"lr 0\.001 -> 0\.002"):
+        train(replace(config, resume="auto", lr=2e-3))
+    assert losses(config.output_dir) == first
+    with pytest.raises(ValueError, match="nowhere"):
+        train(replace(config, overwrite=True, data=("nowhere.jsonl",)))
+    assert losses(config.output_dir) == first and (config.output_dir / "final").exists()
+    replaced = train(replace(config, overwrite=True, max_steps=2))
+    assert losses(replaced) != first and len(losses(replaced)) == 2
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_at_once(make_config, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be written to"):
+        train(make_config("file/run"))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    with pytest.raises(ValueError, match=r"two checkpoints take .* GB, the disk has"):
+        train(make_config("full"))
+
+
+def train_with_small_files(config, limit):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # a write past it fails as on a full disk
+    train(config)
+
+
+def test_a_checkpoint_that_does_not_fit_on_the_disk_is_a_warning_and_training_goes_on(make_config, capfd):
+    whole = train(make_config("whole", **OPTIONS))
+    config = make_config("full", **OPTIONS)
+    size = (whole / "final" / "model.safetensors").stat().st_size
+    assert in_child(train_with_small_files, config, size + 1000) == 0
+    assert "warning: the checkpoint of step 2 could not be written: " in capfd.readouterr().err
+    assert not list((config.output_dir / "checkpoints").glob("step-????????"))
+    same_runs(whole, config.output_dir)
+
+
+def test_what_was_skipped_before_is_told_after_resuming(make_config, write_jsonl, pictures, capsys):
+    good = {"prompt": "What?", "img_path": pictures["photo"], "chosen": "a b", "rejected": "c"}
+    data = write_jsonl([good, "{broken"] * 8, "bad.jsonl")
+    options = {**OPTIONS, "data": (str(data),), "skip_bad": True, "epochs": 1, "tokens_per_batch": 80}
+    whole = train(make_config("whole", **options))
+    config = make_config("run", **options)
+    train(config)
+    train(replace(config, resume=str(sorted((config.output_dir / "checkpoints").iterdir())[0])))
+    assert read(config.output_dir / "skipped.jsonl") == read(whole / "skipped.jsonl")
+    assert len(read(whole / "skipped.jsonl")) == 8
+    same = [json.loads((f / "results.json").read_text()) for f in (whole, config.output_dir)]
+    assert same[0] == same[1]
