@@ -1,22 +1,18 @@
 """Rows out: the table, the JSON file that an interrupted run continues, the comparison with an earlier file, plots."""
 
-import hashlib
 import json
-import platform
-import subprocess
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 
-import torch
-import transformers
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness import Options, Row
 from mmrm_fast.files import write_text
+from mmrm_fast.machine import this_machine
 
 RESULTS = Path(__file__).parent / "results"
 BYTES_PER_MIB = 1 << 20
@@ -27,38 +23,11 @@ def environment(options: Options) -> dict[str, str | int]:
     """What a reader needs to compare two files of results."""
     return {
         "date": date.today().isoformat(),
-        "commit": commit(),
-        "cpu": cpu_name(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        **this_machine().record(),
         "threads": options.threads,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
         "geometry": "full" if options.full else "reduced",
         "repeats": options.repeats,
     }
-
-
-def commit() -> str:
-    """The commit that the rows are of, with a hash of what is changed since; empty outside of a clone."""
-    head, changes = git("describe", "--always"), git("diff", "HEAD", "--", "*.py", "csrc", "CMakeLists.txt")
-    return f"{head}-{hashlib.sha256(changes.encode()).hexdigest()[:8]}" if changes else head
-
-
-def git(*arguments: str) -> str:
-    """What git prints in this folder; empty where there is no git or no clone."""
-    try:
-        command = ["git", "-C", str(Path(__file__).parents[1]), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
-def cpu_name() -> str:
-    """The processor's name as the system gives it."""
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def results_path(options: Options) -> Path:
@@ -193,7 +162,7 @@ def plot(path: Path, environment: dict, rows: Sequence[Row]) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
-    where = f"{environment['cpu']}, {environment['threads']} threads, GPU: {environment['gpu']}"
+    where = f"{environment['cpu']}, {environment['threads']} threads, GPU: {environment['gpus']}"
     made = []
     ratios = [row for row in rows if row.ratio and row.suite in ("train-step", "score", "preprocess")]
     if ratios:

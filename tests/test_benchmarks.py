@@ -58,16 +58,6 @@ def test_an_interrupted_run_continues_on_the_next_day_but_not_after_a_change_of_
     assert (changed.path, changed.finished) == (today, [])
 
 
-def test_results_say_which_code_they_are_of(monkeypatch):
-    answers = {"describe": "abc1234", "diff": ""}
-    monkeypatch.setattr(report, "git", lambda name, *_: answers[name])
-    commits = []
-    for answers["diff"] in ("", "+ one", "+ another"):
-        commits.append(report.commit())
-    assert commits[0] == "abc1234" and len(set(commits)) == 3
-    assert all(commit.startswith("abc1234-") for commit in commits[1:])
-
-
 def test_running_needs_no_pytest():
     blocked = "import sys; sys.modules['pytest'] = None; import benchmarks.run"
     subprocess.run([sys.executable, "-c", blocked], cwd=Path(report.__file__).parents[1], check=True)

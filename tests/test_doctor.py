@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmrm_fast import ops
+from mmrm_fast import machine, ops
 from mmrm_fast.cli import main
-from mmrm_fast.doctor import HOST_OPS, OPS, Machine, choose, dotted, lines, remedies
+from mmrm_fast.doctor import CUDA_OPS, HOST_OPS, OPS, Built, choose, lines, remedies
 from mmrm_fast.ops.native import cuda_native, native
 
 H100 = ("NVIDIA H100", 9, 0)
-SERVER = Machine(
+SERVER = Built(
+    cpu="Xeon",
+    cpus=8,
     native="_native.so",
     openmp=True,
     attention=True,
@@ -39,7 +41,7 @@ def test_report_of_this_machine(capsys):
     for op in OPS:
         assert op in report
     if not torch.cuda.is_available():
-        assert "GPUs torch sees     none" in report
+        assert "gpus                none" in report
         assert "pair_loss           C++           torch sees no GPU" in report
 
 
@@ -48,7 +50,7 @@ def test_the_dispatcher_agrees():
     for op in set(OPS) - {*HOST_OPS}:
         import_module(f"mmrm_fast.ops.{op}")
         schema = f"mmrm_fast::{op}" + ("" if op == "patchify" else "_fwd")
-        compiled = op == "trie_attention" or ("CUDA C++" in OPS[op] and cuda_native() is not None)
+        compiled = op == "trie_attention" or (op in CUDA_OPS and cuda_native() is not None)
         assert has_kernel(schema, "CPU")
         assert has_kernel(schema, "CUDA") == (compiled or find_spec("triton") is not None)
 
@@ -57,7 +59,7 @@ def test_the_dispatcher_agrees():
     ("machine", "pair_loss", "patchify", "reason"),
     [
         (SERVER, "CUDA C++", "Triton", "the driver takes its cudart"),
-        (replace(SERVER, driver=12080), "Triton", "Triton", "takes CUDA 12.8, the kernels were built with 13.0"),
+        (replace(SERVER, driver=12080), "Triton", "Triton", "takes CUDA 12.8, the kernels were built with CUDA 13.0"),
         (replace(SERVER, devices=(H100, ("V100", 7, 0))), "Triton", "Triton", "sm_70 (V100)"),
         (replace(SERVER, devices=(("RTX 4090", 8, 9),)), "CUDA C++", "Triton", "compiled for these GPUs"),
         (replace(SERVER, architectures=(), cudart=0), "Triton", "Triton", "has no CUDA kernels"),
@@ -115,11 +117,36 @@ def test_every_op_is_reported():
 def test_remedies(machine, remedy):
     found = list(remedies(machine))
     assert [remedy in line for line in found] == ([] if remedy is None else [True])
-    assert ("nothing is missing" in lines(machine)) == (remedy is None)
+    assert ("nothing is missing" in "\n".join(lines(machine))) == (remedy is None)
 
 
 def test_driver_against_cudart_is_said():
     old = "\n".join(lines(replace(SERVER, driver=12080)))
-    assert "CUDA 12.8, is too old for the kernels' cudart 13.0" in old
+    assert "CUDA 12.8, is too old for the kernels' CUDA 13.0" in old
     assert "NVIDIA driver       none" in lines(replace(SERVER, driver=0))
-    assert dotted(12080) == "12.8"
+
+
+# what is recorded beside figures
+
+
+def test_results_say_which_code_they_are_of(monkeypatch, tmp_path):
+    (tmp_path / ".git").mkdir()
+    monkeypatch.setattr(machine, "CLONE", tmp_path)
+    answers = {"describe": "abc1234", "diff": ""}
+    monkeypatch.setattr(machine, "git", lambda name, *_: answers[name])
+    commits = []
+    for answers["diff"] in ("", "+ one", "+ another"):
+        commits.append(machine.commit())
+    assert commits[0] == "abc1234" and len(set(commits)) == 3
+    assert all(commit.startswith("abc1234-") for commit in commits[1:])
+
+
+def test_a_package_outside_of_a_clone_has_no_commit(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "CLONE", tmp_path)
+    assert machine.commit() == ""
+
+
+def test_a_machine_is_recorded_as_text():
+    record = machine.this_machine().record()
+    assert record["torch"] == torch.__version__ and record["cpu"] and int(record["cpus"]) >= 1
+    assert all(isinstance(value, str) for value in record.values())

@@ -19,7 +19,7 @@ from mmrm_fast.data.records import RecordError, RecordFile
 from mmrm_fast.data.samples import PreferenceDataset
 from mmrm_fast.data.schedule import load
 from mmrm_fast.files import write_json, write_text
-from mmrm_fast.machine import environment
+from mmrm_fast.machine import this_machine
 from mmrm_fast.model.lora import MAIN, PROXY
 from mmrm_fast.pairs import EvalSet, PairRow, judged_accuracy, reward_stats, summarize, write_rows
 from mmrm_fast.tables import print_table, results_table
@@ -115,7 +115,8 @@ class Trainer:
         if self.config.overwrite and self.config.resume is None:
             remove_run(folder)
         require_space(folder, self.steps.tensors())
-        write_text(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
+        record = this_machine().record() | {"ranks": str(sharding.num_ranks())}
+        write_text(folder / "environment.json", json.dumps(record, indent=2) + "\n")
         write_text(folder / CONFIG, json.dumps(config_json(self.config), indent=2) + "\n")
         self.log = MetricsLog(folder, self.config, step=self.progress.step)
 
