@@ -13,7 +13,7 @@ from benchmarks.harness import Options
 from mmrm_fast.data.images import NORMALIZATION, white_tile
 from mmrm_fast.data.packing import PackedBatch, pack
 from mmrm_fast.data.prompt import Encoded
-from mmrm_fast.data.records import Group, Pair
+from mmrm_fast.data.records import Group, Pairs
 from mmrm_fast.data.samples import Sample
 from mmrm_fast.model.reward_model import RewardModel
 
@@ -141,7 +141,7 @@ def make_records(sizes: Geometry, records: Sequence[tuple[int, Sequence[int]]], 
         prompt = text(sizes.prompt_length)
         responses = [text(length * sizes.response_scale) for length in lengths]
         count = len(lengths)
-        pairs = tuple(Pair(i, j) for i in range(count) for j in range(i + 1, count))[: None if all_pairs else 1]
+        pairs = Pairs.ranked(-np.arange(count))[: None if all_pairs else 1]
         group = Group("benchmark", record, None, "", None, (), ("",) * count, pairs)
         main, white = (
             encoded(np.concatenate([system, -1 - np.arange(tiles * sizes.tokens_per_tile), prompt]), responses)

@@ -2,12 +2,13 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks.baselines import normalize
 from mmrm_fast.data.packing import MicroBatch, Packer
-from mmrm_fast.data.records import Group, Pair
+from mmrm_fast.data.records import Group, Pairs
 from mmrm_fast.data.samples import PreferenceDataset
 from mmrm_fast.model.attention import read_last_tokens
 from mmrm_fast.train.loss import preference_loss
@@ -18,11 +19,11 @@ SHARED = "The picture was taken on a sunny day in the park and it shows several 
 
 
 def pairwise(prompt, images, chosen, rejected):
-    return Group("test", 0, None, prompt, None, tuple(images), (chosen, rejected), (Pair(0, 1),))
+    return Group("test", 0, None, prompt, None, tuple(images), (chosen, rejected), Pairs.of((0, 1)))
 
 
 def kwise(prompt, images, *responses):
-    pairs = tuple(Pair(i, j) for i in range(len(responses)) for j in range(i + 1, len(responses)))
+    pairs = Pairs.ranked(-np.arange(len(responses)))
     return Group("test", 0, None, prompt, None, tuple(images), responses, pairs)
 
 

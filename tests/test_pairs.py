@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from mmrm_fast.data.records import Group, Pair
+from mmrm_fast.data.records import Group, Pair, Pairs
 from mmrm_fast.pairs import PairRow, accuracy, pair_rows, read_rows, shortcut_failure_degradation, summarize, write_rows
 
 NAN = math.nan
@@ -99,7 +99,7 @@ def test_no_rows_have_no_accuracy():
 
 
 def group(*pairs, truth=None):
-    return Group("file.jsonl:4", 3, None, "p", None, (), ("a", "b", "c"), pairs, truth)
+    return Group("file.jsonl:4", 3, None, "p", None, (), ("a", "b", "c"), Pairs.of(*pairs), truth)
 
 
 def test_a_row_holds_the_margins_of_its_pair():

@@ -17,9 +17,11 @@ where an image part stands for `<image>` and a newline, as InternVL's own templa
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from mmrm_fast.data.types import Message, Pair, Prompt, RecordError, kind_of, number, some_list, text
+import numpy as np
+
+from mmrm_fast.data.types import Message, Pairs, Prompt, RecordError, kind_of, number, some_list, text
 
 CHOSEN_FIELDS = ("chosen", "conversations", "messages")
 REJECTED_FIELDS = ("rejected", "rejected_conversations", "rejected_messages", "rejected_response")
@@ -36,7 +38,7 @@ class Form:
 
     prompt: Prompt
     responses: tuple[str, ...]
-    pairs: tuple[Pair, ...] = ()
+    pairs: Pairs = field(default_factory=Pairs.of)
     num_unrated: int = 0
     images: tuple[object, ...] = ()
 
@@ -122,7 +124,7 @@ def pairwise_form(fields: dict, prompt: Turns | None, chosen: str, rejected: str
     margin = 0.0 if fields.get("margin") is None else number(fields["margin"])
     if not math.isfinite(margin):
         raise RecordError(source, "margin", f"expected a finite number, got {fields['margin']!r}")
-    return Form(plain(turns), (better, worse), (Pair(0, 1, margin),), images=turns.images)
+    return Form(plain(turns), (better, worse), Pairs.of((0, 1, margin)), images=turns.images)
 
 
 def reply(fields: dict, name: str, source: str) -> tuple[Turns | None, str]:
@@ -152,14 +154,8 @@ def check_same_prompt(prompt: Turns | None, context: Turns, source: str) -> None
 
 def kwise_form(prompt: Turns, responses: tuple[str, ...], ratings: Sequence[float]) -> Form:
     """Every two responses with different ratings make a pair; one whose rating is NaN is in none."""
-    pairs = []
-    for i in range(len(responses)):
-        for j in range(i + 1, len(responses)):
-            if ratings[i] > ratings[j]:  # false when either is not a number
-                pairs.append(Pair(i, j))
-            elif ratings[j] > ratings[i]:
-                pairs.append(Pair(j, i))
-    return Form(plain(prompt), responses, tuple(pairs), sum(map(math.isnan, ratings)), prompt.images)
+    pairs = Pairs.ranked(np.array(ratings, float))
+    return Form(plain(prompt), responses, pairs, sum(map(math.isnan, ratings)), prompt.images)
 
 
 def parse_completions(completions: object, source: str) -> tuple[tuple[str, ...], list[float]]:

@@ -214,16 +214,15 @@ def path(plan: TriePlan, token: int) -> np.ndarray:
 
 def flatten_pairs(samples: Sequence[Sample]) -> tuple[PairIndex, Tensor | None]:
     """The samples' pairs over the batch's responses, and their margins [P] where there are any."""
-    chosen, rejected, margin, first = [], [], [], 0
-    for sample in samples:
-        chosen += [first + pair.chosen for pair in sample.group.pairs]
-        rejected += [first + pair.rejected for pair in sample.group.pairs]
-        margin += [pair.margin for pair in sample.group.pairs]
-        first += len(sample.main.sequences)
-    index = pair_index(
-        torch.tensor(chosen, dtype=torch.int64), torch.tensor(rejected, dtype=torch.int64), max(first, 1)
+    firsts = np.cumsum([0, *(len(sample.main.sequences) for sample in samples)])
+    pairs = [sample.group.pairs for sample in samples]
+    ends = np.concatenate(
+        [np.zeros((0, 2), np.int64), *(first + own.ends for first, own in zip(firsts, pairs, strict=False))]
     )
-    return index, torch.tensor(margin, dtype=torch.float32) if any(margin) else None
+    margin_P = np.concatenate([np.zeros(0), *(own.margins for own in pairs)])
+    chosen_P, rejected_P = (torch.from_numpy(np.ascontiguousarray(column)) for column in ends.T)
+    index = pair_index(chosen_P, rejected_P, max(int(firsts[-1]), 1))
+    return index, torch.from_numpy(margin_P).float() if margin_P.any() else None
 
 
 @dataclass(frozen=True)

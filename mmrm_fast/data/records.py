@@ -13,10 +13,11 @@ import numpy as np
 from mmrm_fast.data.forms import FORM_FIELDS, PREFERENCE_FIELDS, in_text, parse_form
 from mmrm_fast.data.lines import open_rows
 from mmrm_fast.data.pictures import IMAGE_FIELDS, image_field, record_images, resolve_image, shown_images
-from mmrm_fast.data.types import Group, Message, Pair, Prompt, RecordError, kind_of, number, text
+from mmrm_fast.data.types import Group, Message, Pair, Pairs, Prompt, RecordError, kind_of, number, text
 
 __all__ = [
-    "Group", "Message", "Pair", "Prompt", "RecordError", "RecordFile", "iter_groups", "parse_group", "prompt_json",
+    "Group", "Message", "Pair", "Pairs", "Prompt", "RecordError", "RecordFile", "iter_groups", "parse_group",
+    "prompt_json",
 ]  # fmt: skip
 
 ID_FIELDS = ("id", "idx")

@@ -9,7 +9,7 @@ import numpy as np
 
 from mmrm_fast.data.images import ImageError, Tiling, image_size, load_tiles, white_tile
 from mmrm_fast.data.prompt import Encoded, PromptEncoder, PromptError
-from mmrm_fast.data.records import Group, Pair, Prompt, RecordError, RecordFile
+from mmrm_fast.data.records import Group, Pairs, Prompt, RecordError, RecordFile
 
 ProxyImage = Literal["none", "white"]
 Inputs = Literal["all", "text", "image"]
@@ -151,8 +151,7 @@ class GroupDataset:
         notes = tuple(RecordError(group.source, f"response {i}", reason) for i, is_cut in enumerate(cut) if is_cut)
         if self.overlong == "error":
             raise notes[0]
-        pairs = tuple(pair for pair in group.pairs if not (cut[pair.chosen] or cut[pair.rejected]))
-        group = replace(group, pairs=pairs)
+        group = replace(group, pairs=group.pairs[~np.array(cut)[group.pairs.ends].any(axis=1)])
         fitting = self.encode_sized(only_paired(group), sample.tiles_per_image)
         return replace(fitting, dropped=notes, places=paired(group))
 
@@ -196,7 +195,7 @@ class PreferenceDataset(GroupDataset):
             return replace(group, pairs=group.pairs[first : first + 1])
         if self.max_pairs is not None and len(group.pairs) > self.max_pairs:
             chosen = np.random.default_rng((self.seed, index)).choice(len(group.pairs), self.max_pairs, replace=False)
-            return replace(group, pairs=tuple(group.pairs[pair] for pair in sorted(chosen)))
+            return replace(group, pairs=group.pairs[np.sort(chosen)])
         return group
 
     def num_pairs(self, index: int) -> int:
@@ -213,7 +212,7 @@ class PreferenceDataset(GroupDataset):
 
 def paired(group: Group) -> tuple[int, ...]:
     """The responses that pairs name."""
-    return tuple(sorted({index for pair in group.pairs for index in (pair.chosen, pair.rejected)}))
+    return tuple(np.unique(group.pairs.ends).tolist())
 
 
 def only_paired(group: Group) -> Group:
@@ -221,11 +220,10 @@ def only_paired(group: Group) -> Group:
     kept = paired(group)
     if len(kept) == len(group.responses):
         return group
-    place = {old: new for new, old in enumerate(kept)}
     return replace(
         group,
         responses=tuple(group.responses[index] for index in kept),
-        pairs=tuple(Pair(place[pair.chosen], place[pair.rejected], pair.margin) for pair in group.pairs),
+        pairs=Pairs(np.searchsorted(kept, group.pairs.ends).astype(np.int32), group.pairs.margins),
         truth=None if group.truth is None else tuple(group.truth[index] for index in kept),
     )
 

@@ -1,7 +1,11 @@
 """What a record is once read: a group of responses to one prompt; and what a value may be, else a `RecordError`."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
 
 
 class RecordError(ValueError):
@@ -15,13 +19,53 @@ class RecordError(ValueError):
         return RecordError, (self.source, self.field, self.reason)
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     """`responses[chosen]` is preferred to `responses[rejected]`, by at least `margin` if one is given."""
 
     chosen: int
     rejected: int
     margin: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Preferences among one group's responses, as arrays: a record of many responses has millions of them.
+
+    Iterated over, they are `Pair`s.
+    """
+
+    ends: np.ndarray  # int32 [P, 2]: chosen and rejected response
+    margins: np.ndarray  # float64 [P]
+
+    @classmethod
+    def of(cls, *pairs: tuple) -> "Pairs":
+        """From (chosen, rejected) or (chosen, rejected, margin) each."""
+        whole = [Pair(*pair) for pair in pairs]
+        ends = np.array([pair[:2] for pair in whole], np.int32).reshape(-1, 2)
+        return cls(ends, np.array([pair.margin for pair in whole], float))
+
+    @classmethod
+    def ranked(cls, ratings: np.ndarray) -> "Pairs":
+        """Every two responses whose ratings differ, in the order of the responses; a rating of NaN is in no pair."""
+        first, second = np.triu_indices(len(ratings), 1)
+        better, worse = ratings[first] > ratings[second], ratings[first] < ratings[second]
+        ends = np.stack([np.where(better, first, second), np.where(better, second, first)], axis=1)
+        ends = ends[better | worse].astype(np.int32)
+        return cls(ends, np.zeros(len(ends)))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __iter__(self) -> Iterator[Pair]:
+        for (chosen, rejected), margin in zip(self.ends.tolist(), self.margins.tolist(), strict=True):
+            yield Pair(chosen, rejected, margin)
+
+    def __getitem__(self, which: slice | np.ndarray) -> "Pairs":
+        """Some of them: a slice, places or a mask."""
+        return Pairs(self.ends[which], self.margins[which])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Pairs) and list(self) == list(other)
 
 
 @dataclass(frozen=True)
@@ -46,7 +90,7 @@ class Group:
     img_path: str | list | None  # as written in the record, encoded images shortened
     images: tuple[str | bytes, ...]  # resolved paths, or image files' bytes
     responses: tuple[str, ...]
-    pairs: tuple[Pair, ...] = ()
+    pairs: Pairs = field(default_factory=Pairs.of)
     truth: tuple[float, ...] | None = None  # true quality of each response, where the data knows it
     num_unrated: int = 0  # responses whose rating is not a finite number
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from mmrm_fast.data.lines import open_rows
 from mmrm_fast.data.pictures import resolve_image
 from mmrm_fast.data.records import Group, RecordFile, iter_groups, parse_group
-from mmrm_fast.data.types import Pair, RecordError, kind_of
+from mmrm_fast.data.types import Pairs, RecordError, kind_of
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".csv")
 TEST_SPLITS = ("test", "filtered")  # of published splits, the ones that leaderboards report
@@ -189,7 +189,7 @@ def two_responses(prompt: object, responses: object, source: str, better: int, n
         raise RecordError(source, field, error.reason) from None
     if len(group.responses) != 2:
         raise RecordError(source, names[1], f"expected two responses, got {len(group.responses)}")
-    return replace(group, pairs=(Pair(better, 1 - better),))
+    return replace(group, pairs=Pairs.of((better, 1 - better)))
 
 
 def chosen_rejected(fields: dict, source: str) -> Group:

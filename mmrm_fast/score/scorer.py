@@ -16,7 +16,7 @@ from PIL import Image
 from mmrm_fast.checkpoint.folder import Checkpoint, load_checkpoint, require_reward_model
 from mmrm_fast.data.images import Compat
 from mmrm_fast.data.packing import MicroBatch, Packed, Packer
-from mmrm_fast.data.records import Group, RecordError, parse_group
+from mmrm_fast.data.records import Group, Pairs, RecordError, parse_group
 from mmrm_fast.data.samples import GroupDataset, Sample
 from mmrm_fast.data.schedule import balance, cut
 
@@ -209,7 +209,7 @@ def batch_spread(scorer: Scorer) -> float:
 def take_responses(sample: Sample, chosen: slice) -> Sample:
     """The sample with some of its responses; no pairs."""
     main = replace(sample.main, sequences=sample.main.sequences[chosen], truncated=sample.main.truncated[chosen])
-    group = replace(sample.group, responses=sample.group.responses[chosen], pairs=(), truth=None)
+    group = replace(sample.group, responses=sample.group.responses[chosen], pairs=Pairs.of(), truth=None)
     return Sample(group, sample.tiles_per_image, main)
 
 

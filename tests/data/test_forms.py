@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmrm_fast.data.forms import FORM_FIELDS
-from mmrm_fast.data.records import FIELDS, Group, Message, Pair, RecordError, parse_group, prompt_json
+from mmrm_fast.data.records import FIELDS, Group, Message, Pairs, RecordError, parse_group, prompt_json
 
 USER = {"role": "user", "content": "q"}
 GOOD, BAD = {"role": "assistant", "content": "c"}, {"role": "assistant", "content": "r"}
@@ -57,7 +57,7 @@ PAIRWISE = {
 def test_every_pairwise_layout_is_a_prompt_with_a_chosen_and_a_rejected_response(layout):
     fields, prompt = PAIRWISE[layout]
     group = parse(fields)
-    assert (group.prompt, group.responses, group.pairs) == (prompt, ("c", "r"), (Pair(0, 1),))
+    assert (group.prompt, group.responses, group.pairs) == (prompt, ("c", "r"), Pairs.of((0, 1)))
 
 
 def test_scores_rank_responses():

@@ -8,14 +8,14 @@ import torch
 from PIL import Image, ImageOps
 
 from mmrm_fast.data.packing import MicroBatch, Notes, Packer, Step, pack, unique_tiles
-from mmrm_fast.data.records import Group, Pair
+from mmrm_fast.data.records import Group, Pair, Pairs
 from mmrm_fast.data.samples import GroupDataset
 
 TILES = {"tokens_per_tile": 4, "tile_size": 56}
 
 
 def group(prompt, images, *responses, pairs=()):
-    return Group("test", 0, None, prompt, None, tuple(images), responses, tuple(pairs))
+    return Group("test", 0, None, prompt, None, tuple(images), responses, Pairs.of(*pairs))
 
 
 @pytest.fixture

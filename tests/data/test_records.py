@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mmrm_fast.data.records import Group, Pair, RecordError, RecordFile, iter_groups, parse_group
+from mmrm_fast.data.records import Group, Pairs, RecordError, RecordFile, iter_groups, parse_group
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "common"
 
@@ -36,13 +36,13 @@ def test_a_pairwise_record_prefers_chosen():
     group = parse({"id": 7, "prompt": "p", "img_path": "a.png", "chosen": "c", "rejected": "r", "margin": 0.5})
     assert (group.id, group.prompt, group.img_path, group.images) == ("7", "p", "a.png", ("a.png",))
     assert group.responses == ("c", "r")
-    assert group.pairs == (Pair(0, 1, 0.5),)
+    assert group.pairs == Pairs.of((0, 1, 0.5))
 
 
 def test_a_scoring_record_has_responses_and_no_pairs():
     group = parse({"prompt": "p", "img_path": "a.png", "responses": ["x", "y", "x"]})
     assert group.responses == ("x", "y", "x")
-    assert group.pairs == ()
+    assert len(group.pairs) == 0
 
 
 def test_a_kwise_record_pairs_every_two_responses_with_different_means():
@@ -103,7 +103,7 @@ def test_an_annotation_without_ratings_is_counted(annotation):
     record = kwise(["3"], ["4"])
     record["completions"]["annotations"][0] = annotation
     group = parse(record)
-    assert (group.pairs, group.num_unrated) == ((), 1)
+    assert (len(group.pairs), group.num_unrated) == (0, 1)
 
 
 # malformed records
@@ -210,3 +210,9 @@ def test_relative_images_start_from_the_root_or_the_folder_of_the_file(tmp_path,
     group = RecordFile(path, root).group(0)
     assert group.images == tuple(image.format(root=root or tmp_path) for image in expected)
     assert group.img_path == img_path
+
+
+def test_pairs_of_thousands_of_ratings_are_arrays():
+    pairs = parse({"prompt": "p", "responses": ["r"] * 4000, "scores": [*range(3999), None]}).pairs
+    assert pairs.ends.shape == (3999 * 3998 // 2, 2)
+    assert (pairs.ends[:, 0] > pairs.ends[:, 1]).all()

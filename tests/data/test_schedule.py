@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mmrm_fast.data.prompt import Encoded
-from mmrm_fast.data.records import Group, Pair, RecordError
+from mmrm_fast.data.records import Group, Pairs, RecordError
 from mmrm_fast.data.samples import Sample
 from mmrm_fast.data.schedule import balance, cut, imbalance, schedule
 
@@ -78,7 +78,7 @@ class Records:
         cost = self.costs[index]
         if cost is None:
             raise RecordError(f"file.jsonl:{index + 1}", "prompt", "missing")
-        group = Group("", index, None, "", None, (), ("",) * bool(cost), (Pair(0, 0),) * bool(cost))
+        group = Group("", index, None, "", None, (), ("",) * bool(cost), Pairs.of(*[(0, 0)] * bool(cost)))
         return Sized(group, (), Encoded((np.zeros(1, np.int64),) * bool(cost), 0, ()), cost)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mmrm_fast.data.types import Pair
+from mmrm_fast.data.types import Pairs
 from mmrm_fast.evaluate.benchmarks import Item, MissingImage, Unread, read_items
 
 VL_FILE = {  # (query_source, id, image folder): items, as counted in the published file
@@ -74,7 +74,7 @@ def test_a_source_is_recognised_by_the_name_of_the_data_card(tmp_path, picture, 
 def test_the_response_of_rank_0_is_the_better_one(tmp_path, picture, ranking, chosen):
     path = write_json_lines(tmp_path / "data.jsonl", [vl_item(ranking=ranking, image=picture.name)])
     (item,) = read("vl-rewardbench", path)
-    assert item.record.pairs == (Pair(chosen, 1 - chosen),)
+    assert item.record.pairs == Pairs.of((chosen, 1 - chosen))
     assert item.record.responses == ("A cat.", "A dog.")
 
 
@@ -114,7 +114,7 @@ def test_an_image_comes_as_a_name_a_url_or_bytes_in_any_format(tmp_path, picture
     (item,) = read("multimodal-rewardbench", path, picture.parent)
     (image,) = item.record.images
     assert (image if isinstance(image, bytes) else Path(image).read_bytes()) == content
-    assert item.record.pairs == (Pair(1, 0),)
+    assert item.record.pairs == Pairs.of((1, 0))
 
 
 def test_multimodal_rewardbench_splits_safety_and_reasoning_by_the_id(tmp_path, picture):
