@@ -1,9 +1,95 @@
-"""Files that are whole or not there: written aside, then renamed; JSON without numbers that JSON does not have."""
+"""Files and folders that are whole or not there: written aside, synced to the disk, renamed; JSON as JSON has it."""
 
+import glob
 import json
 import math
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
+
+UNFINISHED, REMOVED = ".unfinished", ".removed"
+
+
+@contextmanager
+def whole_file(path: Path, mode: str = "w") -> Iterator[IO]:
+    """A file to write (mode `w` or `wb`), which takes the place of `path` at the end; without it, where that fails."""
+    aside = aside_of(path, os.getpid())
+    try:
+        with open(aside, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+@contextmanager
+def whole_folder(path: Path, *, replace: bool = False, synced: bool = True) -> Iterator[Path]:
+    """A folder to fill, which appears as `path` at the end; nothing is left of it where that fails.
+
+    Args:
+        path: what it becomes; its parents are made.
+        replace: let it take the place of a folder that is there.
+        synced: wait until its files are on the disk, milliseconds each; not for what is easily made again.
+
+    Raises:
+        FileExistsError: `path` is there and not empty, and not to be replaced.
+    """
+    if not replace and path.exists() and any(path.iterdir()):
+        raise FileExistsError(f"{path} exists and is not empty")
+    aside = aside_of(path, os.getpid())
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        for inside in aside.rglob("*") if synced else ():
+            sync(inside)
+        if replace:
+            replace_folder(path, aside)
+        else:
+            aside.rename(path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def replace_folder(path: Path, aside: Path) -> None:
+    """Let a complete folder take the place of `path`, which is whole at every moment but between two renames."""
+    removed = path.with_name(path.name + REMOVED)
+    shutil.rmtree(removed, ignore_errors=True)  # of a process that was killed here
+    sync(aside)
+    if path.exists():
+        os.replace(path, removed)
+    os.replace(aside, path)
+    sync(path.parent)
+    shutil.rmtree(removed, ignore_errors=True)
+
+
+def aside_of(path: Path, owner: object) -> Path:
+    """Where `owner` writes a file or folder until it is whole; hidden, so that no glob of a user's finds it."""
+    return path.with_name(f".{path.name}.{owner}{UNFINISHED}")
+
+
+def remove_unfinished(folder: Path, name: str = "") -> None:
+    """Remove what killed processes left in a folder of one file or folder, or of all; nobody writes there now."""
+    for left in folder.glob(f".{glob.escape(name)}*{UNFINISHED}"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -12,10 +98,9 @@ def write_json(path: Path, value: object) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file aside, then under its name."""
-    aside = path.with_name(path.name + ".unfinished")
-    aside.write_text(text)
-    os.replace(aside, path)
+    """Write a whole file."""
+    with whole_file(path) as file:
+        file.write(text)
 
 
 def finite(value: object) -> object:

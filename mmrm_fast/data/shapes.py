@@ -28,9 +28,7 @@ import itertools
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +36,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from mmrm_fast import __version__
+from mmrm_fast.files import whole_folder
 
 CUES = ("opening", "length", "hedging")
 ENVIRONMENTS = CUES  # each is named after its dominant cue
@@ -254,26 +253,13 @@ def make_environments(
     if unknown := set(environments) - set(ENVIRONMENTS):
         raise ValueError(f"unknown environments {sorted(unknown)}, expected some of {ENVIRONMENTS}")
     total = len(environments) * (config.num_train + len(TEST_SPLITS) * config.num_test)
-    with new_folder(folder) as unfinished, tqdm(total=total, unit="record", disable=not progress) as bar:
+    with (
+        whole_folder(folder, synced=False) as unfinished,
+        tqdm(total=total, unit="record", disable=not progress) as bar,
+    ):
         for environment in environments:
             _write_environment(unfinished / environment, environment, config, bar)
     return {environment: folder / environment for environment in environments}
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which then appears as `folder`, complete or not at all.
-
-    FileExistsError when `folder` exists and is not empty.
-    """
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} exists and is not empty")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        complete = Path(temporary, "complete")
-        complete.mkdir()
-        yield complete
-        complete.rename(folder)
 
 
 def cached_environments(config: ShapesConfig = ShapesConfig()) -> dict[str, Path]:

@@ -20,9 +20,10 @@ from mmrm_fast.checkpoint.folder import require_reward_model
 from mmrm_fast.config import ScoreConfig
 from mmrm_fast.data.lines import FAILURES
 from mmrm_fast.data.records import Group, RecordError, RecordFile, iter_groups, prompt_json
+from mmrm_fast.files import write_text
 from mmrm_fast.score.cluster import gpus_each, ray_cluster
 from mmrm_fast.score.scorer import Scored, Scorer
-from mmrm_fast.score.shards import PAIR_COLUMNS, SCORE_COLUMNS, Shards, fingerprint, write_aside
+from mmrm_fast.score.shards import PAIR_COLUMNS, SCORE_COLUMNS, Shards, fingerprint
 
 CPUS_PER_ACTOR = 2
 CHUNKS_AHEAD = 2  # of an actor: one is read and tokenised while the model runs on the other
@@ -281,7 +282,7 @@ def finish(config: ScoreConfig, shards: Shards, tally: Tally, errors: list[dict]
         listing = config.out.with_name(f"{config.out.name}.{FAILURES}")
     listing.unlink(missing_ok=True)
     if errors:
-        write_aside(listing, "".join(json.dumps(error) + "\n" for error in errors).encode())
+        write_text(listing, "".join(json.dumps(error) + "\n" for error in errors))
     if config.out != shards.folder:
         shards.join(config.out)
     print(f"{tally.records - tally.failed} of {tally.records} records scored: {config.out}")

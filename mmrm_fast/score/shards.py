@@ -17,6 +17,8 @@ from pathlib import Path
 import pyarrow
 from pyarrow import parquet
 
+from mmrm_fast.files import remove_unfinished, whole_file, write_json, write_text
+
 RECORDS_PER_CHUNK = 64
 SAMPLED_BYTES = 1 << 20
 COLUMNS = {
@@ -66,9 +68,8 @@ class Shards:
         else:
             shutil.rmtree(description.parent, ignore_errors=True)  # notes of nobody knows what
         description.parent.mkdir(parents=True, exist_ok=True)
-        for aside in self.folder.glob(".*.unfinished"):
-            aside.unlink()
-        write_aside(description, json.dumps(identity, indent=2).encode())
+        remove_unfinished(self.folder)
+        write_json(description, identity)
 
     def todo(self) -> list[int]:
         """Chunks that are not done."""
@@ -77,14 +78,12 @@ class Shards:
 
     def write(self, chunk: int, rows: Sequence[dict], note: dict) -> None:
         """Write a chunk's rows, then its note."""
-        if self.kind == "parquet":
-            sink = pyarrow.BufferOutputStream()
-            parquet.write_table(table(rows, self.columns), sink)
-            content = sink.getvalue().to_pybytes()
-        else:
-            content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-        write_aside(self.shard(chunk), content)
-        write_aside(self.note(chunk), json.dumps(note).encode())
+        with whole_file(self.shard(chunk), "wb") as file:
+            if self.kind == "parquet":
+                parquet.write_table(table(rows, self.columns), file)
+            else:
+                file.writelines((json.dumps(row, ensure_ascii=False) + "\n").encode() for row in rows)
+        write_text(self.note(chunk), json.dumps(note))
 
     def notes(self) -> Iterator[dict]:
         """The notes of the chunks that are done, in order."""
@@ -94,12 +93,11 @@ class Shards:
 
     def join(self, path: Path) -> None:
         """Put JSONL shards together in one file and remove the folder, all of it at once."""
-        unfinished = path.with_name(path.name + ".unfinished")
-        with open(unfinished, "wb") as whole:
+        remove_unfinished(path.parent, path.name)
+        with whole_file(path, "wb") as whole:
             for chunk in range(self.num_chunks):
                 with open(self.shard(chunk), "rb") as shard:
                     shutil.copyfileobj(shard, whole)
-        os.replace(unfinished, path)
         removed = self.folder.with_name(self.folder.name + ".removed")
         shutil.rmtree(removed, ignore_errors=True)  # of a run that was killed in the last line
         os.replace(self.folder, removed)
@@ -111,13 +109,6 @@ def table(rows: Sequence[dict], names: Sequence[str]) -> pyarrow.Table:
     as_json = lambda value: json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value  # noqa: E731
     columns = {name: [as_json(row[name]) for row in rows] for name in names}
     return pyarrow.table(columns, schema=pyarrow.schema([(name, COLUMNS[name]) for name in names]))
-
-
-def write_aside(path: Path, content: bytes) -> None:
-    """Write a file that is whole whenever it is there."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    aside.write_bytes(content)
-    os.replace(aside, path)
 
 
 def fingerprint(paths: Iterable[Path], *, sampled: bool = False) -> str:

@@ -22,11 +22,11 @@ from mmrm_fast.data.shapes import (
     ShapesConfig,
     compose,
     cue_probabilities,
-    new_folder,
     random_scene,
     render,
     statement,
 )
+from mmrm_fast.files import whole_folder
 
 
 def make_candidates(
@@ -50,7 +50,7 @@ def make_candidates(
         raise ValueError(f"unknown split {split!r}, expected one of {', '.join(TEST_SPLITS)}")
     cues = cue_probabilities(environment, split, ShapesConfig())
     rng = np.random.default_rng([seed, ENVIRONMENTS.index(environment), TEST_SPLITS.index(split)])
-    with new_folder(folder) as unfinished:
+    with whole_folder(folder, synced=False) as unfinished:
         (unfinished / "images").mkdir()
         with open(unfinished / "candidates.jsonl", "w", encoding="utf-8") as file:
             for index in tqdm(range(num_prompts), unit=" prompts", delay=2):

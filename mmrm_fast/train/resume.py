@@ -5,7 +5,6 @@ file. It is renamed to its name when all of that is on the disk, so what has the
 """
 
 import json
-import os
 import re
 import shutil
 import zlib
@@ -17,10 +16,10 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
 
+from mmrm_fast.files import aside_of, remove_unfinished, replace_folder, write_text
 from mmrm_fast.train import sharding
 
 SEAL = "checkpoint.json"
-UNFINISHED = ".unfinished"
 CHUNK_BYTES = 1 << 24
 
 
@@ -33,8 +32,7 @@ class Checkpoints:
         self.saving: Future | None = None
         self.saving_step = 0
         if sharding.rank() == 0:
-            for left in folder.glob(f"*{UNFINISHED}"):
-                shutil.rmtree(left, ignore_errors=True)
+            remove_unfinished(folder)
 
     def save(self, step: int, tensors: dict[str, Tensor], progress: dict) -> str | None:
         """Start to write a checkpoint; returns why the one before could not be written, None where it could.
@@ -75,10 +73,10 @@ def first_cause(error: BaseException) -> str:
 
 
 class SealingWriter(FileSystemWriter):
-    """torch's writer of files into `folder`.unfinished, which it seals and renames when every rank is done."""
+    """torch's writer of a folder of files, which it seals and renames to `folder` when every rank is done."""
 
     def __init__(self, folder: Path, progress: dict, *, keep: int):
-        super().__init__(folder.with_name(folder.name + UNFINISHED))
+        super().__init__(aside_of(folder, "ranks"))
         self.folder, self.progress, self.keep = folder, progress, keep
 
     def write_data(self, plan, planner):
@@ -86,7 +84,7 @@ class SealingWriter(FileSystemWriter):
         done = super().write_data(plan, planner)
         prefix = plan.storage_data.prefix
         sums = {path.name: file_sum(path) for path in sorted(Path(self.path).glob(f"{prefix}*.distcp"))}
-        write_synced(Path(self.path) / f"{prefix}sums.json", json.dumps(sums))
+        write_text(Path(self.path) / f"{prefix}sums.json", json.dumps(sums))
         return done
 
     def finish(self, metadata, results) -> None:
@@ -97,30 +95,10 @@ class SealingWriter(FileSystemWriter):
             sums.update(json.loads(part.read_text()))
             part.unlink()
         sums[".metadata"] = file_sum(path / ".metadata")
-        write_synced(path / SEAL, json.dumps({"progress": self.progress, "files": sums}))
-        if self.folder.exists():
-            shutil.rmtree(self.folder)
-        os.replace(path, self.folder)
-        sync_folder(self.folder.parent)
+        write_text(path / SEAL, json.dumps({"progress": self.progress, "files": sums}))
+        replace_folder(self.folder, path)
         for path in not_kept(self.folder, self.keep):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def write_synced(path: Path, text: str) -> None:
-    """Write a file and wait until it is on the disk."""
-    with open(path, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until a rename in a folder is on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def file_sum(path: Path) -> list[int]:

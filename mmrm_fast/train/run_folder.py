@@ -1,7 +1,6 @@
 """Where a run is and whether it may go on there: its folder, its progress, its signals."""
 
 import json
-import os
 import shutil
 import signal
 import tempfile
@@ -134,16 +133,6 @@ def require_same(config: TrainConfig, checkpoint: Path | None) -> None:
     if changed:
         listed = ", ".join(f"{name} {before.get(name)!r} -> {now.get(name)!r}" for name in changed)
         raise ValueError(f"{folder}: cannot be resumed with a different config: {listed}")
-
-
-@contextmanager
-def replaced_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which then takes the place of `folder`."""
-    aside = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(aside, ignore_errors=True)
-    yield aside
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(aside, folder)
 
 
 class Stopped(Exception):

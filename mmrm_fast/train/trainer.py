@@ -18,7 +18,7 @@ from mmrm_fast.data.packing import Notes, Packed, Packer
 from mmrm_fast.data.records import RecordError, RecordFile
 from mmrm_fast.data.samples import PreferenceDataset
 from mmrm_fast.data.schedule import load
-from mmrm_fast.files import write_json, write_text
+from mmrm_fast.files import remove_unfinished, whole_folder, write_json, write_text
 from mmrm_fast.machine import this_machine
 from mmrm_fast.model.lora import MAIN, PROXY
 from mmrm_fast.pairs import EvalSet, PairRow, judged_accuracy, reward_stats, summarize, write_rows
@@ -37,7 +37,6 @@ from mmrm_fast.train.run_folder import (
     config_json,
     open_run,
     remove_run,
-    replaced_folder,
     terminations,
 )
 from mmrm_fast.train.step import Steps
@@ -114,6 +113,7 @@ class Trainer:
         folder.mkdir(parents=True, exist_ok=True)
         if self.config.overwrite and self.config.resume is None:
             remove_run(folder)
+        remove_unfinished(folder)
         require_space(folder, self.steps.tensors())
         record = this_machine().record() | {"ranks": str(sharding.num_ranks())}
         write_text(folder / "environment.json", json.dumps(record, indent=2) + "\n")
@@ -345,7 +345,7 @@ class Trainer:
                 continue
             state = branch.state()
             if self.is_main:
-                with replaced_folder(self.config.output_dir / names[branch.name]) as folder:
+                with whole_folder(self.config.output_dir / names[branch.name], replace=True) as folder:
                     save_checkpoint(folder, branch.checkpoint, state)
 
     def finish(self) -> None:

@@ -1,0 +1,75 @@
+"""What is written is whole or not there, whatever ends the writer."""
+
+import json
+import multiprocessing
+import os
+import signal
+
+import pytest
+
+from mmrm_fast.files import remove_unfinished, whole_file, whole_folder, write_json
+
+
+def test_a_file_takes_the_place_of_the_one_before_only_when_it_is_whole(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("before")
+    with pytest.raises(ZeroDivisionError), whole_file(path) as file:
+        file.write("after" + 10_000 * "x")
+        1 / 0  # noqa: B018
+    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+    with whole_file(path, "wb") as file:
+        file.write(b"after")
+        assert path.read_text() == "before"
+    assert path.read_text() == "after" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_folder_appears_when_it_is_whole(tmp_path, replace):
+    path = tmp_path / "new" / "run"
+    with pytest.raises(ZeroDivisionError), whole_folder(path, replace=replace) as folder:
+        (folder / "a").write_text("half")
+        1 / 0  # noqa: B018
+    assert not any(path.parent.iterdir())
+    with whole_folder(path, replace=replace) as folder:
+        (folder / "inside").mkdir()
+        (folder / "inside" / "a").write_text("whole")
+        assert not path.exists()
+    assert (path / "inside" / "a").read_text() == "whole" and list(path.parent.iterdir()) == [path]
+
+
+def test_a_folder_is_replaced_only_where_that_is_asked_for(tmp_path):
+    path = tmp_path / "run"
+    path.mkdir()
+    (path / "old").write_text("")
+    with pytest.raises(FileExistsError, match="run exists and is not empty"), whole_folder(path):
+        pass
+    with whole_folder(path, replace=True) as folder:
+        (folder / "new").write_text("")
+        assert (path / "old").exists()
+    assert [inside.name for inside in path.iterdir()] == ["new"] and list(tmp_path.iterdir()) == [path]
+
+
+def write_and_die(folder):
+    with whole_folder(folder / "run") as run, whole_file(folder / "a.txt") as file:
+        (run / "part").write_text("half")
+        file.write("half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_a_killed_writer_leaves_is_hidden_and_can_be_removed(tmp_path):
+    process = multiprocessing.get_context("fork").Process(target=write_and_die, args=(tmp_path,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 2 and all(left.name.startswith(".") for left in tmp_path.iterdir())
+    remove_unfinished(tmp_path, "a.txt")
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".run.")
+    remove_unfinished(tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_json_has_no_number_that_json_does_not_have(tmp_path):
+    write_json(tmp_path / "a.json", {"a": [float("nan"), 1.5], "b": (float("-inf"),)})
+    written = json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail)
+    assert written == {"a": [None, 1.5], "b": [None]}
