@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_train(config: TrainConfig) -> int:
-    if config.dry_run:
+    if config.memory.dry_run:
         from mmrm_fast.train.dry_run import dry_run
 
         dry_run(config)

@@ -1,4 +1,8 @@
-"""What the commands take, one dataclass each; the docstring under a field is its `--help`."""
+"""What the commands take, a dataclass each; the docstring under a field is its `--help`.
+
+Options of a training are in groups, so that a function says by the group it takes what can change it. Flags and files
+know no groups, see `config_file.options`. In a docstring every line is a sentence: `--help` keeps its line breaks.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,14 +12,35 @@ import tyro
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """How records become batches; shared by training, evaluation and scoring."""
+class RecordsConfig:
+    """What is trained and tested on."""
 
-    config: str | None = None
-    """YAML file of these options, or a preset such as internvl2-8b-robust; flags win over it. The reference
-    implementation's files work as they are."""
+    data: tuple[str, ...] = ()
+    """JSONL files of preferences, pairwise or K-wise; FILE:WEIGHT for a mixture. Default: a shapes environment."""
     image_root: Path | None = None
     """Folder that relative `img_path`s start from. Default: the folder of the JSONL file."""
+    environment: Literal["opening", "length", "hedging"] = "opening"
+    """Shapes environment to train on when there is no `--data`: opening, length or hedging."""
+    pairs: str = "all"
+    """Pairs of a K-wise record: `all` in one group, `expand`ed to a sample each, or a number of them at random."""
+    eval: tuple[str, ...] = ()
+    """Test sets from the training distribution, NAME=FILE."""
+    eval_ood: tuple[str, ...] = ()
+    """Test sets from other distributions, NAME=FILE; the o.o.d. accuracy is their mean."""
+    eval_fraction: float | None = None
+    """Share of the training data held out as the test set `held-out`, by a hash of image and prompt."""
+    overlong: Literal["skip", "truncate", "error"] = "skip"
+    """A response that does not fit: drop its pairs and count them, cut it, or stop."""
+    check_records: int = 100_000
+    """Records checked before anything runs (fields, lengths, images, of 10,000 records at most); 0: none."""
+    skip_bad: bool = False
+    """Skip records that cannot be used, listed in skipped.jsonl, instead of stopping."""
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """How records become batches."""
+
     max_length: int | None = None
     """Tokens of one prompt with its images plus one response. Default: what the checkpoint says."""
     max_tiles: int | None = None
@@ -27,61 +52,81 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig(DataConfig):
-    """Train a reward model on preference pairs: standard, or shortcut-aware with `--robust`.
+class TrainBatchConfig(BatchConfig):
+    """How records become batches, and how much of them is a step."""
 
-    Without `--data` it makes (or finds in the cache) one synthetic environment of coloured shapes, trains the tiny
-    checkpoint that comes with the package on it, and tests on all environments.
-    """
+    min_tiles: int | None = None
+    """Least tiles an image is cut into. Default: what the checkpoint says."""
+    thumbnail: bool | None = None
+    """Whether the whole image follows its tiles as one more. Default: what the checkpoint says."""
+    pad2square: bool | None = None
+    """With `--max-tiles 1`: pad an image to a square instead of stretching it. Default: what the checkpoint says."""
+    normalize_type: Literal["imagenet", "clip", "siglip"] | None = None
+    """Mean and deviation that pixels are normalised by. Default: what the checkpoint says."""
+    inputs: Literal["all", "text", "image"] = "all"
+    """What the model sees, for ablations: all, a white tile in place of every image, or images without the question."""
+    tokens_per_batch: int | None = None
+    """Work of one step over all ranks, in those units. Default: 131,072, about 128 pairs; 6,144 for the tiny one."""
+    pairs_per_step: int | None = None
+    """Pairs of one optimizer step over all ranks, instead of `--tokens-per-batch`."""
+
+
+@dataclass(frozen=True)
+class WeightsConfig:
+    """What is trained."""
+
+    model: Path | None = None
+    """Local folder of an InternVL checkpoint in transformers' format. Default: the tiny one."""
+    freeze_llm: bool = False
+    """Do not train the language model."""
+    freeze_backbone: bool = True
+    """Do not train the vision tower."""
+    freeze_mlp: bool = False
+    """Do not train the projector."""
+    llm_lora: bool = False
+    """Train low-rank adapters of the language model's linear layers instead of its weights."""
+    vision_lora: bool = False
+    """Train low-rank adapters of the vision tower's linear layers."""
+    lora_r: int = 64
+    """Rank of the adapters."""
+    lora_alpha: float = 16.0
+    """Scale of the adapters, times their rank."""
+    lora_dropout: float = 0.0
+    """Dropout before the adapters: noise that the responses of a group share."""
+
+
+@dataclass(frozen=True)
+class ProxyConfig:
+    """The text-only proxy, whose failures say which pairs need the image."""
 
     robust: bool = False
     """Train a text-only proxy beside the model and up-weight the pairs on which it fails."""
-    data: tuple[str, ...] = ()
-    """JSONL files of preferences, pairwise or K-wise; FILE:WEIGHT for a mixture. Default: a shapes environment."""
-    pairs: str = "all"
-    """Pairs of a K-wise record: `all` of them in one group, `expand` for every pair as a sample of its own, or a number
-    of pairs taken at random."""
-    eval_fraction: float | None = None
-    """Share of the training data held out as the test set `held-out`, by a hash of image and prompt."""
-    eval: tuple[str, ...] = ()
-    """Test sets from the training distribution, NAME=FILE."""
-    eval_ood: tuple[str, ...] = ()
-    """Test sets from other distributions, NAME=FILE; the o.o.d. accuracy is their mean."""
-    model: Path | None = None
-    """Local folder of an InternVL checkpoint in transformers' format. Default: the tiny one."""
     proxy_model: str = "full"
-    """What the text-only proxy is. `full`: a copy of the model's language model; a folder: the (smaller) checkpoint
-    there, with the same tokenizer; `lora`: a second adapter on the model's own frozen weights (with `--llm-lora`);
-    a JSONL file: no model at all, but margins computed before, rows `record, chosen, rejected, proxy_margin` as in
-    the eval-NAME.jsonl of a robust run that had the training file as a test set."""
+    """`full`: a copy of the model's language model.
+    A folder: the (smaller) checkpoint there, with the same tokenizer.
+    `lora`: a second adapter on the model's own frozen weights, with `--llm-lora`.
+    A JSONL file: margins computed before, such as the eval-NAME.jsonl of a robust run tested on its training file."""
     proxy_image: Literal["none", "white"] = "none"
     """What the proxy has in place of an image: nothing, or a white tile as in the reference implementation."""
-    output_dir: Path | None = None
-    """Run folder. Default: runs/standard or runs/robust."""
-    overwrite: bool = False
-    """Replace the run that is in the run folder already."""
-    resume: str | None = None
-    """Continue a run: `auto` from the newest good checkpoint of the run folder, from the start where there is none;
-    or the folder of one checkpoint, RUN/checkpoints/step-N."""
-    save_every: int | None = None
-    """Write a checkpoint to resume from every so many steps. On SIGTERM one is written in any case."""
-    save_minutes: float = 30.0
-    """Write one when the last is so many minutes old; 0 never."""
-    keep: int = 2
-    """Checkpoints to resume from that are kept, the newest ones."""
-    environment: Literal["opening", "length", "hedging"] = "opening"
-    """Shapes environment to train on when there is no `--data`: opening, length or hedging."""
-    sfc_mode: Literal["paper", "reference", "normalized", "balanced"] = "paper"
-    """Weight of a pair: L_t / (L + L_t), the reference implementation's, or divided by its mean; `balanced`: one over
-    the probability that the text-only proxy gives to the label, divided by its mean."""
-    sfc_floor: float = 0.0
-    """Least weight of a pair, 0 to 1."""
-    sfc_warmup_steps: int = 0
-    """Steps in which the weight is held at 0.5, for the proxy to learn."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What is minimised."""
+
+    sfc_mode: Literal["paper", "reference", "balanced"] = "paper"
+    """Weight of a pair: L_t / (L + L_t), or the reference implementation's.
+    `balanced`: one over the probability that the text-only proxy gives to the label, divided by its mean."""
     label_smoothing: float = 0.0
     """Share of the labels taken to be the wrong way round, 0 to 0.5; in the losses of both branches."""
     center_rewards: float = 0.0
     """Factor of (r_chosen + r_rejected)^2 in the loss of the model, which keeps rewards around zero."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How far, and by what steps."""
+
     epochs: float = 1.0
     """Passes over the data."""
     max_steps: int | None = None
@@ -100,52 +145,16 @@ class TrainConfig(DataConfig):
     """Gradient norm that each branch is clipped to."""
     clip: Literal["branch", "joint"] = "branch"
     """Clip the gradients of model and proxy each by its own norm, or by their norm together."""
-    ema: float | None = None
-    """Decay a step of a moving average of the weights (such as 0.999), which is what is evaluated and saved."""
     max_bad_steps: int = 5
     """Steps with a loss or gradient that is not finite are skipped; so many in a row stop the run."""
-    tokens_per_batch: int | None = None
-    """Work of one optimizer step over all ranks, in the units of `--tokens-per-micro-batch`.
-    Default: 131,072 (about 128 pairs), 6,144 for the tiny checkpoint."""
-    min_tiles: int | None = None
-    """Least tiles an image is cut into. Default: what the checkpoint says."""
-    thumbnail: bool | None = None
-    """Whether the whole image follows its tiles as one more. Default: what the checkpoint says."""
-    pad2square: bool | None = None
-    """With `--max-tiles 1`: pad an image to a square instead of stretching it. Default: what the checkpoint says."""
-    normalize_type: Literal["imagenet", "clip", "siglip"] | None = None
-    """Mean and deviation that pixels are normalised by. Default: what the checkpoint says."""
-    inputs: Literal["all", "text", "image"] = "all"
-    """What the model sees, for ablations: all, a white tile in place of every image, or images without the question."""
-    pairs_per_step: int | None = None
-    """Pairs of one optimizer step over all ranks, instead of `--tokens-per-batch`."""
-    overlong: Literal["skip", "truncate", "error"] = "skip"
-    """A response that does not fit: drop its pairs and count them, cut it, or stop."""
-    check_records: int = 100_000
-    """Records checked before anything runs (syntax, fields, images, lengths); 0 checks none."""
-    check: bool = False
-    """Decode every image when checking. Sets of under 10,000 images are always decoded."""
-    skip_bad: bool = False
-    """Skip records that cannot be used, listed in skipped.jsonl, instead of stopping."""
-    freeze_llm: bool = False
-    """Do not train the language model."""
-    freeze_backbone: bool = True
-    """Do not train the vision tower."""
-    freeze_mlp: bool = False
-    """Do not train the projector."""
-    llm_lora: bool = False
-    """Train low-rank adapters of the language model's linear layers instead of its weights."""
-    vision_lora: bool = False
-    """Train low-rank adapters of the vision tower's linear layers."""
-    lora_r: int = 64
-    """Rank of the adapters."""
-    lora_alpha: float = 16.0
-    """Scale of the adapters, times their rank."""
-    lora_dropout: float = 0.0
-    """Dropout before the adapters: noise that the responses of a group share."""
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """How a training fits on its GPUs; none of it changes what is computed but `--dtype`."""
+
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What the model computes in; trained weights, optimizer and sums of gradients are float32. Default: bfloat16
-    with a GPU, float32 without."""
+    """What is computed in: bfloat16 with a GPU, float32 without; trained weights and their sums are float32 always."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """Recompute activations in the backward pass: all but matrix products and attention, or all of a block."""
     compile: bool = False
@@ -156,18 +165,6 @@ class TrainConfig(DataConfig):
     """Groups of ranks that each hold a whole sharded copy (HSDP), such as the number of nodes."""
     cpu_offload: bool = False
     """Keep sharded weights, gradients and optimizer in host memory."""
-    eval_every: int | None = None
-    """Evaluate every so many steps; always at the end."""
-    best: str | None = None
-    """Figure to keep the best evaluated weights by, SET.FIGURE such as iid.accuracy (of sfd the least), in best/.
-    Default: the mean accuracy of the o.o.d. sets, of all where there are none."""
-    report_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
-    """Where metrics go besides metrics.jsonl."""
-    num_workers: int | None = None
-    """Processes a rank that decode, tile and pack; 0 does it in the training process.
-    Default: 4 with a GPU, 0 without, where they would take the cores that train."""
-    seed: int = 0
-    """Seed of the score head and of the order of the records."""
     dry_run: bool = False
     """Train nothing: print parameters, memory a GPU, tokens and FLOPs a step, and refuse what cannot fit."""
     num_gpus: int | None = None
@@ -177,7 +174,54 @@ class TrainConfig(DataConfig):
 
 
 @dataclass(frozen=True)
-class ScoreConfig(DataConfig):
+class RunConfig:
+    """Where a run is, what it leaves and how it goes on."""
+
+    config: str | None = None
+    """YAML file of these options, the reference implementation's too or a preset; flags win over it."""
+    output_dir: Path | None = None
+    """Run folder. Default: runs/standard or runs/robust."""
+    overwrite: bool = False
+    """Replace the run that is in the run folder already."""
+    resume: str | None = None
+    """Go on from a checkpoint, RUN/checkpoints/step-N; `auto`: from the newest good one, or the start."""
+    save_every: int | None = None
+    """Write a checkpoint to resume from every so many steps. On SIGTERM one is written in any case."""
+    save_minutes: float = 30.0
+    """Write one when the last is so many minutes old; 0 never."""
+    keep: int = 2
+    """Checkpoints to resume from that are kept, the newest ones."""
+    eval_every: int | None = None
+    """Evaluate every so many steps; always at the end."""
+    best: str | None = None
+    """Figure whose best weights are kept, such as iid.accuracy. Default: mean accuracy, of o.o.d. sets if there are."""
+    report_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """Where metrics go besides metrics.jsonl."""
+    num_workers: int | None = None
+    """Processes a rank that decode, tile and pack; 0: the training one. Default: 4 with a GPU, 0 without."""
+    seed: int = 0
+    """Seed of the score head and of the order of the records."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a reward model on preference pairs: standard, or shortcut-aware with `--robust`.
+
+    Without `--data` the tiny checkpoint of the package trains on a synthetic environment of coloured shapes.
+    """
+
+    records: tyro.conf.OmitArgPrefixes[RecordsConfig] = RecordsConfig()
+    weights: tyro.conf.OmitArgPrefixes[WeightsConfig] = WeightsConfig()
+    proxy: tyro.conf.OmitArgPrefixes[ProxyConfig] = ProxyConfig()
+    loss: tyro.conf.OmitArgPrefixes[LossConfig] = LossConfig()
+    optimizer: tyro.conf.OmitArgPrefixes[OptimizerConfig] = OptimizerConfig()
+    batch: tyro.conf.OmitArgPrefixes[TrainBatchConfig] = TrainBatchConfig()
+    memory: tyro.conf.OmitArgPrefixes[MemoryConfig] = MemoryConfig()
+    run: tyro.conf.OmitArgPrefixes[RunConfig] = RunConfig()
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
     """Score every response of a data set with a trained reward model, on Ray actors, in input order.
 
     Interrupted at any moment and started again, it goes on where it stopped.
@@ -187,17 +231,17 @@ class ScoreConfig(DataConfig):
     """Folder of the reward model, such as runs/NAME/final."""
     data: Path = Path("records.jsonl")
     """Records: a JSONL (.gz, .zst) or Parquet file, a folder or a glob; every response of any form is scored."""
+    image_root: Path | None = None
+    """Folder that relative `img_path`s start from. Default: the folder of the JSONL file."""
     out: Path = Path("scores.jsonl")
-    """Rows id, record, response_index, prompt, img_path, response, score, truncated. A name that ends in .jsonl is one
-    file, any other a folder of shards."""
+    """Rows id, record, response_index, prompt, img_path, response, score, truncated.
+    A name that ends in .jsonl is one file, any other a folder of shards."""
     format: Literal["jsonl", "parquet"] = "jsonl"
     """Of the shards in a folder."""
     best_of: bool = False
     """Write only the best response of each record."""
     to_pairs: float | None = None
     """Write the best and the worst response of each record as chosen and rejected, where they are this far apart."""
-    accuracy: bool = False
-    """Print how many of the data's preferences the rewards agree with."""
     normalize: bool = False
     """Write (reward - mean) / std by the reward_stats.json beside the model."""
     allow_errors: bool = False
@@ -208,6 +252,7 @@ class ScoreConfig(DataConfig):
     """GPUs of an actor. Default: 1 where there are any."""
     address: str | None = None
     """Ray cluster to join. Default: start one on this machine."""
+    batch: tyro.conf.OmitArgPrefixes[BatchConfig] = BatchConfig()
 
 
 @dataclass(frozen=True)
@@ -224,14 +269,7 @@ class EvaluateConfig:
     """Folder of the reward model, such as runs/NAME/final."""
     output_dir: Path = Path("runs/evaluate")
     """Folder of results.json, reliability.svg and margins.svg."""
-    max_length: int | None = None
-    """Tokens of one prompt with its images plus one response. Default: what the checkpoint says."""
-    max_tiles: int | None = None
-    """Most tiles an image is cut into, without the thumbnail. Default: what the checkpoint says."""
-    compat: Literal["reference"] | None = None
-    """Prepare texts and pictures exactly as the reference implementation does; see README for what differs."""
-    tokens_per_micro_batch: int = 16_384
-    """Work of one forward, in tokens after sharing: tokens + gathered keys / 8 + image tokens."""
+    batch: tyro.conf.OmitArgPrefixes[BatchConfig] = BatchConfig()
 
 
 @dataclass(frozen=True)
@@ -241,8 +279,7 @@ class BestOfNConfig:
     scores: tuple[str, ...] = ()
     """Scores of one model each, as `mmrm-fast score` writes them: FILE or NAME=FILE."""
     truth: Path = Path("candidates.jsonl")
-    """The records with their true qualities, a list `truth` in the order of the responses; or rows `record,
-    response_index, truth`."""
+    """Records with a list `truth` in the order of the responses, or rows record, response_index, truth."""
     n: str = "1,2,4,...,64"
     """Numbers of responses to choose from; `...` doubles."""
     output_dir: Path = Path("runs/best-of-n")
@@ -316,14 +353,6 @@ class ServeConfig:
     """GPUs of a copy. Default: 1 where there are any."""
     address: str | None = None
     """Ray cluster to join. Default: start one on this machine."""
-    max_length: int | None = None
-    """Tokens of one prompt with its images plus one response. Default: what the checkpoint says."""
-    max_tiles: int | None = None
-    """Most tiles an image is cut into, without the thumbnail. Default: what the checkpoint says."""
-    compat: Literal["reference"] | None = None
-    """Prepare texts and pictures exactly as the reference implementation does; see README for what differs."""
-    tokens_per_micro_batch: int = 16_384
-    """Work of one forward, in tokens after sharing; requests are batched up to it."""
     max_delay_ms: float = 3.0
     """Milliseconds that a request waits for company when the model is idle."""
     max_requests: int = 256
@@ -338,6 +367,7 @@ class ServeConfig:
     """Work of a request, in tokens after sharing; more is answered 422."""
     timeout: float = 60.0
     """Seconds that a request may take; then it is answered 504."""
+    batch: tyro.conf.OmitArgPrefixes[BatchConfig] = BatchConfig()
 
 
 @dataclass(frozen=True)
@@ -347,17 +377,12 @@ class DoctorConfig:
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """Train every method on every environment and test it on all: accuracies in and out of distribution, SFD, tests.
-
-    Without `--env` on the synthetic environments of coloured shapes.
-    """
+    """Train every method on every environment and test it on all: accuracies in and out of distribution, SFD, tests."""
 
     env: tuple[str, ...] = ()
-    """Environments NAME=TRAIN,TEST: preference files of any form, such as VLFeedback, POVID, RLHF-V as published."""
+    """NAME=TRAIN,TEST: preference files such as VLFeedback, POVID, RLHF-V as published. Default: coloured shapes."""
     methods: str = "standard,robust"
-    """Methods, with commas: standard; robust (the paper's), robust-reference, robust-normalized, robust-balanced by
-    `--sfc-mode`; robust-white by `--proxy-image`, robust-warmup, robust-floor. Each is compared with the first and
-    with robust."""
+    """Of standard, robust, robust-reference, robust-balanced, robust-white; compared with the first and with robust."""
     model: Path | None = None
     """Local folder of the checkpoint that trainings start from. Default: the tiny one."""
     options: str = ""
@@ -365,14 +390,10 @@ class StudyConfig:
     processes: int = 1
     """Ranks of a training, such as the number of GPUs; over 1 they are started by torchrun."""
     best_of_n: bool = False
-    """On the synthetic environments, also measure the true quality of what each method selects out of 1 to 64
-    responses away from its training."""
+    """Also measure the true quality of what a method selects out of 1 to 64 responses of environments it never saw."""
     output_dir: Path = Path("runs/study")
-    """Folder of all runs, study.json, study.html, study.csv (a row a model and test set) and comparisons.csv. Finished
-    runs in it are not repeated."""
+    """Folder of study.json, study.html, study.csv, comparisons.csv and all runs, of which finished ones stand."""
     seeds: int = 1
     """Trainings of each method on each environment."""
-    quick: bool = False
-    """One seed; the default of `--seeds`, said aloud."""
     jobs: int = 2
     """Trainings at a time, with the CPU threads divided among them."""

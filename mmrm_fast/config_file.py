@@ -1,10 +1,10 @@
-"""Options from a YAML file or a preset, under the command line's flags."""
+"""Options by their names, as flags and files see them: from a YAML file or a preset, under the command line's flags."""
 
 import os
 import types
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
 from inspect import cleandoc
 from itertools import zip_longest
@@ -26,7 +26,7 @@ def parse(config_type: type[Config], arguments: Sequence[str], *, prog: str) -> 
     Raises:
         ValueError: no such file, an unknown key or a wrong value in it.
     """
-    named = argument(arguments, "--config") if "config" in field_names(config_type) else None
+    named = argument(arguments, "--config") if "config" in field_types(config_type) else None
     num_ranks = int(argument(arguments, "--num-gpus") or os.environ.get("WORLD_SIZE", "1"))
     default = {} if named is None else {"default": read_config(named, config_type, num_ranks)}
     return tyro.cli(config_type, prog=prog, description=cleandoc(config_type.__doc__), args=list(arguments), **default)
@@ -47,15 +47,32 @@ def read_config(name: str, config_type: type[Config], num_ranks: int = 1) -> Con
     options = read_yaml(path)
     try:
         if reference.is_reference(options):
-            check_names(options, {*field_names(config_type), *reference.KEYS})
+            check_names(options, {*field_types(config_type), *reference.KEYS})
             options, notes = reference.translate(options, num_ranks=num_ranks)
             say(path, notes)
-        check_names(options, field_names(config_type))
-        hints = get_type_hints(config_type)
+        check_names(options, field_types(config_type))
+        hints = field_types(config_type)
         given = {key: convert(value, hints[key], key) for key, value in options.items() if value is not None}
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return config_type(**{**given, "config": name})
+    return with_options(config_type(), **{**given, "config": name})
+
+
+def options(config: Any) -> dict[str, Any]:
+    """Every option by its name, those of the groups among them."""
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    groups = [value for value in values.values() if is_dataclass(value)]
+    own = {name: value for name, value in values.items() if not is_dataclass(value)}
+    return own | {name: value for group in groups for name, value in options(group).items()}
+
+
+def with_options(config: Config, /, **changed: Any) -> Config:
+    """The config with some options changed, whatever group they are in."""
+    for name, group in vars(config).items():
+        if is_dataclass(group):
+            own = {option: changed.pop(option) for option in options(group) if option in changed}
+            changed[name] = replace(group, **own)
+    return replace(config, **changed)
 
 
 def find(name: str) -> Path:
@@ -80,12 +97,15 @@ def read_yaml(path: Path) -> dict:
     return options
 
 
-def field_names(config_type: type) -> set[str]:
-    """What a file can set."""
-    return {field.name for field in fields(config_type)}
+def field_types(config_type: type) -> dict[str, Any]:
+    """What a file can set, with the types."""
+    types = get_type_hints(config_type)
+    groups = [value for value in types.values() if is_dataclass(value)]
+    own = {name: value for name, value in types.items() if not is_dataclass(value)}
+    return own | {name: value for group in groups for name, value in field_types(group).items()}
 
 
-def check_names(options: dict, known: set[str]) -> None:
+def check_names(options: dict, known: Collection[str]) -> None:
     """Raise `ValueError` for a key that means nothing, naming the nearest that does."""
     for key in options:
         if key not in known:

@@ -1,4 +1,4 @@
-"""Standard against robust on every shapes environment: python scripts/study.py --quick."""
+"""Standard against robust on every shapes environment: python scripts/study.py."""
 
 import sys
 

@@ -19,6 +19,7 @@ from transformers import (
 
 from mmrm_fast.checkpoint.folder import Checkpoint, save_checkpoint
 from mmrm_fast.config import TrainConfig
+from mmrm_fast.config_file import with_options
 from mmrm_fast.data.images import NORMALIZATION, Tiling
 from mmrm_fast.model.reward_model import RewardModel
 from mmrm_fast.score.scorer import Scorer
@@ -159,7 +160,7 @@ def make_config(model_folder, pictures, write_jsonl, tmp_path):
             "tokens_per_batch": 400,
             "tokens_per_micro_batch": 200,
         }
-        return TrainConfig(**{**defaults, **options})
+        return with_options(TrainConfig(), **{**defaults, **options})
 
     return make
 

@@ -87,7 +87,7 @@ def test_what_is_wrong_is_named_with_file_and_key(write, text, reason):
 def test_a_reference_file_s_batch_is_of_the_gpus_that_are_planned_for(write):
     name = write("model_name_or_path: m\nper_device_train_batch_size: 4\ngradient_accumulation_steps: 2\n")
     for flag in (["--num-gpus", "16"], ["--num_gpus=16"]):
-        assert parse(TrainConfig, ["--config", name, *flag], prog="test").pairs_per_step == 16 * 4 * 2
+        assert parse(TrainConfig, ["--config", name, *flag], prog="test").batch.pairs_per_step == 16 * 4 * 2
 
 
 def test_no_such_file_names_the_presets(capsys):
@@ -97,7 +97,7 @@ def test_no_such_file_names_the_presets(capsys):
 
 def test_a_saved_config_is_a_config_file(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"lr": 1e-4, "data": ["a"], "max_steps": None}))
-    assert read_config(str(tmp_path / "config.json"), TrainConfig).lr == 1e-4
+    assert read_config(str(tmp_path / "config.json"), TrainConfig).optimizer.lr == 1e-4
 
 
 @pytest.mark.parametrize("model", ["internvl2-2b", "internvl2-8b", "internvl3-1b", "internvl3-2b", "internvl3-8b"])
@@ -105,6 +105,7 @@ def test_a_saved_config_is_a_config_file(tmp_path):
 def test_every_preset_is_ready(model, method):
     config = read_config(f"{model}-{method}", TrainConfig)
     assert find(f"{model}-{method}").parent == PRESETS
-    assert config.robust == (method == "robust")
-    assert config.model.name.lower() == model
-    assert (config.lr, config.beta2, config.max_tiles, config.pairs_per_step) == (1e-5, 0.98, 6, 128)
+    assert config.proxy.robust == (method == "robust")
+    assert config.weights.model.name.lower() == model
+    assert (config.optimizer.lr, config.optimizer.beta2) == (1e-5, 0.98)
+    assert (config.batch.max_tiles, config.batch.pairs_per_step) == (6, 128)

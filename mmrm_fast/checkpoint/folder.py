@@ -17,7 +17,7 @@ from mmrm_fast.checkpoint.internvl_chat import SCORE
 from mmrm_fast.checkpoint.parameters import ORIGINAL, load_weights, native_name, read_json, read_tensors
 from mmrm_fast.checkpoint.tensors import stored_names, write_tensors
 from mmrm_fast.checkpoint.tokenizer import load_tokenizer
-from mmrm_fast.config import TrainConfig
+from mmrm_fast.config import TrainBatchConfig
 from mmrm_fast.data.images import NORMALIZATION, Compat, Tiling, mean_colour
 from mmrm_fast.data.prompt import PromptEncoder
 from mmrm_fast.model.reward_model import RewardModel
@@ -263,7 +263,7 @@ def processor_settings(checkpoint: Checkpoint) -> dict:
     }
 
 
-def configured(checkpoint: Checkpoint, config: TrainConfig) -> Checkpoint:
+def configured(checkpoint: Checkpoint, config: TrainBatchConfig) -> Checkpoint:
     """The checkpoint with a training's options for pictures in place of its own; what is saved of it has them too.
 
     Raises:

@@ -10,6 +10,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from mmrm_fast.config import EvaluateConfig
+from mmrm_fast.config_file import options
 from mmrm_fast.data.records import RecordError
 from mmrm_fast.evaluate.benchmarks import Item, MissingImage, Unread, read_items
 from mmrm_fast.evaluate.reliability import bootstrap, calibration, credit, rank_correlation, spread, text_controls
@@ -56,10 +57,7 @@ class ScoredPair:
 
 def evaluate(config: EvaluateConfig) -> int:
     """Score a benchmark, write results.json and plots; returns the exit status, 3 when any item was not scored."""
-    scorer = Scorer.from_pretrained(
-        config.model, max_length=config.max_length, max_tiles=config.max_tiles, compat=config.compat,
-        tokens_per_micro_batch=config.tokens_per_micro_batch,
-    )  # fmt: skip
+    scorer = Scorer.from_pretrained(config.model, **options(config.batch))
     items = list(read_items(config.bench, config.data, config.images))
     if not items:
         raise ValueError(f"{config.data}: no items")

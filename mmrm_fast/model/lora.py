@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from mmrm_fast.config import TrainConfig
+from mmrm_fast.config import WeightsConfig
 from mmrm_fast.data.packing import TokenPlan
 from mmrm_fast.model.reward_model import RewardModel, ScoreHead
 
@@ -46,7 +46,7 @@ class TwoAdapterModel(RewardModel):
         return [self.score, self.proxy_score]
 
 
-def add_lora(part: nn.Module, config: TrainConfig, name: str) -> None:
+def add_lora(part: nn.Module, config: WeightsConfig, name: str) -> None:
     """Freeze a language model or vision tower and add an adapter to each linear layer of its blocks.
 
     That is every target of the reference implementation; query, key and value get an adapter each where it has one

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from mmrm_fast.checkpoint.folder import require_reward_model
 from mmrm_fast.config import ScoreConfig
+from mmrm_fast.config_file import options
 from mmrm_fast.data.lines import FAILURES
 from mmrm_fast.data.records import Group, RecordError, RecordFile, iter_groups, prompt_json
 from mmrm_fast.files import write_text
@@ -41,8 +42,6 @@ class Tally:
     failed: int = 0
     tokens: int = 0  # of prompts, images and responses, a prompt counted once
     tokens_unshared: int = 0  # as if every response were scored by itself
-    pairs: int = 0
-    right: float = 0.0  # pairs whose preferred response has the higher reward, a tie counting half
 
     def add(self, other: "Tally") -> None:
         for field in fields(self):
@@ -57,13 +56,7 @@ class ScoringActor:
         self.config, self.shards = config, shards
         self.file = RecordFile(config.data, config.image_root)
         self.reading = threading.Lock()
-        self.scorer = Scorer.from_pretrained(
-            config.model,
-            max_length=config.max_length,
-            max_tiles=config.max_tiles,
-            compat=config.compat,
-            tokens_per_micro_batch=config.tokens_per_micro_batch,
-        )
+        self.scorer = Scorer.from_pretrained(config.model, **options(config.batch))
         self.scale = reward_scale(config)
 
     def score(self, chunk: int) -> Tally:
@@ -104,14 +97,9 @@ def raise_if_broken(results: Sequence[Scored | Exception]) -> None:
 
 def count(scored: Scored, tally: Tally) -> None:
     """Add a record to the counts."""
-    rewards = scored.rewards
-    tally.responses += len(rewards)
+    tally.responses += len(scored.rewards)
     tally.tokens += scored.num_tokens
     tally.tokens_unshared += scored.num_tokens_unshared
-    for pair in scored.group.pairs:
-        margin = rewards[pair.chosen] - rewards[pair.rejected]
-        tally.pairs += 1
-        tally.right += 1.0 if margin > 0 else 0.5 if margin == 0 else 0.0
 
 
 def error_row(position: int, error: Exception) -> dict:
@@ -205,7 +193,7 @@ def open_shards(config: ScoreConfig, file: RecordFile) -> Shards:
             "image root": str(config.image_root),
             "model": fingerprint(weights, sampled=True),
             "records": len(file),
-            "options": {name: getattr(config, name) for name in IDENTITY},
+            "options": {name: options(config)[name] for name in IDENTITY},
             "format": shards.kind,
         }
     )
@@ -287,9 +275,6 @@ def finish(config: ScoreConfig, shards: Shards, tally: Tally, errors: list[dict]
         shards.join(config.out)
     print(f"{tally.records - tally.failed} of {tally.records} records scored: {config.out}")
     print(f"{tally.responses} responses; {sharing(tally):.1f} times the tokens if each were scored by itself")
-    if config.accuracy:
-        right = f"{100 * tally.right / tally.pairs:.2f} % of {tally.pairs} pairs" if tally.pairs else "no preferences"
-        print(f"accuracy: {right}")
     if not errors:
         return 0
     print(f"{len(errors)} records failed, listed in {listing}:")

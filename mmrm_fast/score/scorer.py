@@ -74,7 +74,7 @@ class Scorer:
             dtype: `auto` is bfloat16 on CUDA and float32 on the CPU; or a torch dtype's name.
             max_length, max_tiles: override what the checkpoint says.
             compat: `reference` prepares texts and pictures as the reference implementation does.
-            tokens_per_micro_batch: work of one forward, see `config.DataConfig`.
+            tokens_per_micro_batch: work of one forward, see `config.BatchConfig`.
 
         Raises:
             ValueError: the folder is not a reward model.

@@ -15,6 +15,7 @@ from ray.serve.handle import DeploymentHandle
 
 from mmrm_fast.checkpoint.folder import require_reward_model
 from mmrm_fast.config import ServeConfig
+from mmrm_fast.config_file import options
 from mmrm_fast.score.cluster import gpus_each, ray_cluster
 from mmrm_fast.score.scorer import Scorer, batch_spread
 from mmrm_fast.serve.api import RewardService, make_app
@@ -35,13 +36,7 @@ class Replica:
     def __init__(self, config: ServeConfig, token: str | None, num_threads: int):
         torch.set_num_threads(num_threads)
         os.makedirs(os.environ["PROMETHEUS_MULTIPROC_DIR"], exist_ok=True)  # on another machine than the first
-        scorer = Scorer.from_pretrained(
-            config.model,
-            max_length=config.max_length,
-            max_tiles=config.max_tiles,
-            compat=config.compat,
-            tokens_per_micro_batch=config.tokens_per_micro_batch,
-        )
+        scorer = Scorer.from_pretrained(config.model, **options(config.batch))
         self.precision = (
             f"{str(scorer.model.model.dtype).removeprefix('torch.')}, rewards within {batch_spread(scorer):.1g}"
         )

@@ -29,11 +29,8 @@ METHODS = {  # options of `mmrm-fast train`
     "standard": "",
     "robust": "--robust",
     "robust-reference": "--robust --sfc-mode reference",
-    "robust-normalized": "--robust --sfc-mode normalized",
     "robust-balanced": "--robust --sfc-mode balanced",
     "robust-white": "--robust --proxy-image white",
-    "robust-warmup": "--robust --sfc-warmup-steps 20",
-    "robust-floor": "--robust --sfc-floor 0.1",
 }
 OPTIONS = "options.json"  # in a cell's folder
 RESERVED = ("iid", "neutral", "reversed")  # names of test sets
@@ -46,7 +43,7 @@ def study(config: StudyConfig) -> dict:
     if config.best_of_n and config.env:
         raise ValueError("--best-of-n: only where the truth is known, on the synthetic environments without --env")
     root.mkdir(parents=True, exist_ok=True)
-    seeds = range(1 if config.quick else config.seeds)
+    seeds = range(config.seeds)
     cells = [Cell(method, name, seed) for seed in seeds for name in environments for method in methods]
     missing = [cell for cell in cells if not is_trained(cell, environments, config)]
     train_cells(missing, environments, config)

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from rich.table import Table
 
 from mmrm_fast.checkpoint.folder import configured, load_checkpoint
 from mmrm_fast.config import TrainConfig
+from mmrm_fast.config_file import with_options
 from mmrm_fast.data.mixture import parse_sources
 from mmrm_fast.data.prompt import Encoded
 from mmrm_fast.data.records import RecordError, RecordFile
@@ -42,17 +43,17 @@ class Work:
 def dry_run(config: TrainConfig) -> None:
     """Print what the training needs; raise `ValueError` where it cannot fit."""
     check_proxy(config)
-    filled = TINY if config.model in (None, TINY_CHECKPOINT) else DEFAULTS
-    config = replace(config, model=config.model or TINY_CHECKPOINT)
-    config = replace(
+    filled = TINY if config.weights.model in (None, TINY_CHECKPOINT) else DEFAULTS
+    config = with_options(
         config,
-        tokens_per_batch=config.tokens_per_batch or filled["tokens_per_batch"],
-        tokens_per_micro_batch=min(config.tokens_per_micro_batch, filled.get("tokens_per_micro_batch", 1 << 62)),
+        model=config.weights.model or TINY_CHECKPOINT,
+        tokens_per_batch=config.batch.tokens_per_batch or filled["tokens_per_batch"],
+        tokens_per_micro_batch=min(config.batch.tokens_per_micro_batch, filled.get("tokens_per_micro_batch", 1 << 62)),
     )
-    num_gpus = config.num_gpus or int(os.environ.get("WORLD_SIZE", "1"))
+    num_gpus = config.memory.num_gpus or int(os.environ.get("WORLD_SIZE", "1"))
     models, work = make_models(config), measure(config)
     memories = {name: branch_memory(config, name, model, work, num_gpus) for name, model in models.items()}
-    table = Table(title=f"{config.model.name}, GPUs: {num_gpus}")
+    table = Table(title=f"{config.weights.model.name}, GPUs: {num_gpus}")
     for column in ("", *models):
         table.add_column(column, justify="right" if column else "left")
     for cells in [*parameter_rows(models), *memory_rows(memories)]:
@@ -64,7 +65,7 @@ def dry_run(config: TrainConfig) -> None:
 
 def branch_memory(config: TrainConfig, name: str, model: RewardModel, work: Work | None, num_gpus: int) -> Memory:
     """A branch's bytes with full micro-batches of what the data are like; without data, of text alone."""
-    budget = config.tokens_per_micro_batch
+    budget = config.batch.tokens_per_micro_batch
     tokens = tiles = 0
     if work is not None:
         tokens = (work.tokens if name == MAIN else work.text_tokens) * budget / work.cost
@@ -98,7 +99,8 @@ def work_lines(config: TrainConfig, models: dict[str, RewardModel], work: Work |
     if work is None:
         yield "tokens and FLOPs a step and steps an epoch need --data and the checkpoint's tokenizer"
         return
-    records = config.pairs_per_step / work.pairs if config.pairs_per_step else config.tokens_per_batch / work.cost
+    batch = config.batch
+    records = batch.pairs_per_step / work.pairs if batch.pairs_per_step else batch.tokens_per_batch / work.cost
     records = min(max(records, 1), work.num_records)
     flops = record_flops(config, models, work) * records
     steps = -(-work.num_records // max(1, int(records)))
@@ -112,14 +114,19 @@ def work_lines(config: TrainConfig, models: dict[str, RewardModel], work: Work |
 
 def measure(config: TrainConfig) -> Work | None:
     """The means of up to `SAMPLED` records, spread evenly over the files; None without data or tokenizer."""
-    if not config.data or not (config.model / "tokenizer_config.json").is_file():
+    if not config.records.data or not (config.weights.model / "tokenizer_config.json").is_file():
         return None
     dataset = open_data(config)
     places = np.linspace(0, len(dataset) - 1, min(SAMPLED, len(dataset))).astype(int)
-    chosen = with_pairs(dataset.select(places), config, lambda function, n: np.array(list(map(function, range(n)))))
+    chosen = with_pairs(
+        dataset.select(places),
+        config.records.pairs,
+        lambda function, n: np.array(list(map(function, range(n)))),
+        config.run.seed,
+    )
     samples = [sample for place in range(len(chosen)) if (sample := usable(chosen, place)) is not None]
     if not samples:
-        raise ValueError(f"{', '.join(config.data)}: none of {len(places)} records can be used")
+        raise ValueError(f"{', '.join(config.records.data)}: none of {len(places)} records can be used")
     rows = [
         (
             len(sample.group.pairs),
@@ -136,11 +143,12 @@ def measure(config: TrainConfig) -> Work | None:
 
 def open_data(config: TrainConfig) -> PreferenceDataset:
     """The training records, encoded as the training does it."""
-    checkpoint = configured(load_checkpoint(config.model, max_length=config.max_length, with_weights=False), config)
-    files = [RecordFile(path, config.image_root, need_pairs=True) for path in parse_sources(config.data).paths]
+    checkpoint = load_checkpoint(config.weights.model, max_length=config.batch.max_length, with_weights=False)
+    checkpoint, records = configured(checkpoint, config.batch), config.records
+    files = [RecordFile(path, records.image_root, need_pairs=True) for path in parse_sources(records.data).paths]
     return PreferenceDataset(
-        files, checkpoint.prompt_encoder(), checkpoint.tiling, overlong="skip", with_text=config.robust,
-        proxy_image=config.proxy_image, inputs=config.inputs,
+        files, checkpoint.prompt_encoder(), checkpoint.tiling, overlong="skip", with_text=config.proxy.robust,
+        proxy_image=config.proxy.proxy_image, inputs=config.batch.inputs,
     )  # fmt: skip
 
 
@@ -161,7 +169,7 @@ def shared_tokens(encoded: Encoded) -> int:
 def record_flops(config: TrainConfig, models: dict[str, RewardModel], work: Work) -> float:
     """Operations a record in all passes of all models, as `metrics.Rates` counts them."""
     main = models[MAIN]
-    text = models.get(PROXY) or (main if config.robust and config.proxy_model == "lora" else None)
+    text = models.get(PROXY) or (main if config.proxy.robust and config.proxy.proxy_model == "lora" else None)
     patches = 4 * main.model.config.image_seq_length + 1
     flops = work.tokens * pass_flops(main.model.language_model.layers)
     flops += work.tiles * patches * pass_flops(main.model.vision_tower.encoder)
@@ -170,7 +178,7 @@ def record_flops(config: TrainConfig, models: dict[str, RewardModel], work: Work
 
 def refuse(config: TrainConfig, needed: float) -> None:
     """Raise `ValueError` where a GPU has less memory than is needed."""
-    available = config.gpu_memory and config.gpu_memory * GIB
+    available = config.memory.gpu_memory and config.memory.gpu_memory * GIB
     if available is None and torch.cuda.is_available():
         available = torch.cuda.get_device_properties(0).total_memory
     if available is None:

@@ -5,7 +5,7 @@ and adding up what autograd saves; what is saved a block is the difference.
 """
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import InternVLModel
 
 from mmrm_fast.checkpoint.folder import read_config
-from mmrm_fast.config import TrainConfig
+from mmrm_fast.config import MemoryConfig, TrainConfig
 from mmrm_fast.data.images import NORMALIZATION
 from mmrm_fast.model.lora import MAIN, PROXY, TwoAdapterModel, add_lora
 from mmrm_fast.model.reward_model import RewardModel
@@ -33,7 +33,7 @@ class Memory:
 
     weights: float  # sharded: fp32 where trained, else in the dtype that is computed in
     gradients: float  # sharded, fp32
-    optimizer: float  # sharded, fp32: two moments, and the moving average
+    optimizer: float  # sharded, fp32: two moments
     gathered: float  # whole weights in use, and their gradients before they are reduced
     activations: float  # what the backward pass needs of a full micro-batch
 
@@ -56,21 +56,21 @@ def make_models(config: TrainConfig, num_layers: int | None = None) -> dict[str,
         num_layers: build only so many blocks of vision tower and language model.
     """
     with torch.device("meta"):
-        dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
-        main = meta_model(config.model, dtype, num_layers)
-        freeze(main, llm=config.freeze_llm, backbone=config.freeze_backbone, mlp=config.freeze_mlp)
+        dtype = torch.float32 if config.memory.dtype == "float32" else torch.bfloat16
+        main = meta_model(config.weights.model, dtype, num_layers)
+        freeze(main, config.weights)
         models = {MAIN: main}
-        if config.robust and config.proxy_model != "lora" and not proxy_file(config):
-            folder = config.model if config.proxy_model == "full" else Path(config.proxy_model)
+        if config.proxy.robust and config.proxy.proxy_model != "lora" and not proxy_file(config.proxy):
+            folder = config.weights.model if config.proxy.proxy_model == "full" else Path(config.proxy.proxy_model)
             models[PROXY] = meta_model(folder, dtype, num_layers)
-            if config.proxy_image == "none":
+            if config.proxy.proxy_image == "none":
                 models[PROXY].drop_vision()
             else:
-                freeze(models[PROXY], llm=False, backbone=config.freeze_backbone, mlp=config.freeze_mlp)
+                freeze(models[PROXY], replace(config.weights, freeze_llm=False))
         for model in models.values():
-            adapt(model, config)
-        if config.robust and config.proxy_model == "lora":
-            add_lora(main.model.language_model, config, PROXY)
+            adapt(model, config.weights)
+        if config.proxy.robust and config.proxy.proxy_model == "lora":
+            add_lora(main.model.language_model, config.weights, PROXY)
             models = {MAIN: TwoAdapterModel(main)}
     return models
 
@@ -86,26 +86,26 @@ def meta_model(folder: Path, dtype: torch.dtype, num_layers: int | None) -> Rewa
     return RewardModel(InternVLModel(config).to(dtype), *NORMALIZATION["imagenet"])
 
 
-def compute_bytes(config: TrainConfig) -> int:
+def compute_bytes(config: MemoryConfig) -> int:
     """Bytes of a number that is computed with, on a GPU."""
     return 4 if config.dtype == "float32" else 2
 
 
 def memory(config: TrainConfig, name: str, model: RewardModel, *, num_gpus: int, tokens: int, tiles: int) -> Memory:
     """What a GPU holds of one model, sharded as `sharding.shard` does it; micro-batches of `tokens` and `tiles`."""
-    shards, width = num_gpus / config.replicas, compute_bytes(config)
+    shards, width = num_gpus / config.memory.replicas, compute_bytes(config.memory)
     trained, frozen = (count(model, trains) / shards for trains in (True, False))
-    on_gpu = not config.cpu_offload
+    on_gpu = not config.memory.cpu_offload
     return Memory(
         weights=on_gpu * (4 * trained + width * frozen),
         gradients=on_gpu * 4 * trained,
-        optimizer=on_gpu * (12 if config.ema else 8) * trained,
-        gathered=0 if num_gpus == 1 and width == 4 and on_gpu else gathered(config, model),
+        optimizer=on_gpu * 8 * trained,
+        gathered=0 if num_gpus == 1 and width == 4 and on_gpu else gathered(config.memory, model),
         activations=activations(config, name, tokens, tiles),
     )
 
 
-def gathered(config: TrainConfig, model: RewardModel) -> float:
+def gathered(config: MemoryConfig, model: RewardModel) -> float:
     """Bytes of gathered weights (two blocks, one of them on its way, and the root's) and of unreduced gradients."""
     width = compute_bytes(config)
     parts = list(blocks(model))
@@ -120,14 +120,16 @@ def gathered(config: TrainConfig, model: RewardModel) -> float:
 def activations(config: TrainConfig, name: str, tokens: int, tiles: int) -> float:
     """Bytes saved for the backward pass of a micro-batch: language model over `tokens`, vision part over `tiles`."""
     one, two, whole = (make_models(config, layers)[name] for layers in (1, 2, None))
-    total = stack_bytes(config, len(whole.model.language_model.layers), *(text_pass(m, tokens) for m in (one, two)))
+    total = stack_bytes(
+        config.memory, len(whole.model.language_model.layers), *(text_pass(m, tokens) for m in (one, two))
+    )
     if whole.model.vision_tower is not None:
         layers = len(whole.model.vision_tower.encoder.layer)
-        total += stack_bytes(config, layers, *(vision_pass(m, tiles) for m in (one, two)))
+        total += stack_bytes(config.memory, layers, *(vision_pass(m, tiles) for m in (one, two)))
     return total
 
 
-def stack_bytes(config: TrainConfig, layers: int, one: "Pass", two: "Pass") -> float:
+def stack_bytes(config: MemoryConfig, layers: int, one: "Pass", two: "Pass") -> float:
     """Bytes saved by `layers` blocks and what surrounds them, from passes of one and two."""
     mode, block = config.activation_checkpointing, two.saved() - one.saved()
     outside = max(0, one.saved() - block)

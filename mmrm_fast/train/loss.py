@@ -31,8 +31,6 @@ def preference_loss(
     sfc_mode: str = "paper",
     label_smoothing: float = 0.0,
     centering: float = 0.0,
-    warmup: bool = False,
-    floor: float = 0.0,
 ) -> PairLoss:
     """Sums over the batch's pairs of `SFC * L` and of `L_t` (`L` alone where there is no proxy).
 
@@ -40,15 +38,14 @@ def preference_loss(
     the mode `balanced`.
     """
     if proxy_rewards_R is None:
-        sfc_mode, warmup, floor = "standard", False, 0.0
+        sfc_mode = "standard"
     if sfc_mode == "balanced":
         if centering:
             raise ValueError(f"mode 'balanced' would rescale the centering term, got centering={centering}")
-        options = {"label_smoothing": label_smoothing, "warmup": warmup, "floor": floor}
-        return balanced_loss(rewards_R, proxy_rewards_R, batch, **options)
+        return balanced_loss(rewards_R, proxy_rewards_R, batch, label_smoothing=label_smoothing)
     return pair_loss(
         rewards_R, proxy_rewards_R, batch.pairs, mode=sfc_mode, margin=batch.margin_P,
-        label_smoothing=label_smoothing, centering=centering, warmup=warmup, floor=floor,
+        label_smoothing=label_smoothing, centering=centering,
     )  # fmt: skip
 
 
@@ -58,8 +55,6 @@ def balanced_loss(
     batch: PackedBatch,
     *,
     label_smoothing: float,
-    warmup: bool,
-    floor: float,
 ) -> PairLoss:
     """The loss of pairs weighted so that text no longer tells the label: inverse propensity, in place of the SFC.
 
@@ -76,8 +71,7 @@ def balanced_loss(
         (rewards[pairs.chosen] - rewards[pairs.rejected]).detach().to(torch.promote_types(rewards.dtype, torch.float32))
         for rewards in (rewards_R, proxy_rewards_R)
     )
-    weight_P = (LEAST_WEIGHT / torch.sigmoid(proxy_margin_P)).clamp(min=floor, max=1)
-    weight_P = torch.full_like(weight_P, 0.5) if warmup else weight_P
+    weight_P = (LEAST_WEIGHT / torch.sigmoid(proxy_margin_P)).clamp(max=1)
     options = {"mode": "standard", "margin": batch.margin_P, "label_smoothing": label_smoothing}
     main = pair_loss(rewards_R, None, pairs, weight=weight_P, **options)
     proxy = pair_loss(proxy_rewards_R, None, pairs, **options)
@@ -108,12 +102,12 @@ class StepTotals:
     def gradient_scales(self, sfc_mode: str) -> tuple[float, float]:
         """Factors from accumulated sums to gradients of the mean loss, main and proxy branch.
 
-        In `normalized` and `balanced` the main branch is also divided by the mean weight.
+        In `balanced` the main branch is also divided by the mean weight.
         """
         weight, weighted_sfc = self.sums["weight"], self.sums["weighted_sfc"]
         if not weight:
             return 0.0, 0.0
-        return 1 / (weighted_sfc if sfc_mode in ("normalized", "balanced") else weight), 1 / weight
+        return 1 / (weighted_sfc if sfc_mode == "balanced" else weight), 1 / weight
 
     def metrics(self) -> dict[str, float]:
         """Means over the step's pairs, and its counts: what is logged."""

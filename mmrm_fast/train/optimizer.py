@@ -1,4 +1,4 @@
-"""The optimizer's side of a step: AdamW, learning rate, clipping and a moving average of the weights."""
+"""The optimizer's side of a step: AdamW, learning rate and clipping."""
 
 import math
 
@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from mmrm_fast.config import TrainConfig
+from mmrm_fast.config import OptimizerConfig
 from mmrm_fast.train.sharding import full_value
 
 
-def make_optimizer(parameters: list[Parameter], config: TrainConfig) -> torch.optim.AdamW:
+def make_optimizer(parameters: list[Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW over all branches; biases and norms do not decay. Its state is there from the start."""
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
@@ -51,22 +51,3 @@ def scale_and_clip(
 def gradients(parameters: list[Parameter]) -> list[Tensor]:
     """The gradients that there are."""
     return [p.grad for p in parameters if p.grad is not None]
-
-
-class MovingAverage:
-    """An exponential moving average of trained weights, in their sharding."""
-
-    def __init__(self, parameters: list[Parameter], decay: float):
-        self.parameters, self.decay = parameters, decay
-        self.averages = [parameter.detach().clone() for parameter in parameters]
-
-    def update(self) -> None:
-        """After a step: average = decay * average + (1 - decay) * weight."""
-        torch._foreach_lerp_(self.averages, [p.detach() for p in self.parameters], 1 - self.decay)
-
-    def swap(self) -> None:
-        """Exchange weights and averages: before and after an evaluation."""
-        for parameter, average in zip(self.parameters, self.averages, strict=True):
-            weight = parameter.detach().clone()
-            parameter.detach().copy_(average)
-            average.copy_(weight)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmrm_fast.checkpoint.folder import Checkpoint, configured, load_checkpoint
 from mmrm_fast.checkpoint.parameters import load_weights
-from mmrm_fast.config import TrainConfig
+from mmrm_fast.config import ProxyConfig, TrainConfig, WeightsConfig
 from mmrm_fast.data.packing import TokenPlan, white_tile
 from mmrm_fast.data.samples import Sample
 from mmrm_fast.model.lora import MAIN, PROXY, TwoAdapterModel, add_lora, merged
@@ -58,36 +58,36 @@ class Branch:
 
 def make_branches(config: TrainConfig, device: torch.device) -> list[Branch]:
     """Load, freeze, adapt and shard the models: the main branch and, unless its margins come from a file, the proxy."""
-    main = load(config, config.model)
-    freeze(main.model, llm=config.freeze_llm, backbone=config.freeze_backbone, mlp=config.freeze_mlp)
+    main = load(config, config.weights.model)
+    freeze(main.model, config.weights)
     checkpoints = {MAIN: main}
-    if config.robust and config.proxy_model != "lora" and not proxy_file(config):
+    if config.proxy.robust and config.proxy.proxy_model != "lora" and not proxy_file(config.proxy):
         checkpoints[PROXY] = load_proxy(config, main)
     for checkpoint in checkpoints.values():
-        adapt(checkpoint.model, config)
+        adapt(checkpoint.model, config.weights)
     roots = {name: checkpoint.model for name, checkpoint in checkpoints.items()}
-    if config.robust and config.proxy_model == "lora":
+    if config.proxy.robust and config.proxy.proxy_model == "lora":
         see_white(main, config)
-        add_lora(main.model.model.language_model, config, PROXY)
+        add_lora(main.model.model.language_model, config.weights, PROXY)
         roots = dict.fromkeys((MAIN, PROXY), TwoAdapterModel(main.model))
         checkpoints[PROXY] = main
     for root in dict.fromkeys(roots.values()):
-        sharding.shard(root, device, config)
+        sharding.shard(root, device, config.memory)
     if reads_own_shards(config):
-        for checkpoint, folder in zip(checkpoints.values(), (config.model, proxy_folder(config)), strict=False):
-            load_weights(checkpoint.model, folder, device="cpu" if sharding.offloads(device, config) else device)
-    scale = config.lora_alpha / config.lora_r
+        for checkpoint, folder in zip(checkpoints.values(), (config.weights.model, proxy_folder(config)), strict=False):
+            load_weights(checkpoint.model, folder, device="cpu" if sharding.offloads(device, config.memory) else device)
+    scale = config.weights.lora_alpha / config.weights.lora_r
     return [Branch(name, root, checkpoints[name], scale) for name, root in roots.items()]
 
 
 def load(config: TrainConfig, folder: str | Path, *, text_only: bool = False) -> Checkpoint:
     """Load a checkpoint, or its language model, with this run's limits and options for pictures."""
-    checkpoint = load_checkpoint(folder, max_length=config.max_length, with_weights=False)
+    checkpoint = load_checkpoint(folder, max_length=config.batch.max_length, with_weights=False)
     if text_only:
         checkpoint.model.drop_vision()
     if not reads_own_shards(config):
         load_weights(checkpoint.model, folder)
-    return configured(checkpoint, config)
+    return configured(checkpoint, config.batch)
 
 
 def reads_own_shards(config: TrainConfig) -> bool:
@@ -96,21 +96,21 @@ def reads_own_shards(config: TrainConfig) -> bool:
     Adapters rename the weights that they wrap and a white tile passes through the whole vision tower: with them every
     rank loads all weights first.
     """
-    has_adapters = config.llm_lora or config.vision_lora
-    return sharding.num_ranks() > 1 and not has_adapters and config.proxy_image == "none"
+    has_adapters = config.weights.llm_lora or config.weights.vision_lora
+    return sharding.num_ranks() > 1 and not has_adapters and config.proxy.proxy_image == "none"
 
 
 def proxy_folder(config: TrainConfig) -> str | Path:
     """Where the proxy's weights come from."""
-    return config.model if config.proxy_model == "full" else config.proxy_model
+    return config.weights.model if config.proxy.proxy_model == "full" else config.proxy.proxy_model
 
 
 def load_proxy(config: TrainConfig, main: Checkpoint) -> Checkpoint:
     """The proxy's own model: a copy of the main one's, or a smaller one with the same tokenizer."""
-    proxy = load(config, proxy_folder(config), text_only=config.proxy_image == "none")
+    proxy = load(config, proxy_folder(config), text_only=config.proxy.proxy_image == "none")
     if proxy.tokenizer.get_vocab() != main.tokenizer.get_vocab():
-        raise ValueError(f"--proxy-model {config.proxy_model}: its tokenizer is not that of {config.model}")
-    freeze(proxy.model, llm=False, backbone=config.freeze_backbone, mlp=config.freeze_mlp)
+        raise ValueError(f"--proxy-model {proxy_folder(config)}: its tokenizer is not that of {config.weights.model}")
+    freeze(proxy.model, replace(config.weights, freeze_llm=False))
     see_white(proxy, config)
     if proxy.model.only_tiles is not None:
         proxy.model.model.vision_tower = None
@@ -119,22 +119,22 @@ def load_proxy(config: TrainConfig, main: Checkpoint) -> Checkpoint:
 
 def see_white(checkpoint: Checkpoint, config: TrainConfig) -> None:
     """Run a frozen vision tower on the proxy's white tile, once for the whole training."""
-    if config.proxy_image == "white" and config.freeze_backbone and not config.vision_lora:
+    if config.proxy.proxy_image == "white" and config.weights.freeze_backbone and not config.weights.vision_lora:
         checkpoint.model.keep_only(torch.from_numpy(white_tile(checkpoint.tiling.tile_size)))
 
 
-def adapt(model: RewardModel, config: TrainConfig) -> None:
+def adapt(model: RewardModel, weights: WeightsConfig) -> None:
     """Add the adapters that the config asks for."""
-    if config.llm_lora:
-        add_lora(model.model.language_model, config, MAIN)
-    if config.vision_lora and model.model.vision_tower is not None:
-        add_lora(model.model.vision_tower, config, MAIN)
+    if weights.llm_lora:
+        add_lora(model.model.language_model, weights, MAIN)
+    if weights.vision_lora and model.model.vision_tower is not None:
+        add_lora(model.model.vision_tower, weights, MAIN)
 
 
-def freeze(model: RewardModel, *, llm: bool, backbone: bool, mlp: bool) -> None:
+def freeze(model: RewardModel, weights: WeightsConfig) -> None:
     """Take parts out of the training."""
-    parts = {"language_model": llm, "vision_tower": backbone, "multi_modal_projector": mlp}
-    for name, frozen in parts.items():
+    parts = ("language_model", "vision_tower", "multi_modal_projector")
+    for name, frozen in zip(parts, (weights.freeze_llm, weights.freeze_backbone, weights.freeze_mlp), strict=True):
         part = getattr(model.model, name)
         if part is not None:
             part.requires_grad_(not frozen)
@@ -148,7 +148,7 @@ def train_mode(model: RewardModel) -> None:
             part.eval()
 
 
-def proxy_file(config: TrainConfig) -> Path | None:
+def proxy_file(config: ProxyConfig) -> Path | None:
     """The file of precomputed margins, where `proxy_model` is one."""
     if not config.robust or config.proxy_model in ("full", "lora"):
         return None
@@ -158,19 +158,20 @@ def proxy_file(config: TrainConfig) -> Path | None:
 
 def check_proxy(config: TrainConfig) -> None:
     """Raise `ValueError` where the options of the proxy contradict each other."""
-    if not config.robust:
+    if not config.proxy.robust:
         return
-    if config.proxy_model == "lora" and not config.llm_lora:
+    if config.proxy.proxy_model == "lora" and not config.weights.llm_lora:
         raise ValueError("--proxy-model lora: model and proxy are adapters on frozen weights, add --llm-lora")
-    path = proxy_file(config)
+    path = proxy_file(config.proxy)
     if path and not path.is_file():
         raise ValueError(f"--proxy-model {path}: not `full`, `lora`, a folder or a file")
-    if path and config.pairs != "all":
+    if path and config.records.pairs != "all":
         raise ValueError(
-            f"--proxy-model {path}: margins are by pair of a whole record, not with --pairs {config.pairs}"
+            f"--proxy-model {path}: margins are by pair of a whole record, not with --pairs {config.records.pairs}"
         )
-    if path and len(config.data) != 1:
-        raise ValueError(f"--proxy-model {path}: margins are by record of one file, --data has {len(config.data)}")
+    number = len(config.records.data)
+    if path and number != 1:
+        raise ValueError(f"--proxy-model {path}: margins are by record of one file, --data has {number}")
 
 
 class ProxyMargins:

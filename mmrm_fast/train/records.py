@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmrm_fast.config import TrainConfig
+from mmrm_fast.config import RecordsConfig
 from mmrm_fast.data.mixture import duplicates, is_held_out, parse_sources, record_key, record_order
 from mmrm_fast.data.records import RecordError
 from mmrm_fast.data.samples import PreferenceDataset, fault
@@ -15,7 +15,7 @@ from mmrm_fast.data.workers import idle_workers, in_order
 from mmrm_fast.pairs import EvalSet
 from mmrm_fast.train import sharding
 
-ALWAYS_DECODED = 10_000
+MAX_DECODED = 10_000  # images are opened when checking sets of fewer records
 MAX_LISTED = 50
 WORTH_WORKERS = 2_000  # records; fewer are done before worker processes have started
 HELD_OUT = "held-out"
@@ -46,13 +46,19 @@ class Inputs:
 
 
 def open_inputs(
-    config: TrainConfig, eval_sets: list[EvalSet], open_files: Callable[..., PreferenceDataset], progress: Callable
+    config: RecordsConfig,
+    eval_sets: list[EvalSet],
+    open_files: Callable[..., PreferenceDataset],
+    progress: Callable,
+    *,
+    seed: int,
 ) -> Inputs:
     """Open every file, hold out `config.eval_fraction` of the training records, check what is to be checked.
 
     Args:
         open_files: the data set of some paths and an `overlong` policy.
         progress: (description, total) to a wrapper of an iteration, such as a progress bar.
+        seed: of the pairs that are taken at random.
 
     Raises:
         InputErrors: every checked record that cannot be used, unless `config.skip_bad`.
@@ -69,7 +75,7 @@ def open_inputs(
         eval_sets = [EvalSet(HELD_OUT, "iid", Path(sources.paths[0])), *eval_sets]
         eval_datasets = [held_out, *eval_datasets]
     count = partial(on_all_ranks, dtype=np.int64, progress=progress("counting pairs"))
-    inputs = Inputs(with_pairs(dataset, config, count), sources.weights, eval_sets, eval_datasets)
+    inputs = Inputs(with_pairs(dataset, config.pairs, count, seed), sources.weights, eval_sets, eval_datasets)
     check(inputs, config, progress)
     report_duplicates(inputs, config.check_records, progress)
     return inputs
@@ -86,15 +92,15 @@ def hold_out(
     return dataset.select(np.flatnonzero(~chosen)), held_out
 
 
-def with_pairs(dataset: PreferenceDataset, config: TrainConfig, count: Callable) -> PreferenceDataset:
-    """The training set with the pairs that `config.pairs` asks for; `count(function, n)` is its values for 0 to n-1."""
-    if config.pairs == "all":
+def with_pairs(dataset: PreferenceDataset, pairs: str, count: Callable, seed: int) -> PreferenceDataset:
+    """The training set with the pairs that `--pairs` asks for; `count(function, n)` is its values for 0 to n-1."""
+    if pairs == "all":
         return dataset
-    if config.pairs == "expand":
+    if pairs == "expand":
         return dataset.expanded(count(dataset.num_pairs, len(dataset)))
-    if not config.pairs.isdecimal() or not int(config.pairs):
-        raise ValueError(f"--pairs must be all, expand or a number of at least 1, got {config.pairs!r}")
-    return dataset.sampled(int(config.pairs), config.seed)
+    if not pairs.isdecimal() or not int(pairs):
+        raise ValueError(f"--pairs must be all, expand or a number of at least 1, got {pairs!r}")
+    return dataset.sampled(int(pairs), seed)
 
 
 def on_all_ranks(function: Callable[[int], int], count: int, dtype: type, progress: Callable) -> np.ndarray:
@@ -114,12 +120,12 @@ def helpers(count: int) -> int:
     return idle_workers() if count > WORTH_WORKERS else 0
 
 
-def check(inputs: Inputs, config: TrainConfig, progress: Callable) -> None:
+def check(inputs: Inputs, config: RecordsConfig, progress: Callable) -> None:
     """Check the first records of every data set, divided over the ranks; raise all errors at once."""
     errors = []
     for dataset in [inputs.dataset, *inputs.eval_datasets]:
         count = min(len(dataset), config.check_records)
-        decode = config.check or len(dataset) < ALWAYS_DECODED
+        decode = len(dataset) < MAX_DECODED
         mine = range(sharding.rank(), count, sharding.num_ranks())
         faults = in_order(partial(fault, dataset, decode=decode), [mine], num_workers=helpers(len(mine)))
         errors += filter(None, progress("checking records")(faults, total=len(mine)))

@@ -7,10 +7,11 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mmrm_fast.config import TrainConfig
+from mmrm_fast.config_file import options
 from mmrm_fast.data.records import RecordError
 from mmrm_fast.train import sharding
 from mmrm_fast.train.resume import damage_of, newest_good, read_progress
@@ -57,8 +58,8 @@ class Progress:
 
 
 def config_json(config: TrainConfig) -> dict:
-    """The config as it is saved with the run."""
-    return json.loads(json.dumps(asdict(config), default=str))
+    """The config as it is saved with the run: options by name, without their groups."""
+    return json.loads(json.dumps(options(config), default=str))
 
 
 def open_run(config: TrainConfig) -> tuple[Path | None, list[str]]:
@@ -69,15 +70,15 @@ def open_run(config: TrainConfig) -> tuple[Path | None, list[str]]:
     Raises:
         ValueError: the run folder cannot be written to, or holds a run that this would damage or cannot continue.
     """
-    folder = config.output_dir
+    folder = config.run.output_dir
     sharding.on_first_rank(lambda: require_writable(folder))
-    if config.resume is None:
-        sharding.on_first_rank(lambda: require_free(folder, config.overwrite))  # emptied when all is checked
+    if config.run.resume is None:
+        sharding.on_first_rank(lambda: require_free(folder, config.run.overwrite))  # emptied when all is checked
         return None, []
-    if config.resume == "auto":
+    if config.run.resume == "auto":
         path, problems = newest_good(folder / CHECKPOINTS)
     else:
-        path, problems = Path(config.resume), []
+        path, problems = Path(config.run.resume), []
         if path.resolve().parent != (folder / CHECKPOINTS).resolve():
             raise ValueError(f"--resume {path}: not a checkpoint of the run folder {folder}")
         sharding.on_first_rank(lambda: read_progress(path))
@@ -121,7 +122,7 @@ def remove_run(folder: Path) -> None:
 
 def require_same(config: TrainConfig, checkpoint: Path | None) -> None:
     """Raise `ValueError` where the run in the folder was of a different config."""
-    folder = config.output_dir
+    folder = config.run.output_dir
     if checkpoint is not None:
         before = read_progress(checkpoint)["config"]
     elif (folder / CONFIG).exists():

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.utils.logging import disable_progress_bar
 
-from mmrm_fast.config import TrainConfig
+from mmrm_fast.config import MemoryConfig
 from mmrm_fast.model.reward_model import RewardModel
 
 TIMEOUT = timedelta(minutes=10)
@@ -89,13 +89,13 @@ def on_first_rank(function: Callable[[], Any]) -> Any:
     return outcome[0]
 
 
-def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+def compute_dtype(config: MemoryConfig, device: torch.device) -> torch.dtype:
     """What models compute in."""
     automatic = "bfloat16" if device.type == "cuda" else "float32"
     return getattr(torch, automatic if config.dtype == "auto" else config.dtype)
 
 
-def shard(model: RewardModel, device: torch.device, config: TrainConfig) -> RewardModel:
+def shard(model: RewardModel, device: torch.device, config: MemoryConfig) -> RewardModel:
     """Checkpoint, compile and shard a model: one FSDP2 group a block, one a score head, the root for the rest.
 
     Trained weights are fp32 shards, reduced in fp32 and computed with in `config.dtype`, in which frozen weights are
@@ -129,7 +129,7 @@ def shard(model: RewardModel, device: torch.device, config: TrainConfig) -> Rewa
     return model
 
 
-def offloads(device: torch.device, config: TrainConfig) -> bool:
+def offloads(device: torch.device, config: MemoryConfig) -> bool:
     """Whether weights and optimizer state wait in host memory."""
     return config.cpu_offload and device.type != "cpu"
 

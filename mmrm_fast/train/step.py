@@ -1,8 +1,6 @@
 """One optimizer step: gradients of its micro-batches added up as sums, then scaled, clipped and applied once."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,7 +11,7 @@ from mmrm_fast.config import TrainConfig
 from mmrm_fast.data.packing import Packed, PackedBatch
 from mmrm_fast.train import sharding
 from mmrm_fast.train.loss import StepAccumulator, by_pair, preference_loss
-from mmrm_fast.train.optimizer import MovingAverage, gradient_norms, lr_factor, make_optimizer, scale_and_clip
+from mmrm_fast.train.optimizer import gradient_norms, lr_factor, make_optimizer, scale_and_clip
 from mmrm_fast.train.proxy import Branch, ProxyMargins, proxy_file
 
 
@@ -28,17 +26,17 @@ class Outcome:
 
 
 class Steps:
-    """The branches' optimizer, their moving average and what of a step is added up so far."""
+    """The branches' optimizer and what of a step is added up so far."""
 
     def __init__(self, branches: list[Branch], config: TrainConfig, device: torch.device):
         self.config, self.device = config, device
         self.main, self.proxy = branches[0], branches[1] if len(branches) > 1 else None
-        self.margins = ProxyMargins(proxy_file(config)) if proxy_file(config) else None
+        file = proxy_file(config.proxy)
+        self.margins = ProxyMargins(file) if file else None
         self.named = [{f"{branch.name}.{name}": p for name, p in branch.trained().items()} for branch in branches]
         self.parameters = [list(named.values()) for named in self.named]
         together = [parameter for parameters in self.parameters for parameter in parameters]
-        self.optimizer = make_optimizer(together, config)
-        self.average = MovingAverage(together, config.ema) if config.ema else None
+        self.optimizer = make_optimizer(together, config.optimizer)
         self.accumulator = StepAccumulator(device)
         self.sources: list[list[str]] = []  # of this rank's records, by micro-batch
 
@@ -48,8 +46,6 @@ class Steps:
         tensors = {f"model.{name}": parameter.detach() for name, parameter in named.items()}
         for name, parameter in named.items():
             tensors |= {f"{key}.{name}": value for key, value in self.optimizer.state[parameter].items()}
-        if self.average:
-            tensors |= {f"ema.{name}": value for name, value in zip(named, self.average.averages, strict=True)}
         return tensors
 
     def add(self, packed: Packed, step: int) -> None:
@@ -57,7 +53,7 @@ class Steps:
 
         The proxy's pass is over before the model's begins, so that the activations of one branch are held at a time.
         """
-        config, batch = self.config, packed.batch.to(self.device)
+        config, batch = self.config.loss, packed.batch.to(self.device)
         self.seed_noise(step)
         proxy_rewards = self.proxy_rewards(batch)
         rewards = self.main(batch.main, batch.tiles)
@@ -68,7 +64,7 @@ class Steps:
             proxy_rewards = torch.cat([margins, torch.zeros_like(margins)])
         loss = preference_loss(
             rewards, proxy_rewards, batch, sfc_mode=config.sfc_mode, label_smoothing=config.label_smoothing,
-            centering=config.center_rewards, warmup=step < config.sfc_warmup_steps, floor=config.sfc_floor,
+            centering=config.center_rewards,
         )  # fmt: skip
         loss.main.backward()
         margin_P = rewards[batch.pairs.chosen] - rewards[batch.pairs.rejected]
@@ -77,7 +73,7 @@ class Steps:
 
     def seed_noise(self, step: int) -> None:
         """Let dropout depend on seed, step, micro-batch and rank alone, so that no random state has to be kept."""
-        place = (self.config.seed, step, len(self.sources), sharding.rank())
+        place = (self.config.run.seed, step, len(self.sources), sharding.rank())
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1))
 
     def proxy_rewards(self, batch: PackedBatch) -> Tensor | None:
@@ -85,26 +81,26 @@ class Steps:
         if not self.proxy:
             return None
         rewards = self.proxy(batch.text, batch.text_tiles)
-        preference_loss(rewards, None, batch, label_smoothing=self.config.label_smoothing).main.backward()
+        preference_loss(rewards, None, batch, label_smoothing=self.config.loss.label_smoothing).main.backward()
         return rewards.detach()
 
     def apply(self, share: float) -> Outcome:
         """Scale, clip and apply the added-up gradients, unless they are not finite; `share` of the training is done."""
-        config = self.config
+        config, optimizer = self.config, self.config.optimizer
         totals = self.accumulator.totals(sharding.all_sum)
-        metrics = totals.metrics() | (totals.sfc_metrics() if config.robust else {})
-        scales = totals.gradient_scales(config.sfc_mode if config.robust else "standard")
+        metrics = totals.metrics() | (totals.sfc_metrics() if config.proxy.robust else {})
+        scales = totals.gradient_scales(config.loss.sfc_mode if config.proxy.robust else "standard")
         norms = gradient_norms(self.parameters, scales)
         metrics |= dict(zip(("grad_norm", "proxy_grad_norm"), norms, strict=False))
-        metrics["lr"] = config.lr * lr_factor(share, config.warmup_ratio, config.lr_schedule)
+        metrics["lr"] = optimizer.lr * lr_factor(share, optimizer.warmup_ratio, optimizer.lr_schedule)
         is_finite = all(map(math.isfinite, (metrics["loss"], *norms)))
         if is_finite:
-            scale_and_clip(self.parameters, scales, norms, max_norm=config.max_grad_norm, joint=config.clip == "joint")
+            scale_and_clip(
+                self.parameters, scales, norms, max_norm=optimizer.max_grad_norm, joint=optimizer.clip == "joint"
+            )
             for group in self.optimizer.param_groups:
                 group["lr"] = metrics["lr"]
             self.optimizer.step()
-            if self.average:
-                self.average.update()
         self.optimizer.zero_grad()
         return Outcome(metrics, is_finite, int(totals.sums["errors"]), totals.sums["save"] > 0)
 
@@ -112,15 +108,3 @@ class Steps:
         """Where this rank's records of the step came from; ready for the next step."""
         sources, self.sources = [source for micro in self.sources for source in micro], []
         return sources
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """The moving average in place of the weights, where there is one: what is evaluated and saved."""
-        if not self.average:
-            yield
-            return
-        self.average.swap()
-        try:
-            yield
-        finally:
-            self.average.swap()

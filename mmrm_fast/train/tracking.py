@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from mmrm_fast.config import TrainConfig
+from mmrm_fast.config_file import options
 from mmrm_fast.files import finite, write_text
 from mmrm_fast.model.reward_model import RewardModel
 from mmrm_fast.pairs import judged_accuracy
@@ -34,7 +35,7 @@ class MetricsLog:
         for name in (METRICS, EVALUATIONS):
             keep_until(folder / name, step)
         trackers = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "mlflow": MLflow}
-        self.trackers = [trackers[name](folder, config, step) for name in config.report_to]
+        self.trackers = [trackers[name](folder, config, step) for name in config.run.report_to]
 
     def step(self, row: dict[str, Any]) -> None:
         """One optimizer step."""
@@ -87,7 +88,7 @@ class WeightsAndBiases:
         except ImportError:
             raise ValueError("--report-to wandb: pip install wandb") from None
         self.run = wandb.init(
-            project="mmrm_fast", name=folder.name, dir=str(folder), config=vars(config),
+            project="mmrm_fast", name=folder.name, dir=str(folder), config=options(config),
             id=str(folder.resolve()).replace(os.sep, "-")[-64:], resume="allow",
         )  # fmt: skip
 

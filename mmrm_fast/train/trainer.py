@@ -62,11 +62,12 @@ class Trainer:
     def __init__(self, config: TrainConfig, eval_sets: list[EvalSet], device: torch.device, start: Path | None):
         self.config, self.device, self.start = config, device, start
         self.is_main = sharding.rank() == 0
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.run.seed)
         self.branches = make_branches(config, device)
         self.main, self.proxy = self.branches[0], self.branches[1] if len(self.branches) > 1 else None
         unchecked = {"check_records": 0} if start else {}  # they were checked when the run began
-        self.inputs = open_inputs(replace(config, **unchecked), eval_sets, self.open, self.progress_bar)
+        records = replace(config.records, **unchecked)
+        self.inputs = open_inputs(records, eval_sets, self.open, self.progress_bar, seed=config.run.seed)
         self.undecoded: list[RecordError] = []  # this rank's
         self.progress = Progress(config_json(config))
         self.steps = Steps(self.branches, config, device)
@@ -76,11 +77,11 @@ class Trainer:
 
     def open(self, paths: tuple[str | Path, ...], overlong: str) -> PreferenceDataset:
         """The preference records of some files, encoded for both branches."""
-        files = [RecordFile(path, self.config.image_root, need_pairs=True) for path in paths]
+        files = [RecordFile(path, self.config.records.image_root, need_pairs=True) for path in paths]
         checkpoint = self.main.checkpoint
         return PreferenceDataset(
             files, checkpoint.prompt_encoder(), checkpoint.tiling, overlong=overlong, with_text=self.proxy is not None,
-            proxy_image=self.config.proxy_image, inputs=self.config.inputs,
+            proxy_image=self.config.proxy.proxy_image, inputs=self.config.batch.inputs,
         )  # fmt: skip
 
     def progress_bar(self, description: str):
@@ -89,11 +90,11 @@ class Trainer:
 
     def run(self) -> Path:
         """The whole run, from where it starts to its end or to a SIGTERM."""
-        folder = self.config.output_dir
+        folder = self.config.run.output_dir
         if self.start is not None:
             self.restore(self.start)
         sharding.on_first_rank(self.open_folder)
-        self.checkpoints = Checkpoints(folder / CHECKPOINTS, keep=self.config.keep)
+        self.checkpoints = Checkpoints(folder / CHECKPOINTS, keep=self.config.run.keep)
         try:
             with terminations() as self.received:
                 self.train_steps()
@@ -109,9 +110,9 @@ class Trainer:
 
     def open_folder(self) -> None:
         """The run folder, its config and its metrics; on the first rank."""
-        folder = self.config.output_dir
+        folder = self.config.run.output_dir
         folder.mkdir(parents=True, exist_ok=True)
-        if self.config.overwrite and self.config.resume is None:
+        if self.config.run.overwrite and self.config.run.resume is None:
             remove_run(folder)
         remove_unfinished(folder)
         require_space(folder, self.steps.tensors())
@@ -129,7 +130,7 @@ class Trainer:
 
     def train_steps(self) -> None:
         """Every optimizer step that is left, with a progress bar over the records."""
-        progress, total = self.progress, int(self.config.epochs * len(self.inputs.dataset))
+        progress, total = self.progress, int(self.config.optimizer.epochs * len(self.inputs.dataset))
         self.saved_at = started = time.perf_counter()
         waited = 0.0
         self.train_mode()
@@ -154,16 +155,16 @@ class Trainer:
                 self.evaluate_when_due(bar)
                 self.save_when_due()
                 started, waited = time.perf_counter(), 0.0
-                if progress.step == self.config.max_steps:
+                if progress.step == self.config.optimizer.max_steps:
                     break
         if not progress.step:
-            raise ValueError(f"{', '.join(map(str, self.config.data))}: no pair to train on")
+            raise ValueError(f"{', '.join(map(str, self.config.records.data))}: no pair to train on")
 
     def batches_left(self, total: int) -> Iterator[Packed]:
         """The micro-batches from where the run is to its end."""
-        if self.progress.step == self.config.max_steps:
+        if self.progress.step == self.config.optimizer.max_steps:
             return iter(())
-        order = self.inputs.order(total, self.config.seed)
+        order = self.inputs.order(total, self.config.run.seed)
         return self.loader(self.inputs.dataset, order, start=self.progress.consumed)
 
     def end_when_told(self) -> None:
@@ -182,15 +183,14 @@ class Trainer:
 
     def evaluate_when_due(self, bar: tqdm) -> None:
         """Evaluate every `eval_every` steps, and after resuming where that did not happen any more."""
-        step, every = self.progress.step, self.config.eval_every
+        step, every = self.progress.step, self.config.run.eval_every
         if every and step and step % every == 0 and self.progress.evaluated != step:
-            with self.steps.averaged():
-                self.log_evaluation(self.figures(self.evaluate()), bar)
+            self.log_evaluation(self.figures(self.evaluate()), bar)
             self.progress.evaluated = step
 
     def save_when_due(self) -> None:
         """Write a checkpoint every `save_every` steps and `save_minutes` minutes."""
-        every = self.config.save_every
+        every = self.config.run.save_every
         if self.save_asked or (every and self.progress.step % every == 0):
             self.save_progress()
 
@@ -210,7 +210,7 @@ class Trainer:
         self, dataset: PreferenceDataset, order: np.ndarray, *, training: bool = True, start: int = 0
     ) -> Iterator[Packed]:
         """This rank's packed micro-batches over `order`, prepared by worker processes."""
-        config, on_gpu = self.config, self.device.type == "cuda"
+        config, on_gpu, num_workers = self.config.batch, self.device.type == "cuda", self.config.run.num_workers
         budget = config.tokens_per_micro_batch * sharding.num_ranks() * EVALUATED_TOGETHER
         return load(
             dataset,
@@ -223,13 +223,13 @@ class Trainer:
             rank=sharding.rank(),
             num_ranks=sharding.num_ranks(),
             gather=sharding.gather_lists,
-            num_workers=4 * on_gpu if config.num_workers is None else config.num_workers,
+            num_workers=4 * on_gpu if num_workers is None else num_workers,
             pin_memory=on_gpu,
         )
 
     def note(self, notes: Notes, *, training: bool) -> None:
         """Keep account of records that cannot be used, or stop; in training also of what is not trained on."""
-        if notes.errors and not self.config.skip_bad:
+        if notes.errors and not self.config.records.skip_bad:
             raise InputErrors(list(notes.errors), "mend them, or pass --skip-bad to leave such records out")
         self.progress.skip([*notes.errors, *(notes.dropped if training else ())])
         if training:
@@ -239,7 +239,7 @@ class Trainer:
     def share(self, before: int, after: int, total: int) -> float:
         """How far the training is, 0 to 1, in the middle of a step."""
         by_records = (before + after) / 2 / total
-        max_steps = self.config.max_steps
+        max_steps = self.config.optimizer.max_steps
         return max(by_records, (self.progress.step + 0.5) / max_steps) if max_steps else by_records
 
     def train_mode(self) -> None:
@@ -255,7 +255,7 @@ class Trainer:
     def optimizer_step(self, share: float) -> dict:
         """Apply the step's gradients; its metrics."""
         minutes = (time.perf_counter() - self.saved_at) / 60
-        if self.is_main and self.config.save_minutes and minutes >= self.config.save_minutes:
+        if self.is_main and self.config.run.save_minutes and minutes >= self.config.run.save_minutes:
             self.steps.accumulator.request("save")  # in the sums, as only one rank's clock counts
         outcome = self.steps.apply(share)
         self.save_asked = outcome.save_asked
@@ -269,7 +269,7 @@ class Trainer:
         progress = self.progress
         progress.bad_steps = 0 if is_finite else progress.bad_steps + 1
         progress.counts["steps skipped: loss or gradient not finite"] += not is_finite
-        if progress.bad_steps and progress.bad_steps >= self.config.max_bad_steps:
+        if progress.bad_steps and progress.bad_steps >= self.config.optimizer.max_bad_steps:
             sources = sharding.gather_lists(sources)
             listed = ", ".join(sources[:MAX_LISTED]) + (" ..." if len(sources) > MAX_LISTED else "")
             raise FloatingPointError(
@@ -279,7 +279,7 @@ class Trainer:
 
     def refuse_undecoded(self) -> None:
         """Images that could not be decoded, on any rank: stop on all of them, unless `skip_bad`."""
-        if self.config.skip_bad:
+        if self.config.records.skip_bad:
             return
         errors = sharding.gather_lists(self.undecoded)
         if errors:
@@ -292,7 +292,7 @@ class Trainer:
         row |= self.rates(row, seconds)
         self.log.step(row)
         shown = {"loss": row["loss"], "acc": row["accuracy"], "sharing": row["sharing"]}
-        shown |= {"sfc": row["sfc_mean"]} if self.config.robust else {}
+        shown |= {"sfc": row["sfc_mean"]} if self.config.proxy.robust else {}
         figures = [f"{name} {value:.3f}" for name, value in shown.items()]
         bar.set_postfix_str(", ".join([*figures, f"{row['tokens_per_second']:,.0f} tok/s"]))
 
@@ -333,7 +333,7 @@ class Trainer:
             self.log.evaluation(self.progress.step, results)
             judged = (f"{name} {judged_accuracy(figures):.1%}" for name, figures in results.items())
             bar.write(f"step {self.progress.step}: " + ", ".join(judged))
-        value = best_figure(results, self.config.best)
+        value = best_figure(results, self.config.run.best)
         if value is not None and (self.progress.best is None or value > self.progress.best):
             self.progress.best = value
             self.save_weights({MAIN: "best"})
@@ -345,17 +345,16 @@ class Trainer:
                 continue
             state = branch.state()
             if self.is_main:
-                with whole_folder(self.config.output_dir / names[branch.name], replace=True) as folder:
+                with whole_folder(self.config.run.output_dir / names[branch.name], replace=True) as folder:
                     save_checkpoint(folder, branch.checkpoint, state)
 
     def finish(self) -> None:
         """The last evaluation, final/ (and proxy/), results.json and skipped.jsonl, and the table."""
-        folder = self.config.output_dir
-        if (self.start or self.config.save_every) and self.checkpoints.saving_step != self.progress.step:
+        folder = self.config.run.output_dir
+        if (self.start or self.config.run.save_every) and self.checkpoints.saving_step != self.progress.step:
             self.save_progress()
-        with self.steps.averaged():
-            rows = self.evaluate()
-            self.save_weights({MAIN: "final", PROXY: "proxy"})
+        rows = self.evaluate()
+        self.save_weights({MAIN: "final", PROXY: "proxy"})
         self.progress.skip(sharding.gather_lists(self.undecoded))
         if not self.is_main:
             return

@@ -8,7 +8,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from mmrm_fast.config import TrainConfig
+from mmrm_fast.config import WeightsConfig
 from mmrm_fast.model.lora import MAIN, PROXY, activate, add_lora
 
 TOKENS, HIDDEN, RANK = 7, 12, 4
@@ -34,7 +34,7 @@ def make_blocks():
         torch.manual_seed(0)
         part = nn.Module()
         part.layers = nn.ModuleList([Block()]).to(dtype)
-        config = TrainConfig(lora_r=RANK, lora_alpha=6.0, **options)
+        config = WeightsConfig(lora_r=RANK, lora_alpha=6.0, **options)
         for name in (MAIN, PROXY):
             add_lora(part, config, name)
         for key, parameter in part.named_parameters():

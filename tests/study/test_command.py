@@ -227,9 +227,9 @@ def test_every_method_is_options_of_train(method, files, tmp_path):
     environments = command.chosen_environments(files)
     arguments = command.command(Cell(method, "b", 7), environments, config)
     parsed = cli(TrainConfig, args=arguments[arguments.index("train") + 1 :])
-    assert (parsed.robust, parsed.seed, parsed.max_tiles) == (method != "standard", 7, 6)
-    assert parsed.data == (str(environments["b"].train),)
-    assert [spec.split("=")[0] for spec in (*parsed.eval, *parsed.eval_ood)] == ["iid", "a", "c"]
+    assert (parsed.proxy.robust, parsed.run.seed, parsed.batch.max_tiles) == (method != "standard", 7, 6)
+    assert parsed.records.data == (str(environments["b"].train),)
+    assert [spec.split("=")[0] for spec in (*parsed.records.eval, *parsed.records.eval_ood)] == ["iid", "a", "c"]
 
 
 def test_several_ranks_are_started_by_torchrun(files, tmp_path):
@@ -265,5 +265,5 @@ def test_an_environment_that_cannot_be_is_named(spec, write_jsonl):
 
 
 def test_an_unknown_method_is_answered_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"robust-normalized"):
+    with pytest.raises(ValueError, match=r"robust-balanced"):
         command.chosen_methods("standard,robst")

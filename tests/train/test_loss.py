@@ -46,12 +46,6 @@ def test_weights_lie_between_the_least_and_one():
     assert weight.tolist() == pytest.approx([1.0, 2 * LEAST_WEIGHT, LEAST_WEIGHT])
 
 
-def test_warm_up_and_floor_hold_the_weight():
-    for options, held in (({"warmup": True}, 0.5), ({"floor": 0.2}, 0.2)):
-        loss = preference_loss(rewards([0.0]), rewards([5.0]), batch(1), sfc_mode="balanced", **options)
-        assert loss.sfc.item() == held
-
-
 def test_centering_which_the_mean_weight_would_rescale_is_refused():
     with pytest.raises(ValueError, match="centering"):
         preference_loss(rewards([0.0]), rewards([0.0]), batch(1), sfc_mode="balanced", centering=0.1)

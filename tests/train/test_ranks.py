@@ -58,8 +58,8 @@ def test_two_and_four_ranks_equal_one(make_way, way):
     assert run_ranks(train, four, world=4) == [0, 0, 0, 0]
     assert len(losses(one)) == 3 and losses(one)[0] != losses(one)[1]
     for config in (two, four):
-        assert losses(config.output_dir) == pytest.approx(losses(one), abs=1e-4)
-        assert margins(config.output_dir) == pytest.approx(margins(one), abs=1e-3)
+        assert losses(config.run.output_dir) == pytest.approx(losses(one), abs=1e-4)
+        assert margins(config.run.output_dir) == pytest.approx(margins(one), abs=1e-3)
 
 
 MEMORY = {
@@ -75,14 +75,14 @@ def test_memory_options_do_not_change_two_adapters_on_one_model(make_way, option
     """The hardest case: a layer that recomputes with the other branch's adapter gives wrong gradients silently."""
     plain, config = train(make_way("plain", "proxy lora")), make_way("option", "proxy lora", **MEMORY[option])
     assert run_ranks(train, config) == [0, 0]
-    assert losses(config.output_dir) == pytest.approx(losses(plain), abs=1e-5)
+    assert losses(config.run.output_dir) == pytest.approx(losses(plain), abs=1e-5)
 
 
 def test_replicas_that_are_shards_themselves_equal_one_rank(make_way):
     one, rows = train(make_way("one", "robust")), make_way("rows", "robust", replicas=2)
     assert run_ranks(train, rows, world=4) == [0, 0, 0, 0]
-    assert losses(rows.output_dir) == pytest.approx(losses(one), abs=1e-4)
-    assert margins(rows.output_dir) == pytest.approx(margins(one), abs=1e-3)
+    assert losses(rows.run.output_dir) == pytest.approx(losses(one), abs=1e-4)
+    assert margins(rows.run.output_dir) == pytest.approx(margins(one), abs=1e-3)
 
 
 def test_replicas_must_divide_the_ranks(make_way):
@@ -130,7 +130,7 @@ def test_the_white_tile_passes_a_frozen_vision_tower_once(make_way):
 
 def test_a_file_of_margins_is_what_an_evaluation_of_the_training_file_wrote(make_way, make_config):
     first = make_way("first", "robust", max_steps=None)
-    robust = train(make_way("first", "robust", max_steps=None, eval=(f"train={first.data[0]}",)))
+    robust = train(make_way("first", "robust", max_steps=None, eval=(f"train={first.records.data[0]}",)))
     folder = train(make_config("second", robust=True, proxy_model=str(robust / "eval-train.jsonl")))
     assert all(0 < row["sfc_mean"] < 1 for row in read(folder / "metrics.jsonl"))
     assert not (folder / "proxy").exists()
@@ -202,17 +202,6 @@ def test_clipping_by_branch_keeps_the_proxy_out_of_the_models_norm(make_way):
     options = {"max_grad_norm": 1e-3, "max_steps": 2}
     branch, joint = (train(make_way(clip, "robust", clip=clip, **options)) for clip in ("branch", "joint"))
     assert losses(branch)[0] == losses(joint)[0] and losses(branch)[1] != losses(joint)[1]
-
-
-def test_the_moving_average_is_what_is_evaluated_and_saved(make_way, pictures):
-    plain, averaged = train(make_way("plain", "standard")), train(make_way("average", "standard", ema=0.5))
-    assert losses(plain) == losses(averaged) and margins(plain) != margins(averaged)
-    record = mixed_records(pictures)[0]
-    scored = {key: record[key] for key in ("prompt", "img_path")} | {
-        "responses": [record["chosen"], record["rejected"]]
-    }
-    ((chosen, rejected),) = Scorer.from_pretrained(averaged / "final", device="cpu").score([scored])
-    assert chosen - rejected == pytest.approx(margins(averaged)[0], abs=1e-5)
 
 
 def test_the_best_weights_by_a_figure_are_kept(make_way):

@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import resource
 import signal
-from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from ranks import run_ranks
 from runs import losses, read
 from safetensors.torch import load_file
 
+from mmrm_fast.config_file import with_options
 from mmrm_fast.train.resume import SealingWriter, not_kept
 from mmrm_fast.train.trainer import Trainer, train
 
@@ -70,9 +70,9 @@ def test_killed_runs_resume_to_bitwise_the_same_end(make_config):
     config = make_config("killed", resume="auto", **options)
     for moment in MOMENTS:
         assert in_child(train_until, moment, config) == -signal.SIGKILL, moment
-        assert not (config.output_dir / "final").exists()
+        assert not (config.run.output_dir / "final").exists()
     same_runs(whole, train(config))
-    names = sorted(path.name for path in (config.output_dir / "checkpoints").iterdir())
+    names = sorted(path.name for path in (config.run.output_dir / "checkpoints").iterdir())
     assert len(names) == 3 and not any("unfinished" in name for name in names)
 
 
@@ -82,7 +82,7 @@ def terminate_one(config):
 
     def terminating(self):
         step, evaluating = self.progress.step, not self.main.root.training
-        if os.environ["RANK"] == "1" and (evaluating if config.resume else step == 2):
+        if os.environ["RANK"] == "1" and (evaluating if config.run.resume else step == 2):
             os.kill(os.getpid(), signal.SIGTERM)
         end_when_told(self)
 
@@ -94,15 +94,15 @@ def test_sigterm_to_one_rank_saves_on_all_and_another_number_of_ranks_goes_on(ma
     options = {"robust": True, "epochs": 2, "eval_every": 4, "keep": 3, "ema": 0.9}
     whole, config = train(make_config("whole", **options)), make_config("stopped", **options)
     assert run_ranks(terminate_one, config) == [0, 0]
-    assert len(losses(config.output_dir)) == 2 and not (config.output_dir / "final").exists()
-    assert [path.name for path in (config.output_dir / "checkpoints").iterdir()] == ["step-00000002"]
-    assert run_ranks(terminate_one, replace(config, resume="auto")) == [0, 0]
-    assert len(losses(config.output_dir)) == 4 and not (config.output_dir / "evaluations.jsonl").exists()
-    train(replace(config, resume="auto"))
-    assert [row["step"] for row in read(config.output_dir / "evaluations.jsonl")] == [4]
-    assert losses(config.output_dir) == pytest.approx(losses(whole), abs=1e-4)
+    assert len(losses(config.run.output_dir)) == 2 and not (config.run.output_dir / "final").exists()
+    assert [path.name for path in (config.run.output_dir / "checkpoints").iterdir()] == ["step-00000002"]
+    assert run_ranks(terminate_one, with_options(config, resume="auto")) == [0, 0]
+    assert len(losses(config.run.output_dir)) == 4 and not (config.run.output_dir / "evaluations.jsonl").exists()
+    train(with_options(config, resume="auto"))
+    assert [row["step"] for row in read(config.run.output_dir / "evaluations.jsonl")] == [4]
+    assert losses(config.run.output_dir) == pytest.approx(losses(whole), abs=1e-4)
     torch.testing.assert_close(
-        *(load_file(f / "final" / "model.safetensors") for f in (config.output_dir, whole)), atol=1e-3, rtol=1e-3
+        *(load_file(f / "final" / "model.safetensors") for f in (config.run.output_dir, whole)), atol=1e-3, rtol=1e-3
     )
 
 
@@ -114,21 +114,21 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(make_co
     data = bytearray(part.read_bytes())
     data[len(data) // 2] ^= 1
     part.write_bytes(data)
-    same_runs(whole, train(replace(config, resume="auto")))
+    same_runs(whole, train(with_options(config, resume="auto")))
     said = capsys.readouterr().err
     assert f"{part}: damaged" in said and f"resuming from {before}" in said
 
-    for path in (config.output_dir / "checkpoints").iterdir():
+    for path in (config.run.output_dir / "checkpoints").iterdir():
         (path / "checkpoint.json").write_text("{")
     with pytest.raises(ValueError, match="no good checkpoint"):
-        train(replace(config, resume="auto"))
+        train(with_options(config, resume="auto"))
 
 
 def test_a_checkpoint_can_be_named(make_config):
     config = make_config("run", **OPTIONS)
     whole = train(make_config("whole", **OPTIONS))
     oldest = sorted((train(config) / "checkpoints").iterdir())[0]
-    same_runs(whole, train(replace(config, resume=str(oldest), output_dir=None)))
+    same_runs(whole, train(with_options(config, resume=str(oldest), output_dir=None)))
     with pytest.raises(ValueError, match="not a checkpoint of the run folder"):
         train(make_config("other", resume=str(oldest), **OPTIONS))
 
@@ -147,12 +147,12 @@ def test_a_run_folder_is_neither_overwritten_nor_continued_differently_by_accide
     with pytest.raises(ValueError, match=r"--resume auto continues it, --overwrite replaces it"):
         train(config)
     with pytest.raises(ValueError, match=r"lr 0\.001 -> 0\.002"):
-        train(replace(config, resume="auto", lr=2e-3))
-    assert losses(config.output_dir) == first
+        train(with_options(config, resume="auto", lr=2e-3))
+    assert losses(config.run.output_dir) == first
     with pytest.raises(ValueError, match="nowhere"):
-        train(replace(config, overwrite=True, data=("nowhere.jsonl",)))
-    assert losses(config.output_dir) == first and (config.output_dir / "final").exists()
-    replaced = train(replace(config, overwrite=True, max_steps=2))
+        train(with_options(config, overwrite=True, data=("nowhere.jsonl",)))
+    assert losses(config.run.output_dir) == first and (config.run.output_dir / "final").exists()
+    replaced = train(with_options(config, overwrite=True, max_steps=2))
     assert losses(replaced) != first and len(losses(replaced)) == 2
 
 
@@ -176,8 +176,8 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_is_a_warning_and_training_go
     size = (whole / "final" / "model.safetensors").stat().st_size
     assert in_child(train_with_small_files, config, size + 1000) == 0
     assert "warning: the checkpoint of step 2 could not be written: " in capfd.readouterr().err
-    assert not list((config.output_dir / "checkpoints").glob("step-????????"))
-    same_runs(whole, config.output_dir)
+    assert not list((config.run.output_dir / "checkpoints").glob("step-????????"))
+    same_runs(whole, config.run.output_dir)
 
 
 def test_what_was_skipped_before_is_told_after_resuming(make_config, write_jsonl, pictures, capsys):
@@ -187,8 +187,8 @@ def test_what_was_skipped_before_is_told_after_resuming(make_config, write_jsonl
     whole = train(make_config("whole", **options))
     config = make_config("run", **options)
     train(config)
-    train(replace(config, resume=str(sorted((config.output_dir / "checkpoints").iterdir())[0])))
-    assert read(config.output_dir / "skipped.jsonl") == read(whole / "skipped.jsonl")
+    train(with_options(config, resume=str(sorted((config.run.output_dir / "checkpoints").iterdir())[0])))
+    assert read(config.run.output_dir / "skipped.jsonl") == read(whole / "skipped.jsonl")
     assert len(read(whole / "skipped.jsonl")) == 8
-    same = [json.loads((f / "results.json").read_text()) for f in (whole, config.output_dir)]
+    same = [json.loads((f / "results.json").read_text()) for f in (whole, config.run.output_dir)]
     assert same[0] == same[1]

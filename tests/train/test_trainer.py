@@ -48,10 +48,10 @@ def test_two_ranks_equal_one(make_config, robust):
     one, two = train(make_config("one", **options)), make_config("two", **options)
     assert run_ranks(train, two) == [0, 0]
     assert [row["step"] for row in read(one / "evaluations.jsonl")][:2] == [2, 4]
-    assert losses(two.output_dir) == pytest.approx(losses(one), abs=1e-4)
-    assert margins(two.output_dir) == pytest.approx(margins(one), abs=1e-3)
-    assert margins(two.output_dir, "one") == pytest.approx(margins(one, "one"), abs=1e-3)
-    saved, whole = (load_file(folder / "final" / "model.safetensors") for folder in (two.output_dir, one))
+    assert losses(two.run.output_dir) == pytest.approx(losses(one), abs=1e-4)
+    assert margins(two.run.output_dir) == pytest.approx(margins(one), abs=1e-3)
+    assert margins(two.run.output_dir, "one") == pytest.approx(margins(one, "one"), abs=1e-3)
+    saved, whole = (load_file(folder / "final" / "model.safetensors") for folder in (two.run.output_dir, one))
     torch.testing.assert_close(saved, whole, atol=1e-3, rtol=1e-3)
 
 
@@ -65,11 +65,11 @@ def test_two_ranks_equal_one_where_they_have_nothing_in_common(make_config, writ
     one, two = train(make_config("one", **options)), make_config("two", **options)
     assert run_ranks(train, two) == [0, 0]
     assert [row["records"] for row in read(one / "metrics.jsonl")][-1] == 1
-    assert losses(two.output_dir) == pytest.approx(losses(one), abs=1e-4)
-    assert margins(two.output_dir) == pytest.approx(margins(one), abs=1e-3)
+    assert losses(two.run.output_dir) == pytest.approx(losses(one), abs=1e-4)
+    assert margins(two.run.output_dir) == pytest.approx(margins(one), abs=1e-3)
 
 
-@pytest.mark.parametrize("mode", ["normalized", "balanced"])
+@pytest.mark.parametrize("mode", ["reference", "balanced"])
 def test_micro_batches_do_not_change_the_training(make_config, mode):
     whole = train(make_config("whole", robust=True, sfc_mode=mode, tokens_per_micro_batch=400))
     parts = train(make_config("parts", robust=True, sfc_mode=mode, tokens_per_micro_batch=80))
@@ -101,7 +101,7 @@ def test_steps_can_be_a_number_of_pairs(make_config):
 
 
 def test_a_mixture_is_as_long_as_its_files_together(make_config, write_jsonl, pictures):
-    data = make_config("mixture").data[0]
+    data = make_config("mixture").records.data[0]
     other = write_jsonl(mixed_records(pictures)[:2], "other.jsonl")
     folder = train(make_config("mixture", data=(f"{data}:1", f"{other}:3"), eval=()))
     assert sum(row["records"] for row in read(folder / "metrics.jsonl")) == 13
@@ -145,7 +145,7 @@ def test_bad_records_stop_training_before_the_first_step_all_at_once(make_config
         (7, "string"),
     ]:
         assert any(f"bad.jsonl:{line}:" in text and reason in text for text in message.splitlines()), (line, message)
-    assert not config.output_dir.exists()
+    assert not config.run.output_dir.exists()
 
     folder = train(make_config("skipping", data=(str(data),), skip_bad=True))
     assert len(read(folder / "skipped.jsonl")) == 6
@@ -212,9 +212,9 @@ def test_ratings_that_are_not_numbers_are_counted(make_config, capsys):
 )
 def test_a_wrong_option_is_a_message_not_a_traceback(make_config, monkeypatch, capsys, arguments, reason):
     config = make_config("wrong")
-    places = {"data": config.data[0], "model": config.model}
+    places = {"data": config.records.data[0], "model": config.weights.model}
     monkeypatch.setattr(sys, "argv", ["mmrm-fast"])
-    assert main(["train", "--output-dir", str(config.output_dir), *(a.format(**places) for a in arguments)]) == 2
+    assert main(["train", "--output-dir", str(config.run.output_dir), *(a.format(**places) for a in arguments)]) == 2
     assert reason in capsys.readouterr().err
 
 
@@ -222,12 +222,11 @@ def test_learning_rate_warms_up_and_ends_at_zero():
     assert [lr_factor(share, 0.1) for share in (0.0, 0.05, 0.1, 0.55, 1.0)] == pytest.approx([0, 0.5, 1, 0.5, 0])
 
 
-def test_normalized_mode_divides_the_main_branch_by_the_mean_sfc():
+def test_balanced_mode_divides_the_main_branch_by_the_mean_weight():
     sums = dict.fromkeys(SUMS + COUNTS, 0.0) | {"weight": 8.0, "weighted_sfc": 2.0}
-    assert StepTotals(sums).gradient_scales("normalized") == (1 / 2, 1 / 8)
     assert StepTotals(sums).gradient_scales("balanced") == (1 / 2, 1 / 8)
     assert StepTotals(sums).gradient_scales("paper") == (1 / 8, 1 / 8)
-    assert StepTotals(dict.fromkeys(SUMS + COUNTS, 0.0)).gradient_scales("normalized") == (0.0, 0.0)
+    assert StepTotals(dict.fromkeys(SUMS + COUNTS, 0.0)).gradient_scales("balanced") == (0.0, 0.0)
 
 
 def test_the_frozen_vision_tower_does_not_change_and_the_rest_does(make_config, model_folder):
@@ -245,9 +244,9 @@ def test_the_frozen_vision_tower_does_not_change_and_the_rest_does(make_config, 
 def test_the_references_own_yaml_runs_with_paths_overridden(make_config, method, capsys):
     config = make_config(method)
     name = Path(__file__).parents[1] / "reference" / f"train_{method}_8B.yaml"
-    places = ["--model", str(config.model), "--data", *config.data, "--output-dir", str(config.output_dir)]
-    assert main(["train", "--config", str(name), *places]) == 0
+    places = ["--model", config.weights.model, "--data", *config.records.data, "--output-dir", config.run.output_dir]
+    assert main(["train", "--config", *map(str, [name, *places])]) == 0
     assert "deepspeed" in capsys.readouterr().out
-    rows = read(config.output_dir / "metrics.jsonl")
+    rows = read(config.run.output_dir / "metrics.jsonl")
     assert [row["pairs"] for row in rows] == [8, 8, 1]
     assert all(("proxy_grad_norm" in row) == (method == "robust") for row in rows)
