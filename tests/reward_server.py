@@ -3,12 +3,12 @@
 import base64
 import io
 import threading
-import time
 from contextlib import contextmanager
 
 import numpy as np
 import uvicorn
 from PIL import Image
+from runs import wait_until
 
 from mmrm_fast.serve.api import RewardService, make_app
 from mmrm_fast.serve.guard import Limits
@@ -22,13 +22,12 @@ def running(scorer, *, limits: Limits | None = None, image_root=None, token=None
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
-    while not server.started:
-        time.sleep(0.01)
+    wait_until(lambda: server.started or not thread.is_alive(), "the server does not start")
     try:
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
-        thread.join()
+        thread.join(timeout=60)
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (120, 60)) -> bytes:

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import time
 
 
 def mixed_records(pictures):
@@ -50,4 +51,13 @@ def descendants(root, name):
         pid = below.pop()
         below += children.get(pid, [])
         found += [pid] * (name in commands[pid])
+    return found
+
+
+def wait_until(condition, what, *, seconds=120, every=0.05):
+    """What `condition` gives as soon as it is true; AssertionError with `what` (called, where it can be) by then."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"not within {seconds} seconds: {what() if callable(what) else what}"
+        time.sleep(every)
     return found

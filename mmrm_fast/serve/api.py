@@ -1,10 +1,8 @@
 """The HTTP API around one scorer: OpenRLHF's and vLLM's reward endpoints, a page, health and metrics."""
 
 import asyncio
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 from fastapi import FastAPI, Request
@@ -21,8 +19,8 @@ from mmrm_fast.data.samples import Sample
 from mmrm_fast.score.scorer import Scored, Scorer, join
 from mmrm_fast.serve import protocols
 from mmrm_fast.serve.batcher import Batcher
-from mmrm_fast.serve.guard import Guard, Limits, Metrics
-from mmrm_fast.serve.refusals import Refused, refusal
+from mmrm_fast.serve.guard import Guard, Limits, Refused, refusal
+from mmrm_fast.serve.metrics import Metrics
 
 CHARACTERS_PER_TOKEN = 8  # more text than this a token is not even tokenised
 PAGE_POLICY = (
@@ -121,14 +119,13 @@ def make_app(service: RewardService, token: str | None = None) -> FastAPI:
     """The ASGI application of one replica."""
     app = FastAPI(title="mmrm_fast reward server", version=__version__, redoc_url=None)
     add_openrlhf(app, service)
-    add_vllm(app, service)
+    for endpoint in protocols.VLLM:
+        add_vllm(app, service, endpoint)
     add_pages(app, service)
     app.add_exception_handler(RequestValidationError, invalid_request)
     app.add_exception_handler(HTTPException, http_error)
-    app.add_exception_handler(Exception, server_error)
     for kind in (RecordError, PromptError):
         app.add_exception_handler(kind, invalid_record)
-    app.add_exception_handler(Refused, lambda request, error: refusal(error.status, error.message, error.field))
     paths = frozenset(route.path for route in app.routes)
     app.add_middleware(Guard, limits=service.limits, metrics=service.metrics, token=token, paths=paths)
     return app
@@ -144,47 +141,18 @@ def add_openrlhf(app: FastAPI, service: RewardService) -> None:
         return protocols.reward_answer(answer.rewards, answer.truncated)
 
 
-def add_vllm(app: FastAPI, service: RewardService) -> None:
-    """vLLM's pooling endpoints."""
+def add_vllm(app: FastAPI, service: RewardService, endpoint: protocols.Endpoint) -> None:
+    """One of vLLM's pooling endpoints."""
 
-    async def values(records: list[dict], use_activation: bool | None) -> tuple[Answer, list[float]]:
-        answer = await service.score(records)
-        return answer, list(map(protocols.activation(use_activation), answer.rewards))
-
-    @app.post("/classify", responses=REFUSALS, tags=["vLLM"])
-    async def classify(request: protocols.InputRequest) -> dict:
-        """The reward of each input as the one class's `probs`; raw unless `use_activation` asks for the sigmoid."""
-        records = await asyncio.to_thread(protocols.input_records, request, service.reader)
-        answer, rewards = await values(records, request.use_activation)
-        return protocols.envelope("classify", service.name, answer.num_tokens) | {
-            "data": protocols.classify_data(rewards)
-        }
-
-    @app.post("/pooling", responses=REFUSALS, tags=["vLLM"])
-    async def pooling(request: protocols.InputRequest) -> dict:
-        """The reward of each input as a vector of one."""
-        records = await asyncio.to_thread(protocols.input_records, request, service.reader)
-        answer, rewards = await values(records, request.use_activation)
-        return protocols.envelope("pool", service.name, answer.num_tokens) | {"data": protocols.pooling_data(rewards)}
-
-    @app.post("/score", responses=REFUSALS, tags=["vLLM"])
-    async def score(request: protocols.ScoreRequest) -> dict:
-        """The reward of each document as a response to its query."""
-        answer, rewards = await values(protocols.score_records(request), request.use_activation)
-        return protocols.envelope("score", service.name, answer.num_tokens) | {"data": protocols.score_data(rewards)}
-
-    @app.post("/rerank", responses=REFUSALS, tags=["vLLM"])
-    async def rerank(request: protocols.RerankRequest) -> dict:
-        """Best-of-N: the documents as responses to the query, best first."""
-        records = protocols.rerank_records(request)
-        answer, rewards = await values(records, request.use_activation)
-        results = protocols.rerank_results(request, records[0]["responses"], rewards)
-        return protocols.envelope("rerank", service.name, answer.num_tokens) | {"results": results}
+    @app.post(endpoint.path, responses=REFUSALS, tags=["vLLM"], description=endpoint.answer.__doc__)
+    async def respond(request: endpoint.body) -> dict:
+        answer = await service.score(await asyncio.to_thread(endpoint.records, request, service.reader))
+        return endpoint.respond(request, answer.rewards, model=service.name, num_tokens=answer.num_tokens)
 
 
 def add_pages(app: FastAPI, service: RewardService) -> None:
     """The page, health and metrics."""
-    page = (files("mmrm_fast") / "assets" / "page.html").read_text(encoding="utf-8")
+    page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 
     @app.get("/", include_in_schema=False)
     async def index() -> HTMLResponse:
@@ -226,9 +194,3 @@ async def http_error(request: Request, error: HTTPException) -> JSONResponse:
     response = refusal(error.status_code, str(error.detail))
     response.headers.update(error.headers or {})
     return response
-
-
-async def server_error(request: Request, error: Exception) -> JSONResponse:
-    """500 for a fault of ours, which the log explains."""
-    logging.getLogger(__name__).error("request failed", exc_info=error)
-    return refusal(500, "the server failed; its log says why")

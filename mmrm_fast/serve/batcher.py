@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -27,6 +27,9 @@ class Waiting:
         return self.sample.group.prompt, self.sample.group.images
 
 
+Batch = list[list[Waiting]]  # the entries of one merged sample together
+
+
 class Batcher:
     """Batches what is waiting, oldest first, up to the scorer's token budget.
 
@@ -49,7 +52,7 @@ class Batcher:
         self.running: asyncio.Task | None = None
 
     async def score(self, samples: Sequence[Sample]) -> list[Scored | RecordError]:
-        """The outcome of each sample, in order; a cancelled call leaves the queue."""
+        """The outcome of each sample, in order; a cancelled call leaves the queue. Raises what the model raised."""
         self.running = self.running or asyncio.create_task(self.run())
         loop = asyncio.get_running_loop()
         entries = []
@@ -58,11 +61,14 @@ class Batcher:
             entries.append(Waiting(sample, loop.create_future(), shared, self.scorer.cost(sample) - shared))
         self.queue.extend(entries)
         self.arrived.set()
-        return list(await asyncio.gather(*(entry.outcome for entry in entries)))
+        outcomes = await asyncio.gather(*(entry.outcome for entry in entries), return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, Exception) and not isinstance(outcome, RecordError):
+                raise outcome
+        return outcomes
 
     async def run(self) -> None:
         """Batch without end: pack one batch while the one before it is in the model."""
-        loop = asyncio.get_running_loop()
         forward: asyncio.Future | None = None
         while True:
             await self.arrived.wait()
@@ -70,53 +76,74 @@ class Batcher:
                 await asyncio.sleep(self.max_delay)
             if not (batch := self.take()):
                 continue
-            packing = loop.run_in_executor(self.threads, self.scorer.pack, [merge(entries) for entries in batch])
+            packing = self.pack(batch)
             if forward is not None:
                 await forward
             forward = asyncio.ensure_future(self.finish(batch, packing))
 
-    async def finish(self, batch: list[list[Waiting]], packing: asyncio.Future) -> None:
+    def pack(self, batch: Batch) -> asyncio.Future:
+        """Begin to decode and pack a batch."""
+        samples = [merge(entries) for entries in batch]
+        return asyncio.get_running_loop().run_in_executor(self.threads, self.scorer.pack, samples)
+
+    async def finish(self, batch: Batch, packing: asyncio.Future) -> None:
         """Run a packed batch through the model and hand out what came of it."""
-        entries = [entry for merged in batch for entry in merged]
         try:
             packed = await packing
             loop = asyncio.get_running_loop()
             outcomes = await loop.run_in_executor(self.threads, self.scorer.score_packed, packed)
         except Exception as error:
-            for entry in entries:
-                if not entry.outcome.done():
-                    entry.outcome.set_exception(error)
-            return
+            return await self.finish_halves(batch, error)
         self.on_batch(packed.batch)
         for merged, outcome in zip(batch, outcomes, strict=True):
             for entry, own in zip(merged, unmerge(merged, outcome), strict=True):
                 if not entry.outcome.done():
                     entry.outcome.set_result(own)
 
+    async def finish_halves(self, batch: Batch, error: Exception) -> None:
+        """A batch that failed as a whole, half by half, so that only the entry at fault gets the error."""
+        entries = [entry for merged in batch for entry in merged if not entry.outcome.done()]
+        if len(entries) == 1:
+            entries[0].outcome.set_exception(error)
+            return
+        middle = len(entries) // 2
+        for half in filter(None, (entries[:middle], entries[middle:])):
+            again = by_key(half)
+            await self.finish(again, self.pack(again))
+
     def waiting_cost(self) -> int:
         """An upper bound of the work in the queue."""
         return sum(entry.shared_cost + entry.own_cost for entry in self.queue)
 
-    def take(self) -> list[list[Waiting]]:
+    def take(self) -> Batch:
         """The oldest entries that fit one batch, and whoever shares their prompt and images while there is room."""
-        budget, total = self.scorer.tokens_per_micro_batch, 0
-        taken: dict[tuple, list[Waiting]] = {}
-        left: deque[Waiting] = deque()
-        full = False
+        budget, total, full = self.scorer.tokens_per_micro_batch, 0, False
+        keys, taken, left = set(), [], deque()
         for entry in self.queue:
             if entry.outcome.done():  # cancelled while it waited
                 continue
-            cost = entry.own_cost + (0 if entry.key in taken else entry.shared_cost)
-            full = full or (entry.key not in taken and bool(taken) and total + cost > budget)
-            if taken and (total + cost > budget or (full and entry.key not in taken)):
-                left.append(entry)
-            else:
-                taken.setdefault(entry.key, []).append(entry)
+            known = entry.key in keys
+            cost = entry.own_cost + (0 if known else entry.shared_cost)
+            fits = not taken or total + cost <= budget
+            full = full or not (known or fits)
+            if fits and (known or not full):
+                keys.add(entry.key)
+                taken.append(entry)
                 total += cost
+            else:
+                left.append(entry)
         self.queue = left
         if not left:
             self.arrived.clear()
-        return list(taken.values())
+        return by_key(taken)
+
+
+def by_key(entries: Iterable[Waiting]) -> Batch:
+    """Entries that share prompt and images together, in the order of the first of each."""
+    batch: dict[tuple, list[Waiting]] = {}
+    for entry in entries:
+        batch.setdefault(entry.key, []).append(entry)
+    return list(batch.values())
 
 
 def merge(entries: Sequence[Waiting]) -> Sample:

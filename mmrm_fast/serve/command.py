@@ -19,13 +19,13 @@ from mmrm_fast.config_file import options
 from mmrm_fast.score.cluster import gpus_each, ray_cluster
 from mmrm_fast.score.scorer import Scorer, batch_spread
 from mmrm_fast.serve.api import RewardService, make_app
-from mmrm_fast.serve.guard import Limits
-from mmrm_fast.serve.refusals import MAX_BODY
+from mmrm_fast.serve.guard import MAX_BODY, Limits
 
 APP = "mmrm_fast"
 LOCAL = ("127.0.0.1", "localhost", "::1")
 CPUS_PER_REPLICA = 2
 PROXY_SECONDS = 5.0  # that the proxy waits longer than a replica may take: the replica's answer says more
+LOAD_SECONDS = 5  # that a load lasts before a copy of the model is added
 HEALTH_SECONDS = 2  # between checks: a replica that died is missed so soon, and started again
 
 
@@ -120,7 +120,8 @@ def environment(metrics: str, config: ServeConfig) -> dict[str, str]:
     return {
         MAX_BODY: str(limits(config).body),
         "PROMETHEUS_MULTIPROC_DIR": metrics,
-        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "mmrm_fast.serve.refusals.proxy_middleware",
+        "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "mmrm_fast.serve.guard.proxy_middleware",
         "MALLOC_ARENA_MAX": "2",  # else glibc keeps what bodies and activations of dozens of threads once took
         "MALLOC_MMAP_THRESHOLD_": str(4 << 20),
     }
@@ -134,9 +135,9 @@ def start_replicas(config: ServeConfig, token: str | None) -> DeploymentHandle:
     scaling = {"num_replicas": count}
     if most > count:
         target = max(1, config.max_requests // 8)
-        scaling = {
-            "autoscaling_config": {"min_replicas": count, "max_replicas": most, "target_ongoing_requests": target}
-        }
+        bounds = {"min_replicas": count, "max_replicas": most, "target_ongoing_requests": target}
+        seconds = {"upscale_delay_s": LOAD_SECONDS, "look_back_period_s": LOAD_SECONDS}
+        scaling = {"autoscaling_config": bounds | seconds}
     deployment = ray_serve.deployment(
         Replica,
         name="reward",
@@ -144,6 +145,7 @@ def start_replicas(config: ServeConfig, token: str | None) -> DeploymentHandle:
         max_ongoing_requests=2 * config.max_requests,  # so that the replica itself refuses, with a reason
         max_queued_requests=config.max_requests,
         graceful_shutdown_timeout_s=config.timeout,
+        graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=HEALTH_SECONDS,
         **scaling,
     )

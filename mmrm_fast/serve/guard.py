@@ -1,21 +1,30 @@
-"""What stands between the network and the API: who may ask, how much, how long; one JSON reason for every refusal."""
+"""What stands between the network and the API: who may ask, how much, how long; one JSON reason for every refusal.
+
+`Guard` is in every replica, `ProxyGuard` in Ray's proxy before them; that process imports neither torch nor a model.
+"""
 
 import asyncio
 import hmac
+import logging
 import os
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess, values
 from starlette.datastructures import Headers
+from starlette.middleware import Middleware
+from starlette.responses import JSONResponse
 
-from mmrm_fast.data.packing import PackedBatch
-from mmrm_fast.serve.refusals import Refused, refusal
+if TYPE_CHECKING:
+    from mmrm_fast.serve.metrics import Metrics
 
 OPEN_PATHS = ("/", "/docs", "/openapi.json", "/healthz", "/readyz")
+PROBES = ("/healthz", "/readyz")
+PROBE_SECONDS = 5.0  # without a replica that is ready, Ray lets requests wait
 BODIES_IN_FLIGHT = 8  # full-size bodies that all requests together may hold in memory
+MAX_BODY = "MMRM_MAX_BODY"  # variable: bytes of a body, which Ray's proxy would hold before any replica counts them
+RAYS_TIMEOUT = 408
 
 
 @dataclass(frozen=True)
@@ -30,48 +39,26 @@ class Limits:
     pixels: int = 50_000_000  # of an image
 
 
-class Metrics:
-    """Prometheus metrics; with `PROMETHEUS_MULTIPROC_DIR` they are those of all replicas on the machine."""
+class Refused(Exception):
+    """A request that is answered with a status and a reason."""
 
-    def __init__(self):
-        self.registry = CollectorRegistry()
-        own = {"registry": self.registry, "namespace": "mmrm"}
-        self.requests = Counter("requests", "Requests by path and status.", ("path", "status"), **own)
-        self.seconds = Histogram("request_seconds", "Time from request to answer.", ("path",), **own)
-        self.in_flight = Gauge("requests_in_flight", "Requests at work.", multiprocess_mode="livesum", **own)
-        self.responses = Counter("responses", "Responses that got a reward.", **own)
-        self.tokens = Counter("tokens", "Tokens that went through the model.", **own)
-        self.tokens_unshared = Counter("tokens_unshared", "Tokens as if no prefix were shared.", **own)
-        self.batches = Counter("batches", "Forwards of the model.", **own)
-
-    def count_batch(self, batch: PackedBatch) -> None:
-        """Count one forward."""
-        self.batches.inc()
-        self.tokens.inc(len(batch.main.source_T))
-        self.tokens_unshared.inc(batch.main.num_tokens_unshared)
-
-    def render(self) -> bytes:
-        """The text that Prometheus reads."""
-        registry = self.registry
-        if values.ValueClass is not values.MutexValue:
-            registry = CollectorRegistry()
-            forget_dead(os.environ["PROMETHEUS_MULTIPROC_DIR"])
-            multiprocess.MultiProcessCollector(registry)
-        return generate_latest(registry)
+    def __init__(self, status: int, message: str, field: str | None = None):
+        super().__init__(message)
+        self.status, self.message, self.field = status, message, field
 
 
-def forget_dead(folder: str) -> None:
-    """Drop the gauges of replicas that were killed: what they had at work is no longer."""
-    for path in Path(folder).glob("gauge_live*_*.db"):
-        pid = int(path.stem.rpartition("_")[2])
-        if not Path(f"/proc/{pid}").exists():
-            multiprocess.mark_process_dead(pid, folder)
+def refusal(status: int, message: str, field: str | None = None) -> JSONResponse:
+    """The JSON of a refusal, in the form that OpenAI's and vLLM's clients know."""
+    headers = {"retry-after": "1"} if status in (429, 503) else {}
+    headers |= {"www-authenticate": "Bearer"} if status == 401 else {}
+    message = message.encode(errors="replace").decode()  # what was sent may hold lone surrogates
+    return JSONResponse({"error": {"code": status, "message": message, "param": field}}, status, headers)
 
 
 class Guard:
     """ASGI middleware: token, requests in flight, size and time of a body, before anything parses it.
 
-    A body is counted while it arrives and refused at the first byte over the limit.
+    A body is counted while it arrives and refused at the first byte over the limit. A fault of ours is logged, once.
 
     Args:
         app: what answers the requests that pass.
@@ -79,7 +66,7 @@ class Guard:
         paths: paths that metrics name; any other is "other".
     """
 
-    def __init__(self, app: Callable, *, limits: Limits, metrics: Metrics, token: str | None, paths: frozenset[str]):
+    def __init__(self, app: Callable, *, limits: Limits, metrics: "Metrics", token: str | None, paths: frozenset[str]):
         self.app, self.limits, self.metrics, self.token, self.paths = app, limits, metrics, token, paths
         self.num_requests = self.num_bytes = 0
 
@@ -87,7 +74,7 @@ class Guard:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         path = scope["path"] if scope["path"] in self.paths else "other"
-        started, status = time.perf_counter(), 500
+        started, status = time.perf_counter(), None
 
         async def send_noting_status(message: dict) -> None:
             nonlocal status
@@ -96,19 +83,25 @@ class Guard:
 
         try:
             await self.answer(scope, receive, send_noting_status)
+        except Refused as refused:
+            await refusal(refused.status, refused.message, refused.field)(scope, receive, send_noting_status)
+        except Exception:
+            if status is not None:  # too late for another answer
+                raise
+            logging.getLogger(__name__).exception("%s failed", path)
+            await refusal(500, "the server failed; its log says why")(scope, receive, send_noting_status)
         finally:
-            self.metrics.requests.labels(path, str(status)).inc()
+            self.metrics.requests.labels(path, str(status or 500)).inc()
             self.metrics.seconds.labels(path).observe(time.perf_counter() - started)
 
     async def answer(self, scope: dict, receive: Callable, send: Callable) -> None:
-        """Let the request through, or send the refusal."""
-        try:
-            if scope["path"] in OPEN_PATHS:
-                return await self.app(scope, receive, send)
-            self.check_token(Headers(scope=scope))
-            await self.admit(scope, receive, send)
-        except Refused as refused:
-            await refusal(refused.status, refused.message, refused.field)(scope, receive, send)
+        """Let the request through. Raises `Refused`."""
+        if scope["path"] in OPEN_PATHS:
+            return await self.app(scope, receive, send)
+        self.check_token(Headers(scope=scope))
+        if scope["path"] == "/metrics":  # what a full server shows too
+            return await self.app(scope, receive, send)
+        await self.admit(scope, receive, send)
 
     def check_token(self, headers: Headers) -> None:
         """Raise `Refused` unless the request carries the token; the comparison takes the same time for any guess."""
@@ -125,40 +118,38 @@ class Guard:
             raise Refused(429, f"{self.limits.requests} requests are waiting already; try again later")
         self.num_requests += 1
         self.metrics.in_flight.inc()
-        held = [0]
+        body = bytearray()
         try:
-            await asyncio.wait_for(self.read_and_answer(scope, receive, send, held), self.limits.seconds)
+            await asyncio.wait_for(self.read_and_answer(scope, receive, send, body), self.limits.seconds)
         except (TimeoutError, asyncio.TimeoutError):
             raise Refused(504, f"no answer within {self.limits.seconds:g} seconds") from None
         finally:
-            self.num_bytes -= held[0]
+            self.num_bytes -= len(body)
             self.num_requests -= 1
             self.metrics.in_flight.dec()
 
-    async def read_and_answer(self, scope: dict, receive: Callable, send: Callable, held: list[int]) -> None:
+    async def read_and_answer(self, scope: dict, receive: Callable, send: Callable, body: bytearray) -> None:
         """Read the body within its limits, then let the app answer."""
         declared = Headers(scope=scope).get("content-length", "0")
         if not declared.isdecimal() or int(declared) > self.limits.body:
             raise Refused(413, f"a body of {declared[:20]} bytes is over the limit of {self.limits.body}")
-        body = bytearray()
         more = True
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return
             chunk, more = message.get("body", b""), message.get("more_body", False)
-            self.hold(len(chunk), len(body), held)
+            self.check_room(len(body) + len(chunk), len(chunk))
+            self.num_bytes += len(chunk)
             body += chunk
         await self.app(scope, replay(bytes(body), receive), send)
 
-    def hold(self, size: int, before: int, held: list[int]) -> None:
-        """Account for `size` more bytes of a body. Raises `Refused` over a limit."""
-        if before + size > self.limits.body:
+    def check_room(self, size: int, more: int) -> None:
+        """Raise `Refused` where a body of this size, or so many more bytes of all bodies, are over a limit."""
+        if size > self.limits.body:
             raise Refused(413, f"a body of over {self.limits.body} bytes is over the limit")
-        if self.num_bytes + size > BODIES_IN_FLIGHT * self.limits.body:
+        if self.num_bytes + more > BODIES_IN_FLIGHT * self.limits.body:
             raise Refused(429, "too many large requests are waiting already; try again later")
-        self.num_bytes += size
-        held[0] += size
 
 
 def replay(body: bytes, receive: Callable) -> Callable[[], Awaitable[dict]]:
@@ -173,3 +164,56 @@ def replay(body: bytes, receive: Callable) -> Callable[[], Awaitable[dict]]:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return receive_again
+
+
+class ProxyGuard:
+    """ASGI middleware of Ray's proxy: where no replica answers, the client gets JSON and may ask again.
+
+    Ray itself answers in plain text when its queue is full or no replica is there, and not at all when the replica
+    that had the request dies. A body of over `max_body` bytes is cut off as a client that went away.
+    """
+
+    def __init__(self, app: Callable, max_body: int):
+        self.app, self.max_body = app, max_body
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        status, is_rays, size = None, False, 0
+
+        async def receive_within_limit() -> dict:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            return message if size <= self.max_body else {"type": "http.disconnect"}
+
+        async def send_unless_rays(message: dict) -> None:
+            nonlocal status, is_rays
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                kind = Headers(raw=message["headers"]).get("content-type", "")
+                is_rays = status >= 400 and not kind.startswith("application/json")
+            if not is_rays:
+                await send(message)
+
+        try:
+            limit = PROBE_SECONDS if scope["path"] in PROBES else None
+            await asyncio.wait_for(self.app(scope, receive_within_limit, send_unless_rays), limit)
+        except (TimeoutError, asyncio.TimeoutError):
+            status = None
+        if status is not None and not is_rays:
+            return
+        if size > self.max_body:
+            refused = refusal(413, f"a body of over {self.max_body} bytes is over the limit")
+        elif status is None:
+            refused = refusal(503, "no replica answered: it ended, or none is ready yet; try again")
+        elif status == RAYS_TIMEOUT:
+            refused = refusal(504, "no replica answered in time; try again later")
+        else:
+            refused = refusal(503, "the replicas are all busy, or none is ready; try again later")
+        await refused(scope, receive, send)
+
+
+def proxy_middleware() -> list[Middleware]:
+    """What Ray's proxy is told to load."""
+    return [Middleware(ProxyGuard, max_body=int(os.environ[MAX_BODY]))]

@@ -9,6 +9,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
@@ -54,6 +55,7 @@ class Parts(Body):
 
 
 Text = str | Parts
+TextList = Annotated[list[Text], Field(min_length=1, **BOUNDED)]
 Texts = Annotated[list[str], Field(min_length=1, **BOUNDED)]
 
 
@@ -66,36 +68,36 @@ class RewardRequest(Body):
     images: Annotated[list[Annotated[list[str], Field(**BOUNDED)]], Field(**BOUNDED)] | None = None
 
 
-class InputRequest(Body):
+class PoolingBody(Body):
+    """What vLLM's requests have in common.
+
+    Rewards are given raw, as vLLM does for models of `problem_type: regression`, unless the sigmoid is asked for.
+    """
+
+    model: str | None = None
+    use_activation: bool | None = Field(None, validation_alias=AliasChoices("use_activation", "activation"))
+
+
+class InputRequest(PoolingBody):
     """vLLM's /classify and /pooling: `input`, whole templated texts, or `messages`, the last of them the response."""
 
-    model: str | None = None
     input: str | Texts | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=2, **BOUNDED)] | None = None
-    use_activation: bool | None = Field(None, validation_alias=AliasChoices("use_activation", "activation"))
 
 
-class ScoreRequest(Body):
+class ScoreRequest(PoolingBody):
     """vLLM's /score: a query is a prompt, a document a response; one query to all documents, or one each."""
 
-    model: str | None = None
-    queries: Text | Annotated[list[Text], Field(min_length=1, **BOUNDED)] = Field(
-        validation_alias=AliasChoices("queries", "text_1")
-    )
-    documents: Text | Annotated[list[Text], Field(min_length=1, **BOUNDED)] = Field(
-        validation_alias=AliasChoices("documents", "text_2")
-    )
-    use_activation: bool | None = Field(None, validation_alias=AliasChoices("use_activation", "activation"))
+    queries: Text | TextList = Field(validation_alias=AliasChoices("queries", "text_1"))
+    documents: Text | TextList = Field(validation_alias=AliasChoices("documents", "text_2"))
 
 
-class RerankRequest(Body):
+class RerankRequest(PoolingBody):
     """vLLM's /rerank: the documents, responses to the query, best first."""
 
-    model: str | None = None
     query: Text
-    documents: Annotated[list[Text], Field(min_length=1, **BOUNDED)]
+    documents: TextList
     top_n: Annotated[int, Field(ge=0)] = 0
-    use_activation: bool | None = Field(None, validation_alias=AliasChoices("use_activation", "activation"))
 
 
 class QueryReader:
@@ -159,9 +161,9 @@ def without_end(text: str, tokens: Sequence[str]) -> str:
         end = at - len(token)
 
 
-def user(content: Content) -> list[dict]:
+def user(text: Text) -> list[dict]:
     """One user turn."""
-    return [{"role": "user", "content": plain(content)}]
+    return [{"role": "user", "content": plain(content_of(text))}]
 
 
 def plain(content: Content) -> str | list[dict]:
@@ -169,11 +171,11 @@ def plain(content: Content) -> str | list[dict]:
     return content if isinstance(content, str) else [part.model_dump() for part in content]
 
 
-def content_of(text: Text) -> Content:
+def content_of(text: Text | ChatMessage) -> Content:
     return text if isinstance(text, str) else text.content
 
 
-def response_text(text: Text, field: str) -> str:
+def response_text(text: Text | ChatMessage, field: str) -> str:
     """A response, which is text alone. Raises `PromptError`."""
     content = content_of(text)
     if isinstance(content, str):
@@ -208,76 +210,89 @@ def input_records(request: InputRequest, reader: QueryReader) -> list[dict]:
             raise PromptError("messages", "the last message must be the assistant's: it is what gets the reward")
         prompt = [{"role": turn.role, "content": plain(turn.content)} for turn in turns]
         return [{"prompt": prompt, "responses": [response_text(last, "messages")]}]
-    records = []
-    for text in [request.input] if isinstance(request.input, str) else request.input:
-        prompt, response = reader.read(text)
-        records.append({"prompt": prompt, "responses": [response]})
-    return records
+    queries = map(reader.read, [request.input] if isinstance(request.input, str) else request.input)
+    return [{"prompt": prompt, "responses": [response]} for prompt, response in queries]
 
 
-def score_records(request: ScoreRequest) -> list[dict]:
+def score_records(request: ScoreRequest, reader: QueryReader) -> list[dict]:
     """One record for one query, or one a pair of query and document. Raises `PromptError`."""
     queries = request.queries if isinstance(request.queries, list) else [request.queries]
     documents = request.documents if isinstance(request.documents, list) else [request.documents]
     responses = [response_text(document, "documents") for document in documents]
     if len(queries) == 1:
-        return [{"prompt": user(content_of(queries[0])), "responses": responses}]
+        return [{"prompt": user(queries[0]), "responses": responses}]
     if len(queries) != len(documents):
         raise PromptError("documents", f"{len(documents)} for {len(queries)} queries; send one query, or one each")
     pairs = zip(queries, responses, strict=True)
-    return [{"prompt": user(content_of(query)), "responses": [response]} for query, response in pairs]
+    return [{"prompt": user(query), "responses": [response]} for query, response in pairs]
 
 
-def rerank_records(request: RerankRequest) -> list[dict]:
+def rerank_records(request: RerankRequest, reader: QueryReader) -> list[dict]:
     """One record. Raises `PromptError`."""
     responses = [response_text(document, "documents") for document in request.documents]
-    return [{"prompt": user(content_of(request.query)), "responses": responses}]
+    return [{"prompt": user(request.query), "responses": responses}]
+
+
+def reward_answer(rewards: Sequence[float], truncated: Sequence[bool]) -> dict:
+    """OpenRLHF: raw rewards, their sigmoid as scores, and which responses were cut to the maximum length."""
+    logs = {"truncated": [float(cut) for cut in truncated]}
+    return {"rewards": list(rewards), "scores": list(map(sigmoid, rewards)), "extra_logs": logs}
+
+
+def classify_answer(request: InputRequest, values: Sequence[float]) -> dict:
+    """The reward of each input as the one class's `probs`; raw unless `use_activation` asks for the sigmoid."""
+    data = [{"index": i, "label": "LABEL_0", "probs": [value], "num_classes": 1} for i, value in enumerate(values)]
+    return {"data": data}
+
+
+def pooling_answer(request: InputRequest, values: Sequence[float]) -> dict:
+    """The reward of each input as a vector of one."""
+    return {"data": [{"index": i, "object": "pooling", "data": [value]} for i, value in enumerate(values)]}
+
+
+def score_answer(request: ScoreRequest, values: Sequence[float]) -> dict:
+    """The reward of each document as a response to its query."""
+    return {"data": [{"index": i, "object": "score", "score": value} for i, value in enumerate(values)]}
+
+
+def rerank_answer(request: RerankRequest, values: Sequence[float]) -> dict:
+    """Best-of-N: the documents as responses to the query, best first, `top_n` of them (0: all); ties as they came."""
+    order = sorted(range(len(values)), key=lambda i: -values[i])[: request.top_n or None]
+    texts = [response_text(request.documents[i], "documents") for i in order]
+    rows = zip(order, texts, strict=True)
+    return {"results": [{"index": i, "document": {"text": t}, "relevance_score": values[i]} for i, t in rows]}
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """One of vLLM's endpoints: `body` to `records`, their rewards to an `answer`."""
+
+    path: str
+    body: type[PoolingBody]
+    records: Callable[[Any, QueryReader], list[dict]]
+    answer: Callable[[Any, Sequence[float]], dict]
+
+    def respond(self, request: PoolingBody, rewards: Sequence[float], *, model: str, num_tokens: int) -> dict:
+        """The answer to a request, in what every vLLM answer carries."""
+        return {
+            "id": f"{self.path.strip('/')}-{uuid.uuid4().hex}",
+            "object": "list",
+            "created": int(time.time()),
+            "model": model,
+            "usage": {"prompt_tokens": num_tokens, "completion_tokens": 0, "total_tokens": num_tokens},
+            **self.answer(request, list(map(sigmoid, rewards)) if request.use_activation else rewards),
+        }
+
+
+VLLM = (
+    Endpoint("/classify", InputRequest, input_records, classify_answer),
+    Endpoint("/pooling", InputRequest, input_records, pooling_answer),
+    Endpoint("/score", ScoreRequest, score_records, score_answer),
+    Endpoint("/rerank", RerankRequest, rerank_records, rerank_answer),
+)
 
 
 def sigmoid(reward: float) -> float:
     """1 / (1 + exp(-reward)), without overflow."""
     small = math.exp(-abs(reward))
     return (1 if reward >= 0 else small) / (1 + small)
-
-
-def activation(use_activation: bool | None) -> Callable[[float], float]:
-    """Rewards are given raw, as vLLM does for models of `problem_type: regression`, unless the sigmoid is asked for."""
-    return sigmoid if use_activation else float
-
-
-def envelope(kind: str, model: str, num_tokens: int) -> dict:
-    """What every vLLM answer carries."""
-    return {
-        "id": f"{kind}-{uuid.uuid4().hex}",
-        "object": "list",
-        "created": int(time.time()),
-        "model": model,
-        "usage": {"prompt_tokens": num_tokens, "completion_tokens": 0, "total_tokens": num_tokens},
-    }
-
-
-def reward_answer(rewards: Sequence[float], truncated: Sequence[bool]) -> dict:
-    """OpenRLHF: raw rewards, their sigmoid as scores, and which responses were cut to the maximum length."""
-    logs = {"truncated": [float(cut) for cut in truncated]}
-    return {"rewards": list(rewards), "scores": [sigmoid(reward) for reward in rewards], "extra_logs": logs}
-
-
-def classify_data(values: Sequence[float]) -> list[dict]:
-    return [{"index": i, "label": "LABEL_0", "probs": [value], "num_classes": 1} for i, value in enumerate(values)]
-
-
-def pooling_data(values: Sequence[float]) -> list[dict]:
-    return [{"index": i, "object": "pooling", "data": [value]} for i, value in enumerate(values)]
-
-
-def score_data(values: Sequence[float]) -> list[dict]:
-    return [{"index": i, "object": "score", "score": value} for i, value in enumerate(values)]
-
-
-def rerank_results(request: RerankRequest, responses: Sequence[str], values: Sequence[float]) -> list[dict]:
-    """The responses, best first, `top_n` of them (0: all); ties stay in the order they came."""
-    order = sorted(range(len(values)), key=lambda i: -values[i])
-    return [
-        {"index": i, "document": {"text": responses[i]}, "relevance_score": values[i]}
-        for i in order[: request.top_n or None]
-    ]

@@ -3,6 +3,7 @@ that scoring the same records gives; requests that meet share what they have in 
 
 import asyncio
 import math
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -19,6 +20,7 @@ from mmrm_fast.serve.protocols import QueryReader, RerankRequest, RewardRequest,
 
 PROMPT = "What is in the picture?"
 RESPONSES = ["two red circles", "I think so.", "", "two red circles on the left"]
+POISON = "on which the model fails"
 EXACT = {"abs": 1e-5}
 
 
@@ -230,16 +232,22 @@ def group(number, *responses, prompt=PROMPT, images=()):
     return Group(f"file:{number}", number, None, prompt, None, images, responses)
 
 
-def outcomes_of(scorer, groups, **options):
-    """What a batcher makes of groups that arrive together, and the batches it packed."""
+def outcomes_of(scorer, groups):
+    """What a batcher makes of groups that arrive together, errors in their place, and the batches that it scored."""
     batches = []
 
-    async def score():
-        batcher = Batcher(scorer, on_batch=batches.append, **options)
-        samples = [scorer.encode(group) for group in groups]
-        return await asyncio.gather(*(batcher.score([sample]) for sample in samples))
+    async def score_one(batcher, group):
+        try:
+            (outcome,) = await batcher.score([scorer.encode(group)])
+        except RuntimeError as error:
+            return error
+        return outcome
 
-    return [outcome for (outcome,) in asyncio.run(score())], batches
+    async def score():
+        batcher = Batcher(scorer, on_batch=batches.append)
+        return await asyncio.gather(*(score_one(batcher, group) for group in groups))
+
+    return asyncio.run(score()), batches
 
 
 def test_requests_for_the_same_picture_and_prompt_share_them(scorer):
@@ -267,6 +275,45 @@ def test_a_request_that_cannot_be_scored_harms_no_other(scorer):
     assert outcomes[0].rewards and outcomes[2].rewards
 
 
+class Raising:
+    """A scorer that fails as a whole where one of the responses is POISON."""
+
+    def __init__(self, scorer):
+        self.scorer = scorer
+
+    def __getattr__(self, name):
+        return getattr(self.scorer, name)
+
+    def score_packed(self, packed):
+        if any(POISON in sample.group.responses for sample in packed.samples):
+            raise RuntimeError("an illegal memory access")
+        return self.scorer.score_packed(packed)
+
+
+@pytest.mark.parametrize("place", [0, 5, 8])
+def test_a_failure_of_the_model_costs_only_the_request_at_fault(scorer, place):
+    groups = [group(i, f"two {i}", prompt=f"What {i // 3}?") for i in range(9)]
+    groups[place] = group(place, "red", POISON, prompt=groups[place].prompt)
+    outcomes, _ = outcomes_of(Raising(scorer), groups)
+    assert str(outcomes.pop(place)) == "an illegal memory access"
+    groups.pop(place)
+    for outcome, alone in zip(outcomes, scorer.score_groups(groups), strict=True):
+        assert (outcome.group, outcome.rewards) == (alone.group, pytest.approx(alone.rewards, **EXACT))
+
+
+def test_a_failure_of_the_model_is_answered_in_json_and_logged_once(scorer, caplog, capfd):
+    with running(Raising(scorer)) as url, ThreadPoolExecutor(8) as pool:
+        ask = lambda text: httpx.post(f"{url}/rerank", json={"query": PROMPT, "documents": [text]}, timeout=30)  # noqa: E731
+        answers = list(pool.map(ask, [*RESPONSES, POISON, *RESPONSES]))
+        metrics = httpx.get(f"{url}/metrics").text
+    failed = answers.pop(len(RESPONSES))
+    assert failed.status_code == 500 and "log says why" in failed.json()["error"]["message"]
+    assert {answer.status_code for answer in answers} == {200}
+    assert 'mmrm_requests_total{path="/rerank",status="500"} 1.0' in metrics
+    (logged,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert "illegal memory access" in str(logged.exc_info[1]) and "Traceback" not in capfd.readouterr().err
+
+
 def test_one_client_a_request_gets_the_rewards_of_one_batch(client, expected):
     body = {"query": PROMPT, "documents": None}
     with ThreadPoolExecutor(16) as pool:
@@ -281,7 +328,6 @@ def test_one_client_a_request_gets_the_rewards_of_one_batch(client, expected):
 @pytest.fixture(scope="module")
 def slow_scorer(scorer):
     """The scorer, so slow that requests meet their limits."""
-    import time
 
     class Slow:
         def __getattr__(self, name):
@@ -302,6 +348,12 @@ def test_overload_is_shed_and_what_was_admitted_is_answered(slow_scorer):
     assert set(statuses) == {200, 429} and statuses.count(200) >= 4
     refused = answers[statuses.index(429)]
     assert refused.headers["retry-after"] == "1" and "try again" in refused.json()["error"]["message"]
+
+
+def test_a_full_server_still_shows_its_metrics(scorer):
+    with running(scorer, limits=Limits(requests=0)) as url:
+        statuses = [httpx.get(url + path, timeout=30).status_code for path in ("/nowhere", "/metrics", "/healthz")]
+    assert statuses == [429, 200, 200]
 
 
 def test_a_request_that_takes_too_long_is_given_up(slow_scorer):

@@ -1,4 +1,7 @@
-"""`mmrm-fast serve` as a user starts it: on loopback, with its token, and drained when it is told to end."""
+"""`mmrm-fast serve` as a user starts it: its token, its limits, its replicas killed and added, drained when it ends.
+
+One server for all of it: it takes half a minute to start and to end on a busy machine. The last test ends it.
+"""
 
 import os
 import re
@@ -6,116 +9,174 @@ import signal
 import socket
 import subprocess
 import sys
-import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 import pytest
-from runs import descendants
+from runs import descendants, wait_until
 
 from mmrm_fast.checkpoint.folder import save_checkpoint
 from mmrm_fast.cli import main
 from mmrm_fast.client import RewardClient
 from mmrm_fast.score.scorer import Scorer
 
+MAX_REQUESTS = 8  # of a replica; under load it asks for another with one request in flight
+DELAY = 2.0  # seconds that requests wait for company: long enough to be seen in flight
+BODY = {"queries": "What?", "documents": [f"{'two red circles ' * 10}{i}" for i in range(150)]}
 
-@pytest.fixture
-def model(make_checkpoint, tmp_path):
-    save_checkpoint(tmp_path / "model", make_checkpoint())
-    return tmp_path / "model"
+pytestmark = pytest.mark.xdist_group("serve")
 
 
-def free_port():
+@dataclass(frozen=True)
+class Server:
+    """A running server, its client and what it should answer to BODY."""
+
+    process: subprocess.Popen
+    client: httpx.Client
+    log: Path
+    expected: list[float]
+
+    def ask(self, _=None):
+        return self.client.post("/score", json=BODY)
+
+    def replicas(self):
+        return descendants(self.process.pid, "ray::ServeReplica")
+
+    def check(self, answer):
+        """The rewards of an answer are the scorer's."""
+        assert [item["score"] for item in answer.json()["data"]] == pytest.approx(self.expected, abs=1e-5)
+
+    def in_flight(self):
+        """Requests at work."""
+        (number,) = re.findall(r"^mmrm_requests_in_flight (\d+)", self.client.get("/metrics").text, flags=re.M)
+        return int(number)
+
+
+@pytest.fixture(scope="module")
+def model(make_checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("serve") / "model"
+    save_checkpoint(folder, make_checkpoint())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(model):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    token, log = model.parent / "token", model.parent / "log.txt"
+    token.write_text("secret\n")
+    options = {"model": model, "port": url.rpartition(":")[2], "token-file": token, "max-replicas": 2,
+               "max-requests": MAX_REQUESTS, "max-delay-ms": 1000 * DELAY}  # fmt: skip
+    arguments = [f"--{name}={value}" for name, value in options.items()]
+    command = [sys.executable, "-m", "mmrm_fast.cli", "serve", *arguments]
+    headers = {"authorization": "Bearer secret"}
+    (expected,) = Scorer.from_pretrained(model, "cpu").score([{"prompt": "What?", "responses": BODY["documents"]}])
+    with (
+        started(command, log) as process,
+        httpx.Client(base_url=url, headers=headers, timeout=120) as client,
+    ):
+        server = Server(process, client, log, expected)
+        wait_until(lambda: f"serving {model} on {url}" in log.read_text() or process.poll() is not None, log.read_text)
+        yield server
 
 
 @contextmanager
-def serving(model, log, *options):
-    """A server of its own; its process and URL."""
-    port = str(free_port())
-    command = [sys.executable, "-m", "mmrm_fast.cli", "serve", "--model", model, "--port", port, *options]
+def started(command, log):
+    """A process that is told to end, and killed if it does not."""
     with open(log, "w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
-    url = f"http://127.0.0.1:{port}"
     try:
-        while f"serving {model} on {url}" not in log.read_text():
-            assert process.poll() is None, log.read_text()
-            time.sleep(0.1)
-        yield process, url
-    finally:
+        yield process
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=120) == 0, log.read_text()
+        process.wait(timeout=120)
+    finally:
+        process.kill()
 
 
-def test_a_server_answers_by_the_token_and_drains_on_sigterm(model, tmp_path):
-    (tmp_path / "token").write_text("secret\n")
-    responses = [f"{'two red circles ' * 10}{i}" for i in range(150)]
-    body, headers = {"queries": "What?", "documents": responses}, {"authorization": "Bearer secret"}
-    options = ["--token-file", tmp_path / "token", "--max-delay-ms", "5000"]
-    with ThreadPoolExecutor(4) as pool:
-        with serving(model, tmp_path / "log.txt", *options) as (_, url):
-            assert httpx.post(f"{url}/score", json=body).status_code == 401
-            assert re.search(r"float32, rewards within \de-\d\d whatever shares", (tmp_path / "log.txt").read_text())
-            assert httpx.get(f"{url}/readyz").json() == {"status": "ready", "model": "model"}
-            waiting = [pool.submit(httpx.post, f"{url}/score", json=body, headers=headers, timeout=60) for _ in "1234"]
-            while "mmrm_requests_in_flight 5.0" not in httpx.get(f"{url}/metrics", headers=headers).text:
-                assert not any(future.done() for future in waiting)
-                time.sleep(0.05)
-        answers = [future.result() for future in waiting]
-    (expected,) = Scorer.from_pretrained(model, "cpu").score([{"prompt": "What?", "responses": responses}])
-    for answer in answers:
-        assert [item["score"] for item in answer.json()["data"]] == pytest.approx(expected, abs=1e-5)
+def test_a_server_answers_by_its_token_and_says_what_it_is(server):
+    assert httpx.post(server.client.base_url.join("/score"), json=BODY).status_code == 401
+    assert server.client.get("/readyz").json() == {"status": "ready", "model": "model"}
+    assert re.search(r"float32, rewards within \de-\d\d whatever shares", server.log.read_text())
 
 
-def test_a_killed_replica_s_requests_are_refused_the_other_s_answered_and_replicas_come_back(model, tmp_path):
-    body = {"queries": "What?", "documents": ["two", "red"]}
-    (expected,) = Scorer.from_pretrained(model, "cpu").score([{"prompt": "What?", "responses": ["two", "red"]}])
-    options = ["--replicas", "2", "--max-delay-ms", "5000"]
-    with ThreadPoolExecutor(8) as pool, serving(model, tmp_path / "log.txt", *options) as (process, url):
-        waiting = [pool.submit(httpx.post, f"{url}/score", json=body, timeout=60) for _ in range(8)]
-        while "mmrm_requests_in_flight 9.0" not in httpx.get(f"{url}/metrics").text:
-            assert not any(future.done() for future in waiting)
-            time.sleep(0.05)
-        os.kill(descendants(process.pid, "ray::ServeReplica")[0], signal.SIGKILL)
-        answers = [future.result() for future in waiting]
-        assert {answer.status_code for answer in answers} == {200, 503}
-        for answer in answers:
-            if answer.status_code == 200:
-                assert [item["score"] for item in answer.json()["data"]] == pytest.approx(expected, abs=1e-5)
-            else:
-                assert "no replica answered" in answer.json()["error"]["message"]
-        for replica in descendants(process.pid, "ray::ServeReplica"):
-            os.kill(replica, signal.SIGKILL)
-        while httpx.get(f"{url}/readyz", timeout=60).status_code != 200:
-            time.sleep(0.1)
-        assert RewardClient(url).score("What?", ["two", "red"]) == pytest.approx(expected, abs=1e-5)
+def test_more_requests_than_queue_and_replica_hold_are_refused_with_a_reason_and_may_be_sent_again(server):
+    answers = []
 
+    def overflow():
+        with ThreadPoolExecutor(64) as pool:
+            answers.extend(pool.map(server.ask, range(64)))
+        return {200, 503} <= {answer.status_code for answer in answers}  # 503 is Ray's full queue
 
-def test_more_requests_than_queue_and_replica_hold_are_refused_with_a_reason_and_may_be_sent_again(model, tmp_path):
-    body = {"queries": "What?", "documents": ["two", "red"]}
-    options = ["--max-requests", "2", "--max-delay-ms", "100"]
-    with ThreadPoolExecutor(64) as pool, serving(model, tmp_path / "log.txt", *options) as (_, url):
-        answers = list(pool.map(lambda _: httpx.post(f"{url}/score", json=body, timeout=60), range(128)))
-        expected = RewardClient(url).score("What?", ["two", "red"])
-    assert {200, 503} <= {answer.status_code for answer in answers} <= {200, 429, 503}  # 503 is Ray's full queue
+    wait_until(overflow, "no request is refused")
+    assert {answer.status_code for answer in answers} <= {200, 429, 503}
     for answer in answers:
         if answer.status_code == 200:
-            assert [item["score"] for item in answer.json()["data"]] == pytest.approx(expected, abs=1e-5)
+            server.check(answer)
         else:
             assert answer.headers["retry-after"] == "1"
             assert "try again later" in answer.json()["error"]["message"]
 
 
-def test_a_second_replica_starts_under_load(model, tmp_path):
-    options = ["--max-replicas", "2", "--max-requests", "8", "--max-delay-ms", "50"]  # one replica per open request
-    with ThreadPoolExecutor(4) as pool, serving(model, tmp_path / "log.txt", *options) as (process, url):
-        client = RewardClient(url)
-        while len(descendants(process.pid, "ray::ServeReplica")) < 2:  # Ray waits 30 s for the load to last
-            answers = list(pool.map(lambda _: client.score("What?", ["two", "red"]), range(16)))
-            assert answers == [pytest.approx(answers[0], abs=1e-5)] * 16
+def two_replicas(server):
+    """Wait for a second replica under load; every answer is right."""
+    with ThreadPoolExecutor(4) as pool:
+        while len(server.replicas()) < 2:
+            for answer in pool.map(server.ask, range(4)):
+                server.check(answer)
+            yield
+
+
+def test_a_second_replica_starts_under_load(server):
+    load = two_replicas(server)
+    wait_until(lambda: next(load, "two") == "two", "one replica")
+
+
+def test_a_killed_replica_s_requests_are_refused_the_other_s_answered_and_replicas_come_back(server):
+    load = two_replicas(server)
+    wait_until(lambda: next(load, "two") == "two", "one replica")
+    counts = Counter()
+
+    def kill_one_at_work():
+        with ThreadPoolExecutor(MAX_REQUESTS) as pool:
+            waiting = [pool.submit(server.ask) for _ in range(MAX_REQUESTS)]
+            wait_until(lambda: server.in_flight() == len(waiting) or any(w.done() for w in waiting), "not in flight")
+            os.kill(server.replicas()[0], signal.SIGKILL)
+            answers = [future.result() for future in waiting]
+        counts.update(answer.status_code for answer in answers)
+        for answer in answers:
+            if answer.status_code == 200:
+                server.check(answer)
+            elif answer.status_code == 503:
+                assert "no replica answered" in answer.json()["error"]["message"]
+        return {200, 503} <= set(counts)
+
+    wait_until(kill_one_at_work, counts)
+    assert set(counts) <= {200, 429, 503}
+    for replica in server.replicas():
+        os.kill(replica, signal.SIGKILL)
+    wait_until(lambda: server.client.get("/readyz").status_code == 200, "no replica is ready")
+    client = RewardClient(str(server.client.base_url), token="secret")
+    assert client.score("What?", BODY["documents"]) == pytest.approx(server.expected, abs=1e-5)
+
+
+def test_a_server_drains_on_sigterm(server):
+    with ThreadPoolExecutor(4) as pool:
+
+        def end_while_at_work():
+            waiting = [pool.submit(server.ask) for _ in "1234"]
+            wait_until(lambda: server.in_flight() == 4 or any(w.done() for w in waiting), "not in flight")
+            return waiting if not any(future.done() for future in waiting) else None
+
+        waiting = wait_until(end_while_at_work, "requests are answered before they are seen")
+        server.process.send_signal(signal.SIGTERM)
+        for future in waiting:
+            server.check(future.result())
+    assert server.process.wait(timeout=120) == 0, server.log.read_text()
 
 
 @pytest.mark.parametrize(

@@ -6,15 +6,15 @@ import httpx
 import pytest
 from starlette.responses import JSONResponse, PlainTextResponse
 
-from mmrm_fast.serve import refusals
-from mmrm_fast.serve.refusals import ProxyRefusals
+from mmrm_fast.serve import guard
+from mmrm_fast.serve.guard import ProxyGuard
 
 
 def ask(app, path="/score", body=b""):
     """The answer of an ASGI app behind the middleware."""
 
     async def get():
-        transport = httpx.ASGITransport(ProxyRefusals(app, max_body=100))
+        transport = httpx.ASGITransport(ProxyGuard(app, max_body=100))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             return await client.post(path, content=body)
 
@@ -74,5 +74,5 @@ def test_a_replica_s_answer_is_passed_on_as_it_is(response):
 
 
 def test_a_probe_does_not_wait_for_a_replica(monkeypatch):
-    monkeypatch.setattr(refusals, "PROBE_SECONDS", 0.01)
+    monkeypatch.setattr(guard, "PROBE_SECONDS", 0.01)
     assert ask(waiting, "/readyz").status_code == 503
