@@ -108,12 +108,11 @@ def bradley_terry_loss(rewards_R: Tensor, chosen_P: Tensor, rejected_P: Tensor) 
     return -logsigmoid(rewards_R[chosen_P] - rewards_R[rejected_P]).sum()
 
 
-def robust_loss_and_logs(rewards_R: Tensor, proxy_rewards_R: Tensor, chosen_P: Tensor, rejected_P: Tensor):
-    """`robust_loss` with what training logs: the sum of the SFC and both branches' right pairs, a tie counting half."""
-    m, b = (rewards[chosen_P] - rewards[rejected_P] for rewards in (rewards_R, proxy_rewards_R))
-    loss, proxy_loss = -logsigmoid(m), -logsigmoid(b)
+def robust_loss_and_logs(margin_P: Tensor, proxy_margin_P: Tensor):
+    """`robust_loss` of margins with what training logs: the SFC's sum and both branches' right pairs, a tie half."""
+    loss, proxy_loss = -logsigmoid(margin_P), -logsigmoid(proxy_margin_P)
     sfc = (proxy_loss.detach() + 5e-8) / (loss.detach() + proxy_loss.detach() + 1e-7)
-    right = [(x.detach().sign() + 1).sum() / 2 for x in (m, b)]
+    right = [(x.detach().sign() + 1).sum() / 2 for x in (margin_P, proxy_margin_P)]
     return (sfc * loss + proxy_loss).sum(), sfc.sum(), *right
 
 

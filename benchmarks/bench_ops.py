@@ -8,12 +8,10 @@ from benchmarks import (
     bench_patchify,
     bench_pixel_shuffle_norm,
     bench_plan_trie,
-    bench_reward_head,
 )
 
 MODULES = (
     bench_pair_loss,
-    bench_reward_head,
     bench_pack_image_tokens,
     bench_pixel_shuffle_norm,
     bench_patchify,

@@ -3,9 +3,7 @@
 All sides compute the loss, its gradients and what training logs: the mean SFC and both accuracies. The bound is an
 empty op of the same signature with the same kind of autograd plus a copy of as many bytes as pass through memory; the
 empty op has a row too, whose ratio is the most that any op could reach at P = 64. At P = 100,000 the copy is not a
-tight bound: two fifths of the native time are arithmetic (two exponentials, two logarithms and five divisions a pair),
-the rest are loads by index. `index seconds` is what `pair_index` takes: packing builds it once a micro-batch, in the
-loader's workers, so no step waits for it.
+tight bound: there are two exponentials, two logarithms and five divisions a pair.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,20 +25,18 @@ from benchmarks.harness import (
     make_row,
     relative_error,
 )
-from mmrm_fast.ops.pair_loss import PairIndex, pair_index, pair_loss
+from mmrm_fast.ops.pair_loss import pair_loss
 
 CASES = ((64,), (4096,), (100_000,))  # pairs
 BOUND = 1e-5
-# Of 4 bytes: 12 of 2 indices, 2 ends and 2 row starts; 4 rewards; 4 gradients at the ends written and read; the SFC;
-# 4 gradients written, read by the backward and written again.
-FLOATS_PER_PAIR = 12 + 4 + 8 + 1 + 4 + 8
+FLOATS_PER_PAIR = 2 + 1 + 2 + 4  # margins, SFC, gradient factors written, read by the backward and written again
 BASELINE = "eager"
 BASELINES = {BASELINE: robust_loss_and_logs, "torch.compile": torch.compile(robust_loss_and_logs, dynamic=False)}
 
 library = torch.library.Library("mmrm_fast_bench", "FRAGMENT")
 library.define(str(torch.ops.mmrm_fast.pair_loss_fwd.default._schema).replace("mmrm_fast::pair_loss_fwd", "empty_fwd"))
 library.impl(
-    "empty_fwd", lambda rewards, *_: tuple(rewards.new_empty(n) for n in (7, 1, 2, 2)), "CompositeExplicitAutograd"
+    "empty_fwd", lambda margin, *_: tuple(margin.new_empty(n) for n in (7, 1, 1, 1)), "CompositeExplicitAutograd"
 )
 
 
@@ -48,24 +44,24 @@ class EmptyFunction(torch.autograd.Function):
     """Autograd of the empty op, as `pair_loss` has it."""
 
     @staticmethod
-    def forward(ctx, rewards, proxy_rewards, *rest):
-        sums, *_ = torch.ops.mmrm_fast_bench.empty_fwd.default(rewards, proxy_rewards, *rest)
-        ctx.save_for_backward(rewards, proxy_rewards)
+    def forward(ctx, margin, proxy_margin, *rest):
+        sums, *_ = torch.ops.mmrm_fast_bench.empty_fwd.default(margin, proxy_margin, *rest)
+        ctx.save_for_backward(margin, proxy_margin)
         return sums[0]
 
     @staticmethod
     def backward(ctx, grad):
-        return *ctx.saved_tensors, *[None] * 11
+        return *ctx.saved_tensors, *[None] * 4
 
 
 def rows(options: Options) -> Iterator[Row]:
     """A row a number of pairs and baseline, and one of the overhead."""
     for (num_pairs,) in CASES:
         sides = that_run(make_sides(num_pairs, device=options.device))
-        functions = [*sides.values(), *make_bounds(num_pairs, options.device), make_index(num_pairs)]
-        ours, *theirs, empty, copy, index = interleaved(functions, repeats=options.repeats)
+        functions = [*sides.values(), *make_bounds(num_pairs, options.device)]
+        ours, *theirs, empty, copy = interleaved(functions, repeats=options.repeats)
         what = f"empty op, copy at {bandwidth(4 * FLOATS_PER_PAIR * num_pairs, copy.median)}"
-        bound = bounded(ours, empty.median + copy.median, what, {"index seconds": index.median})
+        bound = bounded(ours, empty.median + copy.median, what)
         for baseline, timing in zip(list(sides)[1:], theirs, strict=True):
             yield make_row(
                 "ops", title(num_pairs), "float32", ours=ours, baseline=baseline, theirs=timing,
@@ -99,21 +95,12 @@ def that_run(sides: Sides) -> Sides:
     return runnable
 
 
-def make_index(num_pairs: int) -> Callable[[], PairIndex]:
-    """What packing builds once a micro-batch."""
-    pairs = torch.arange(2 * num_pairs).view(num_pairs, 2).T.contiguous()
-    return lambda: pair_index(*pairs, 2 * num_pairs)
-
-
 def make_bounds(num_pairs: int, device: torch.device) -> tuple[Callable[[], tuple[Tensor, ...]], Callable[[], Tensor]]:
-    """An op that computes nothing, forward and backward on two rewards; a copy of what `pair_loss` reads and writes."""
-    rewards, proxy = (torch.zeros(2, device=device, requires_grad=True) for _ in range(2))
-    pairs = pair_index(torch.tensor([0]), torch.tensor([1]), 2).to(device)
+    """An op that computes nothing, forward and backward on one pair; a copy of what `pair_loss` reads and writes."""
+    margins = [torch.zeros(1, device=device, requires_grad=True) for _ in range(2)]
 
     def empty() -> tuple[Tensor, ...]:
-        tensors = (pairs.chosen, pairs.rejected, None, None, pairs.row_ptr, pairs.row_entry)
-        total = EmptyFunction.apply(rewards, proxy, *tensors, "paper", 0.0, 0.0, False, 0.0)
-        return torch.autograd.grad(total, (rewards, proxy))
+        return torch.autograd.grad(EmptyFunction.apply(*margins, None, None, "paper", 0.0), margins)
 
     floats = torch.ones(num_pairs * FLOATS_PER_PAIR // 2, device=device)  # a copy reads and writes each
     target = torch.empty_like(floats)
@@ -121,20 +108,19 @@ def make_bounds(num_pairs: int, device: torch.device) -> tuple[Callable[[], tupl
 
 
 def make_sides(num_pairs: int, *, device: torch.device = CPU) -> Sides:
-    """All sides on the same rewards; each returns the loss, what is logged and the gradients of both branches."""
+    """All sides on the same margins; each returns the loss, what is logged and the gradients of both branches."""
     generator = torch.Generator().manual_seed(0)
-    rewards, proxy = (torch.randn(2 * num_pairs, generator=generator).to(device).requires_grad_() for _ in range(2))
-    pairs = make_index(num_pairs)().to(device)
+    margins = [torch.randn(num_pairs, generator=generator).to(device).requires_grad_() for _ in range(2)]
 
     def ours() -> tuple[Tensor, ...]:
-        loss = pair_loss(rewards, proxy, pairs, mode="paper")
+        loss = pair_loss(*margins, mode="paper")
         return with_gradients(loss.main + loss.proxy, loss.weighted_sfc, loss.main_correct, loss.proxy_correct)
 
     def baseline(function: Callable) -> Callable[[], tuple[Tensor, ...]]:
-        return lambda: with_gradients(*function(rewards, proxy, pairs.chosen, pairs.rejected))
+        return lambda: with_gradients(*function(*margins))
 
     def with_gradients(total: Tensor, *logged: Tensor) -> tuple[Tensor, ...]:
-        return total.detach(), *logged, *torch.autograd.grad(total, (rewards, proxy))
+        return total.detach(), *logged, *torch.autograd.grad(total, margins)
 
     return {"ours": ours, **{name: baseline(function) for name, function in BASELINES.items()}}
 

@@ -40,7 +40,7 @@ from benchmarks.harness import (
 from benchmarks.models import PROBE, Records, cast, geometry, make_model, make_records
 from mmrm_fast.data.packing import PackedBatch
 from mmrm_fast.model.reward_model import RewardModel
-from mmrm_fast.train.loss import preference_loss
+from mmrm_fast.train.loss import margins, preference_loss
 
 DTYPES = (torch.float32, torch.bfloat16)
 EXACT_BOUNDS = (1e-5, 1e-4)  # of rewards and gradients in fp32
@@ -169,7 +169,7 @@ def make_sides(records: Records, branch: str | None, dtype: torch.dtype, device:
 
 def responses_by_pair(batch: PackedBatch) -> tuple[list[int], list[int], list[int]]:
     """The pairs' chosen responses, their rejected ones, and both in turns."""
-    chosen, rejected = batch.pairs.chosen.tolist(), batch.pairs.rejected.tolist()
+    chosen, rejected = batch.chosen_P.tolist(), batch.rejected_P.tolist()
     return chosen, rejected, [response for pair in zip(chosen, rejected, strict=True) for response in pair]
 
 
@@ -178,14 +178,14 @@ def our_side(batch: PackedBatch, models: list[RewardModel], mode: str) -> Side:
     both = responses_by_pair(batch)[2]
 
     def run() -> Tensor:
-        number, proxy_rewards = len(batch.pairs.chosen), None
+        number, proxies = len(batch.chosen_P), []
         for proxy in models[1:]:
-            proxy_rewards = proxy(batch.text, batch.text_tiles)
-            (preference_loss(proxy_rewards, None, batch).main / number).backward()
-            proxy_rewards = proxy_rewards.detach()
+            proxies.append(proxy(batch.text, batch.text_tiles))
+            (preference_loss(proxies[0], None, batch).main / number).backward()
         rewards = models[0](batch.main, batch.tiles)
-        (preference_loss(rewards, proxy_rewards, batch, sfc_mode=mode).main / number).backward()
-        return torch.cat([each.detach()[both] for each in (rewards, proxy_rewards) if each is not None])
+        proxy_margin_P = margins(proxies[0].detach(), batch) if proxies else None
+        (preference_loss(rewards, proxy_margin_P, batch, sfc_mode=mode).main / number).backward()
+        return torch.cat([each.detach()[both] for each in (rewards, *proxies)])
 
     work = batch_work(Sizes.of(models[0].model.config), batch, trained=True)
     return Side("ours", nn.ModuleList(models), run, work)

@@ -9,10 +9,11 @@
 #include "numeric.h"
 #include "pair_loss.h"
 
-inline mmrm::SfcMode sfc_mode(const std::string& name) {
-  if (name == "standard") return mmrm::SfcMode::standard;
-  if (name == "paper" || name == "normalized") return mmrm::SfcMode::paper;
-  if (name == "reference") return mmrm::SfcMode::reference;
+inline mmrm::PairLossMode pair_loss_mode(const std::string& name) {
+  if (name == "standard") return mmrm::PairLossMode::standard;
+  if (name == "paper") return mmrm::PairLossMode::paper;
+  if (name == "reference") return mmrm::PairLossMode::reference;
+  if (name == "balanced") return mmrm::PairLossMode::balanced;
   throw pybind11::value_error("unknown mode " + name);
 }
 

@@ -55,30 +55,17 @@ std::pair<int, int> cuda_versions() {
   return {driver, CUDART_VERSION};
 }
 
-template <typename T>
-void pair_loss_fwd(const mmrm::PairLossOptions& options, Address rewards, Address proxy_rewards, Address chosen,
-                   Address rejected, Address margin, Address weight, Address row_ptr, Address row_entry,
-                   int64_t num_rewards, int64_t num_pairs, Address sums, Address sfc, Address grad_rewards,
-                   Address grad_proxy, Address scratch, Address stream) {
-  const mmrm::PairLossInputs<T> in{
-      at<T>(rewards), at<T>(proxy_rewards), at<int64_t>(chosen),  at<int64_t>(rejected),  at<T>(margin),
-      at<T>(weight),  at<int64_t>(row_ptr), at<int64_t>(row_entry), num_rewards, num_pairs};
-  const mmrm::PairLossOutputs<T> out{at<T>(sums), at<T>(sfc), at<T>(grad_rewards), at<T>(grad_proxy)};
-  check(mmrm::launch_pair_loss_fwd(in, options, out, at<double>(scratch), at<CUstream_st>(stream)));
-}
-
-void pair_loss_fwd_cuda(const std::string& dtype, Address rewards, Address proxy_rewards, Address chosen,
-                        Address rejected, Address margin, Address weight, Address row_ptr, Address row_entry,
-                        int64_t num_rewards, int64_t num_pairs, const std::string& mode, double label_smoothing,
-                        double centering, bool warmup, double floor, Address sums, Address sfc, Address grad_rewards,
-                        Address grad_proxy, Address scratch, int device, Address stream) {
-  const mmrm::PairLossOptions options{sfc_mode(mode), label_smoothing, centering, warmup, floor};
+void pair_loss_fwd_cuda(const std::string& dtype, Address margin, Address proxy_margin, Address demand, Address weight,
+                        int64_t num_pairs, const std::string& mode, double label_smoothing, Address sums, Address sfc,
+                        Address slope, Address proxy_slope, Address scratch, int device, Address stream) {
   const DeviceGuard guard(device);
   with_dtype(dtype, [&](auto element) {
     using T = mmrm::compute_t<decltype(element)>;
     if (!std::is_same_v<T, decltype(element)>) throw py::value_error("unsupported dtype " + dtype);
-    pair_loss_fwd<T>(options, rewards, proxy_rewards, chosen, rejected, margin, weight, row_ptr, row_entry,
-                     num_rewards, num_pairs, sums, sfc, grad_rewards, grad_proxy, scratch, stream);
+    const mmrm::PairLossInputs<T> in{at<T>(margin), at<T>(proxy_margin), at<T>(demand), at<T>(weight), num_pairs,
+                                     pair_loss_mode(mode), label_smoothing};
+    const mmrm::PairLossOutputs<T> out{at<T>(sums), at<T>(sfc), at<T>(slope), at<T>(proxy_slope)};
+    check(mmrm::launch_pair_loss_fwd(in, out, at<double>(scratch), at<CUstream_st>(stream)));
   });
 }
 
@@ -122,12 +109,10 @@ void bind_cuda(py::module_& m) {
   m.def("cuda_devices", &cuda_devices);
   m.def("cuda_versions", &cuda_versions);
   m.def("pair_loss_scratch_size", &mmrm::pair_loss_scratch_size, py::arg("num_pairs"));
-  m.def("pair_loss_fwd_cuda", &pair_loss_fwd_cuda, py::arg("dtype"), py::arg("rewards"), py::arg("proxy_rewards"),
-        py::arg("chosen"), py::arg("rejected"), py::arg("margin"), py::arg("weight"), py::arg("row_ptr"),
-        py::arg("row_entry"), py::arg("num_rewards"), py::arg("num_pairs"), py::arg("mode"),
-        py::arg("label_smoothing"), py::arg("centering"), py::arg("warmup"), py::arg("floor"), py::arg("sums"),
-        py::arg("sfc"), py::arg("grad_rewards"), py::arg("grad_proxy"), py::arg("scratch"), py::arg("device"),
-        py::arg("stream"));
+  m.def("pair_loss_fwd_cuda", &pair_loss_fwd_cuda, py::arg("dtype"), py::arg("margin"), py::arg("proxy_margin"),
+        py::arg("demand"), py::arg("weight"), py::arg("num_pairs"), py::arg("mode"), py::arg("label_smoothing"),
+        py::arg("sums"), py::arg("sfc"), py::arg("slope"), py::arg("proxy_slope"), py::arg("scratch"),
+        py::arg("device"), py::arg("stream"));
   m.def("pack_image_tokens_fwd_cuda", &pack_image_tokens_fwd_cuda, py::arg("dtype"), py::arg("embedding"),
         py::arg("features"), py::arg("source"), py::arg("out"), py::arg("num_tokens"), py::arg("width"),
         py::arg("device"), py::arg("stream"));

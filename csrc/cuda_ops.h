@@ -11,8 +11,8 @@ namespace mmrm {
 int64_t pair_loss_scratch_size(int64_t num_pairs);
 
 template <typename T>
-cudaError_t launch_pair_loss_fwd(const PairLossInputs<T>& in, const PairLossOptions& options,
-                                 const PairLossOutputs<T>& out, double* scratch, cudaStream_t stream);
+cudaError_t launch_pair_loss_fwd(const PairLossInputs<T>& in, const PairLossOutputs<T>& out, double* scratch,
+                                 cudaStream_t stream);
 
 template <typename Bits>
 cudaError_t launch_pack_image_tokens_fwd(const PackImageTokensFwd<Bits>& args, cudaStream_t stream);

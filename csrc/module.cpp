@@ -15,7 +15,6 @@
 #include "pixel_shuffle_norm.h"
 #include "plan_trie.h"
 #include "resize_bicubic.h"
-#include "reward_head.h"
 #include "trie_attention.h"
 
 namespace py = pybind11;
@@ -58,19 +57,15 @@ void resize_bicubic_cpu(const Array<uint8_t>& image, Array<uint8_t>& tiles, int6
   mmrm::resize_bicubic_cpu(args);
 }
 
-void pair_loss_fwd_cpu(const std::string& dtype, Address rewards, Address proxy_rewards, Address chosen,
-                       Address rejected, Address margin, Address weight, Address row_ptr, Address row_entry,
-                       int64_t num_rewards, int64_t num_pairs, const std::string& mode, double label_smoothing,
-                       double centering, bool warmup, double floor, Address sums, Address sfc, Address grad_rewards,
-                       Address grad_proxy, int num_threads) {
-  const mmrm::PairLossOptions options{sfc_mode(mode), label_smoothing, centering, warmup, floor};
+void pair_loss_fwd_cpu(const std::string& dtype, Address margin, Address proxy_margin, Address demand, Address weight,
+                       int64_t num_pairs, const std::string& mode, double label_smoothing, Address sums, Address sfc,
+                       Address slope, Address proxy_slope, int num_threads) {
   with_dtype(dtype, [&](auto element) {
     using T = mmrm::compute_t<decltype(element)>;
     if (!std::is_same_v<T, decltype(element)>) throw py::value_error("unsupported dtype " + dtype);
-    mmrm::pair_loss_fwd_cpu<T>(
-        {at<T>(rewards), at<T>(proxy_rewards), at<int64_t>(chosen), at<int64_t>(rejected), at<T>(margin),
-         at<T>(weight), at<int64_t>(row_ptr), at<int64_t>(row_entry), num_rewards, num_pairs},
-        options, {at<T>(sums), at<T>(sfc), at<T>(grad_rewards), at<T>(grad_proxy)}, num_threads);
+    mmrm::pair_loss_fwd_cpu<T>({at<T>(margin), at<T>(proxy_margin), at<T>(demand), at<T>(weight), num_pairs,
+                                pair_loss_mode(mode), label_smoothing},
+                               {at<T>(sums), at<T>(sfc), at<T>(slope), at<T>(proxy_slope)}, num_threads);
   });
 }
 
@@ -106,29 +101,6 @@ void pixel_shuffle_norm_bwd_cpu(const std::string& dtype, Address grad, Address 
                                         {at<T>(grad), at<T>(hidden), at<A>(weight), at<A>(mean), at<A>(rstd),
                                          at<T>(grad_hidden), at<A>(grad_weight), at<A>(grad_bias)},
                                         num_threads);
-  });
-}
-
-void reward_head_fwd_cpu(const std::string& dtype, Address hidden, Address last_index, Address weight, Address rewards,
-                         int64_t num_tokens, int64_t width, int64_t num_responses, int num_threads) {
-  with_dtype(dtype, [&](auto element) {
-    using T = decltype(element);
-    using A = mmrm::compute_t<T>;
-    mmrm::reward_head_fwd_cpu<T>(
-        {at<T>(hidden), at<int64_t>(last_index), at<A>(weight), num_tokens, num_responses, width}, at<A>(rewards),
-        num_threads);
-  });
-}
-
-void reward_head_bwd_cpu(const std::string& dtype, Address hidden, Address last_index, Address weight, Address grad,
-                         Address grad_hidden, Address grad_weight, int64_t num_tokens, int64_t width,
-                         int64_t num_responses, int num_threads) {
-  with_dtype(dtype, [&](auto element) {
-    using T = decltype(element);
-    using A = mmrm::compute_t<T>;
-    mmrm::reward_head_bwd_cpu<T>(
-        {at<T>(hidden), at<int64_t>(last_index), at<A>(weight), num_tokens, num_responses, width}, at<A>(grad),
-        at<T>(grad_hidden), at<A>(grad_weight), num_threads);
   });
 }
 
@@ -230,8 +202,6 @@ PYBIND11_MODULE(_native, m) {
   m.def("patchify_cpu", &patchify_cpu, without_gil);
   m.def("pixel_shuffle_norm_fwd_cpu", &pixel_shuffle_norm_fwd_cpu, without_gil);
   m.def("pixel_shuffle_norm_bwd_cpu", &pixel_shuffle_norm_bwd_cpu, without_gil);
-  m.def("reward_head_fwd_cpu", &reward_head_fwd_cpu, without_gil);
-  m.def("reward_head_bwd_cpu", &reward_head_bwd_cpu, without_gil);
   m.def("has_trie_attention_cpu", &mmrm::has_trie_attention_cpu);
   m.def("trie_attention_fwd_cpu", &trie_attention_fwd_cpu, without_gil);
   m.def("trie_attention_bwd_cpu", &trie_attention_bwd_cpu, without_gil);

@@ -9,7 +9,7 @@ from mmrm_fast.ops.native import native, runs_on, takes
 
 CUDA_OPS = ("pair_loss", "pack_image_tokens")  # with a kernel in CUDA C++; those of the others are Triton's
 HOST_OPS = ("plan_trie", "resize_bicubic")  # of data preparation, on the CPU everywhere
-OPS = (*CUDA_OPS, "reward_head", "pixel_shuffle_norm", "patchify", "trie_attention", *HOST_OPS)
+OPS = (*CUDA_OPS, "pixel_shuffle_norm", "patchify", "trie_attention", *HOST_OPS)
 
 
 @dataclass(frozen=True)

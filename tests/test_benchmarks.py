@@ -111,11 +111,10 @@ def test_without_a_compiler_pair_loss_is_compared_with_eager_alone(monkeypatch, 
     monkeypatch.setitem(bench_pair_loss.BASELINES, "torch.compile", fail)
     row, empty = bench_pair_loss.rows(Options(quick=True))
     assert (row.baseline, row.verified, empty.verified) == ("eager", True, None)
-    assert row.details["index seconds"] > 0
     assert "no row against torch.compile, No working C++ compiler found\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["tiles", "margin_P", "main", "text", "pairs"])
+@pytest.mark.parametrize("name", ["tiles", "margin_P", "main", "text", "chosen_P"])
 def test_the_loaders_digest_is_of_every_part_of_a_batch(name):
     batch = make_records(TINY, [(3, (120, 100))]).pack(with_text=True)
     batch = replace(batch, margin_P=torch.tensor([1.0]))

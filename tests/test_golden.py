@@ -12,7 +12,7 @@ from mmrm_fast.data.packing import MicroBatch, Packer
 from mmrm_fast.data.records import RecordFile
 from mmrm_fast.data.samples import PreferenceDataset
 from mmrm_fast.score.scorer import Scorer
-from mmrm_fast.train.loss import preference_loss
+from mmrm_fast.train.loss import margins, preference_loss
 
 GOLDEN = Path(__file__).parent / "golden"
 MODELS = ("InternLM2ForCausalLM", "Qwen2ForCausalLM")
@@ -56,7 +56,7 @@ def trained_batch(name, folder, *, robust):
         model.model.vision_tower.requires_grad_(False)
     rewards = models[0](batch.main, batch.tiles)
     proxy_rewards = models[1](batch.text, batch.text_tiles) if robust else None
-    loss = preference_loss(rewards, proxy_rewards, batch, sfc_mode="reference")
+    loss = preference_loss(rewards, margins(proxy_rewards, batch) if robust else None, batch, sfc_mode="reference")
     ((loss.main + loss.proxy if robust else loss.main) / len(samples)).backward()
     return models, batch, rewards.detach(), proxy_rewards, loss
 
@@ -94,8 +94,8 @@ def check_gradients(expected, models):
 def test_a_step_of_the_standard_loss_is_that_of_the_reference(name):
     expected = json.loads((GOLDEN / name / "expected_standard.json").read_text())
     models, batch, rewards, _, loss = trained_batch(name, "checkpoint", robust=False)
-    assert rewards[batch.pairs.chosen].tolist() == pytest.approx(expected["rewards_chosen"], abs=BOUND)
-    assert rewards[batch.pairs.rejected].tolist() == pytest.approx(expected["rewards_rejected"], abs=BOUND)
+    assert rewards[batch.chosen_P].tolist() == pytest.approx(expected["rewards_chosen"], abs=BOUND)
+    assert rewards[batch.rejected_P].tolist() == pytest.approx(expected["rewards_rejected"], abs=BOUND)
     assert float(loss.main.detach()) / 4 == pytest.approx(expected["loss"], abs=BOUND)
     check_gradients(expected, models)
 
@@ -106,7 +106,7 @@ def test_a_step_of_the_shortcut_aware_loss_is_that_of_the_reference(name):
     models, batch, rewards, proxy_rewards, loss = trained_batch(name, "robust_checkpoint", robust=True)
     for branch, values in (("main", rewards), ("bias", proxy_rewards)):
         for side in ("chosen", "rejected"):
-            actual = values[getattr(batch.pairs, side)].tolist()
+            actual = values[getattr(batch, f"{side}_P")].tolist()
             assert actual == pytest.approx(expected[f"rewards_{side}_{branch}"], abs=BOUND), (branch, side)
     assert float((loss.main + loss.proxy).detach()) / 4 == pytest.approx(expected["loss"], abs=BOUND)
     assert loss.sfc.tolist() == pytest.approx(expected["scale_1"], abs=BOUND)

@@ -11,7 +11,7 @@ from mmrm_fast.data.packing import MicroBatch, Packer
 from mmrm_fast.data.records import Group, Pairs
 from mmrm_fast.data.samples import PreferenceDataset
 from mmrm_fast.model.attention import read_last_tokens
-from mmrm_fast.train.loss import preference_loss
+from mmrm_fast.train.loss import margins, preference_loss
 
 GRADIENT_BOUNDS = {torch.float64: (1e-9, 1e-12), torch.float32: (1e-4, 1e-7)}
 REWARD_BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -86,7 +86,7 @@ def plain(model):
 
 def robust_loss(main, proxy, batch):
     """Mean SFC-weighted loss, from the formula."""
-    m, b = (rewards[batch.pairs.chosen] - rewards[batch.pairs.rejected] for rewards in (main, proxy))
+    m, b = (rewards[batch.chosen_P] - rewards[batch.rejected_P] for rewards in (main, proxy))
     loss, proxy_loss = (-torch.nn.functional.logsigmoid(x) for x in (m, b))
     weight = ((5e-8 + proxy_loss) / (1e-7 + loss + proxy_loss)).detach()
     return (weight * loss).mean() + proxy_loss.mean()
@@ -119,8 +119,8 @@ def test_packed_equals_padded(make_checkpoint, pictures, kind, text, dtype):
 
     main_rewards = checkpoint.model(batch.main, batch.tiles)
     proxy_rewards = proxy(batch.text)
-    loss = preference_loss(main_rewards, proxy_rewards, batch, sfc_mode="paper")
-    ((loss.main + loss.proxy) / len(batch.pairs.chosen)).backward()
+    loss = preference_loss(main_rewards, margins(proxy_rewards, batch), batch, sfc_mode="paper")
+    ((loss.main + loss.proxy) / len(batch.chosen_P)).backward()
 
     tiles = [torch.from_numpy(t) for s in samples for _ in s.main.sequences for t in dataset.load(s)]
     image_token = checkpoint.model.model.config.image_token_id

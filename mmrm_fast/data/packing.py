@@ -16,7 +16,6 @@ from mmrm_fast.data.images import white_tile
 from mmrm_fast.data.records import RecordError
 from mmrm_fast.data.samples import GroupDataset, ProxyImage, Sample
 from mmrm_fast.ops.pack_image_tokens import SourceIndex, source_index
-from mmrm_fast.ops.pair_loss import PairIndex, pair_index
 from mmrm_fast.ops.plan_trie import TriePlan, plan_trie
 
 MIN_SHARED = 32
@@ -80,7 +79,8 @@ class PackedBatch(OnDevice):
     text: TokenPlan | None
     tiles: Tensor  # [I, S, S, 3] uint8, each distinct image once
     text_tiles: Tensor | None  # [1, S, S, 3] uint8: the white tile that the text-only proxy has for every image
-    pairs: PairIndex
+    chosen_P: Tensor  # int64, among the batch's responses
+    rejected_P: Tensor  # int64
     margin_P: Tensor | None  # float32; None where no pair has a margin
     num_responses: tuple[int, ...]
 
@@ -121,13 +121,14 @@ def pack(
         for sample in samples
         for sequence in (sample.text.sequences if with_text else ())
     ]
-    pairs, margin_P = flatten_pairs(samples)
+    chosen_P, rejected_P, margin_P = flatten_pairs(samples)
     return PackedBatch(
         main=plan_tokens(main, min_shared, rope_regime),
         text=plan_tokens(text, min_shared, rope_regime) if with_text else None,
         tiles=torch.from_numpy(tiles),
         text_tiles=torch.from_numpy(white_tile(tile_size)) if white else None,
-        pairs=pairs,
+        chosen_P=chosen_P,
+        rejected_P=rejected_P,
         margin_P=margin_P,
         num_responses=tuple(len(sample.main.sequences) for sample in samples),
     )
@@ -212,8 +213,8 @@ def path(plan: TriePlan, token: int) -> np.ndarray:
     return plan.kv_index[plan.cu_seqlens_k[node] : plan.cu_seqlens_k[node + 1] - unseen]
 
 
-def flatten_pairs(samples: Sequence[Sample]) -> tuple[PairIndex, Tensor | None]:
-    """The samples' pairs over the batch's responses, and their margins [P] where there are any."""
+def flatten_pairs(samples: Sequence[Sample]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The samples' pairs over the batch's responses, chosen and rejected [P], and their margins where any has one."""
     firsts = np.cumsum([0, *(len(sample.main.sequences) for sample in samples)])
     pairs = [sample.group.pairs for sample in samples]
     ends = np.concatenate(
@@ -221,8 +222,7 @@ def flatten_pairs(samples: Sequence[Sample]) -> tuple[PairIndex, Tensor | None]:
     )
     margin_P = np.concatenate([np.zeros(0), *(own.margins for own in pairs)])
     chosen_P, rejected_P = (torch.from_numpy(np.ascontiguousarray(column)) for column in ends.T)
-    index = pair_index(chosen_P, rejected_P, max(int(firsts[-1]), 1))
-    return index, torch.from_numpy(margin_P).float() if margin_P.any() else None
+    return chosen_P, rejected_P, torch.from_numpy(margin_P).float() if margin_P.any() else None
 
 
 @dataclass(frozen=True)

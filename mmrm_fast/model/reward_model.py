@@ -16,7 +16,6 @@ from mmrm_fast.model.rope import use_own_length_rope
 from mmrm_fast.ops.pack_image_tokens import pack_image_tokens
 from mmrm_fast.ops.patchify import patchify
 from mmrm_fast.ops.pixel_shuffle_norm import pixel_shuffle_norm
-from mmrm_fast.ops.reward_head import reward_head
 
 
 class RewardModel(nn.Module):
@@ -133,7 +132,7 @@ class ScoreHead(nn.Module):
 
     def forward(self, hidden_TD: Tensor, last_index_R: Tensor) -> Tensor:
         """Rewards [R] in the weight's dtype."""
-        return reward_head(hidden_TD, last_index_R, self.weight[0])
+        return hidden_TD[last_index_R].to(self.weight.dtype) @ self.weight[0]
 
 
 def new_score(hidden_size: int) -> Tensor:

@@ -1,6 +1,6 @@
 """What the GPU kernels take of a GPU, computed without one: resources of their machine code, time at the roofline.
 
-T packed tokens, V vocabulary, D hidden size, P pairs, R responses, I tiles, C vision channels, N image tokens.
+T packed tokens, V vocabulary, D hidden size, P pairs, I tiles, C vision channels, N image tokens.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +16,6 @@ from mmrm_fast.ops.triton.pack_image_tokens import pack_image_tokens_bwd_plan, p
 from mmrm_fast.ops.triton.pair_loss import pair_loss_fwd_plan
 from mmrm_fast.ops.triton.patchify import patchify_plan
 from mmrm_fast.ops.triton.pixel_shuffle_norm import pixel_shuffle_norm_bwd_plan, pixel_shuffle_norm_fwd_plan
-from mmrm_fast.ops.triton.reward_head import reward_head_bwd_plan, reward_head_fwd_plan
 
 ARCHITECTURES = (80, 90, 100)
 H100_BYTES_PER_SECOND = 3.35e12
@@ -71,20 +70,14 @@ def cases(hidden_size: int, dtype: torch.dtype = torch.bfloat16) -> Iterator[Cas
 
 
 def text_cases(D: int, dtype: torch.dtype) -> Iterator[Case]:
-    T, P, R, V, N = NUM_TOKENS, NUM_PAIRS, 2 * NUM_PAIRS, VOCABULARY, NUM_IMAGE_TOKENS
+    T, P, V, N = NUM_TOKENS, NUM_PAIRS, VOCABULARY, NUM_IMAGE_TOKENS
     row = D * dtype.itemsize
-    rewards = floats(R), floats(R), indices(P), indices(P), None, None, indices(R + 1), indices(R)
-    plan = pair_loss_fwd_plan(*rewards, "paper", 0.0, 0.0, False, 0.0)
-    yield Case("pair_loss_fwd", plan, 4 * 2 * R + 8 * (2 * P + R + 1 + R) + 4 * (P + 2 * R + 7), 3 * PAIR_FLOPS * P)
-    hidden, last_index, weight = meta(T, D, dtype=dtype), indices(R), floats(D)
-    plan = reward_head_fwd_plan(hidden, last_index, weight)
-    yield Case("reward_head_fwd", plan, R * row + 4 * D + 12 * R, 2 * R * D)
-    plan = reward_head_bwd_plan(floats(R), hidden, last_index, weight)
-    yield Case("reward_head_bwd", plan, (R + T) * row + 8 * D + 12 * R, 3 * R * D)
+    plan = pair_loss_fwd_plan(floats(P), floats(P), None, None, "paper", 0.0)
+    yield Case("pair_loss_fwd", plan, 4 * (5 * P + 7), PAIR_FLOPS * P)
     plan = pack_image_tokens_fwd_plan(meta(V, D, dtype=dtype), meta(N, D, dtype=dtype), indices(T))
     yield Case("pack_image_tokens_fwd", plan, 2 * T * row + 8 * T, 0)
     index = indices(T), indices(N + NUM_TEXT_ROWS + 1), indices(N + NUM_TEXT_ROWS)
-    plan = pack_image_tokens_bwd_plan(hidden, *index, V, N, True)
+    plan = pack_image_tokens_bwd_plan(meta(T, D, dtype=dtype), *index, V, N, True)
     yield Case("pack_image_tokens_bwd", plan, (T + V + N) * row + 8 * 3 * T, T * D)
 
 

@@ -1,7 +1,7 @@
 """One optimizer step: gradients of its micro-batches added up as sums, then scaled, clipped and applied once."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from mmrm_fast.config import TrainConfig
 from mmrm_fast.data.packing import Packed, PackedBatch
 from mmrm_fast.train import sharding
-from mmrm_fast.train.loss import StepAccumulator, by_pair, preference_loss
+from mmrm_fast.train.loss import StepAccumulator, margins, preference_loss
 from mmrm_fast.train.optimizer import gradient_norms, lr_factor, make_optimizer, scale_and_clip
 from mmrm_fast.train.proxy import Branch, ProxyMargins, proxy_file
 
@@ -55,20 +55,14 @@ class Steps:
         """
         config, batch = self.config.loss, packed.batch.to(self.device)
         self.seed_noise(step)
-        proxy_rewards = self.proxy_rewards(batch)
+        proxy_margin_P = self.proxy_margins(packed, batch)
         rewards = self.main(batch.main, batch.tiles)
-        if self.margins:
-            rewards, pairs = by_pair(rewards, batch.pairs)
-            batch = replace(batch, pairs=pairs)
-            margins = self.margins.of(packed.samples).to(rewards)
-            proxy_rewards = torch.cat([margins, torch.zeros_like(margins)])
         loss = preference_loss(
-            rewards, proxy_rewards, batch, sfc_mode=config.sfc_mode, label_smoothing=config.label_smoothing,
+            rewards, proxy_margin_P, batch, sfc_mode=config.sfc_mode, label_smoothing=config.label_smoothing,
             centering=config.center_rewards,
         )  # fmt: skip
         loss.main.backward()
-        margin_P = rewards[batch.pairs.chosen] - rewards[batch.pairs.rejected]
-        self.accumulator.add(loss, margin_P, packed.batch, len(packed.errors))
+        self.accumulator.add(loss, margins(rewards.detach(), batch), packed.batch, len(packed.errors))
         self.sources.append([sample.group.source for sample in packed.samples])
 
     def seed_noise(self, step: int) -> None:
@@ -76,13 +70,15 @@ class Steps:
         place = (self.config.run.seed, step, len(self.sources), sharding.rank())
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1))
 
-    def proxy_rewards(self, batch: PackedBatch) -> Tensor | None:
-        """The proxy's rewards [R], its backward pass done; None without one."""
+    def proxy_margins(self, packed: Packed, batch: PackedBatch) -> Tensor | None:
+        """The proxy's margins [P], its backward pass done where it is a model; None without one."""
+        if self.margins:
+            return self.margins.of(packed.samples).to(self.device)
         if not self.proxy:
             return None
         rewards = self.proxy(batch.text, batch.text_tiles)
         preference_loss(rewards, None, batch, label_smoothing=self.config.loss.label_smoothing).main.backward()
-        return rewards.detach()
+        return margins(rewards.detach(), batch)
 
     def apply(self, share: float) -> Outcome:
         """Scale, clip and apply the added-up gradients, unless they are not finite; `share` of the training is done."""

@@ -133,8 +133,8 @@ def test_pairs_and_margins_count_over_the_batch(pack_groups):
         group("b", [], "x"),
         group("c", [], "x", "y", pairs=[Pair(0, 1), Pair(1, 0)]),
     )
-    assert batch.pairs.chosen.tolist() == [2, 4, 5]
-    assert batch.pairs.rejected.tolist() == [0, 5, 4]
+    assert batch.chosen_P.tolist() == [2, 4, 5]
+    assert batch.rejected_P.tolist() == [0, 5, 4]
     assert batch.margin_P.tolist() == [0.5, 0, 0]
 
 
@@ -153,8 +153,8 @@ def test_a_batch_of_text_has_one_black_stand_in_tile(pack_groups):
 def test_an_empty_batch_runs_and_has_no_pair_and_no_gradient(checkpoint, with_text):
     batch = pack([], [], **TILES, with_text=with_text)
     rewards = checkpoint.model(batch.main, batch.tiles)
-    rewards[batch.pairs.chosen].sum().backward()
-    assert (len(batch.pairs.chosen), batch.num_responses) == (0, ())
+    rewards[batch.chosen_P].sum().backward()
+    assert (len(batch.chosen_P), batch.num_responses) == (0, ())
     assert (batch.text is not None) == with_text
     assert all(p.grad is None or not p.grad.any() for p in checkpoint.model.parameters())
 

@@ -9,7 +9,6 @@
 #include "pixel_shuffle_norm.h"
 #include "plan_trie.h"
 #include "resize_bicubic.h"
-#include "reward_head.h"
 
 namespace {
 
@@ -40,37 +39,17 @@ struct Digest {
 
 template <typename T>
 void pair_loss(const char* type) {
-  constexpr int64_t P = 1000, R = 2 * P;
-  const auto rewards = numbers<T>(R), margin = numbers<T>(P);
-  const std::vector<T> proxy(rewards.rbegin(), rewards.rend());
-  std::vector<int64_t> chosen(P), rejected(P), row_ptr(R + 1), row_entry(R);
-  for (int64_t i = 0; i < P; ++i) chosen[i] = 2 * i, rejected[i] = 2 * i + 1;
-  for (int64_t i = 0; i < R; ++i) row_ptr[i + 1] = i + 1, row_entry[i] = i;
-  std::vector<T> sums(kNumPairLossSums), sfc(P), grad_rewards(R), grad_proxy(R);
-  pair_loss_fwd_cpu<T>({rewards.data(), proxy.data(), chosen.data(), rejected.data(), margin.data(), nullptr,
-                        row_ptr.data(), row_entry.data(), R, P},
-                       {SfcMode::paper, 0.1, 0.01, false, 0.1},
-                       {sums.data(), sfc.data(), grad_rewards.data(), grad_proxy.data()}, 1);
+  constexpr int64_t P = 1000;
+  const auto margin = numbers<T>(P), demand = numbers<T>(2 * P);
+  const std::vector<T> proxy(margin.rbegin(), margin.rend());
   Digest digest;
-  digest.add(sums), digest.add(sfc), digest.add(grad_rewards), digest.add(grad_proxy);
+  for (const PairLossMode mode : {PairLossMode::paper, PairLossMode::reference, PairLossMode::balanced}) {
+    std::vector<T> sums(kNumPairLossSums), sfc(P), slope(P), proxy_slope(P);
+    pair_loss_fwd_cpu<T>({margin.data(), proxy.data(), demand.data(), nullptr, P, mode, 0.1},
+                         {sums.data(), sfc.data(), slope.data(), proxy_slope.data()}, 1);
+    digest.add(sums), digest.add(sfc), digest.add(slope), digest.add(proxy_slope);
+  }
   digest.print("pair_loss", type);
-}
-
-template <typename T>
-void reward_head(const char* type) {
-  constexpr int64_t T_ = 30, R = 7, D = 517;
-  using A = compute_t<T>;
-  const auto hidden = numbers<T>(T_ * D);
-  const auto weight = numbers<A>(D), grad = numbers<A>(R);
-  const std::vector<int64_t> last{3, 29, 3, 0, 11, 3, 7};
-  const RewardHeadInputs<T> in{hidden.data(), last.data(), weight.data(), T_, R, D};
-  std::vector<A> rewards(R), grad_weight(D);
-  std::vector<T> grad_hidden(T_ * D);
-  reward_head_fwd_cpu(in, rewards.data(), 1);
-  reward_head_bwd_cpu(in, grad.data(), grad_hidden.data(), grad_weight.data(), 1);
-  Digest digest;
-  digest.add(rewards), digest.add(grad_hidden), digest.add(grad_weight);
-  digest.print("reward_head", type);
 }
 
 template <typename T>
@@ -145,7 +124,7 @@ void resize_bicubic() {
 
 template <typename T>
 void all(const char* type) {
-  reward_head<T>(type), pixel_shuffle_norm<T>(type), patchify<T>(type), pack_image_tokens<T>(type);
+  pixel_shuffle_norm<T>(type), patchify<T>(type), pack_image_tokens<T>(type);
 }
 
 }  // namespace

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from ops.common import DTYPES, widened
-from ops.test_pair_loss import OPTIONS, op_args
+from ops.common import DTYPES
+from ops.test_pair_loss import assert_pair_loss_as_exact, op_args
 
 from mmrm_fast.ops import pack_image_tokens, pair_loss
 from mmrm_fast.ops.native import native, runs_on
 from mmrm_fast.ops.pack_image_tokens import source_index
-from mmrm_fast.ops.pair_loss import pair_index, pair_loss_ref
+from mmrm_fast.ops.pair_loss import MODES
 
 CSRC = Path(__file__).parents[2] / "csrc"
 MAIN = Path(__file__).parent / "cuda_emulation" / "main.cpp"
@@ -81,7 +81,7 @@ def test_machine_code_runs_on_later_devices_of_its_generation():
 def test_cuda_errors_are_raised_with_their_message(monkeypatch):
     rows, source = torch.ones(3, 8), torch.tensor([0, -1])
     calls = [
-        (pair_loss, "pair_loss_fwd_cuda", op_args("paper", {})),
+        (pair_loss, "pair_loss_fwd_cuda", op_args("paper", "plain")),
         (pack_image_tokens, "pack_image_tokens_fwd_cuda", (rows, rows, source)),
         (pack_image_tokens, "pack_image_tokens_bwd_cuda", (rows[:2], *segments(source), 3, 3, True)),
     ]
@@ -157,65 +157,43 @@ def test_the_emulation(emulation, reverse):
 
 
 def emulated_pair_loss(emulation, args, *, offset=0, **options):
-    """pair_loss_fwd_kernel; rewards [0, offset) exist as addresses only."""
-    tensors, (mode, smoothing, centering, warmup, floor) = list(args[:8]), args[8:]
-    tensors[2:4] = tensors[2] + offset, tensors[3] + offset
-    integers = [offset, {"standard": 0, "paper": 1, "normalized": 1, "reference": 2}[mode], int(warmup)]
-    reals = torch.tensor([smoothing, centering, floor], dtype=torch.float64)
-    dtype = tensors[0].dtype
+    """pair_loss_fwd_kernel; pairs [0, offset) exist as addresses only."""
+    *tensors, mode, smoothing = args
+    integers = [offset, MODES.index(mode)]
+    reals, dtype = torch.tensor([smoothing], dtype=torch.float64), tensors[0].dtype
     return emulation.run("pair_loss", dtype, *tensors, integers, reals, results=[dtype] * 4, **options)
 
 
-def assert_as_exact_as_torch(actual, args):
-    truth = pair_loss_ref(*widened(*args))
-    tolerance = 1e-6 if args[0].dtype == torch.float32 else 1e-12
-    for value, reference, exact in zip(actual, pair_loss_ref(*args), truth, strict=True):
-        bound = 2 * (reference - exact).abs() + tolerance * exact.abs() + tolerance
-        assert value.shape == exact.shape
-        assert torch.all((value - exact).abs() <= bound)
-
-
 @needs_gcc
-@pytest.mark.parametrize("num_groups", [0, 1, 43, 171, 400])  # 6 pairs a group, 1,024 pairs a block
+@pytest.mark.parametrize("num_pairs", [0, 1, 1023, 1026, 2400])  # 1,024 a block
 @pytest.mark.parametrize(
     ("mode", "options", "dtype", "scale"),
     [
-        ("standard", {}, torch.float32, 3.0),
-        ("paper", OPTIONS["all"], torch.float32, 1e4),
-        ("reference", OPTIONS["margin"], torch.float64, 3.0),
-        ("paper", OPTIONS["warmup"], torch.float32, 0.0),
+        ("standard", "plain", torch.float32, 3.0),
+        ("paper", "all", torch.float32, 1e4),
+        ("reference", "demand", torch.float64, 3.0),
+        ("balanced", "all", torch.float32, 3.0),
+        ("paper", "plain", torch.float32, 0.0),
     ],
 )
-def test_pair_loss(emulation, mode, options, dtype, scale, num_groups):
-    args = op_args(mode, options, dtype=dtype, scale=scale, num_groups=num_groups)
-    assert_as_exact_as_torch(emulated_pair_loss(emulation, args), args)
-
-
-@needs_gcc
-def test_pair_loss_of_rewards_in_thousands_of_pairs(emulation):
-    generator = torch.Generator().manual_seed(0)
-    chosen, rejected = torch.randint(21, (2, 50_001), generator=generator)
-    pairs = pair_index(chosen, rejected, 22)
-    rewards, proxy = torch.randn(2, 22, generator=generator)
-    options = ("paper", 0.1, 0.01, False, 0.2)
-    args = (rewards, proxy, chosen, rejected, None, None, pairs.row_ptr, pairs.row_entry, *options)
-    results = emulated_pair_loss(emulation, args)
-    for value, exact in zip(results, pair_loss_ref(*widened(*args)), strict=True):
-        torch.testing.assert_close(value.double(), exact, rtol=1e-5, atol=1e-3)
+def test_pair_loss(emulation, mode, options, dtype, scale, num_pairs):
+    args = op_args(mode, options, dtype=dtype, scale=scale, num_pairs=num_pairs)
+    assert_pair_loss_as_exact(emulated_pair_loss(emulation, args), args)
 
 
 @needs_gcc
 def test_pair_loss_has_the_same_bits_in_any_order_of_threads(emulation):
-    args = op_args("paper", OPTIONS["all"], num_groups=200)
+    args = op_args("paper", "all", num_pairs=1200)
     forwards, backwards = (emulated_pair_loss(emulation, args, reverse=reverse) for reverse in (False, True))
     assert all(torch.equal(a, b) for a, b in zip(forwards, backwards, strict=True))
 
 
 @needs_gcc
 def test_pair_loss_past_2_to_the_31(emulation):
-    args = op_args("paper", OPTIONS["all"], num_groups=50)
-    far = emulated_pair_loss(emulation, args, offset=2**32 + 64)
-    assert all(torch.equal(a, b) for a, b in zip(far, emulated_pair_loss(emulation, args), strict=True))
+    args = op_args("paper", "all", num_pairs=1200)
+    _, *far = emulated_pair_loss(emulation, args, offset=2**32)
+    _, *near = emulated_pair_loss(emulation, args)
+    assert all(torch.equal(a, b) for a, b in zip(far, near, strict=True))
 
 
 def random_bits(shape, dtype, seed=0):
@@ -308,7 +286,7 @@ def test_pack_image_tokens_bwd_past_2_to_the_31(emulation, width):
 )
 def test_planted_errors_in_pair_loss_are_caught(emulation, before, after, message):
     program = emulation.mutant("pair_loss.cu", before, after)
-    args = op_args("paper", {})
+    args = op_args("paper", "plain")
     if message is None:
         assert emulated_pair_loss(emulation, args, program=program)[0].isnan().any()
     else:

@@ -6,61 +6,49 @@ from ops.common import is_same_for_any_thread_count, widened
 from torch.nn.functional import logsigmoid
 
 from mmrm_fast.ops.pair_loss import (
+    LEAST_WEIGHT,
     MODES,
     PairLoss,
     PairLossFunction,
-    pair_index,
     pair_loss,
     pair_loss_fwd_cpu,
     pair_loss_ref,
 )
 
-OPTIONS = {
-    "plain": {},
-    "margin": {"margin": True},
-    "weight": {"weight": True},
-    "smoothing": {"label_smoothing": 0.1},
-    "warmup": {"warmup": True},
-    "floor": {"floor": 0.4},
-    "centering": {"centering": 0.01},
-    "all": {"margin": True, "weight": True, "label_smoothing": 0.2, "centering": 0.01, "floor": 0.3},
+OPTIONS = {  # demand, weight, label smoothing
+    "plain": (False, False, 0.0),
+    "demand": (True, False, 0.0),
+    "weight": (False, True, 0.0),
+    "smoothing": (False, False, 0.1),
+    "all": (True, True, 0.2),
 }
-CASES = [
-    pytest.param(mode, options, id=f"{mode}-{name}")
-    for mode in MODES
-    for name, options in OPTIONS.items()
-    if not (mode == "standard" and options.keys() & {"warmup", "floor"})
-    and not (mode == "normalized" and "centering" in options)
-]
-cpp = pair_loss_fwd_cpu
+by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+by_mode = pytest.mark.parametrize("mode", MODES)
+by_options = pytest.mark.parametrize("options", OPTIONS)
 
 
-def k_wise_pairs(num_groups: int, k: int = 4):
-    """Every pair of the k responses of each group: each reward has k - 1 ends."""
-    within = torch.combinations(torch.arange(k))
-    pairs = (within + k * torch.arange(num_groups)[:, None, None]).flatten(0, 1)
-    return pair_index(pairs[:, 0].contiguous(), pairs[:, 1].contiguous(), num_groups * k)
-
-
-def op_args(mode, options, *, num_groups=5, dtype=torch.float32, scale=3.0, seed=0):
-    """Arguments of the op for random K-wise rewards."""
+def op_args(mode, options="plain", *, num_pairs=30, dtype=torch.float32, scale=3.0, seed=0):
+    """Arguments of the op for random margins."""
     generator = torch.Generator().manual_seed(seed)
-    pairs = k_wise_pairs(num_groups)
-    num_rewards, num_pairs = pairs.row_ptr.numel() - 1, pairs.chosen.numel()
-    rewards, proxy = scale * torch.randn(2, num_rewards, generator=generator).to(dtype)
-    margin, weight = torch.rand(2, num_pairs, generator=generator).to(dtype)
-    return (
-        rewards, None if mode == "standard" else proxy, pairs.chosen, pairs.rejected,
-        margin if "margin" in options else None, weight if "weight" in options else None,
-        pairs.row_ptr, pairs.row_entry,
-        mode, options.get("label_smoothing", 0.0), options.get("centering", 0.0), "warmup" in options,
-        options.get("floor", 0.0),
-    )  # fmt: skip
+    margin, proxy_margin = scale * torch.randn(2, num_pairs, generator=generator).to(dtype)
+    demand, weight = torch.rand(2, num_pairs, generator=generator).to(dtype)
+    has_demand, has_weight, smoothing = OPTIONS[options]
+    proxy_margin = None if mode == "standard" else proxy_margin
+    return margin, proxy_margin, demand if has_demand else None, weight if has_weight else None, mode, smoothing
+
+
+def assert_pair_loss_as_exact(results, args):
+    """No error is more than twice that of the reference in the same dtype, plus a floor."""
+    tolerance = 1e-6 if args[0].dtype == torch.float32 else 1e-12
+    truth = pair_loss_ref(*widened(*args))
+    for actual, reference, exact in zip(results, pair_loss_ref(*args), truth, strict=True):
+        bound = 2 * (reference - exact).abs() + tolerance * exact.abs() + tolerance
+        assert (actual.dtype, actual.shape) == (reference.dtype, reference.shape)
+        assert torch.all((actual - exact).abs() <= bound)
 
 
 def one_pair(m, b, **options) -> PairLoss:
-    proxy = None if b is None else torch.tensor([b, 0.0])
-    return pair_loss(torch.tensor([m, 0.0]), proxy, pair_index(torch.tensor([0]), torch.tensor([1]), 2), **options)
+    return pair_loss(torch.tensor([m]), None if b is None else torch.tensor([b]), **options)
 
 
 @pytest.mark.parametrize(
@@ -69,24 +57,31 @@ def one_pair(m, b, **options) -> PairLoss:
         ("paper", 0.0, 0.0, 0.5),
         ("reference", 0.0, 0.0, 0.5),
         ("paper", -2.0, 5.0, 0.003),  # the shortcut solves it, the main model does not: almost ignored
+        ("balanced", -2.0, 5.0, 0.0503),  # weighed like any pair that the shortcut solves
+        ("balanced", 2.0, 5.0, 0.0503),
         ("paper", 40.0, 40.0, 0.5),
         ("reference", 15.0, 15.0, 0.430),
         ("reference", 20.0, 20.0, 0.020),
         ("paper", 1e4, -1e4, 1.0),
         ("paper", -1e4, 1e4, 0.0),
+        ("balanced", 0.0, 0.0, 2 * LEAST_WEIGHT),
+        ("balanced", 0.0, 1e4, LEAST_WEIGHT),
+        ("balanced", 0.0, -1e4, 1.0),
     ],
 )
 def test_documented_coefficients(mode, m, b, sfc):
     assert one_pair(m, b, mode=mode).sfc.item() == pytest.approx(sfc, abs=5e-4)
 
 
+def test_balanced_pairs_for_and_against_the_shortcut_weigh_alike_by_how_often_they_come():
+    logits = torch.linspace(-2.9, 2.9, 9, dtype=torch.float64)  # of a calibrated proxy: p pairs have b, 1 - p have -b
+    p = torch.sigmoid(logits)
+    weight = pair_loss(torch.zeros_like(logits), logits, mode="balanced").sfc
+    assert p * weight == pytest.approx((1 - p) * weight.flip(0), rel=1e-12)
+
+
 def test_sums_of_two_pairs():
-    loss = pair_loss(
-        torch.tensor([1.0, 0.0, 3.0]),
-        torch.tensor([0.0, 0.0, -1.0]),
-        pair_index(torch.tensor([0, 1]), torch.tensor([1, 2]), 3),
-        weight=torch.tensor([1.0, 2.0]),
-    )
+    loss = pair_loss(torch.tensor([1.0, -3.0]), torch.tensor([0.0, 1.0]), weight_P=torch.tensor([1.0, 2.0]))
     main, proxy = -logsigmoid(torch.tensor([1.0, -3.0])), -logsigmoid(torch.tensor([0.0, 1.0]))
     sfc = proxy / (main + proxy)
     expected = {
@@ -102,48 +97,37 @@ def test_sums_of_two_pairs():
         assert getattr(loss, name).item() == pytest.approx(float(value), rel=1e-6), name
 
 
-def test_margin_and_smoothing_leave_the_coefficient_alone():
-    plain = one_pair(1.0, -0.5)
-    assert torch.equal(one_pair(1.0, -0.5, margin=torch.tensor([2.0]), label_smoothing=0.3).sfc, plain.sfc)
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_demand_and_smoothing_leave_the_coefficient_alone(mode):
+    plain = one_pair(1.0, -0.5, mode=mode)
+    assert torch.equal(one_pair(1.0, -0.5, mode=mode, demand_P=torch.tensor([2.0]), label_smoothing=0.3).sfc, plain.sfc)
 
 
-def test_warmup_holds_one_half_and_the_floor_bounds_below():
-    assert one_pair(-2.0, 5.0, warmup=True, floor=0.7).sfc.item() == 0.5
-    assert one_pair(-2.0, 5.0, floor=0.25).sfc.item() == 0.25
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@by_dtype
 @pytest.mark.parametrize("scale", [0.0, 3.0, 1e4])
-@pytest.mark.parametrize(("mode", "options"), CASES)
+@by_options
+@by_mode
 def test_cpp_is_as_exact_as_torch(mode, options, scale, dtype):
-    args = op_args(mode, options, dtype=dtype, scale=scale, num_groups=400)
-    truth = pair_loss_ref(*widened(*args))
-    tolerance = 1e-6 if dtype == torch.float32 else 1e-12
-    for actual, reference, exact in zip(cpp(*args), pair_loss_ref(*args), truth, strict=True):
-        bound = 2 * (reference - exact).abs() + tolerance * exact.abs() + tolerance
-        assert actual.dtype == dtype
-        assert torch.all((actual - exact).abs() <= bound)
+    args = op_args(mode, options, dtype=dtype, scale=scale, num_pairs=2400)
+    assert_pair_loss_as_exact(pair_loss_fwd_cpu(*args), args)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize(("mode", "options"), CASES)
+@by_dtype
+@by_options
+@by_mode
 def test_gradients_are_those_of_the_plain_formula(mode, options, dtype):
-    args = op_args(mode, options, dtype=dtype)
-    rewards, proxy, chosen, rejected, margin, weight, *_ = args
-    leaves = [t.clone().requires_grad_() for t in (rewards, proxy) if t is not None]
+    margin, proxy_margin, demand, weight, _, s = args = op_args(mode, options, dtype=dtype)
+    leaves = [t.clone().requires_grad_() for t in (margin, proxy_margin) if t is not None]
     main_loss, proxy_loss, _, sfc = PairLossFunction.apply(*leaves, *args[len(leaves) :])
-    (2 * main_loss + (3 * proxy_loss if proxy is not None else 0)).backward()
+    (2 * main_loss + (3 * proxy_loss if proxy_margin is not None else 0)).backward()
 
-    expected = [t.double().requires_grad_() for t in (rewards, proxy) if t is not None]
-    m, *b = (r[chosen] - r[rejected] for r in expected)
-    w, offset = (default if t is None else t.double() for t, default in ((weight, 1.0), (margin, 0.0)))
-    s, centering = args[9], args[10]
+    m, *b = expected = [t.double().requires_grad_() for t in (margin, proxy_margin) if t is not None]
+    w, offset = (default if t is None else t.double() for t, default in ((weight, 1.0), (demand, 0.0)))
 
     def loss(x):
         return -(1 - s) * logsigmoid(x - offset) - s * logsigmoid(offset - x)
 
-    centered = centering * (expected[0][chosen] + expected[0][rejected]).square()
-    total = 2 * (w * (sfc.double() * loss(m) + centered)).sum()
+    total = 2 * (w * sfc.double() * loss(m)).sum()
     if b:
         total = total + 3 * (w * loss(b[0])).sum()
     total.backward()
@@ -153,112 +137,100 @@ def test_gradients_are_those_of_the_plain_formula(mode, options, dtype):
 
 
 def test_gradcheck():
-    def main(rewards):
-        loss = pair_loss(rewards, None, pairs, mode="standard", margin=margin, label_smoothing=0.1, centering=0.02)
-        return loss.main
+    def losses(margin, proxy_margin):  # the weight is detached: none in the first, the proxy's own in the second
+        main = pair_loss(margin, None, mode="standard", demand_P=demand, label_smoothing=0.1).main
+        return main, pair_loss(margin.detach(), proxy_margin, demand_P=demand, label_smoothing=0.1).proxy
 
-    pairs = k_wise_pairs(3)
-    margin = torch.rand(pairs.chosen.numel(), dtype=torch.float64)
-    assert torch.autograd.gradcheck(main, torch.randn(12, dtype=torch.float64, requires_grad=True))
+    demand = torch.rand(12, dtype=torch.float64)
+    margins = torch.randn(2, 12, dtype=torch.float64).unbind()
+    assert torch.autograd.gradcheck(losses, [margin.requires_grad_() for margin in margins])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_upcast(dtype):
-    rewards, proxy = torch.randn(2, 12).to(dtype)
-    rewards.requires_grad_()
-    loss = pair_loss(rewards, proxy, k_wise_pairs(3))
-    upcast = pair_loss(rewards.detach().float(), proxy.float(), k_wise_pairs(3))
+    margin, proxy_margin = torch.randn(2, 12).to(dtype)
+    margin.requires_grad_()
+    loss = pair_loss(margin, proxy_margin)
+    upcast = pair_loss(margin.detach().float(), proxy_margin.float())
     assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(loss, upcast, strict=True))
     loss.main.backward()
-    assert rewards.grad.dtype == dtype
+    assert margin.grad.dtype == dtype
 
 
-@pytest.mark.parametrize("num_rewards", [0, 2])
-def test_no_pairs(num_rewards):
-    none = torch.empty(0, dtype=torch.int64)
-    rewards = torch.ones(num_rewards, requires_grad=True)
-    loss = pair_loss(rewards, torch.ones(num_rewards), pair_index(none, none, num_rewards))
+@by_mode
+def test_no_pairs(mode):
+    margin, proxy_margin = (torch.zeros(0, requires_grad=True) for _ in range(2))
+    loss = pair_loss(margin, None if mode == "standard" else proxy_margin, mode=mode)
     (loss.main + loss.proxy).backward()
     assert all(value == 0 for value in loss[:7])
-    assert loss.sfc.shape == (0,)
-    assert torch.equal(rewards.grad, torch.zeros(num_rewards))
+    assert loss.sfc.shape == margin.grad.shape == (0,)
+
+
+@by_mode
+def test_a_margin_that_is_not_a_number_makes_the_losses_none(mode):
+    margin = torch.tensor([1.0, torch.nan])
+    loss = pair_loss(margin, None if mode == "standard" else margin, mode=mode)
+    assert loss.main.isnan() and (mode == "standard" or loss.proxy.isnan())
 
 
 def test_only_the_losses_carry_gradients():
-    loss = pair_loss(torch.randn(4, requires_grad=True), torch.randn(4, requires_grad=True), k_wise_pairs(1))
+    loss = pair_loss(torch.randn(4, requires_grad=True), torch.randn(4, requires_grad=True))
     assert [name for name in PairLoss._fields if getattr(loss, name).requires_grad] == ["main", "proxy"]
 
 
-def test_same_bits_for_any_thread_count():
-    args = op_args("paper", OPTIONS["all"], num_groups=4001)
-    assert is_same_for_any_thread_count(lambda: cpp(*args))
+@by_mode
+def test_same_bits_for_any_thread_count(mode):
+    args = op_args(mode, "all", num_pairs=24_006)
+    assert is_same_for_any_thread_count(lambda: pair_loss_fwd_cpu(*args))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize("mode", ["standard", "paper"])
-@pytest.mark.parametrize("num_groups", [0, 1, 3])
-def test_opcheck(mode, dtype, num_groups):
-    args = list(op_args(mode, OPTIONS["all"] if mode == "paper" else {}, num_groups=num_groups, dtype=dtype))
-    torch.library.opcheck(torch.ops.mmrm_fast.pair_loss_fwd, tuple(args))
-    strided = [a.repeat_interleave(2)[::2] if isinstance(a, torch.Tensor) else a for a in args]
-    torch.library.opcheck(torch.ops.mmrm_fast.pair_loss_fwd, tuple(strided))
+@by_dtype
+@pytest.mark.parametrize(("mode", "options"), [("standard", "plain"), ("paper", "all"), ("balanced", "all")])
+@pytest.mark.parametrize("num_pairs", [0, 1, 18])
+def test_opcheck(mode, options, dtype, num_pairs):
+    args = op_args(mode, options, num_pairs=num_pairs, dtype=dtype)
+    torch.library.opcheck(torch.ops.mmrm_fast.pair_loss_fwd, args)
+    strided = tuple(a.repeat_interleave(2)[::2] if isinstance(a, torch.Tensor) else a for a in args)
+    torch.library.opcheck(torch.ops.mmrm_fast.pair_loss_fwd, strided)
 
 
-def test_strided_rewards():
+def test_strided_margins():
     storage = torch.randn(12, 2)
-    pairs = k_wise_pairs(3)
-    strided = pair_loss(storage[:, 0], storage[:, 1], pairs)
-    contiguous = pair_loss(storage[:, 0].contiguous(), storage[:, 1].contiguous(), pairs)
+    strided, contiguous = pair_loss(*storage.unbind(1)), pair_loss(*storage.T.contiguous())
     assert all(torch.equal(a, b) for a, b in zip(strided, contiguous, strict=True))
 
 
 def test_compiles_to_one_graph():
-    def step(rewards, proxy):
-        loss = pair_loss(rewards, proxy, pairs)
+    def step(margin, proxy_margin):
+        loss = pair_loss(margin, proxy_margin)
         return loss.main + loss.proxy
 
-    pairs = k_wise_pairs(3)
-    rewards = torch.randn(2, 12)
+    margins = torch.randn(2, 12)
     grads = []
     for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-        leaf = rewards.clone().requires_grad_()
+        leaf = margins.clone().requires_grad_()
         function(leaf[0], leaf[1]).backward()
         grads.append(leaf.grad)
     assert torch.equal(*grads)
-
-
-def test_pair_index_lists_the_ends_of_each_reward():
-    index = pair_index(torch.tensor([2, 0]), torch.tensor([0, 1]), 4)
-    assert index.row_ptr.tolist() == [0, 2, 3, 4, 4]
-    assert index.row_entry.tolist() == [1, 2, 3, 0]
-
-
-@pytest.mark.parametrize("position", [-1, 2])
-def test_pair_positions_out_of_range_are_named(position):
-    with pytest.raises(ValueError, match=f"pair position {position} is outside the 2 rewards"):
-        pair_index(torch.tensor([0]), torch.tensor([position]), 2)
 
 
 @pytest.mark.parametrize(
     ("b", "options", "message"),
     [
         (0.0, {"mode": "robust"}, "mode must be one of .*, got 'robust'"),
-        (0.0, {"mode": "standard"}, "mode 'standard' takes no proxy_rewards"),
-        (None, {"mode": "paper"}, "mode 'paper' needs proxy_rewards"),
-        (None, {"mode": "standard", "floor": 0.1}, "has no SFC for warmup=False, floor=0.1"),
-        (0.0, {"mode": "normalized", "centering": 0.1}, "got centering=0.1"),
-        (0.0, {"centering": -1.0}, "centering must not be negative, got -1.0"),
-        (0.0, {"label_smoothing": 0.6}, "label_smoothing must be between 0.0 and 0.5, got 0.6"),
-        (0.0, {"floor": 1.5}, "floor must be between 0.0 and 1.0, got 1.5"),
-        (0.0, {"margin": torch.zeros(2)}, r"margin must be \[1\], got \[2\]"),
-        (0.0, {"weight": torch.zeros(1, 1)}, r"weight must be \[1\], got \[1, 1\]"),
+        (0.0, {"mode": "standard"}, "mode 'standard' takes no proxy_margin_P"),
+        (None, {"mode": "paper"}, "mode 'paper' needs proxy_margin_P"),
+        (0.0, {"label_smoothing": 0.6}, "label_smoothing must be between 0 and 0.5, got 0.6"),
+        (0.0, {"demand_P": torch.zeros(2)}, r"demand_P must be \[1\], got \[2\]"),
+        (0.0, {"weight_P": torch.zeros(1, 1)}, r"weight_P must be \[1\], got \[1, 1\]"),
+        ([0.0, 1.0], {}, r"proxy_margin_P must be \[1\], got \[2\]"),
     ],
 )
 def test_wrong_arguments_are_named(b, options, message):
     with pytest.raises(ValueError, match=message):
-        one_pair(1.0, b, **options)
+        pair_loss(torch.zeros(1), None if b is None else torch.tensor(b).view(-1), **options)
 
 
-def test_wrong_reward_shape_is_named():
-    with pytest.raises(ValueError, match=r"rewards must be \[4\], got \[4, 1\]"):
-        pair_loss(torch.zeros(4, 1), torch.zeros(4), k_wise_pairs(1))
+def test_wrong_margin_shape_is_named():
+    with pytest.raises(ValueError, match=r"margin_P must be \[P\], got \[4, 1\]"):
+        pair_loss(torch.zeros(4, 1), torch.zeros(4))

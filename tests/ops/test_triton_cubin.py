@@ -21,7 +21,7 @@ from rich.console import Console
 from mmrm_fast.ops import kernel_report
 from mmrm_fast.ops.triton.cubin import launch_resources
 
-OPS = ("pack_image_tokens", "pair_loss", "patchify", "pixel_shuffle_norm", "reward_head")
+OPS = ("pack_image_tokens", "pair_loss", "patchify", "pixel_shuffle_norm")
 names = ("launch", *OPS)
 kernels = {n for name in names for n in vars(import_module(f"mmrm_fast.ops.triton.{name}")) if n.endswith("_kernel")}
 rows = []
@@ -72,9 +72,9 @@ def test_a_spill_would_be_seen(machine_code):
 def test_kernel_report(machine_code):
     lines = machine_code["table"].splitlines()
     assert any("computed from bytes and FLOPs, not measured" in line for line in lines)
-    (head,) = (line for line in lines if "reward_head_fwd" in line and "sm_90" in line)
-    cells = [cell.strip() for cell in head.strip("│").split("│")]
+    (pack, *_) = (line for line in lines if "pack_image_tokens_fwd" in line and "sm_90" in line)
+    cells = [cell.strip() for cell in pack.strip("│").split("│")]
     assert cells[1] == "Triton"
     assert cells[4] == "0"  # spills
-    assert cells[6] == "1.06 / 2.12"  # MB: 256 rows of 2,048 and 4,096 bf16, the float32 weight, index and rewards
-    assert cells[8] == "0.316 / 0.632"  # microseconds at 3.35 TB/s
+    assert cells[6] == "67.2 / 134"  # MB: 8,192 rows of 2,048 and 4,096 bf16 read and written, and their sources
+    assert cells[8] == "20.1 / 40.1"  # microseconds at 3.35 TB/s

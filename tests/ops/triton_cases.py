@@ -9,20 +9,19 @@ import numpy as np
 import pytest
 import torch
 import triton
+from ops.test_pair_loss import op_args
 from triton.runtime import interpreter
 
 from mmrm_fast.ops.pack_image_tokens import pack_image_tokens_bwd_ref, pack_image_tokens_ref, source_index
-from mmrm_fast.ops.pair_loss import MODES, pair_index, pair_loss_ref
+from mmrm_fast.ops.pair_loss import MODES, pair_loss_ref
 from mmrm_fast.ops.patchify import patchify_ref
 from mmrm_fast.ops.pixel_shuffle_norm import pixel_shuffle_norm_bwd_ref, pixel_shuffle_norm_ref
-from mmrm_fast.ops.reward_head import reward_head_bwd_ref, reward_head_ref
 from mmrm_fast.ops.triton import pack_image_tokens as pack
 from mmrm_fast.ops.triton import pair_loss as pairs
 from mmrm_fast.ops.triton import patchify as patch
 from mmrm_fast.ops.triton import pixel_shuffle_norm as norm
-from mmrm_fast.ops.triton import reward_head as head
 from mmrm_fast.ops.triton import use_triton
-from mmrm_fast.ops.triton.launch import Launch, sum_chunks
+from mmrm_fast.ops.triton.launch import sum_chunks
 
 FLOAT32_SUM = 1e-6  # of a sum whose terms cancel, relative to the largest result
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -63,24 +62,6 @@ def widened(value):
 def strided(tensor):
     """The same values, not contiguous."""
     return torch.stack([tensor, tensor], dim=-1)[..., 0]
-
-
-@by_dtype
-@pytest.mark.parametrize(
-    ("last_index", "width"), [([3, 0, 3, 5, 3], 63), (list(range(7)) * 11, 300), ([2], 1), ([], 16), ([4, 4], 2500)]
-)
-def test_reward_head(last_index, width, dtype):
-    hidden, weight, last_index = random(7, width, dtype=dtype), random(width), torch.tensor(last_index).long()
-    grad = random(len(last_index), seed=1)
-    assert_as_exact(head.reward_head_fwd_triton, reward_head_ref, strided(hidden), last_index, strided(weight))
-    assert_as_exact(head.reward_head_bwd_triton, reward_head_bwd_ref, strided(grad), hidden, last_index, weight)
-
-
-def test_responses_of_one_token_are_summed_in_order():
-    grad, weight = torch.tensor([1e8, 1.0, -1e8, 3.0]), torch.ones(4)
-    last_index = torch.tensor([1, 1, 1, 0])
-    grad_hidden, _ = head.reward_head_bwd_triton(grad, torch.ones(2, 4), last_index, weight)
-    assert grad_hidden.tolist() == [[3.0] * 4, [(torch.tensor(1e8) + 1 - 1e8).item()] * 4]
 
 
 @by_dtype
@@ -138,61 +119,35 @@ def test_sum_of_chunks(num_chunks, width):
     torch.testing.assert_close(out, chunks.double().sum(0).float(), rtol=1e-6, atol=1e-5)
 
 
-OPTIONS = {
-    "plain": {},
-    "warm-up": {"warmup": True},
-    "all": {"margin": True, "label_smoothing": 0.2, "centering": 0.01, "floor": 0.3},
-}
-
-
-def pair_loss_args(mode, num_groups, *, scale=3.0, margin=False, label_smoothing=0.0, centering=0.0, warmup=False,
-                   floor=0.0):  # fmt: skip
-    """Of the op, for random rewards of four responses a group, all six pairs of them; with a margin also a weight."""
-    chosen, rejected = (torch.combinations(torch.arange(4)) + 4 * torch.arange(num_groups)[:, None, None]).view(-1, 2).T
-    index = pair_index(chosen.contiguous(), rejected.contiguous(), 4 * num_groups)
-    rewards, proxy = scale * random(2, 4 * num_groups)
-    return (
-        strided(rewards), None if mode == "standard" else strided(proxy), index.chosen, index.rejected,
-        random(len(chosen), seed=1).abs() if margin else None, random(len(chosen), seed=2).abs() if margin else None,
-        index.row_ptr, index.row_entry, mode, label_smoothing, centering, warmup, floor,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("scale", [0.0, 3.0, 10.0, 1e4])
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", ["plain", "all"])
 @pytest.mark.parametrize("mode", MODES)
 def test_pair_loss(mode, options, scale):
-    for num_groups in (0, 1, 5):
-        args = pair_loss_args(mode, num_groups, scale=scale, **OPTIONS[options])
+    for num_pairs in (0, 1, 30):
+        args = [strided_tensor(a) for a in op_args(mode, options, num_pairs=num_pairs, scale=scale)]
         assert_as_exact(pairs.pair_loss_fwd_triton, pair_loss_ref, *args)
 
 
+def strided_tensor(value):
+    return strided(value) if isinstance(value, torch.Tensor) else value
+
+
 def test_pair_loss_in_chunks():
-    args = pair_loss_args("paper", 300, **OPTIONS["all"])
-    assert len(args[2]) > 3 * pairs.CHUNK
+    args = op_args("paper", "all", num_pairs=3 * pairs.CHUNK + 100)
     assert_as_exact(pairs.pair_loss_fwd_triton, pair_loss_ref, *args)
     runs = [pairs.pair_loss_fwd_triton(*args) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_pair_loss_of_rewards_without_pairs():
-    none = torch.empty(0, dtype=torch.int64)
-    index = pair_index(none, none, 3)
-    tensors = (torch.ones(3), torch.ones(3), none, none, None, None, index.row_ptr, index.row_entry)
-    outputs = pairs.pair_loss_fwd_triton(*tensors, "paper", 0.0, 0.0, False, 0.0)
-    assert [output.tolist() for output in outputs] == [[0.0] * 7, [], [0.0] * 3, [0.0] * 3]
-
-
 def test_float64_takes_the_reference():
     references = []
     library = SimpleNamespace(impl=lambda name, function, key: references.append((name, function, key)))
-    use_triton(library, "reward_head", reward_head_fwd=reward_head_ref)
+    use_triton(library, "pair_loss", pair_loss_fwd=pair_loss_ref)
     ((name, function, key),) = references
-    assert (name, key) == ("reward_head_fwd", "CUDA")
-    args = random(3, 8), torch.tensor([2, 0]), random(8, seed=1)
-    assert torch.equal(function(*args), head.reward_head_fwd_triton(*args))
-    double = [widened(a) for a in args]
-    assert torch.equal(function(*double), reward_head_ref(*double))
+    assert (name, key) == ("pair_loss_fwd", "CUDA")
+    for dtype, expected in ((torch.float32, pairs.pair_loss_fwd_triton), (torch.float64, pair_loss_ref)):
+        args = op_args("paper", dtype=dtype)
+        assert all(torch.equal(a, b) for a, b in zip(function(*args), expected(*args), strict=True))
 
 
 FAR = 2**26  # rows that exist as addresses only; of WIDTH values or more they are past 2^31 elements
@@ -225,16 +180,6 @@ def assert_same_far(plan, far_plan, *launches):
     for launch, options in zip(far_plan.launches, launches, strict=True):
         run_far(launch, **options)
     assert all(torch.equal(a, b) for a, b in zip(far_plan.outputs, expected, strict=True))
-
-
-def test_reward_head_past_2_to_the_31():
-    hidden, weight, last_index = random(5, WIDTH), random(WIDTH), torch.tensor([4, 0, 4])
-    far = {"missing": {"hidden": FAR * WIDTH}}
-    plans = [head.reward_head_fwd_plan(hidden, index, weight) for index in (last_index, last_index + FAR)]
-    assert_same_far(*plans, far)
-    grad = random(3, seed=1)
-    plans = [head.reward_head_bwd_plan(grad, hidden, index, weight) for index in (last_index, last_index + FAR)]
-    assert_same_far(*plans, {"missing": {"grad_hidden": FAR * WIDTH}}, far, {})
 
 
 def test_pack_image_tokens_past_2_to_the_31():
@@ -289,16 +234,8 @@ def test_sum_of_chunks_past_2_to_the_31():
 
 
 def test_pair_loss_past_2_to_the_31():
-    args = list(pair_loss_args("paper", 100, **OPTIONS["all"]))  # 600 pairs of 400 rewards, blocks of 512
-    plans = [pairs.pair_loss_fwd_plan(*args)]
-    args[2], args[3] = args[2] + 512 * FAR, args[3] + 512 * FAR
-    plans.append(pairs.pair_loss_fwd_plan(*args))
-    (launch, total), far = plans[1].launches, 512 * FAR
-    of_rewards, of_pairs = dict.fromkeys(("rewards", "proxy_rewards"), far), ("chosen", "rejected", "margin", "weight")
-    pair_blocks, row_blocks = (Launch(launch.kernel, (n,), launch.arguments) for n in (2, 1))
-    missing = of_rewards | dict.fromkeys((*of_pairs, "sfc"), far) | {"sums": 7 * FAR}
-    run_far(pair_blocks, programs=FAR, missing=missing, num_pairs=far + 600, num_chunks=FAR + 2)
-    missing = of_rewards | dict.fromkeys(("row_ptr", "grad_rewards", "grad_proxy"), far)
-    run_far(row_blocks, programs=FAR, missing=missing, num_rewards=far + 400, num_chunks=0)
-    total.run()
-    assert all(torch.equal(a, b) for a, b in zip(plans[1].outputs, plans[0].run(), strict=True))
+    args = op_args("paper", "all", num_pairs=600)  # blocks of 512
+    plans = [pairs.pair_loss_fwd_plan(*args) for _ in range(2)]
+    names = ("margin", "proxy_margin", "demand", "weight", "sfc", "slope", "proxy_slope")
+    missing = dict.fromkeys(names, 512 * FAR) | {"sums": 7 * FAR}
+    assert_same_far(*plans, {"programs": FAR, "missing": missing, "num_pairs": 512 * FAR + 600}, {})

@@ -222,7 +222,7 @@ def test_learning_rate_warms_up_and_ends_at_zero():
     assert [lr_factor(share, 0.1) for share in (0.0, 0.05, 0.1, 0.55, 1.0)] == pytest.approx([0, 0.5, 1, 0.5, 0])
 
 
-def test_balanced_mode_divides_the_main_branch_by_the_mean_weight():
+def test_balanced_mode_divides_the_main_branch_by_the_sum_of_its_weights():
     sums = dict.fromkeys(SUMS + COUNTS, 0.0) | {"weight": 8.0, "weighted_sfc": 2.0}
     assert StepTotals(sums).gradient_scales("balanced") == (1 / 2, 1 / 8)
     assert StepTotals(sums).gradient_scales("paper") == (1 / 8, 1 / 8)

@@ -54,28 +54,22 @@ void skip_to(int64_t offset, int64_t count, int64_t items_per_block, int64_t fir
   }
 }
 
-// Rewards [0, offset) do not exist.
+// Pairs [0, offset) do not exist; with an offset the sums stay unset.
 template <typename T>
 void pair_loss() {
-  const Array<T> rewards = read<T>(), proxy = read<T>();
-  const Array<int64_t> chosen = read<int64_t>(), rejected = read<int64_t>();
-  const Array<T> margin = read<T>(), weight = read<T>();
-  const Array<int64_t> row_ptr = read<int64_t>(), row_entry = read<int64_t>(), integers = read<int64_t>();
-  const Array<double> reals = read<double>();
-  const int64_t offset = integers.memory[0], P = chosen.size, R = rewards.size;
-  const mmrm::PairLossOptions options{mmrm::SfcMode(integers.memory[1]), reals.memory[0], reals.memory[1],
-                                      integers.memory[2] != 0, reals.memory[2]};
-  const Array<T> sums(mmrm::kNumPairLossSums), sfc(P), grad_rewards(R), grad_proxy(proxy.size);
-  const Array<double> scratch(mmrm::pair_loss_scratch_size(P));
-  const mmrm::PairLossInputs<T> in{rewards.from(offset), proxy.size ? proxy.from(offset) : nullptr,
-                                   chosen.get(),         rejected.get(),
-                                   margin.get(),         weight.get(),
-                                   row_ptr.from(offset), row_entry.get(),
-                                   offset + R,           P};
-  const mmrm::PairLossOutputs<T> out{sums.get(), sfc.get(), grad_rewards.from(offset), grad_proxy.from(offset)};
-  skip_to(offset, R, 32, P <= 1024 ? 1 : (P + 1023) / 1024);
-  check(mmrm::launch_pair_loss_fwd(in, options, out, scratch.get(), nullptr));
-  write(sums), write(sfc), write(grad_rewards), write(grad_proxy);
+  const Array<T> margin = read<T>(), proxy = read<T>(), demand = read<T>(), weight = read<T>();
+  const Array<int64_t> integers = read<int64_t>();
+  const Array<double> smoothing = read<double>();
+  const int64_t offset = integers.memory[0], P = margin.size, chunk = 1024, sums_per_chunk = mmrm::kNumPairLossSums;
+  const auto from = [=](const Array<T>& array) { return array.size ? array.from(offset) : nullptr; };
+  const Array<T> sums(sums_per_chunk), sfc(P), slope(P), proxy_slope(proxy.size);
+  const Array<double> scratch(mmrm::pair_loss_scratch_size(offset + P) - offset / chunk * sums_per_chunk);
+  const mmrm::PairLossInputs<T> in{from(margin), from(proxy), from(demand), from(weight), offset + P,
+                                   mmrm::PairLossMode(integers.memory[1]), smoothing.memory[0]};
+  const mmrm::PairLossOutputs<T> out{sums.get(), from(sfc), from(slope), from(proxy_slope)};
+  skip_to(offset, P, chunk, 0);
+  check(mmrm::launch_pair_loss_fwd(in, out, scratch.from(offset / chunk * sums_per_chunk), nullptr));
+  write(sums), write(sfc), write(slope), write(proxy_slope);
 }
 
 // Rows [0, offset) of every array do not exist; `shift` elements come before the first row.
