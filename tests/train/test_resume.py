@@ -65,7 +65,7 @@ def same_runs(one, two):
 
 def test_killed_runs_resume_to_bitwise_the_same_end(make_config):
     """With worker processes, dropout in adapters and a moving average, at three moments in turn on the same run."""
-    options = {**OPTIONS, "epochs": 3, "num_workers": 1, "llm_lora": True, "lora_r": 4, "lora_dropout": 0.2, "ema": 0.9}
+    options = {**OPTIONS, "epochs": 3, "num_workers": 1, "llm_lora": True, "lora_r": 4, "lora_dropout": 0.2}
     whole = train(make_config("whole", **options))
     config = make_config("killed", resume="auto", **options)
     for moment in MOMENTS:
@@ -91,7 +91,7 @@ def terminate_one(config):
 
 
 def test_sigterm_to_one_rank_saves_on_all_and_another_number_of_ranks_goes_on(make_config):
-    options = {"robust": True, "epochs": 2, "eval_every": 4, "keep": 3, "ema": 0.9}
+    options = {"robust": True, "epochs": 2, "eval_every": 4, "keep": 3}
     whole, config = train(make_config("whole", **options)), make_config("stopped", **options)
     assert run_ranks(terminate_one, config) == [0, 0]
     assert len(losses(config.run.output_dir)) == 2 and not (config.run.output_dir / "final").exists()
