@@ -1,7 +1,7 @@
 """train.py and score.py as whole processes on the shapes data: pairs/s, responses/s, and where the time goes.
 
-The training process is the command itself under timed.py, which counts the seconds inside data preparation, forward,
-backward and optimizer; the rest (imports, data check, writing) is overhead.
+What a training process writes of its steps says how long they took and how long each waited for its data; the rest
+(imports, the check of the data, evaluation, writing) is outside of the steps.
 """
 
 import json
@@ -29,9 +29,15 @@ class TrainRun:
     """A training process."""
 
     seconds: float  # of the whole process
-    step_seconds: float  # mean of the steps but the first
-    pairs_per_second: float  # over those steps
-    shares: dict[str, float]  # of the process's time
+    steps: list[dict]  # rows of metrics.jsonl
+
+    def mean(self, name: str) -> float:
+        """Of the steps but the first, whose allocations are new."""
+        return sum(step[name] for step in self.steps[1:]) / len(self.steps[1:])
+
+    def share(self, name: str) -> float:
+        """Of the process's time, over all steps."""
+        return sum(step[name] for step in self.steps) / self.seconds
 
 
 def cases(options: Options) -> Iterator[Case]:
@@ -43,41 +49,36 @@ def cases(options: Options) -> Iterator[Case]:
 
 def train_rows(method: str, options: Options) -> Iterator[Row]:
     """One process."""
-    run = train_run(options, robust=method == "robust", threads=options.threads)
-    shares = {f"share of {name}": share for name, share in run.shares.items()}
-    details = {"pairs/s": run.pairs_per_second, **shares}
+    with tempfile.TemporaryDirectory() as folder:
+        run = train_run(Path(folder), options, robust=method == "robust")
+    details = {
+        "pairs/s": run.mean("pairs") / run.mean("seconds"),
+        "share of steps": run.share("seconds"),
+        "share of data wait, inside of them": run.share("data_wait_seconds"),
+    }
     yield lone_row("end-to-end", f"train.py {method}, shapes", run.seconds, options, details)
 
 
 def train_run(
-    options: Options, *, robust: bool = True, ranks: int = 1, threads: int, folder: Path | None = None
+    folder: Path, options: Options, *, robust: bool = True, ranks: int = 1, threads: int | None = None
 ) -> TrainRun:
-    """Train on shapes without test sets other than the data's own."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = folder or Path(scratch) / "run"
-        seconds_file = Path(scratch) / "seconds.json"
-        data = cached_environments()["opening"]
-        arguments = [
-            str(ROOT / "benchmarks" / "timed.py"), str(seconds_file), "train", "--data", str(data / "train.jsonl"),
-            "--model", str(TINY_CHECKPOINT), "--max-steps", str(QUICK_STEPS if options.quick else STEPS),
-            "--output-dir", str(folder), "--eval", f"iid={data / 'iid.jsonl'}", *["--robust"] * robust,
-        ]  # fmt: skip
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-        seconds = process_seconds([*launcher, *arguments], threads)
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        inside = json.loads(seconds_file.read_text())
-    later = rows[1:]
-    shares = {name: value / seconds for name, value in inside.items()}
-    shares["overhead"] = 1 - sum(shares.values())
-    total = sum(each["seconds"] for each in later)
-    return TrainRun(seconds, total / len(later), sum(each["pairs"] for each in later) / total, shares)
+    """Train on shapes into `folder`, without test sets other than the data's own."""
+    data = cached_environments()["opening"]
+    arguments = [
+        str(ROOT / "scripts" / "train.py"), "--data", str(data / "train.jsonl"), "--model", str(TINY_CHECKPOINT),
+        "--max-steps", str(QUICK_STEPS if options.quick else STEPS), "--output-dir", str(folder),
+        "--eval", f"iid={data / 'iid.jsonl'}", *["--robust"] * robust,
+    ]  # fmt: skip
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    seconds = process_seconds([*launcher, *arguments], threads or options.threads)
+    return TrainRun(seconds, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()])
 
 
 def score_rows(options: Options) -> Iterator[Row]:
     """One process on a part of the i.i.d. test, and how long its start alone takes, on one record."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        train_run(options, threads=options.threads, folder=folder / "run")
+        train_run(folder / "run", options)
         source = cached_environments()["opening"] / "iid.jsonl"
         lines = source.read_text().splitlines()[: 50 if options.quick else SCORED]
         times, responses = {}, 0

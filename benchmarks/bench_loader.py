@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
+import torch
 
-from benchmarks.harness import Case, Check, Options, Row, interleaved, make_row
+from benchmarks.harness import Baseline, Case, Check, Comparison, Options, Row, compare
 from mmrm_fast.checkpoint.folder import load_checkpoint
 from mmrm_fast.data.packing import Packed, Packer, map_tensors
 from mmrm_fast.data.records import RecordFile
@@ -25,23 +26,22 @@ RECORDS, BUDGET = 512, 6_144  # records of an epoch; work of a step, as training
 
 def cases(options: Options) -> Iterator[Case]:
     """One case."""
-    yield Case("shapes", partial(case_rows, options))
+    yield Case("shapes", partial(rows, options))
 
 
-def case_rows(options: Options) -> Iterator[Row]:
+def rows(options: Options) -> Iterator[Row]:
     """Verify and time one pass over the records, workers started anew."""
     checkpoint = load_checkpoint(TINY_CHECKPOINT)
     file = RecordFile(cached_environments()["opening"] / "train.jsonl", need_pairs=True)
     dataset = PreferenceDataset([file], checkpoint.prompt_encoder(), checkpoint.tiling, with_text=True)
     order = np.random.default_rng(0).permutation(len(dataset))[:RECORDS]
-    results = [list(map(digest, one_pass(dataset, order, workers))) for workers in (2, 0)]
+    ours, theirs = (list(map(digest, one_pass(dataset, order, workers))) for workers in (2, 0))
     sides = [lambda workers=workers: deque(one_pass(dataset, order, workers), maxlen=0) for workers in (2, 0)]
-    timings = interleaved(sides, repeats=options.model_repeats, min_seconds=0)
-    yield make_row(
-        "loader", "loader shapes, 2 workers", "uint8", ours=timings[0], baseline="1 process", theirs=timings[1],
-        checks=[Check(float(results[0] != results[1]), 0)],
-        details={"samples/s": RECORDS / timings[0].median, "samples/s without workers": RECORDS / timings[1].median},
-    )  # fmt: skip
+    baseline = Baseline(sides[1], [Check(float(ours != theirs), 0)])
+    comparison = Comparison(
+        "loader", "loader shapes, 2 workers", torch.uint8, sides[0], {"1 process": baseline}, count=(RECORDS, "samples")
+    )
+    yield from compare(comparison, options)
 
 
 def one_pass(dataset: PreferenceDataset, order: np.ndarray, num_workers: int) -> Iterator[Packed]:

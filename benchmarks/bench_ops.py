@@ -1,30 +1,315 @@
-"""The op cases under pytest-benchmark: `pytest benchmarks --benchmark-only`; the only file here that needs pytest."""
+"""The table of ops: each on the same inputs as its baselines, verified against them in the same run.
 
-import pytest
+Results are what an op returns and, of what trains, the gradients. The bound is a copy into new memory of the bytes that
+the op must read and write; for `pair_loss` behind an empty op of the same signature with the same kind of autograd,
+whose own row has the highest ratio that any op could reach at P = 64. At P = 100,000 the copy is not a tight bound:
+there are two exponentials, two logarithms and five divisions a pair.
 
-from benchmarks import (
-    bench_pack_image_tokens,
-    bench_pair_loss,
-    bench_patchify,
-    bench_pixel_shuffle_norm,
-    bench_plan_trie,
+Shapes: P pairs; T packed tokens, F image features, V embeddings, D hidden size; I tiles, S pixels a tile
+side, C channels.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, is_dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding, layer_norm, unfold
+from tqdm import tqdm
+from transformers import InternVLModel
+
+from benchmarks.baselines import normalize, robust_loss_and_logs
+from benchmarks.harness import (
+    CPU,
+    Baseline,
+    Bound,
+    Case,
+    Check,
+    Comparison,
+    Options,
+    Row,
+    compare,
+    interleaved,
+    relative_error,
 )
+from benchmarks.models import photograph
+from mmrm_fast.data.images import NORMALIZATION
+from mmrm_fast.ops.pack_image_tokens import SourceIndex, pack_image_tokens, source_index
+from mmrm_fast.ops.pair_loss import pair_loss
+from mmrm_fast.ops.patchify import patchify
+from mmrm_fast.ops.pixel_shuffle_norm import pixel_shuffle_norm
+from mmrm_fast.ops.plan_trie import plan_trie, plan_trie_ref
+from mmrm_fast.ops.resize_bicubic import resize_bicubic, resize_bicubic_ref
 
-MODULES = (
-    bench_pair_loss,
-    bench_pack_image_tokens,
-    bench_pixel_shuffle_norm,
-    bench_patchify,
-    bench_plan_trie,
+
+@dataclass(frozen=True)
+class Op:
+    """One op at one size. All its functions are called with the same inputs; the first result is differentiated."""
+
+    name: str
+    dtype: torch.dtype
+    inputs: Callable[[], Sequence]
+    ours: Callable
+    baselines: dict[str, Callable]
+    tolerance: float | None  # of a result's relative error; None where the baselines compute something else
+    trained: tuple[int, ...] = ()  # inputs whose gradients are results
+    bound_bytes: int = 0  # that it must read and write
+    empty: Callable | None = None  # what the bound takes on top of the copy
+    exact: Callable | None = None  # what our results are verified against in place of the baselines'
+    index: Callable | None = None  # what packing builds for it once a micro-batch, timed for the details
+    suite: str = "ops"
+
+
+Run = Callable[[Callable], tuple]  # an implementation to its results
+
+
+def cases(options: Options, *, suite: str) -> Iterator[Case]:
+    """One case an op of the suite."""
+    for op in OPS:
+        if op.suite == suite:
+            yield Case(f"{op.name}, {op.dtype}", partial(rows, op, options))
+
+
+def rows(op: Op, options: Options) -> Iterator[Row]:
+    """One row a baseline that runs here."""
+    device = options.device if op.suite == "ops" else CPU
+    run = prepare(op, device)
+    details = {"index seconds": interleaved([op.index], repeats=options.repeats)[0].median} if op.index else {}
+    baselines = {
+        name: Baseline(partial(run, baseline), checks(op, run, baseline), details)
+        for name, baseline in op.baselines.items()
+        if runs(op, run, name)
+    }
+    bound = partial(make_bound, op, run, device) if op.bound_bytes else None
+    comparison = Comparison(op.suite, op.name, op.dtype, partial(run, op.ours), baselines, device, bound)
+    yield from compare(comparison, options)
+
+
+def prepare(op: Op, device: torch.device = CPU) -> Run:
+    """Make the inputs; what comes back runs an implementation on them."""
+    inputs = [each.to(device) if isinstance(each, Tensor | SourceIndex) else each for each in op.inputs()]
+    trained = [inputs[at].requires_grad_() for at in op.trained]
+    gradient = gradient_of(results(op.ours(*inputs))[0]) if trained else None
+
+    def run(function: Callable) -> tuple:
+        found = results(function(*inputs))
+        if not trained:
+            return found
+        return *found, *torch.autograd.grad(found[0], trained, gradient.to(found[0].dtype))
+
+    return run
+
+
+def results(found: object) -> tuple:
+    """What a function returned, as a tuple."""
+    return found if isinstance(found, tuple) else (found,)
+
+
+def gradient_of(result: Tensor) -> Tensor:
+    """Random numbers of its shape, device and dtype."""
+    return torch.randn(result.shape, generator=torch.Generator().manual_seed(1)).to(result)
+
+
+def runs(op: Op, run: Run, name: str) -> bool:
+    """Whether a baseline runs here: torch.compile does not where it finds no C++ compiler, which is said."""
+    try:
+        run(op.baselines[name])
+    except RuntimeError as error:
+        if name != "torch.compile":
+            raise
+        reason = str(error).partition("\n")[0]
+        tqdm.write(f"{op.name}: no row against torch.compile, {reason}")
+        return False
+    return True
+
+
+def checks(op: Op, run: Run, baseline: Callable) -> list[Check]:
+    """Errors of our results."""
+    if op.tolerance is None:
+        return []
+    pairs = zip(tensors(run(op.ours)), tensors(run(op.exact or baseline)), strict=True)
+    return [Check(relative_error(result, expected), op.tolerance) for result, expected in pairs]
+
+
+def tensors(found: tuple) -> list[Tensor]:
+    """The tensors and arrays of results, also those inside of a plan, in float64."""
+    parts = [part for result in found for part in (vars(result).values() if is_dataclass(result) else [result])]
+    assert parts, "nothing to verify"
+    return [torch.as_tensor(part).detach().double() for part in parts]
+
+
+def make_bound(op: Op, run: Run, device: torch.device) -> Bound:
+    """The least that the op can take."""
+    half = torch.ones(op.bound_bytes // 2, dtype=torch.uint8, device=device)  # a copy reads and writes each byte
+    if op.empty is None:
+        return Bound(half.clone, "copy", num_bytes=op.bound_bytes)
+    return Bound(lambda: (run(op.empty), half.clone()), "empty op and copy")
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normal random numbers."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+library = torch.library.Library("mmrm_fast_bench", "FRAGMENT")
+library.define(str(torch.ops.mmrm_fast.pair_loss_fwd.default._schema).replace("mmrm_fast::pair_loss_fwd", "empty_fwd"))
+library.impl(
+    "empty_fwd", lambda margin, *_: tuple(margin.new_empty(n) for n in (7, 1, 1, 1)), "CompositeExplicitAutograd"
 )
-CASES = {bench.title(*case): (bench, case) for bench in MODULES for case in bench.CASES}
+FLOATS_PER_PAIR = 2 + 1 + 2 + 4  # margins, SFC, gradient factors written, read by the backward and written again
 
 
-@pytest.mark.parametrize("side", ["ours", "baseline"])
-@pytest.mark.parametrize("title", CASES)
-def test_op(benchmark, title, side):
-    bench, case = CASES[title]
-    sides = bench.make_sides(*case)
-    assert all(check.passed for check in bench.checks(sides))
-    benchmark.group = title
-    benchmark(sides["ours" if side == "ours" else bench.BASELINE])
+class EmptyFunction(torch.autograd.Function):
+    """Autograd of the empty op, as `pair_loss` has it."""
+
+    @staticmethod
+    def forward(ctx, margin, proxy_margin, *rest):
+        sums, *_ = torch.ops.mmrm_fast_bench.empty_fwd.default(margin, proxy_margin, *rest)
+        ctx.save_for_backward(margin, proxy_margin)
+        return sums[0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *ctx.saved_tensors, *[None] * 4
+
+
+def empty(margin_P: Tensor, proxy_margin_P: Tensor) -> Tensor:
+    """Computes nothing."""
+    return EmptyFunction.apply(margin_P, proxy_margin_P, None, None, "paper", 0.0)
+
+
+def fused(margin_P: Tensor, proxy_margin_P: Tensor) -> tuple[Tensor, ...]:
+    """The loss of both branches and what training logs."""
+    loss = pair_loss(margin_P, proxy_margin_P, mode="paper")
+    return loss.main + loss.proxy, loss.weighted_sfc, loss.main_correct, loss.proxy_correct
+
+
+def pair_loss_op(num_pairs: int) -> Op:
+    """The loss, what training logs, and the gradients of both branches."""
+    eager = robust_loss_and_logs
+    return Op(
+        f"pair_loss P={num_pairs:,}", torch.float32, lambda: (normal(num_pairs), normal(num_pairs, seed=1)),
+        fused, {"eager": eager, "torch.compile": torch.compile(eager, dynamic=False)}, tolerance=1e-5, trained=(0, 1),
+        bound_bytes=4 * FLOATS_PER_PAIR * num_pairs, empty=empty,
+    )  # fmt: skip
+
+
+NUM_TOKENS, NUM_FEATURES, NUM_EMBEDDINGS, WIDTH = 8192, 7168, 32_768, 2048
+
+
+def stream_source() -> Tensor:
+    """Where the stream's tokens come from [T]."""
+    source_T = torch.randint(NUM_EMBEDDINGS, (NUM_TOKENS,), generator=torch.Generator().manual_seed(1))
+    source_T[NUM_TOKENS - NUM_FEATURES - 100 : -100] = -1 - torch.arange(NUM_FEATURES)
+    return source_T
+
+
+def stream_inputs() -> tuple:
+    """The table, the features, the sources with their index; what the baseline has of them."""
+    table_VD, features_FD = (normal(rows, WIDTH, dtype=torch.bfloat16) for rows in (NUM_EMBEDDINGS, NUM_FEATURES))
+    source_T = stream_source()
+    return table_VD, features_FD, source_T, source_index(source_T), source_T.clamp(min=0), (source_T < 0)[:, None]
+
+
+def packed(table_VD: Tensor, features_FD: Tensor, source_T: Tensor, index: SourceIndex, *_) -> Tensor:
+    return pack_image_tokens(table_VD, features_FD, source_T, index)
+
+
+def scattered(table_VD: Tensor, features_FD: Tensor, _, __, ids_T: Tensor, is_image_T1: Tensor) -> Tensor:
+    """As transformers does it."""
+    stream_TD = embedding(ids_T, table_VD)
+    return stream_TD.masked_scatter(is_image_T1.expand_as(stream_TD), features_FD)
+
+
+def stream_op(case: str, trained: tuple[int, ...], bound_bytes: int = 0) -> Op:
+    return Op(
+        f"pack_image_tokens {NUM_TOKENS:,} x {WIDTH:,}, {case}", torch.bfloat16, stream_inputs,
+        packed, {"masked_scatter": scattered}, tolerance=2**-7, trained=trained, bound_bytes=bound_bytes,
+        index=partial(source_index, stream_source()),
+    )  # fmt: skip
+
+
+NUM_TILES, GRID, CHANNELS, EPS = 16, 32, 1024, 1e-5
+HIDDEN_VALUES = NUM_TILES * (1 + GRID**2) * CHANNELS
+
+
+def shuffled(hidden_ITC: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """As transformers does it: slice, two permutes, LayerNorm."""
+    squares = hidden_ITC[:, 1:].reshape(NUM_TILES, GRID, GRID, CHANNELS)
+    shuffled = InternVLModel.pixel_shuffle(None, squares, scale_factor=0.5)
+    return layer_norm(shuffled.reshape(-1, 4 * CHANNELS), weight.shape, weight, bias, EPS)
+
+
+def shuffle_op(dtype: torch.dtype, tolerance: float, case: str, copies: float, trained: tuple[int, ...]) -> Op:
+    """Verified in float32: on the CPU torch sums LayerNorm's bfloat16 weight gradient in bfloat16, wrong by per cents.
+
+    `copies`: of the hidden states that as many bytes pass in. In bfloat16 the arithmetic is the bound.
+    """
+    shapes = ((NUM_TILES, 1 + GRID**2, CHANNELS), (4 * CHANNELS,), (4 * CHANNELS,))
+    size = f"{NUM_TILES} x {1 + GRID**2:,} x {CHANNELS:,}"
+    return Op(
+        f"pixel_shuffle_norm {size} {case}, {str(dtype).removeprefix('torch.')}", dtype,
+        lambda: [normal(*shape, seed=at, dtype=dtype) for at, shape in enumerate(shapes)],
+        partial(pixel_shuffle_norm, eps=EPS), {"eager": shuffled}, tolerance, trained,
+        bound_bytes=int(2 * copies * HIDDEN_VALUES * dtype.itemsize),
+        exact=lambda *inputs: shuffled(*(each.float() for each in inputs)),
+    )  # fmt: skip
+
+
+SIDE, PATCH_SIZE = 448, 14
+MEAN, STD = NORMALIZATION["imagenet"]
+
+
+def patchify_op(dtype: torch.dtype, tolerance: float) -> Op:
+    """Against eager torch: to float, normalise, unfold."""
+
+    def unfolded(tiles_ISSC: Tensor) -> Tensor:
+        pixels_ICSS = normalize(tiles_ISSC, MEAN, STD, dtype)
+        return unfold(pixels_ICSS, PATCH_SIZE, stride=PATCH_SIZE).transpose(1, 2).flatten(0, 1)
+
+    return Op(
+        f"patchify {NUM_TILES} tiles of {SIDE}, {str(dtype).removeprefix('torch.')}", dtype,
+        lambda: [torch.from_numpy(np.random.default_rng(0).integers(0, 256, (NUM_TILES, SIDE, SIDE, 3), np.uint8))],
+        partial(patchify, mean=MEAN, std=STD, patch_size=PATCH_SIZE, dtype=dtype), {"eager": unfolded}, tolerance,
+        bound_bytes=NUM_TILES * SIDE**2 * 3 * (1 + dtype.itemsize),
+    )  # fmt: skip
+
+
+NUM_SEQUENCES, LENGTH, SHARED, MIN_SHARED = 64, 2300, 2100, 32
+
+
+def sequences() -> tuple[np.ndarray, np.ndarray]:
+    """Keys and boundaries."""
+    keys = np.random.default_rng(0).integers(0, 150_000, (NUM_SEQUENCES, LENGTH))
+    keys[:, :SHARED] = keys[0, :SHARED]
+    return keys.reshape(-1), np.arange(0, keys.size + 1, LENGTH)
+
+
+OPS = (
+    *map(pair_loss_op, (64, 4096, 100_000)),
+    Op(
+        "an empty op with autograd, P=64", torch.float32, pair_loss_op(64).inputs, empty,
+        {"eager": robust_loss_and_logs}, tolerance=None, trained=(0, 1),
+    ),
+    stream_op("forward", (), bound_bytes=2 * NUM_TOKENS * WIDTH * 2),
+    stream_op("forward+backward, frozen table", (1,)),
+    stream_op("forward+backward", (0, 1)),
+    *(
+        shuffle_op(dtype, tolerance, *case)
+        for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2**-8))
+        for case in (("forward", 1.0, ()), ("forward+backward", 2.5, (0, 1, 2)))
+    ),
+    patchify_op(torch.float32, 1e-6),
+    patchify_op(torch.bfloat16, 2**-8),
+    Op(
+        f"plan_trie N={NUM_SEQUENCES} x {LENGTH:,}", torch.int64, sequences, partial(plan_trie, min_shared=MIN_SHARED),
+        {"Python": lambda *inputs: plan_trie_ref(*inputs, MIN_SHARED)}, tolerance=0.0, suite="plan",
+    ),
+    Op(
+        "resize_bicubic 1024 x 683 to 7 tiles", torch.uint8, lambda: [np.asarray(photograph(1024, 683))],
+        partial(resize_bicubic, columns=3, rows=2, tile_size=SIDE, thumbnail=True),
+        {"Pillow": lambda image: resize_bicubic_ref(image, 3, 2, SIDE, True)}, tolerance=0.0, suite="preprocess",
+    ),
+)  # fmt: skip

@@ -4,8 +4,10 @@ Responses and tiles are scored, against per-response padded scoring; pairs are t
 `train.py` processes of one thread each on the shapes data, ours alone.
 """
 
+import tempfile
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -24,8 +26,8 @@ def cases(options: Options) -> Iterator[Case]:
         for size in sizes[:4] if options.quick else sizes:
             records = ((7, (150,) * size),) if axis == "responses" else ((size, (150, 150)),)
             run = partial(
-                bench_score.case_rows, "scale", f"score {size} {axis}", records, torch.float32, options,
-                with_reference=False, axis=axis, size=size,
+                bench_score.rows, "scale", f"score {size} {axis}", records, torch.float32, options,
+                kinds=["padded"], axis=axis, size=size,
             )  # fmt: skip
             yield Case(f"{size} {axis}", run)
     for size in PAIRS[:4] if options.quick else PAIRS:
@@ -47,5 +49,6 @@ def pair_rows(size: int, options: Options) -> Iterator[Row]:
 
 def rank_rows(size: int, options: Options) -> Iterator[Row]:
     """Seconds a step of train.py on that many ranks."""
-    run = train_run(options, ranks=size, threads=1)
-    yield lone_row("scale", f"train {size} ranks", run.step_seconds, options, {"axis": "ranks", "size": size})
+    with tempfile.TemporaryDirectory() as folder:
+        run = train_run(Path(folder), options, ranks=size, threads=1)
+    yield lone_row("scale", f"train {size} ranks", run.mean("seconds"), options, {"axis": "ranks", "size": size})

@@ -17,7 +17,7 @@ FLOP is what the algorithm alone gives: the ratio of times if both sides came eq
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,26 +25,16 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.baselines import PaddedRewardModel, ReferenceRewardModel, bradley_terry_loss, robust_loss
-from benchmarks.flops import Sizes, Work, batch_work, bound_seconds, padded_work, products_run, total
-from benchmarks.harness import (
-    Case,
-    Check,
-    Options,
-    Row,
-    gradient_error,
-    interleaved,
-    make_row,
-    peak_bytes,
-    relative_error,
-)
-from benchmarks.models import PROBE, Records, cast, geometry, make_model, make_records
+from benchmarks.flops import Sizes, Work, batch_work, padded_work, total, work_bound
+from benchmarks.harness import Baseline, Case, Check, Comparison, Options, Row, compare, gradient_error, relative_error
+from benchmarks.models import DTYPES, PROBE, Records, cast, geometry, make_model, make_records
 from mmrm_fast.data.packing import PackedBatch
 from mmrm_fast.model.reward_model import RewardModel
 from mmrm_fast.train.loss import margins, preference_loss
 
-DTYPES = (torch.float32, torch.bfloat16)
 EXACT_BOUNDS = (1e-5, 1e-4)  # of rewards and gradients in fp32
 FLOORS = (2**-8, 2**-6)  # of the errors in bf16
+ANOTHER_PROXY = ", white proxy"  # of a side whose proxy is not ours
 K_WISE = ((7, (150, 150, 150, 150)),)
 Result = tuple[Tensor, dict[str, Tensor]]
 
@@ -64,15 +54,12 @@ class Side:
         return self.run()
 
     def result(self) -> Result:
-        """Rewards, and copies of the gradients of those parameters that have one."""
+        """Rewards, and the gradients of those parameters that have one, which are theirs no longer."""
         rewards = self.step().float()
         named = self.modules.named_parameters()
-        return rewards, {name: parameter.grad.float() for name, parameter in named if parameter.grad is not None}
-
-    def peak_bytes(self) -> int | None:
-        """Memory that a step adds, its gradients included."""
+        gradients = {name: parameter.grad.float() for name, parameter in named if parameter.grad is not None}
         self.modules.zero_grad(set_to_none=True)
-        return peak_bytes(self.step)
+        return rewards, gradients
 
 
 def cases(options: Options) -> Iterator[Case]:
@@ -87,39 +74,39 @@ def cases(options: Options) -> Iterator[Case]:
         ("k-wise robust", kwise, "white"),
     ):
         for dtype in DTYPES:
-            title = f"train-step {name}"
-            if options.quick and (branch == "text" or (make is kwise and dtype == torch.float32)):
-                continue
-            yield Case(f"{title}, {short(dtype)}", partial(case_rows, title, make, branch, dtype, options))
+            slow = branch == "text" or (make is kwise and dtype == torch.float32)
+            if not (options.quick and slow):
+                title = f"train-step {name}"
+                yield Case(f"{title}, {dtype}", partial(rows, title, make, branch, dtype, options))
 
 
-def short(dtype: torch.dtype) -> str:
-    """float32, bfloat16."""
-    return str(dtype).removeprefix("torch.")
-
-
-def case_rows(title: str, make_records, branch: str | None, dtype: torch.dtype, options: Options) -> Iterator[Row]:
-    """Verify, measure memory and time our side (the first) against each of the others."""
+def rows(title: str, make_records, branch: str | None, dtype: torch.dtype, options: Options) -> Iterator[Row]:
+    """Verify, measure memory and time our side against each of the others."""
     records, device = make_records(), options.device
-    sides = make_sides(records, branch, dtype, device)
-    results = [side.result() for side in sides]
-    exact = None if dtype == torch.float32 else exact_side(sides[0], records, branch, device).result()
-    peaks = [side.peak_bytes() for side in sides]
-    work = sides[0].work
-    timed = [*(side.step for side in sides), products_run(work, dtype, device)]
-    *timings, products = interleaved(timed, repeats=options.model_repeats, min_seconds=0)
-    bound = bound_seconds(work, products)
-    for side, result, peak, timing in zip(sides[1:], results[1:], peaks[1:], timings[1:], strict=True):
-        another_proxy = branch == "text" and side.name.startswith("reference")
-        yield make_row(
-            "train-step", title, short(dtype), ours=timings[0], baseline=side.name, theirs=timing,
-            checks=[] if another_proxy else checks(results[0], result, exact), device=device.type,
-            peak_bytes=peaks[0], baseline_peak_bytes=peak, bound_fraction=bound / timings[0].median,
-            details={
-                "GFLOP": work.flops / 1e9, "GFLOP/s": work.flops / 1e9 / timings[0].median,
-                "baseline GFLOP": side.work.flops / 1e9, "ratio of FLOP": side.work.flops / work.flops,
-            },
-        )  # fmt: skip
+    ours, *others = make_sides(records, branch, dtype, device)
+    verified = all_checks(ours, others, records, branch, device)
+    comparison = Comparison(
+        "train-step", title, dtype, ours.step,
+        {side.name: Baseline(side.step, verified[side.name], flop_details(ours.work, side.work)) for side in others},
+        device, partial(work_bound, ours.work, dtype, device), (ours.work.flops / 1e9, "GFLOP"), whole_model=True,
+    )  # fmt: skip
+    yield from compare(comparison, options)
+
+
+def flop_details(ours: Work, theirs: Work) -> dict[str, float]:
+    """FLOPs of both sides."""
+    ratio = theirs.flops / ours.flops
+    return {"GFLOP": ours.flops / 1e9, "baseline GFLOP": theirs.flops / 1e9, "ratio of FLOP": ratio}
+
+
+def all_checks(
+    ours: Side, others: Sequence[Side], records: Records, branch: str | None, device: torch.device
+) -> dict[str, list[Check]]:
+    """The checks of our results against each side's; none where its proxy is another."""
+    result, dtype = ours.result(), next(ours.modules.parameters()).dtype
+    exact = None if dtype == torch.float32 else exact_side(ours, records, branch, device).result()
+    compared = [side for side in others if not side.name.endswith(ANOTHER_PROXY)]
+    return {side.name: [] for side in others} | {side.name: checks(result, side.result(), exact) for side in compared}
 
 
 def checks(ours: Result, theirs: Result, exact: Result | None) -> list[Check]:
@@ -158,7 +145,7 @@ def make_sides(records: Records, branch: str | None, dtype: torch.dtype, device:
         text = [records.padded(proxy, which, dtype, device) for which in passes] if proxy else []
         proxies = models[1:]
         if proxy == "white" and branch == "text":
-            name, proxies = f"{name}, white proxy", [cast(make_model(records.sizes, seed=1), dtype, device)]
+            name, proxies = name + ANOTHER_PROXY, [cast(make_model(records.sizes, seed=1), dtype, device)]
         modules = nn.ModuleList(kind(model.model, model.score.weight) for model in [models[0], *proxies])
         mode = "paper" if branch == "text" and name == "padded" else "reference"
         sizes, head = Sizes.of(models[0].model.config), kind is ReferenceRewardModel

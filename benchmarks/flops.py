@@ -6,14 +6,14 @@ leaves out.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from benchmarks.baselines import PaddedBatch
-from benchmarks.harness import Timing
+from benchmarks.harness import Bound
 from mmrm_fast.data.packing import PackedBatch, TokenPlan
 
 ATTENTION_BACKWARD = 2.5  # five products where the forward has two
@@ -183,8 +183,8 @@ def padded_work(sizes: Sizes, batch: PaddedBatch, *, head: bool) -> Work:
     return work if batch.pixels_ICSS is None else work + vision_work(sizes, len(batch.pixels_ICSS), trained=True)
 
 
-def products_run(work: Work, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
-    """All matrix products of the work, ready to be run one after the other and timed in turns with the work itself."""
+def work_bound(work: Work, dtype: torch.dtype, device: torch.device) -> Bound:
+    """The least time that the work can take here: its matrix products by themselves, attention at their mean rate."""
     operands = [
         (
             torch.randn(rows, inner, device=device).to(dtype),
@@ -200,12 +200,7 @@ def products_run(work: Work, dtype: torch.dtype, device: torch.device) -> Callab
             for _ in range(count):
                 torch.mm(left, right, out=out)
 
-    return run
-
-
-def bound_seconds(work: Work, products: Timing) -> float:
-    """The least time that the work can take here: its products as timed by themselves, attention at their mean rate."""
-    return products.median * work.flops / work.linear_flops
+    return Bound(run, "matrix products", scale=work.flops / work.linear_flops)
 
 
 def total(works: Iterable[Work]) -> Work:

@@ -9,7 +9,7 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -21,7 +21,6 @@ MIN_SAMPLE_SECONDS = 0.05
 SLOW_SECONDS = 20.0  # a call over it is timed twice at most
 CPU = torch.device("cpu")
 Suite = Literal["ops", "preprocess", "plan", "loader", "train-step", "score", "scale", "end-to-end", "flops"]
-Sides = dict[str, Callable[[], tuple[Tensor, ...]]]  # implementations of an op on the same inputs, ours first
 
 
 @dataclass(frozen=True)
@@ -109,29 +108,84 @@ class Check:
         return self.error <= self.bound
 
 
+@dataclass(frozen=True)
+class Baseline:
+    """Another way to compute the same."""
+
+    run: Callable[[], object]
+    checks: Sequence[Check] = ()  # of our results against its; without one it computes something else
+    details: dict[str, float | str] = field(default_factory=dict)  # of its row
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a call cannot be faster than: `scale` times the seconds of `run`, timed in turns with the call."""
+
+    run: Callable[[], object]
+    what: str
+    scale: float = 1.0
+    num_bytes: int = 0  # that `run` reads and writes, for its rate
+
+    def told(self, seconds: float) -> str:
+        """What it is, with the rate at which it ran."""
+        return self.what + (f" at {self.num_bytes / seconds / 1e9:.0f} GB/s" if self.num_bytes else "")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A case that is ready to be timed, its results verified already."""
+
+    suite: str
+    case: str
+    dtype: torch.dtype
+    ours: Callable[[], object]
+    baselines: dict[str, Baseline]
+    device: torch.device = CPU
+    bound: Callable[[], Bound] | None = None  # called when memory has been measured
+    count: tuple[float, str] | None = None  # what a call handles and its name, for a rate: (8, "responses")
+    whole_model: bool = False  # a sample is one call, without warm-up, and the memory of a call is measured
+
+
+def compare(comparison: Comparison, options: Options) -> Iterator[Row]:
+    """Time ours, the baselines and the bound in turns; one row a baseline."""
+    baselines = comparison.baselines
+    runs = [comparison.ours, *(baseline.run for baseline in baselines.values())]
+    our_peak, *peaks = [peak_bytes(run) if comparison.whole_model else None for run in runs]
+    bound = comparison.bound and comparison.bound()
+    timing, *timings = interleaved(
+        [*runs, *([bound.run] if bound else [])],
+        repeats=options.model_repeats if comparison.whole_model else options.repeats,
+        min_seconds=0 if comparison.whole_model else MIN_SAMPLE_SECONDS,
+    )
+    shared = {"peak_bytes": our_peak}
+    details = {}
+    if bound:
+        shared["bound_fraction"] = bound.scale * timings[-1].median / timing.median
+        details["bound"] = bound.told(timings[-1].median)
+    if comparison.count:
+        number, unit = comparison.count
+        details[f"{unit}/s"] = number / timing.median
+    for name, theirs, peak in zip(baselines, timings, peaks, strict=False):
+        yield make_row(comparison, timing, name, theirs, baseline_peak_bytes=peak, details=details, **shared)
+
+
 def make_row(
-    suite: str, case: str, dtype: str, *, ours: Timing, baseline: str, theirs: Timing, checks: Sequence[Check], **others
+    comparison: Comparison, ours: Timing, name: str, theirs: Timing, *, details: dict | None = None, **others
 ) -> Row:
-    """A row from both sides' timings and the checks of their results; `others` are the fields that have a default.
+    """A row from both sides' timings and the checks of the baseline's results.
 
     Without a check the row is not verified: its sides compute different things.
     """
-    errors = [check.error for check in checks]
+    baseline = comparison.baselines[name]
+    errors = [check.error for check in baseline.checks]
     return Row(
-        suite=suite,
-        case=case,
-        device=others.pop("device", "cpu"),
-        dtype=dtype,
-        seconds=ours.median,
-        baseline=baseline,
-        baseline_seconds=theirs.median,
-        ratio=theirs.median / ours.median,
-        spread=ours.spread,
-        baseline_spread=theirs.spread,
-        verified=all(check.passed for check in checks) if checks else None,
-        max_error=max(errors) if checks and all(map(math.isfinite, errors)) else None,
+        comparison.suite, comparison.case, comparison.device.type, str(comparison.dtype).removeprefix("torch."),
+        ours.median, name, theirs.median, theirs.median / ours.median, ours.spread, theirs.spread,
+        verified=all(check.passed for check in baseline.checks) if errors else None,
+        max_error=max(errors) if errors and all(map(math.isfinite, errors)) else None,
+        details={**(details or {}), **baseline.details},
         **others,
-    )
+    )  # fmt: skip
 
 
 def lone_row(
@@ -140,16 +194,6 @@ def lone_row(
     """A row without a baseline."""
     device = options.device.type
     return Row(suite, case, device, "float32", seconds, "none", None, None, spread=spread, details=details)
-
-
-def bounded(ours: Timing, seconds: float, what: str, details: dict[str, float] | None = None) -> dict:
-    """For `make_row`: the least seconds that the case can take, measured in the same run, and what they are."""
-    return {"bound_fraction": seconds / ours.median, "details": {"bound": what, **(details or {})}}
-
-
-def bandwidth(num_bytes: int, seconds: float) -> str:
-    """Bytes read and written a second."""
-    return f"{num_bytes / seconds / 1e9:.0f} GB/s"
 
 
 def interleaved(
@@ -201,6 +245,8 @@ def time_calls(function: Callable, number: int) -> float:
 
 def relative_error(result: Tensor, expected: Tensor, *, least: float = 0.0) -> float:
     """Largest absolute error over the largest absolute expected value; over `least` where that is larger."""
+    if torch.equal(result, expected):
+        return 0.0
     return float((result - expected).abs().max() / expected.abs().max().clamp(min=least))
 
 

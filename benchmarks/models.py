@@ -1,10 +1,11 @@
-"""Random InternVL models and records of given sizes, for the suites that run a whole model."""
+"""Inputs of given sizes: random InternVL models, records and pictures."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from transformers import InternVLConfig, InternVLModel, InternVLVisionConfig, Qwen2Config
 
@@ -17,6 +18,7 @@ from mmrm_fast.data.records import Group, Pairs
 from mmrm_fast.data.samples import Sample
 from mmrm_fast.model.reward_model import RewardModel
 
+DTYPES = (torch.float32, torch.bfloat16)
 PATCH_SIZE = 14
 IMAGE_TOKEN_ID = 1  # text tokens are drawn above it, 0 is padding
 
@@ -156,3 +158,11 @@ def encoded(prefix: np.ndarray, responses: list[np.ndarray]) -> Encoded:
     """A prefix and its responses as a tokenizer would give them."""
     sequences = tuple(np.concatenate([prefix, response]) for response in responses)
     return Encoded(sequences, len(prefix), (False,) * len(responses))
+
+
+def photograph(width: int, height: int) -> Image.Image:
+    """Smooth colours with noise: compresses about as a photograph does."""
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (height // 100, width // 100, 3), np.uint8))
+    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.int16)
+    return Image.fromarray(np.clip(smooth + rng.integers(-8, 9, smooth.shape), 0, 255).astype(np.uint8))

@@ -3,8 +3,8 @@
 import os
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 # GNU OpenMP's waiting threads otherwise spin without end: one busy neighbour makes a step ten times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -21,11 +21,7 @@ from benchmarks import (
     bench_end_to_end,
     bench_flops,
     bench_loader,
-    bench_pack_image_tokens,
-    bench_pair_loss,
-    bench_patchify,
-    bench_pixel_shuffle_norm,
-    bench_plan_trie,
+    bench_ops,
     bench_preprocess,
     bench_scale,
     bench_score,
@@ -35,15 +31,15 @@ from benchmarks.harness import Case, Options
 from benchmarks.report import ResultFile, environment, plot, print_table, read_rows, regressions, results_path
 
 SUITES = {
-    "train-step": (bench_train_step,),
-    "score": (bench_score,),
-    "preprocess": (bench_preprocess,),
-    "loader": (bench_loader,),
-    "plan": (bench_plan_trie,),
-    "ops": (bench_pair_loss, bench_pack_image_tokens, bench_pixel_shuffle_norm, bench_patchify),
-    "scale": (bench_scale,),
-    "end-to-end": (bench_end_to_end,),
-    "flops": (bench_flops,),
+    "train-step": [bench_train_step.cases],
+    "score": [bench_score.cases],
+    "preprocess": [bench_preprocess.cases, partial(bench_ops.cases, suite="preprocess")],
+    "loader": [bench_loader.cases],
+    "plan": [partial(bench_ops.cases, suite="plan")],
+    "ops": [partial(bench_ops.cases, suite="ops")],
+    "scale": [bench_scale.cases],
+    "end-to-end": [bench_end_to_end.cases],
+    "flops": [bench_flops.cases],
 }
 
 
@@ -70,16 +66,9 @@ def main() -> int:
 def cases(options: Options) -> Iterator[tuple[str, Case]]:
     """Every case of the suites that are asked for, with a name that no other has."""
     for suite in [options.suite] if options.suite else SUITES:
-        for bench in SUITES[suite]:
-            for case in cases_of(bench, options):
+        for make_cases in SUITES[suite]:
+            for case in make_cases(options):
                 yield f"{suite}: {case.name}", case
-
-
-def cases_of(bench: ModuleType, options: Options) -> list[Case]:
-    """A module's cases; one of ops is a single case."""
-    if hasattr(bench, "cases"):
-        return list(bench.cases(options))
-    return [Case(bench.__name__.rpartition("bench_")[2], lambda: bench.rows(options))]
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from datetime import date
 from functools import partial
@@ -12,10 +13,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import bench_pair_loss, bench_score, bench_train_step, report
+from benchmarks import bench_ops, bench_score, bench_train_step, report
 from benchmarks.bench_loader import digest
 from benchmarks.flops import Sizes, batch_work
-from benchmarks.harness import Check, Options, Row, Timing, make_row, peak_bytes, relative_error
+from benchmarks.harness import Baseline, Check, Comparison, Options, Row, compare, peak_bytes, relative_error
 from benchmarks.models import Geometry, make_model, make_records
 from benchmarks.report import ResultFile, read_rows, regressions
 from mmrm_fast.data.packing import Packed, map_tensors
@@ -64,11 +65,10 @@ def test_running_needs_no_pytest():
 
 
 def test_a_row_without_a_check_is_not_verified():
-    time = Timing(1.0, 0.0)
-    rows = [
-        make_row("ops", "a case", "float32", ours=time, baseline="eager", theirs=time, checks=checks)
-        for checks in ([], [Check(0.5, 1.0), Check(0.1, 1.0)], [Check(0.5, 0.4)], [Check(float("nan"), 1.0)])
-    ]
+    checks = ([], [Check(0.5, 1.0), Check(0.1, 1.0)], [Check(0.5, 0.4)], [Check(float("nan"), 1.0)])
+    baselines = {str(number): Baseline(time.perf_counter, each) for number, each in enumerate(checks)}
+    comparison = Comparison("ops", "a case", torch.float32, time.perf_counter, baselines)
+    rows = list(compare(comparison, Options(quick=True)))
     found = [(row.verified, row.max_error) for row in rows]
     assert found == [(None, None), (True, 0.5), (False, 0.5), (False, None)]
 
@@ -93,25 +93,41 @@ def test_the_error_of_a_score_near_zero_is_relative_to_what_scores_usually_are()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_one_score_alone_is_verified(dtype, monkeypatch):
     monkeypatch.setattr(bench_score, "geometry", lambda options: TINY)
-    rows = list(bench_score.case_rows("score", "score 1x1", ((1, (40,)),), dtype, Options(quick=True)))
+    rows = list(bench_score.rows("score", "score 1x1", ((1, (40,)),), dtype, Options(quick=True)))
     assert [(row.baseline, row.verified) for row in rows] == [("padded", True), ("reference", True)]
 
 
 def test_a_step_with_another_proxy_is_timed_but_not_verified():
     records = partial(make_records, TINY, [(1, (40, 50))])
-    rows = bench_train_step.case_rows("robust", records, "text", torch.float32, Options(quick=True))
+    rows = bench_train_step.rows("robust", records, "text", torch.float32, Options(quick=True))
     assert {row.baseline: row.verified for row in rows} == {"padded": True, "reference, white proxy": None}
 
 
-def test_without_a_compiler_pair_loss_is_compared_with_eager_alone(monkeypatch, capsys):
+def test_without_a_compiler_an_op_is_compared_with_eager_alone(capsys):
     def fail(*_):
         raise RuntimeError("No working C++ compiler found\nand more")
 
-    monkeypatch.setattr(bench_pair_loss, "CASES", ((8,),))
-    monkeypatch.setitem(bench_pair_loss.BASELINES, "torch.compile", fail)
-    row, empty = bench_pair_loss.rows(Options(quick=True))
-    assert (row.baseline, row.verified, empty.verified) == ("eager", True, None)
+    op = bench_ops.pair_loss_op(8)
+    op = replace(op, baselines={"torch.compile": fail, "eager": op.baselines["eager"]})
+    (row,) = bench_ops.rows(op, Options(quick=True))
+    assert (row.baseline, row.verified, row.bound_fraction > 0) == ("eager", True, True)
     assert "no row against torch.compile, No working C++ compiler found\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", ["token_index", "cu_seqlens_k"])
+def test_an_op_that_gives_other_results_fails(part):
+    (op,) = (op for op in bench_ops.OPS if op.suite == "plan")
+
+    def wrong(*inputs):
+        plan = op.ours(*inputs)
+        return replace(plan, **{part: getattr(plan, part) + 1})
+
+    (row,) = bench_ops.rows(replace(op, ours=wrong), Options(quick=True))
+    assert row.verified is False and row.max_error > 0
+
+
+def test_every_op_has_a_name_of_its_own():
+    assert len({op.name for op in bench_ops.OPS}) == len(bench_ops.OPS)
 
 
 @pytest.mark.parametrize("name", ["tiles", "margin_P", "main", "text", "chosen_P"])
