@@ -264,7 +264,7 @@ def rotary(llm, length):
         stretch = torch.tensor(scaling["long_factor" if length > trained else "short_factor"])
         ratio = math.log(longest / trained)
         factor = math.sqrt(1 + ratio / math.log(trained)) if scaling["type"] == "su" else 0.1 * ratio + 1
-    angles = torch.arange(length)[:, None].float() / (stretch * base**exponents)
+    angles = torch.arange(length)[:, None].float() * (1 / (stretch * base**exponents))  # rounded as the original does
     angles = torch.cat([angles, angles], -1)
     return angles.cos() * factor, angles.sin() * factor
 

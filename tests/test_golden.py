@@ -1,6 +1,7 @@
 """Rewards of the public reference implementation, reproduced from its own checkpoints on its own records."""
 
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from mmrm_fast.train.loss import margins, preference_loss
 
 GOLDEN = Path(__file__).parent / "golden"
 MODELS = ("InternLM2ForCausalLM", "Qwen2ForCausalLM")
+CHECKPOINTS = [*product(MODELS, ("checkpoint", "robust_checkpoint")), ("Phi3ForCausalLM", "checkpoint")]
 EXPECTED = {4096: "expected.json", 512: "expected_maxlen512.json"}
 BOUND = 2e-5
 
@@ -31,8 +33,7 @@ def records(name):
 
 
 @pytest.mark.parametrize("max_length", EXPECTED)
-@pytest.mark.parametrize("checkpoint", ["checkpoint", "robust_checkpoint"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "checkpoint"), CHECKPOINTS)
 def test_rewards_are_those_of_the_reference(name, checkpoint, max_length):
     rewards = load(GOLDEN / name / checkpoint, max_length=max_length).score(records(name))
     items = json.loads((GOLDEN / name / EXPECTED[max_length]).read_text())["items"]

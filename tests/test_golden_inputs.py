@@ -14,7 +14,8 @@ from mmrm_fast.data.records import RecordFile
 from mmrm_fast.data.samples import GroupDataset
 
 GOLDEN = Path(__file__).parent / "golden"
-TEMPLATES = {"InternLM2ForCausalLM": "internlm2-chat", "Qwen2ForCausalLM": "Hermes-2"}
+TEMPLATES = {"InternLM2ForCausalLM": "internlm2-chat", "Qwen2ForCausalLM": "Hermes-2", "Phi3ForCausalLM": "phi3-chat"}
+TRAINED = ("InternLM2ForCausalLM", "Qwen2ForCausalLM")  # those with goldens of a training step
 TILING = Tiling(56, 1, 6, compat="reference")
 LIMITS = {"expected.json": 4096, "expected_maxlen512.json": 512}
 MEAN, STD = (np.array(values, np.float32) for values in NORMALIZATION["imagenet"])
@@ -89,6 +90,7 @@ def test_pixels_are_those_of_the_reference(open_golden, expected, name):
             assert_checked(tile, tile_check)
 
 
+@pytest.mark.parametrize("name", TRAINED, indirect=True)
 def test_training_pixels_are_those_of_the_reference(open_golden, expected):
     dataset = open_golden("pairs.jsonl")
     checks = expected("expected_robust.json")["pixel_checks"]
@@ -99,6 +101,7 @@ def test_training_pixels_are_those_of_the_reference(open_golden, expected):
             assert_checked(tile, tile_check)
 
 
+@pytest.mark.parametrize("name", TRAINED, indirect=True)
 def test_training_ids_are_those_of_the_reference_for_both_branches(open_golden, expected):
     dataset = open_golden("pairs.jsonl", with_text=True, proxy_image="white")
     items = expected("expected_robust.json")["items"]
@@ -111,6 +114,7 @@ def test_training_ids_are_those_of_the_reference_for_both_branches(open_golden, 
             assert ids == [item["input_ids_chosen" + kind], item["input_ids_rejected" + kind]]
 
 
+@pytest.mark.parametrize("name", TRAINED, indirect=True)
 def test_the_proxy_sees_the_white_picture_of_the_reference(open_golden, expected):
     dataset = open_golden("pairs.jsonl", with_text=True, proxy_image="white")
     batch = Packer(dataset, with_text=True)[MicroBatch(tuple(dataset[i] for i in range(4)))].batch
@@ -120,6 +124,7 @@ def test_the_proxy_sees_the_white_picture_of_the_reference(open_golden, expected
     assert set(rows.tolist()) == {0, 1, 2, 3}
 
 
+@pytest.mark.parametrize("name", TRAINED, indirect=True)
 def test_text_only_inputs_are_one_white_tile_and_image_only_inputs_have_no_question(open_golden, expected):
     text_only, whole = open_golden("pairs.jsonl", inputs="text"), expected("expected_robust.json")["items"]
     for record, item in enumerate(whole):

@@ -23,6 +23,7 @@ from mmrm_fast.checkpoint.parameters import (
     weight_sources,
 )
 from mmrm_fast.checkpoint.tensors import TensorFolder, stored_names, write_tensors
+from mmrm_fast.checkpoint.tokenizer import SPACE
 from mmrm_fast.model.reward_model import original_facts
 
 Progress = Callable[[Iterable], Iterable]
@@ -144,12 +145,20 @@ def save_original_tokenizer(target: Path, tokenizer: PreTrainedTokenizerBase) ->
     if not any(" " in part for merge in merges for part in merge):
         fields["model"]["merges"] = [" ".join(merge) for merge in merges]  # as tokenizers wrote them before 0.20
     if (tokenizer.chat_template or "").startswith("{{- bos_token }}"):
-        bos, id = tokenizer.bos_token, tokenizer.bos_token_id
+        bos = tokenizer.bos_token
+        spaced = tokenizer.chat_template.startswith("{{- bos_token }}" + SPACE)
+        before = [bos, SPACE] if spaced else [bos]
         fields["post_processor"] = {
             "type": "TemplateProcessing",
-            "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "single": [
+                *({"SpecialToken": {"id": token, "type_id": 0}} for token in before),
+                {"Sequence": {"id": "A", "type_id": 0}},
+            ],
             "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-            "special_tokens": {bos: {"id": bos, "ids": [id], "tokens": [bos]}},
+            "special_tokens": {
+                token: {"id": token, "ids": [tokenizer.convert_tokens_to_ids(token)], "tokens": [token]}
+                for token in before
+            },
         }
     path.write_text(json.dumps(fields, ensure_ascii=False), encoding="utf-8")
 

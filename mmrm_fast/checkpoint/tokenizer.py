@@ -10,16 +10,19 @@ from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 
+from jinja2 import TemplateError
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from mmrm_fast.data.prompt import SPACE
+
 IMAGE_TOKENS = ("<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
-SPACE = "\u2581"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # types of sentencepiece pieces
 QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+SLOW_ROLES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}  # a slow Llama tokenizer's defaults
 TEMPLATES = files("mmrm_fast") / "assets" / "templates"
 FLAGS = ("lstrip", "rstrip", "single_word", "special")
 
@@ -41,19 +44,23 @@ def load_tokenizer(
     folder = Path(folder)
     settings = read_settings(folder)
     declared = added_tokens(folder, settings)
-    backend, begins = build_backend(folder, settings, declared, slow=original)
+    backend, begins, spaced = build_backend(folder, settings, declared, slow=original)
     if original:
         present = backend.get_vocab()
         backend.add_special_tokens([AddedToken(token) for token in IMAGE_TOKENS if token not in present])
     named = {role: content_of(settings[role]) for role in ROLES if settings.get(role)}
-    chat_template = read_template(folder, settings) if template is None else named_template(template, begins)
-    return PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        chat_template=chat_template,
+        chat_template=read_template(folder, settings) if template is None else named_template(template),
         model_max_length=settings.get("model_max_length"),
         clean_up_tokenization_spaces=False,
         **named,
     )
+    if spaced and tokenizer.chat_template and not begins_with(tokenizer, mapped_tokens(folder, settings)):
+        tokenizer.chat_template = SPACE + tokenizer.chat_template
+    if begins and template is not None:
+        tokenizer.chat_template = "{{- bos_token }}" + tokenizer.chat_template
+    return tokenizer
 
 
 def read_settings(folder: Path) -> dict:
@@ -77,26 +84,58 @@ def added_tokens(folder: Path, settings: dict) -> dict[int, AddedToken]:
     return dict(sorted(tokens.items()))
 
 
+def mapped_tokens(folder: Path, settings: dict) -> tuple[str, ...]:
+    """The folder's special tokens map: what a slow tokenizer calls its special tokens, whatever else is marked so."""
+    path = folder / "special_tokens_map.json"
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings = SLOW_ROLES | (settings if "added_tokens_decoder" in settings else stored | settings)
+    roles = [*settings.get("additional_special_tokens", ()), *(settings[role] for role in ROLES if settings.get(role))]
+    return tuple({content_of(token) for token in roles})
+
+
+def begins_with(tokenizer: PreTrainedTokenizerFast, tokens: tuple[str, ...]) -> bool:
+    """Whether conversations begin with one of these tokens. Raises `ValueError` where some do and others do not."""
+    turns = [{"role": role, "content": "text"} for role in ("system", "user", "assistant")]
+    begins = set()
+    for conversation in (turns, turns[1:]):
+        try:
+            rendered = tokenizer.apply_chat_template(conversation, tokenize=False)
+        except TemplateError:
+            continue  # it takes no system turn
+        begins.add(rendered.startswith(tokens))
+    if len(begins) != 1:
+        raise ValueError(f"the chat template begins with one of {', '.join(tokens)} in some conversations only")
+    return begins.pop()
+
+
 def content_of(token: str | dict) -> str:
     """A special token's text, which settings give as a string or an object."""
     return token if isinstance(token, str) else token["content"]
 
 
-def build_backend(folder: Path, settings: dict, added: dict[int, AddedToken], *, slow: bool) -> tuple[Tokenizer, bool]:
-    """The fast tokenizer and whether its sequences begin with the bos token."""
+def build_backend(
+    folder: Path, settings: dict, added: dict[int, AddedToken], *, slow: bool
+) -> tuple[Tokenizer, bool, bool]:
+    """The fast tokenizer, whether its sequences begin with the bos token, and whether a space goes before a whole text.
+
+    That space is the habit of slow Llama tokenizers with `legacy` off: it stays a token of its own before an added
+    token, unless that is one of the special tokens map.
+    """
     fast, sentencepiece = folder / "tokenizer.json", folder / "tokenizer.model"
     if fast.is_file() and not (slow and sentencepiece.is_file()):
         backend = Tokenizer.from_file(str(fast))
         backend.no_truncation(), backend.no_padding()
         known = backend.get_vocab()
         backend.add_tokens([token for token in added.values() if token.content not in known])
-        return backend, bool(backend.encode("").ids)
+        start = backend.encode("").tokens
+        return backend, bool(start), SPACE in start
     if sentencepiece.is_file():
-        prefixed = settings.get("legacy") in (None, True)
-        backend = sentencepiece_backend(sentencepiece, added, prefixed=prefixed)
-        return backend, settings.get("add_bos_token", True)
+        legacy = settings.get("legacy") in (None, True)
+        backend = sentencepiece_backend(sentencepiece, added, prefixed=legacy)
+        spaced = not legacy and settings.get("add_prefix_space") in (None, True)
+        return backend, settings.get("add_bos_token", True), spaced
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        return qwen2_backend(folder, added), False
+        return qwen2_backend(folder, added), False, False
     raise ValueError(f"{folder}: no tokenizer.json, tokenizer.model or vocab.json with merges.txt")
 
 
@@ -207,12 +246,11 @@ def template_names() -> list[str]:
     return sorted(path.name.removesuffix(".jinja") for path in TEMPLATES.iterdir())
 
 
-def named_template(name: str, begins: bool) -> str:
-    """An InternVL template; `begins` puts the bos token before it, as the tokenizer itself would."""
+def named_template(name: str) -> str:
+    """An InternVL template."""
     if name not in template_names():
         raise ValueError(f"template {name!r} is not one of {', '.join(template_names())}")
-    text = TEMPLATES.joinpath(f"{name}.jinja").read_text(encoding="utf-8")
-    return "{{- bos_token }}\n" + text if begins else text
+    return TEMPLATES.joinpath(f"{name}.jinja").read_text(encoding="utf-8")
 
 
 def read_template(folder: Path, settings: dict) -> str | None:

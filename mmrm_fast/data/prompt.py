@@ -22,6 +22,7 @@ White space around a text stays, unless the chat template trims it (as `internlm
 import json
 import re
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +34,7 @@ from mmrm_fast.data.images import Compat
 from mmrm_fast.data.records import Message, Prompt
 
 IMAGE = "<image>"
+SPACE = "\u2581"  # what sentencepiece writes for a space
 SLOT, MARGIN = "MMRM{}SLOT", " "
 
 
@@ -126,7 +128,12 @@ class PromptEncoder:
     ):
         self.tokenizer, self.tokens_per_tile, self.max_length = tokenizer, tokens_per_tile, max_length
         self.compat, self.rope_regime = compat, rope_regime
-        self.backend = text_tokenizer(tokenizer, image_tokens, literal=compat is None)
+        fields = text_fields(tokenizer, image_tokens)
+        spaceless = without_first_space(fields)
+        self.first = self.backend = text_backend(fields, literal=compat is None)
+        if spaceless != fields:
+            self.backend = text_backend(spaceless, literal=compat is None)
+        self.writes_spaces = writes_spaces(fields)
         start, _, end = (self.backend.token_to_id(token) for token in image_tokens)
         if start is None or end is None:
             raise ValueError(f"the tokenizer lacks the image tokens {image_tokens}")
@@ -139,7 +146,8 @@ class PromptEncoder:
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__ |= state
-        self.backend.encode_special_tokens = self.compat is None  # tokenizers does not pickle it
+        for backend in (self.backend, self.first):
+            backend.encode_special_tokens = self.compat is None  # tokenizers does not pickle it
 
     def encode(self, prompt: Prompt, responses: tuple[str, ...], tiles_per_image: tuple[int, ...] = ()) -> Encoded:
         """Encode one prompt, its images (`tiles_per_image` in slot order) and all its responses.
@@ -157,6 +165,9 @@ class PromptEncoder:
     def encode_turns(self, turns: Turns, responses: tuple[str, ...], tiles_per_image: tuple[int, ...]) -> Encoded:
         """Encode a prompt given as turns."""
         roles = tuple(role for role, _ in turns)
+        if self.writes_spaces:
+            turns = [(role, [piece.replace(SPACE, " ") for piece in pieces]) for role, pieces in turns]
+            responses = tuple(response.replace(SPACE, " ") for response in responses)
         template = self.single_turn if roles == ("user",) else self.template(roles)
         if template.trims[-1]:
             responses = tuple(response.strip() for response in responses)
@@ -238,7 +249,7 @@ class PromptEncoder:
     def encode_items(self, items: list[tuple[str, object]]) -> list[int]:
         """Token keys of `runs`' items."""
         keys: list[int] = []
-        row = 0
+        row, backend = 0, self.first
         neighbours = [None, *(value if kind == "id" else None for kind, value in items), None]
         for (kind, value), before, after in zip(items, neighbours, neighbours[2:], strict=False):
             if kind == "image":
@@ -246,7 +257,8 @@ class PromptEncoder:
                 keys.extend(range(-1 - row, -1 - row - count, -1))
                 row += count
             else:
-                keys.extend(self.ids(self.swallow(value, before, after)) if kind == "text" else [value])
+                keys.extend(self.ids(self.swallow(value, before, after), backend) if kind == "text" else [value])
+            backend = self.backend
         return keys
 
     def swallow(self, text: str, before: int | None, after: int | None) -> str:
@@ -254,9 +266,9 @@ class PromptEncoder:
         text = text.lstrip() if before in self.swallows_right else text
         return text.rstrip() if after in self.swallows_left else text
 
-    def ids(self, text: str) -> list[int]:
+    def ids(self, text: str, backend: Tokenizer | None = None) -> list[int]:
         """Token ids of text."""
-        return self.backend.encode(text, add_special_tokens=False).ids if text else []
+        return (backend or self.backend).encode(text, add_special_tokens=False).ids if text else []
 
 
 def cut_right(sequences: list[list[int]], prefix_length: int, max_length: int) -> Encoded:
@@ -265,20 +277,35 @@ def cut_right(sequences: list[list[int]], prefix_length: int, max_length: int) -
     return Encoded(cut, min(prefix_length, max_length), tuple(len(sequence) > max_length for sequence in sequences))
 
 
-def text_tokenizer(tokenizer: PreTrainedTokenizerBase, image_tokens: tuple[str, ...], *, literal: bool) -> Tokenizer:
-    """A copy of the tokenizer's backend for the runs of text between special tokens.
-
-    `literal` reads special and image tokens in text as ordinary text. A space that the tokenizer puts before the first
-    word of a sequence alone is not put before each run.
-    """
+def text_fields(tokenizer: PreTrainedTokenizerBase, image_tokens: tuple[str, ...]) -> dict:
+    """The tokenizer's backend as JSON, for runs of text between special tokens, which the image tokens are."""
     fields = json.loads(tokenizer.backend_tokenizer.to_str())
     for token in fields["added_tokens"]:
         token["special"] = token["special"] or token["content"] in image_tokens
-    fields["truncation"] = fields["padding"] = None
+    return fields | {"truncation": None, "padding": None}
+
+
+def without_first_space(fields: dict) -> dict:
+    """The same backend for runs that do not begin a text, where it puts a space before the first word of a text."""
+    fields = deepcopy(fields)
     pre_tokenizer = fields["pre_tokenizer"] or {}
     for step in pre_tokenizer.get("pretokenizers", [pre_tokenizer]):
         if step.get("prepend_scheme") == "first":
             step["prepend_scheme"] = "never"
+    return fields
+
+
+def writes_spaces(fields: dict) -> bool:
+    """Whether a `SPACE` typed in a text is a space, as for slow Llama tokenizers with `legacy` off.
+
+    It is the same token everywhere, but special tokens that swallow white space would otherwise leave it.
+    """
+    steps = (fields["normalizer"] or {}).get("normalizers", ())
+    return [(step["type"], step.get("content")) for step in steps] == [("Replace", SPACE)]
+
+
+def text_backend(fields: dict, *, literal: bool) -> Tokenizer:
+    """A backend from its JSON; `literal` reads special and image tokens in text as ordinary text."""
     backend = Tokenizer.from_str(json.dumps(fields))
     backend.encode_special_tokens = literal
     return backend

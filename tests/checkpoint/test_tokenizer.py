@@ -2,16 +2,21 @@
 
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 
-from mmrm_fast.checkpoint.tokenizer import IMAGE_TOKENS, load_tokenizer, template_names
+from mmrm_fast.checkpoint.tokenizer import IMAGE_TOKENS, load_tokenizer, named_template, template_names
+from mmrm_fast.data.prompt import PromptEncoder
+from mmrm_fast.data.records import Message
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TEMPLATES = {"InternLM2ForCausalLM": "internlm2-chat", "Qwen2ForCausalLM": "Hermes-2"}
+PHI3 = GOLDEN / "Phi3ForCausalLM" / "checkpoint"
 SENTENCEPIECE = GOLDEN / "InternLM2ForCausalLM" / "checkpoint"
 SYSTEM = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
 PARTS = [
@@ -71,27 +76,112 @@ def test_runs_between_special_tokens_begin_anew():
     assert fast.encode("a circle<|im_end|>\n b", add_special_tokens=False) == expected
 
 
+class SlowLlama:
+    """The rule by which transformers 4's slow Llama tokenizer reads a text, over the sentencepiece library."""
+
+    def __init__(self, folder):
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        legacy = settings.get("legacy") in (None, True)
+        model = sentencepiece_model_pb2.ModelProto.FromString((folder / "tokenizer.model").read_bytes())
+        model.normalizer_spec.add_dummy_prefix = legacy
+        self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+        self.spaced = not legacy and settings.get("add_prefix_space") in (None, True)
+        self.added = {fields["content"]: (int(id), fields) for id, fields in settings["added_tokens_decoder"].items()}
+        names = [settings[role] for role in ("bos_token", "eos_token", "unk_token", "pad_token")]
+        self.mapped = {self.id(token) for token in [*names, *settings["additional_special_tokens"]]}
+        self.legacy = legacy
+
+    def id(self, token):
+        return self.added[token][0] if token in self.added else self.pieces.piece_to_id(token)
+
+    def encode(self, text):
+        """Ids of a text, without the bos token that goes before them."""
+        if self.legacy or not text:
+            return self.split(text)
+        text = text.replace("▁", " ")
+        ids = self.split("▁" + text if self.spaced else text)
+        lone = self.spaced and len(ids) > 1 and ids[0] == self.pieces.piece_to_id("▁") and ids[1] in self.mapped
+        return ids[1:] if lone else ids
+
+    def split(self, text):
+        """Ids of a text's runs and of the added tokens between them, some of which drop the white space beside them."""
+        runs = re.split("(" + "|".join(map(re.escape, sorted(self.added, key=len, reverse=True))) + ")", text)
+        for i in range(1, len(runs), 2):
+            fields = self.added[runs[i]][1]
+            runs[i + 1] = runs[i + 1].lstrip() if fields["rstrip"] else runs[i + 1]
+            runs[i - 1] = runs[i - 1].rstrip() if fields["lstrip"] else runs[i - 1]
+        return [id for i, run in enumerate(runs) for id in ([self.id(run)] if i % 2 else self.pieces.encode(run))]
+
+
+VARIANTS = {  # settings, and those of the token that a conversation begins with
+    "legacy": ({"legacy": True}, {}),
+    "legacy absent": ({"legacy": None}, {}),
+    "as Phi-3": ({}, {}),
+    "no prefix space": ({"add_prefix_space": False}, {}),
+    "the first token in the map": ({"additional_special_tokens": ["<|system|>"]}, {}),
+    "the first token swallows to its left": ({}, {"lstrip": True}),
+    "the first token swallows nothing": ({}, {"rstrip": False}),
+}
+
+
 @pytest.fixture
 def phi3(tmp_path):
-    """A folder with Phi-3's rules: no prefix space (`legacy` off), white space after special tokens swallowed."""
-    shutil.copy(SENTENCEPIECE / "tokenizer.model", tmp_path)
-    size = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model")).get_piece_size()
-    names = ["<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>"]
-    added = {size + i: {"content": name, "rstrip": i > 0, "special": True} for i, name in enumerate(names)}
-    settings = {"added_tokens_decoder": added, "legacy": False, "bos_token": "<s>", "eos_token": "<|endoftext|>"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    """The folder of a Phi-3 with a slow tokenizer's files."""
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copyfile(PHI3 / name, tmp_path / name)
     return tmp_path
 
 
-def test_phi3_has_no_prefix_space_and_swallows_white_space_after_special_tokens(phi3):
-    tokenizer = load_tokenizer(phi3, template="phi3-chat", original=True)
-    ids = tokenizer.encode("<|user|>\n the<|end|>", add_special_tokens=False)
-    assert tokenizer.convert_ids_to_tokens(ids) == ["<|user|>", "t", "he", "<|end|>"]
-    rendered = tokenizer.apply_chat_template([{"role": "user", "content": "Q"}], tokenize=False)
-    assert rendered == f"<s><|system|>\n{SYSTEM}<|end|><|user|>\nQ<|end|>"
+@pytest.fixture(params=VARIANTS)
+def slow_llama(phi3, request):
+    """The same with other settings."""
+    changes, first = VARIANTS[request.param]
+    settings = json.loads((phi3 / "tokenizer_config.json").read_text()) | changes
+    settings["added_tokens_decoder"]["566"] |= first
+    settings = {name: value for name, value in settings.items() if value is not None}
+    (phi3 / "tokenizer_config.json").write_text(json.dumps(settings))
+    return phi3
+
+
+def conversations(count):
+    draw = random.Random(1)
+    for contents in zip(texts(count), texts(2 * count)[count:], strict=True):
+        system = [("system", draw.choice(PARTS))] if draw.random() < 0.5 else []
+        yield system, *contents
+
+
+def test_conversations_have_the_ids_of_a_slow_llama_tokenizer(slow_llama):
+    slow, body = SlowLlama(slow_llama), named_template("phi3-chat")
+    tokenizer = load_tokenizer(slow_llama, template="phi3-chat", original=True)
+    tokenizer.save_pretrained(slow_llama / "saved")
+    saved = load_tokenizer(slow_llama / "saved")
+    encoders = [PromptEncoder(each, tokens_per_tile=4, max_length=9_999) for each in (tokenizer, saved)]
+    for system, question, answer in conversations(60):
+        turns = [*system, ("user", question), ("assistant", answer)]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        rendered = tokenizer.apply_chat_template(messages, chat_template=body, tokenize=False)
+        expected = [tokenizer.bos_token_id, *slow.encode(rendered)]
+        prompt = tuple(Message(role, content) for role, content in turns[:-1])
+        for encoder in encoders:
+            assert encoder.encode(prompt, (answer,)).sequences[0].tolist() == expected, turns
+
+
+@pytest.mark.parametrize("first", ["", "<|user|>", "<s>", " ", "a", "<|placeholder1|> a"])
+def test_a_template_of_the_folder_begins_as_a_slow_llama_tokenizer_has_it(slow_llama, first):
+    body = "{{ '" + first + "' }}{% for message in messages %}{{ message['content'] }}<|end|>{% endfor %}"
+    (slow_llama / "chat_template.jinja").write_text(body)
+    encoder = PromptEncoder(load_tokenizer(slow_llama, original=True), tokens_per_tile=4, max_length=9_999)
+    for text in texts(30):
+        if text.strip(" \n\t▁"):
+            (actual,) = encoder.encode(text, ("b",)).sequences
+            assert actual.tolist() == SlowLlama(slow_llama).encode(f"{first}{text}<|end|>b<|end|>"), repr(text)
 
 
 def test_missing_image_tokens_are_added_in_their_order(phi3):
+    settings = json.loads((phi3 / "tokenizer_config.json").read_text())
+    decoder = settings["added_tokens_decoder"]
+    settings["added_tokens_decoder"] = {id: decoder[id] for id in decoder if decoder[id]["content"] not in IMAGE_TOKENS}
+    (phi3 / "tokenizer_config.json").write_text(json.dumps(settings))
     tokenizer = load_tokenizer(phi3, template="phi3-chat", original=True)
     ids = tokenizer.convert_tokens_to_ids(list(IMAGE_TOKENS))
     assert ids == list(range(len(tokenizer) - 9, len(tokenizer)))
