@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.harness import Case, Options, Row, lone_row
-from mmrm_fast.data.records import RecordFile, iter_groups
+from mmrm_fast.data.records import Records, iter_groups
 from mmrm_fast.data.shapes import cached_environments
 from mmrm_fast.train.defaults import TINY_CHECKPOINT
 
@@ -88,7 +88,7 @@ def score_rows(options: Options) -> Iterator[Row]:
             files = ["--data", str(data), "--image-root", str(source.parent), "--out", str(folder / "scores.jsonl")]
             arguments = [str(ROOT / "scripts" / "score.py"), "--model", str(folder / "run" / "final"), *files]
             times[name] = process_seconds(arguments, options.threads)
-            responses = sum(len(group.responses) for group in iter_groups(RecordFile(data, source.parent)))
+            responses = sum(len(group.responses) for group in iter_groups(Records(data, image_root=source.parent)))
     details = {
         "responses/s": responses / times["all"],
         "seconds of one record": times["start"],  # nearly all of it is the start of Ray and of the process

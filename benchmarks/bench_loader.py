@@ -14,9 +14,10 @@ import torch
 
 from benchmarks.harness import Baseline, Case, Check, Comparison, Options, Row, compare
 from mmrm_fast.checkpoint.folder import load_checkpoint
-from mmrm_fast.data.packing import Packed, Packer, map_tensors
-from mmrm_fast.data.records import RecordFile
-from mmrm_fast.data.samples import PreferenceDataset
+from mmrm_fast.data.mixture import PreferenceDataset, unknown_samples
+from mmrm_fast.data.packing import Packed, map_tensors
+from mmrm_fast.data.records import Records
+from mmrm_fast.data.samples import Preparer
 from mmrm_fast.data.schedule import load
 from mmrm_fast.data.shapes import cached_environments
 from mmrm_fast.train.defaults import TINY_CHECKPOINT
@@ -32,8 +33,9 @@ def cases(options: Options) -> Iterator[Case]:
 def rows(options: Options) -> Iterator[Row]:
     """Verify and time one pass over the records, workers started anew."""
     checkpoint = load_checkpoint(TINY_CHECKPOINT)
-    file = RecordFile(cached_environments()["opening"] / "train.jsonl", need_pairs=True)
-    dataset = PreferenceDataset([file], checkpoint.prompt_encoder(), checkpoint.tiling, with_text=True)
+    records = Records(cached_environments()["opening"] / "train.jsonl", need_pairs=True)
+    preparer = Preparer(checkpoint.prompt_encoder(), checkpoint.tiling, with_text=True, pairs="all")
+    dataset = PreferenceDataset(records, preparer, unknown_samples(range(len(records))))
     order = np.random.default_rng(0).permutation(len(dataset))[:RECORDS]
     ours, theirs = (list(map(digest, one_pass(dataset, order, workers))) for workers in (2, 0))
     sides = [lambda workers=workers: deque(one_pass(dataset, order, workers), maxlen=0) for workers in (2, 0)]
@@ -46,10 +48,7 @@ def rows(options: Options) -> Iterator[Row]:
 
 def one_pass(dataset: PreferenceDataset, order: np.ndarray, num_workers: int) -> Iterator[Packed]:
     """Every micro-batch."""
-    packer = Packer(dataset, with_text=True)
-    return load(
-        dataset, order, packer=packer, num_workers=num_workers, tokens_per_batch=BUDGET, tokens_per_micro_batch=BUDGET
-    )
+    return load(dataset, order, num_workers=num_workers, tokens_per_batch=BUDGET, tokens_per_micro_batch=BUDGET)
 
 
 def digest(packed: Packed) -> str:

@@ -9,9 +9,9 @@ import torch
 
 from mmrm_fast.checkpoint import internvl_chat
 from mmrm_fast.checkpoint.folder import load_checkpoint
-from mmrm_fast.data.packing import MicroBatch, Packer
-from mmrm_fast.data.records import RecordFile
-from mmrm_fast.data.samples import PreferenceDataset
+from mmrm_fast.data.packing import pack_items
+from mmrm_fast.data.records import Records, iter_groups
+from mmrm_fast.data.samples import Preparer
 from mmrm_fast.score.scorer import Scorer
 from mmrm_fast.train.loss import margins, preference_loss
 
@@ -46,12 +46,9 @@ def trained_batch(name, folder, *, robust):
     """One step over the pairs: both models with their gradients, the batch, the rewards and the loss."""
     main = load_checkpoint(GOLDEN / name / folder, compat="reference", max_length=4096)
     proxy = load_checkpoint(GOLDEN / name / folder, compat="reference", proxy=True) if robust else None
-    dataset = PreferenceDataset(
-        [RecordFile(GOLDEN / name / "pairs.jsonl")], main.prompt_encoder(), main.tiling,
-        with_text=robust, proxy_image="white",
-    )  # fmt: skip
-    samples = tuple(dataset[index] for index in range(len(dataset)))
-    batch = Packer(dataset, with_text=robust)[MicroBatch(samples)].batch
+    preparer = Preparer(main.prompt_encoder(), main.tiling, with_text=robust, proxy_image="white")
+    samples = list(iter_groups(Records(GOLDEN / name / "pairs.jsonl")))
+    batch = pack_items(preparer, samples, preparer.whole).batch
     models = [checkpoint.model for checkpoint in (main, proxy) if checkpoint]
     for model in models:
         model.model.vision_tower.requires_grad_(False)

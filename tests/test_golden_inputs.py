@@ -8,10 +8,10 @@ import pytest
 
 from mmrm_fast.checkpoint.tokenizer import load_tokenizer
 from mmrm_fast.data.images import NORMALIZATION, Tiling, mean_colour, white_tile
-from mmrm_fast.data.packing import MicroBatch, Packer
+from mmrm_fast.data.packing import pack_items
 from mmrm_fast.data.prompt import PromptEncoder
-from mmrm_fast.data.records import RecordFile
-from mmrm_fast.data.samples import GroupDataset
+from mmrm_fast.data.records import Records, iter_groups
+from mmrm_fast.data.samples import Preparer
 
 GOLDEN = Path(__file__).parent / "golden"
 TEMPLATES = {"InternLM2ForCausalLM": "internlm2-chat", "Qwen2ForCausalLM": "Hermes-2", "Phi3ForCausalLM": "phi3-chat"}
@@ -31,7 +31,7 @@ def open_golden(name):
     def make(file="records.jsonl", max_length=4096, **options):
         tokenizer = load_tokenizer(GOLDEN / name / "checkpoint", template=TEMPLATES[name], original=True)
         encoder = PromptEncoder(tokenizer, tokens_per_tile=4, max_length=max_length, compat="reference")
-        return GroupDataset([RecordFile(GOLDEN / name / file)], encoder, TILING, **options)
+        return Preparer(encoder, TILING, **options), list(iter_groups(Records(GOLDEN / name / file)))
 
     return make
 
@@ -41,9 +41,9 @@ def expected(name):
     return lambda file: json.loads((GOLDEN / name / file).read_text(encoding="utf-8"))
 
 
-def with_image_token(dataset, sequence):
+def with_image_token(preparer, sequence):
     """A sequence with every image row as the placeholder's id."""
-    return np.where(sequence < 0, dataset.encoder.tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"), sequence).tolist()
+    return np.where(sequence < 0, preparer.encoder.tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"), sequence).tolist()
 
 
 def normalised(tiles):
@@ -62,28 +62,28 @@ def assert_checked(pixels, check):
 
 @pytest.mark.parametrize("file", LIMITS)
 def test_token_ids_are_those_of_the_reference(open_golden, expected, file):
-    dataset = open_golden(max_length=LIMITS[file])
+    preparer, groups = open_golden(max_length=LIMITS[file])
     assert expected(file)["max_length"] == LIMITS[file]
     for item in expected(file)["items"]:
-        sample = dataset[item["record"]]
+        sample = preparer.sample(groups[item["record"]])
         assert sum(sample.tiles_per_image) == item["num_tiles"]
-        assert with_image_token(dataset, sample.main.sequences[item["response"]]) == item["input_ids"]
+        assert with_image_token(preparer, sample.main.sequences[item["response"]]) == item["input_ids"]
 
 
 def test_every_response_has_a_golden(open_golden, expected):
-    dataset = open_golden()
-    keys = [(record, response) for record in range(6) for response in range(len(dataset[record].group.responses))]
+    _, groups = open_golden()
+    keys = [(record, response) for record in range(6) for response in range(len(groups[record].responses))]
     for file in LIMITS:
         assert [(item["record"], item["response"]) for item in expected(file)["items"]] == keys
 
 
 def test_pixels_are_those_of_the_reference(open_golden, expected, name):
-    dataset = open_golden()
+    preparer, groups = open_golden()
     checks = expected("expected.json")["pixel_checks"]
     stored = np.load(GOLDEN / name / "pixels.npz")
-    assert len(checks) == len(stored.files) == len(dataset) == 6
+    assert len(checks) == len(stored.files) == len(groups) == 6
     for record, check in enumerate(checks):
-        (tiles,) = dataset.load(dataset[record])
+        (tiles,) = preparer.tiles(groups[record])
         pixels = normalised(tiles)
         assert np.array_equal(pixels.astype(np.float16), stored[f"record_{record}"])
         for tile, tile_check in zip(pixels, check["tiles"], strict=True):
@@ -92,32 +92,32 @@ def test_pixels_are_those_of_the_reference(open_golden, expected, name):
 
 @pytest.mark.parametrize("name", TRAINED, indirect=True)
 def test_training_pixels_are_those_of_the_reference(open_golden, expected):
-    dataset = open_golden("pairs.jsonl")
+    preparer, groups = open_golden("pairs.jsonl")
     checks = expected("expected_robust.json")["pixel_checks"]
-    assert len(checks) == len(dataset) == 4
+    assert len(checks) == len(groups) == 4
     for record, check in enumerate(checks):
-        (tiles,) = dataset.load(dataset[record])
+        (tiles,) = preparer.tiles(groups[record])
         for tile, tile_check in zip(normalised(tiles), check["tiles"], strict=True):
             assert_checked(tile, tile_check)
 
 
 @pytest.mark.parametrize("name", TRAINED, indirect=True)
 def test_training_ids_are_those_of_the_reference_for_both_branches(open_golden, expected):
-    dataset = open_golden("pairs.jsonl", with_text=True, proxy_image="white")
+    preparer, groups = open_golden("pairs.jsonl", with_text=True, proxy_image="white")
     items = expected("expected_robust.json")["items"]
-    assert len(items) == len(dataset) == 4
+    assert len(items) == len(groups) == 4
     for record, item in enumerate(items):
-        sample = dataset[record]
+        sample = preparer.sample(groups[record])
         assert (sample.group.id, sum(sample.tiles_per_image)) == (item["id"], item["num_tiles"])
         for kind, encoded in (("", sample.main), ("_fake", sample.text)):
-            ids = [with_image_token(dataset, sequence) for sequence in encoded.sequences]
+            ids = [with_image_token(preparer, sequence) for sequence in encoded.sequences]
             assert ids == [item["input_ids_chosen" + kind], item["input_ids_rejected" + kind]]
 
 
 @pytest.mark.parametrize("name", TRAINED, indirect=True)
 def test_the_proxy_sees_the_white_picture_of_the_reference(open_golden, expected):
-    dataset = open_golden("pairs.jsonl", with_text=True, proxy_image="white")
-    batch = Packer(dataset, with_text=True)[MicroBatch(tuple(dataset[i] for i in range(4)))].batch
+    preparer, groups = open_golden("pairs.jsonl", with_text=True, proxy_image="white")
+    batch = pack_items(preparer, groups, preparer.whole).batch
     (pixels,) = normalised(batch.text_tiles.numpy())
     assert_checked(pixels, expected("expected_robust.json")["pixel_check_fake"])
     rows = -1 - batch.text.source_T[batch.text.source_T < 0]
@@ -126,17 +126,17 @@ def test_the_proxy_sees_the_white_picture_of_the_reference(open_golden, expected
 
 @pytest.mark.parametrize("name", TRAINED, indirect=True)
 def test_text_only_inputs_are_one_white_tile_and_image_only_inputs_have_no_question(open_golden, expected):
-    text_only, whole = open_golden("pairs.jsonl", inputs="text"), expected("expected_robust.json")["items"]
+    (text_only, groups), whole = open_golden("pairs.jsonl", inputs="text"), expected("expected_robust.json")["items"]
     for record, item in enumerate(whole):
-        sample = text_only[record]
+        sample, (tiles,) = text_only.whole(groups[record])
         assert with_image_token(text_only, sample.main.sequences[0]) == item["input_ids_chosen_fake"]
-        assert np.array_equal(text_only.load(sample)[0], white_tile(56))
-    image_only = open_golden("records.jsonl", inputs="image")
+        assert np.array_equal(tiles, white_tile(56))
+    image_only, groups = open_golden("records.jsonl", inputs="image")
     empty = expected("expected.json")["items"]
     (no_question,) = (item["input_ids"] for item in empty if (item["record"], item["response"]) == (4, 0))
-    sample = image_only[4]
+    sample = image_only.sample(groups[4])
     assert with_image_token(image_only, sample.main.sequences[0]) == no_question
-    assert image_only[3].main.prefix_length == sample.main.prefix_length
+    assert image_only.sample(groups[3]).main.prefix_length == sample.main.prefix_length
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from benchmarks.baselines import normalize
-from mmrm_fast.data.packing import MicroBatch, Packer
+from mmrm_fast.data.packing import pack_items
 from mmrm_fast.data.records import Group, Pairs
-from mmrm_fast.data.samples import PreferenceDataset
+from mmrm_fast.data.samples import Preparer
 from mmrm_fast.model.attention import read_last_tokens
 from mmrm_fast.train.loss import margins, preference_loss
 
@@ -55,10 +55,11 @@ def batches(pictures):
 
 
 def pack_groups(checkpoint, groups):
-    dataset = PreferenceDataset([], checkpoint.prompt_encoder(), checkpoint.tiling, with_text=True)
-    samples = tuple(dataset.encode(group) for group in groups)
-    packed = Packer(dataset, with_text=True)[MicroBatch(samples)]
-    return dataset, samples, packed
+    """The groups' samples, the tiles of each, and both packed."""
+    preparer = Preparer(checkpoint.prompt_encoder(), checkpoint.tiling, with_text=True, pairs="all")
+    parts = [part for group in groups for part in preparer.parts(group)]
+    samples, tiles = zip(*map(preparer.whole, parts), strict=True)
+    return samples, tiles, pack_items(preparer, parts, preparer.whole)
 
 
 def padded_rewards(model, sequences, tiles, image_token_id):
@@ -113,7 +114,7 @@ def gradient_error(model, reference, bounds):
 def test_packed_equals_padded(make_checkpoint, pictures, kind, text, dtype):
     checkpoint = make_checkpoint(text=text, dtype=dtype)
     proxy = make_checkpoint(text=text, dtype=dtype).model.drop_vision()
-    dataset, samples, packed = pack_groups(checkpoint, batches(pictures)[kind])
+    samples, images, packed = pack_groups(checkpoint, batches(pictures)[kind])
     batch = packed.batch
     reference, reference_proxy = plain(checkpoint.model), plain(proxy)
 
@@ -122,7 +123,7 @@ def test_packed_equals_padded(make_checkpoint, pictures, kind, text, dtype):
     loss = preference_loss(main_rewards, margins(proxy_rewards, batch), batch, sfc_mode="paper")
     ((loss.main + loss.proxy) / len(batch.chosen_P)).backward()
 
-    tiles = [torch.from_numpy(t) for s in samples for _ in s.main.sequences for t in dataset.load(s)]
+    tiles = [torch.from_numpy(t) for s, own in zip(samples, images, strict=True) for _ in s.main.sequences for t in own]
     image_token = checkpoint.model.model.config.image_token_id
     expected = padded_rewards(reference, [q for s in samples for q in s.main.sequences], tiles, image_token)
     expected_proxy = padded_rewards(reference_proxy, [q for s in samples for q in s.text.sequences], [], image_token)

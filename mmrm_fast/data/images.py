@@ -20,10 +20,12 @@ near and of equal area the first is taken in the order of the reference's Python
 """
 
 import io
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -55,6 +57,7 @@ class ImageError(ValueError):
 
 
 Compat = Literal["reference"] | None
+Source = str | Path | bytes | BinaryIO  # a picture's path, content or open file
 
 
 @dataclass(frozen=True)
@@ -141,12 +144,29 @@ def white_tile(tile_size: int) -> np.ndarray:
     return np.full((1, tile_size, tile_size, 3), 255, np.uint8)
 
 
-def described(source: str | bytes) -> str:
+@contextmanager
+def opened(sources: Sequence[str | bytes]) -> Iterator[tuple[Source, ...]]:
+    """The pictures' files, each opened once however often it is read; a path that cannot be opened stays a path."""
+    with ExitStack() as stack:
+        yield tuple(source if isinstance(source, bytes) else open_once(source, stack) for source in sources)
+
+
+def open_once(path: str, stack: ExitStack) -> str | BinaryIO:
+    """A file that is closed with the stack, or its path where it cannot be opened."""
+    try:
+        return stack.enter_context(open(path, "rb"))
+    except OSError:
+        return path
+
+
+def described(source: Source) -> str:
     """A picture's path, or what it is, for messages."""
-    return f"an encoded image of {len(source)} bytes" if isinstance(source, bytes) else str(source)
+    if isinstance(source, bytes):
+        return f"an encoded image of {len(source)} bytes"
+    return str(source.name if isinstance(source, io.IOBase) else source)
 
 
-def open_image(source: str | Path | bytes) -> Image.Image:
+def open_image(source: Source) -> Image.Image:
     """Open an image file, or its bytes, lazily (header only), refusing what is not one.
 
     Raises:
@@ -174,13 +194,13 @@ def orientation(image: Image.Image) -> int:
         return 1
 
 
-def image_size(source: str | Path | bytes, compat: Compat = None) -> tuple[int, int]:
+def image_size(source: Source, compat: Compat = None) -> tuple[int, int]:
     """(width, height) as shown, EXIF orientation applied, read from the header alone. Raises `ImageError`."""
     with open_image(source) as image:
         return image.size[::-1] if not compat and orientation(image) in SIDEWAYS else image.size
 
 
-def load_image(source: str | Path | bytes, compat: Compat = None) -> Image.Image:
+def load_image(source: Source, compat: Compat = None) -> Image.Image:
     """Decode an image to RGB: upright by its EXIF orientation, transparency blended over white.
 
     Raises:
@@ -201,6 +221,6 @@ def load_image(source: str | Path | bytes, compat: Compat = None) -> Image.Image
     return image.transpose(turn) if turn is not None else image
 
 
-def load_tiles(source: str | Path | bytes, tiling: Tiling) -> np.ndarray:
+def load_tiles(source: Source, tiling: Tiling) -> np.ndarray:
     """Decode and tile one image: uint8 `[I, S, S, 3]`."""
     return tile_image(load_image(source, tiling.compat), tiling)

@@ -1,28 +1,107 @@
-"""Files of records as one data set to train on: mixture, order, what is held out, what is in two places."""
+"""Files of preferences as one data set: its samples and what is known of them, a mixture's order, what is held out."""
 
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from mmrm_fast.data.records import Group, RecordError
-from mmrm_fast.data.samples import GroupDataset
+from mmrm_fast.data.images import Source, opened
+from mmrm_fast.data.records import Group, RecordError, Records
+from mmrm_fast.data.samples import Preparer, Sample, Size
 
 HEAD_BYTES = 4096  # of an image file that, with its size, tell it from others
+UNKNOWN = -1  # cost of a sample that nobody looked at
+SAMPLE = np.dtype(
+    [
+        ("record", np.uint32),
+        ("part", np.uint32),  # which of its record's samples it is
+        ("key", np.uint64),  # see `record_key`; 0 where the record cannot be parsed or nobody asked
+        ("cost", np.int32),  # `Size` from here on
+        ("pairs", np.int32),
+        ("notes", object),
+    ]
+)
+
+
+def unknown_samples(records: range) -> np.ndarray:
+    """A row a record, each of them one sample of which nothing is known."""
+    table = np.zeros(len(records), SAMPLE)
+    table["record"], table["cost"], table["notes"] = records, UNKNOWN, None
+    return table
 
 
 @dataclass(frozen=True)
-class Sources:
-    """What `--data` names: files and, for a mixture, the share of the records that comes from each."""
+class PreferenceDataset:
+    """The preferences of records as samples, by index, and what is known of their sizes."""
+
+    records: Records
+    preparer: Preparer
+    table: np.ndarray  # `SAMPLE` [N], records in order
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def group(self, index: int) -> Group:
+        """Parse the record of a sample, with the pairs that are used in it. Raises `RecordError`."""
+        row = self.table[index]
+        return self.preparer.parts(self.records.group(int(row["record"])))[row["part"]]
+
+    def prepared(self, index: int) -> tuple[Sample, list[np.ndarray]]:
+        """A sample and its pictures' tiles. Raises `RecordError`."""
+        return self.preparer.whole(self.group(index))
+
+    def look(self, index: int) -> tuple:
+        """The row of a sample that nobody looked at, the only one of its record."""
+        (row,) = Look(self.records, self.preparer)(int(self.table[index]["record"]))
+        return row
+
+    def size(self, index: int) -> Size:
+        """The size of a sample that was looked at."""
+        return Size(*self.table[index].item()[-3:])
+
+    def samples_per_file(self) -> list[int]:
+        """How many of the samples come from each of the records' specs, which follow each other."""
+        return np.diff(np.searchsorted(self.table["record"], self.records.spec_edges)).tolist()
+
+
+@dataclass(frozen=True)
+class Look:
+    """One look at a record gives its rows of the table: it is parsed once, and each of its pictures is opened once."""
+
+    records: Records
+    preparer: Preparer
+    testing: Preparer | None = None  # of what is held out
+    eval_fraction: float = 0.0  # that is
+    with_key: bool = False
+    decode: bool = False  # the pictures too
+
+    def __call__(self, record: int) -> list[tuple]:
+        key = 0
+        try:
+            group = self.records.group(record)
+        except RecordError as error:
+            sizes = [Size.of_error(error)]
+        else:
+            with opened(group.images) as images:
+                group = replace(group, images=images)
+                key = record_key(group) if self.with_key else 0
+                chosen = self.testing if is_held_out(np.uint64(key), self.eval_fraction) else self.preparer
+                sizes = chosen.sizes(group, decode=self.decode)
+        return [(record, part, key, *size) for part, size in enumerate(sizes)]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What `--data` names: files and, for a mixture, the share of the samples that comes from each."""
 
     paths: tuple[str, ...]
     weights: tuple[float, ...] | None = None  # sum 1
 
 
-def parse_sources(specs: Sequence[str]) -> Sources:
+def parse_mixture(specs: Sequence[str]) -> Mixture:
     """Parse PATH or PATH:WEIGHT, all of one kind.
 
     Raises:
@@ -32,12 +111,12 @@ def parse_sources(specs: Sequence[str]) -> Sources:
     weights = [weight for _, weight in parsed if weight is not None]
     paths = tuple(path for path, _ in parsed)
     if not weights:
-        return Sources(paths)
+        return Mixture(paths)
     if len(weights) < len(parsed):
         raise ValueError(f"--data {' '.join(specs)}: give every file a weight, or none")
     if not all(math.isfinite(weight) and weight > 0 for weight in weights):
         raise ValueError(f"--data {' '.join(specs)}: weights are positive numbers")
-    return Sources(paths, tuple(weight / sum(weights) for weight in weights))
+    return Mixture(paths, tuple(weight / sum(weights) for weight in weights))
 
 
 def split_weight(spec: str) -> tuple[str, float | None]:
@@ -83,49 +162,28 @@ def permutations(count: int, total: int, seed: tuple[int, ...]) -> np.ndarray:
     return order
 
 
-def record_key(dataset: GroupDataset, index: int) -> int:
-    """A 64-bit hash of a record's prompt and images, 0 for a record that cannot be parsed.
+def record_key(group: Group) -> int:
+    """A 64-bit hash of a record's prompt and images.
 
     An image counts by its size in bytes and its first `HEAD_BYTES`, so that copies of it in two folders are one.
     """
-    try:
-        group = dataset.group(index)
-    except RecordError:
-        return 0
     digest = hashlib.blake2b(repr(group.prompt).encode("utf-8", "surrogatepass"), digest_size=8)
     for image in group.images:
         digest.update(image_head(image))
     return int.from_bytes(digest.digest(), "little")
 
 
-def image_head(image: str | bytes) -> bytes:
-    """What tells an image file from others; its path where it cannot be read."""
+def image_head(image: Source) -> bytes:
+    """What tells an open image file from others; its path where it could not be opened."""
     if isinstance(image, bytes):
         return len(image).to_bytes(8, "little") + image[:HEAD_BYTES]
-    try:
-        with open(image, "rb") as file:
-            head = file.read(HEAD_BYTES)
-            return file.seek(0, 2).to_bytes(8, "little") + head
-    except OSError:
+    if isinstance(image, str):
         return image.encode("utf-8", "surrogateescape")
+    num_bytes = image.seek(0, 2)
+    image.seek(0)
+    return num_bytes.to_bytes(8, "little") + image.read(HEAD_BYTES)
 
 
 def is_held_out(keys: np.ndarray, fraction: float) -> np.ndarray:
-    """Which records of these keys (uint64) are held out, bool: all with one prompt and image, or none of them.
-
-    Raises:
-        ValueError: the fraction does not lie between 0 and 1, or leaves one side empty.
-    """
-    if not 0 < fraction < 1:
-        raise ValueError(f"--eval-fraction must lie between 0 and 1, got {fraction}")
-    held_out = keys < np.uint64(fraction * 2**64)
-    if not held_out.any() or held_out.all():
-        side = "evaluate" if not held_out.any() else "train"
-        raise ValueError(f"--eval-fraction {fraction} of {len(keys)} records leaves none to {side} on")
-    return held_out
-
-
-def duplicates(dataset: GroupDataset, keys: np.ndarray, train_keys: np.ndarray) -> tuple[int, Group | None]:
-    """How many records of a test set have the prompt and images of a training record, and the first such."""
-    found = np.flatnonzero(np.isin(keys, train_keys[train_keys != 0]))
-    return len(found), dataset.group(int(found[0])) if len(found) else None
+    """Which records of these keys (uint64) are held out, bool: all with one prompt and image, or none of them."""
+    return (keys > 0) & (keys < np.uint64(fraction * 2**64))

@@ -7,18 +7,19 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mmrm_fast.data.images import white_tile
-from mmrm_fast.data.records import RecordError
-from mmrm_fast.data.samples import GroupDataset, ProxyImage, Sample
+from mmrm_fast.data.samples import Notes, Preparer, ProxyImage, Sample
+from mmrm_fast.data.types import RecordError
 from mmrm_fast.ops.pack_image_tokens import SourceIndex, source_index
 from mmrm_fast.ops.plan_trie import TriePlan, plan_trie
 
-MIN_SHARED = 32
+MIN_SHARED = 32  # shorter shared runs are recomputed instead of becoming a node
 REGIME_SHIFT = 40  # token keys are far below it
 
 
@@ -91,7 +92,6 @@ def pack(
     *,
     tokens_per_tile: int,
     tile_size: int,
-    min_shared: int = MIN_SHARED,
     with_text: bool = False,
     proxy_image: ProxyImage = "none",
     rope_regime: Callable[[int], int] | None = None,
@@ -104,7 +104,6 @@ def pack(
         tokens_per_tile: image tokens of a tile.
         tile_size: S, for a batch without images: one black tile stands in, whose features nothing reads, so that
             every rank runs the same modules.
-        min_shared: shorter shared runs are recomputed instead of becoming a node.
         with_text: also plan the text-only proxy's tokens.
         proxy_image: `white` where the samples' `text` was encoded with white tiles.
         rope_regime: see `rope.RopeRegime`; only sequences of one regime share a prefix.
@@ -123,8 +122,8 @@ def pack(
     ]
     chosen_P, rejected_P, margin_P = flatten_pairs(samples)
     return PackedBatch(
-        main=plan_tokens(main, min_shared, rope_regime),
-        text=plan_tokens(text, min_shared, rope_regime) if with_text else None,
+        main=plan_tokens(main, rope_regime),
+        text=plan_tokens(text, rope_regime) if with_text else None,
         tiles=torch.from_numpy(tiles),
         text_tiles=torch.from_numpy(white_tile(tile_size)) if white else None,
         chosen_P=chosen_P,
@@ -175,15 +174,13 @@ def white_images(sequence: np.ndarray, tokens_per_tile: int) -> np.ndarray:
     return np.where(sequence < 0, -1 - (-1 - sequence) % tokens_per_tile, sequence)
 
 
-def plan_tokens(
-    sequences: Sequence[np.ndarray], min_shared: int, rope_regime: Callable[[int], int] | None = None
-) -> TokenPlan:
+def plan_tokens(sequences: Sequence[np.ndarray], rope_regime: Callable[[int], int] | None = None) -> TokenPlan:
     """Plan one branch's sequences; none becomes a single sequence of one token."""
     sequences = sequences or [np.zeros(1, np.int64)]
     keys = np.concatenate(sequences)
     lengths = [*map(len, sequences)]
     regimes = np.repeat([rope_regime(length) if rope_regime else 0 for length in lengths], lengths).astype(np.int64)
-    plan = plan_trie(keys + (regimes << REGIME_SHIFT), np.cumsum([0, *lengths]), min_shared=min_shared)
+    plan = plan_trie(keys + (regimes << REGIME_SHIFT), np.cumsum([0, *lengths]), min_shared=MIN_SHARED)
     source_T = torch.from_numpy(keys[plan.token_index])
     read_index, read_row = np.unique(plan.last_index, return_inverse=True)
     paths = [*map(partial(path, plan), read_index)]
@@ -226,19 +223,6 @@ def flatten_pairs(samples: Sequence[Sample]) -> tuple[Tensor, Tensor, Tensor | N
 
 
 @dataclass(frozen=True)
-class Notes:
-    """What some records have that is not trained on; adds up."""
-
-    errors: tuple[RecordError, ...] = ()  # records that cannot be used
-    dropped: tuple[RecordError, ...] = ()  # responses whose pairs were left out
-    unrated: int = 0  # responses whose rating is not a finite number
-    unpaired: int = 0  # records without a preference
-
-    def __add__(self, other: "Notes") -> "Notes":
-        return Notes(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
-
-
-@dataclass(frozen=True)
 class Step:
     """One step of the schedule, the same on every rank."""
 
@@ -250,55 +234,48 @@ class Step:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What shares a forward: samples, or indices of the packer's data set."""
+    """Samples that share a forward, as indices of a data set."""
 
-    items: tuple[Sample | int, ...]
+    samples: tuple[int, ...]
     step: Step | None = None  # the step that it ends
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A micro-batch ready for the model; samples whose images cannot be decoded are in `errors` instead."""
+    """A micro-batch ready for the model; items that could not be prepared are in `errors` instead."""
 
     batch: PackedBatch
     samples: tuple[Sample, ...]
-    errors: dict[int, RecordError]  # by the sample's place in the micro-batch
-    step: Step | None
+    errors: dict[int, RecordError]  # by the item's place in the micro-batch
+    step: Step | None = None
 
     def pin_memory(self) -> "Packed":
         """The same in page-locked memory; a DataLoader calls it."""
         return replace(self, batch=map_tensors(self.batch, Tensor.pin_memory))
 
 
-class Packer:
-    """Decodes and packs micro-batches; as a torch map-style data set its index is the `MicroBatch` itself.
-
-    Args:
-        dataset: where the samples come from.
-        with_text: also plan the text-only proxy's tokens.
-        min_shared: see `pack`.
-    """
-
-    def __init__(self, dataset: GroupDataset, *, with_text: bool = False, min_shared: int = MIN_SHARED):
-        self.dataset, self.with_text, self.min_shared = dataset, with_text, min_shared
-
-    def __getitem__(self, micro: MicroBatch) -> Packed:
-        samples, images, errors = [], [], {}
-        for place, item in enumerate(micro.items):
-            try:
-                sample = item if isinstance(item, Sample) else self.dataset[item]
-                images.append(self.dataset.load(sample))
-                samples.append(sample)
-            except RecordError as error:
-                errors[place] = error
-        batch = pack(
-            samples,
-            images,
-            tokens_per_tile=self.dataset.encoder.tokens_per_tile,
-            tile_size=self.dataset.tiling.tile_size,
-            min_shared=self.min_shared,
-            with_text=self.with_text,
-            proxy_image=self.dataset.proxy_image,
-            rope_regime=self.dataset.encoder.rope_regime,
-        )
-        return Packed(batch, tuple(samples), errors, micro.step)
+def pack_items(
+    preparer: Preparer,
+    items: Sequence,
+    prepare: Callable[[Any], tuple[Sample, list[np.ndarray]]],
+    step: Step | None = None,
+) -> Packed:
+    """One batch of what `prepare` makes of the items, with the options of `preparer`."""
+    samples, images, errors = [], [], {}
+    for place, item in enumerate(items):
+        try:
+            sample, tiles = prepare(item)
+            samples.append(sample)
+            images.append(tiles)
+        except RecordError as error:
+            errors[place] = error
+    batch = pack(
+        samples,
+        images,
+        tokens_per_tile=preparer.encoder.tokens_per_tile,
+        tile_size=preparer.tiling.tile_size,
+        with_text=preparer.with_text,
+        proxy_image=preparer.proxy_image,
+        rope_regime=preparer.encoder.rope_regime,
+    )
+    return Packed(batch, tuple(samples), errors, step)

@@ -1,6 +1,6 @@
 """Records to groups: one prompt with its images, K responses and the preference pairs among them.
 
-Every layout of `record_forms` and every file of `record_files` becomes one type, `Group`, so that nothing downstream
+Every layout of `forms` and every file of `lines` becomes one type, `Group`, so that nothing downstream
 asks where a record came from.
 """
 
@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from mmrm_fast.data.forms import FORM_FIELDS, PREFERENCE_FIELDS, in_text, parse_form
-from mmrm_fast.data.lines import open_rows
+from mmrm_fast.data.lines import LineFile, RowFile, open_rows
 from mmrm_fast.data.pictures import IMAGE_FIELDS, image_field, record_images, resolve_image, shown_images
 from mmrm_fast.data.types import Group, Message, Pair, Pairs, Prompt, RecordError, kind_of, number, text
 
 __all__ = [
-    "Group", "Message", "Pair", "Pairs", "Prompt", "RecordError", "RecordFile", "iter_groups", "parse_group",
+    "Group", "Message", "Pair", "Pairs", "Prompt", "RecordError", "Records", "iter_groups", "parse_group",
     "prompt_json",
 ]  # fmt: skip
 
@@ -88,11 +88,11 @@ def prompt_json(prompt: Prompt) -> str | list[dict[str, str]]:
     return [{"role": message.role, "content": message.content} for message in prompt]
 
 
-class RecordFile:
-    """The records of one or several files, read at random: opening builds an index, `group(i)` parses one record.
+class Records:
+    """The records of files, read at random: opening builds an index, `group(i)` parses one record.
 
     Args:
-        spec: a file (.jsonl, .jsonl.gz, .jsonl.zst, .parquet), every such file of a folder, or a glob.
+        specs: each a file (.jsonl, .jsonl.gz, .jsonl.zst, .parquet), every such file of a folder, or a glob.
         image_root: folder that relative image paths start from; default each file's own folder.
         need_pairs: refuse records without preferences (training, evaluation).
 
@@ -100,30 +100,40 @@ class RecordFile:
         ValueError: no such file, or not of these kinds.
     """
 
-    def __init__(self, spec: str | Path, image_root: str | Path | None = None, *, need_pairs: bool = False):
-        self.path, self.need_pairs = Path(spec), need_pairs
-        self.image_root = Path(image_root) if image_root else None
-        self.files = open_rows(spec, FIELDS)
+    def __init__(self, *specs: str | Path, image_root: str | Path | None = None, need_pairs: bool = False):
+        self.need_pairs, self.image_root = need_pairs, Path(image_root) if image_root else None
+        opened = [open_rows(spec, FIELDS) for spec in specs]
+        self.files = [file for own in opened for file in own]
         self.edges = np.cumsum([0, *map(len, self.files)])
+        self.spec_edges = np.cumsum([0, *(sum(map(len, own)) for own in opened)])  # where the records of each begin
 
     def __len__(self) -> int:
         return int(self.edges[-1])
 
     def group(self, index: int) -> Group:
         """Parse record `index`. Raises `RecordError` naming file, line and field."""
-        number = int(np.searchsorted(self.edges, index, side="right")) - 1
-        file, row = self.files[number], int(index - self.edges[number])
+        file, row = self.place(index)
         source, fields = file.source(row), file.fields(row)
         if self.need_pairs and isinstance(fields, dict) and not (PREFERENCE_FIELDS & fields.keys() or in_text(fields)):
             raise RecordError(source, "chosen", "missing; training and evaluation need chosen/rejected or completions")
         root = self.image_root or file.path.parent
         return parse_group(fields, source=source, record=int(index), image_root=root)
 
+    def source(self, index: int) -> str:
+        """File and line of record `index`, which is not read."""
+        file, row = self.place(index)
+        return file.source(row)
 
-def iter_groups(file: RecordFile, indices: Sequence[int] | None = None) -> Iterator[Group | RecordError]:
-    """The file's groups in order, a `RecordError` in the place of each one that cannot be parsed."""
-    for index in range(len(file)) if indices is None else indices:
+    def place(self, index: int) -> tuple[LineFile | RowFile, int]:
+        """Record `index` as a file and its row."""
+        number = int(np.searchsorted(self.edges, index, side="right")) - 1
+        return self.files[number], int(index - self.edges[number])
+
+
+def iter_groups(records: Records, indices: Sequence[int] | None = None) -> Iterator[Group | RecordError]:
+    """The groups in order, a `RecordError` in the place of each one that cannot be parsed."""
+    for index in range(len(records)) if indices is None else indices:
         try:
-            yield file.group(index)
+            yield records.group(index)
         except RecordError as error:
             yield error

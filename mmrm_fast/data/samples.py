@@ -1,18 +1,18 @@
-"""Records to samples: groups encoded as token keys, images sized from their headers, tiles decoded when packed."""
+"""Groups to samples: token keys of one checkpoint's prompt, pictures sized by their headers; and pictures to tiles."""
 
-from collections.abc import Sequence
-from copy import copy
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from mmrm_fast.data.images import ImageError, Tiling, image_size, load_tiles, white_tile
+from mmrm_fast.data.images import ImageError, Tiling, image_size, load_tiles, opened, white_tile
 from mmrm_fast.data.prompt import Encoded, PromptEncoder, PromptError
-from mmrm_fast.data.records import Group, Pairs, Prompt, RecordError, RecordFile
+from mmrm_fast.data.types import Group, Pairs, Prompt, RecordError
 
+Overlong = Literal["skip", "truncate", "error"]
 ProxyImage = Literal["none", "white"]
 Inputs = Literal["all", "text", "image"]
+UsedPairs = Literal["all", "expand"] | int | None
 KEYS_PER_TOKEN = 8  # gathered keys and values that cost about as much as one token
 
 
@@ -26,7 +26,6 @@ class Sample:
     text: Encoded | None = None  # the same group as the text-only proxy sees it
     dropped: tuple[RecordError, ...] = ()  # one note a response whose pairs were left out
     places: tuple[int, ...] | None = None  # of its responses among all that pairs name, where some were left out
-    position: int | None = None  # where the dataset finds encoded images again, which are not carried along
 
     @property
     def num_tokens_unshared(self) -> int:
@@ -41,79 +40,72 @@ class Sample:
         return tokens + keys // KEYS_PER_TOKEN + sum(self.tiles_per_image) * tokens_per_tile
 
 
-class GroupDataset:
-    """The records of one or several files as samples, `dataset[i]`.
+@dataclass(frozen=True)
+class Notes:
+    """What some records have that is not trained on; adds up."""
 
-    Args:
-        files: record files, concatenated.
-        encoder: the checkpoint's prompt encoder.
-        tiling: how its images become tiles.
-        overlong: a response that does not fit into the encoder's `max_length`: `skip` drops the pairs with it,
-            `truncate` cuts it, `error` raises; with the encoder's `compat` it is always cut.
-        with_text: also encode the text-only proxy's sequences.
-        proxy_image: what the proxy has in place of each image: `none`, no placeholder either, or `white`, the tokens of
-            one white tile, as in the reference implementation.
-        inputs: what the model sees of a record, for ablations: `all`; `text`, one white tile in place of each image; or
-            `image`, an empty question.
-    """
+    errors: tuple[RecordError, ...] = ()  # records that cannot be used
+    dropped: tuple[RecordError, ...] = ()  # responses whose pairs were left out
+    unrated: int = 0  # responses whose rating is not a finite number
+    unpaired: int = 0  # records without a preference
 
-    def __init__(
-        self,
-        files: Sequence[RecordFile],
-        encoder: PromptEncoder,
-        tiling: Tiling,
-        *,
-        overlong: Literal["skip", "truncate", "error"] = "truncate",
-        with_text: bool = False,
-        proxy_image: ProxyImage = "none",
-        inputs: Inputs = "all",
-    ):
-        self.files, self.encoder, self.tiling = tuple(files), encoder, tiling
-        self.overlong, self.with_text = overlong, with_text
-        self.proxy_image, self.inputs = proxy_image, inputs
-        self.edges = np.cumsum([0, *map(len, self.files)])
-        self.records: np.ndarray | None = None  # those selected, in order, as positions over all files
+    def __add__(self, other: "Notes") -> "Notes":
+        return Notes(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
-    def __len__(self) -> int:
-        return int(self.edges[-1]) if self.records is None else len(self.records)
 
-    def __getitem__(self, index: int) -> Sample:
-        """Encode record `index`. Raises `RecordError`."""
-        group = self.group(index)
-        sample = self.encode(group)
-        if not any(isinstance(image, bytes) for image in group.images):
-            return sample
-        return replace(sample, group=replace(sample.group, images=()), position=self.position(index))
+class Size(NamedTuple):
+    """What the schedule knows of a sample."""
 
-    def position(self, index: int) -> int:
-        """Where record `index` stands among all records of the files."""
-        return int(index if self.records is None else self.records[index])
+    cost: int = 0  # work in tokens, see `Sample.cost`; 0 where there is nothing to score
+    pairs: int = 0
+    notes: Notes | None = None  # where there are any
 
-    def group(self, index: int) -> Group:
-        """Parse record `index`. Raises `RecordError`."""
-        return self.read(self.position(index))
+    @classmethod
+    def of_error(cls, error: RecordError) -> "Size":
+        """Of a record that cannot be used."""
+        return cls(notes=Notes(errors=(error,)))
 
-    def read(self, position: int) -> Group:
-        """Parse the record at this position of the files. Raises `RecordError`."""
-        file = int(np.searchsorted(self.edges, position, side="right")) - 1
-        return self.files[file].group(int(position - self.edges[file]))
 
-    def select(self, records: np.ndarray):
-        """The same data set with only these of its records (increasing indices)."""
-        selected = copy(self)
-        selected.records = records if self.records is None else self.records[records]
-        return selected
+@dataclass(frozen=True)
+class Preparer:
+    """How groups become samples and their pictures tiles: one checkpoint's prompt and tiling, with a run's options."""
 
-    def records_per_file(self) -> list[int]:
-        """How many of the records come from each file, which follow each other."""
-        edges = self.edges if self.records is None else np.searchsorted(self.records, self.edges)
-        return np.diff(edges).tolist()
+    encoder: PromptEncoder
+    tiling: Tiling
+    overlong: Overlong = "truncate"
+    """A response that does not fit into the encoder's `max_length`: `skip` drops the pairs with it, `truncate` cuts it,
+    `error` raises; with the encoder's `compat` it is always cut."""
+    with_text: bool = False
+    """Also encode the text-only proxy's sequences."""
+    proxy_image: ProxyImage = "none"
+    """What the proxy has in place of each image: `none`, no placeholder either, or `white`, the tokens of one white
+    tile, as in the reference implementation."""
+    inputs: Inputs = "all"
+    """What the model sees of a record, for ablations: `all`; `text`, one white tile in place of each image; or `image`,
+    an empty question."""
+    pairs: UsedPairs = None
+    """Which preferences of a record are used: `all` in one sample; `expand`, a sample a pair; or so many of them, taken
+    at random. Responses in no used pair are left out. None: preferences do not matter and every response is scored."""
+    seed: int = 0
+    """Of the random pairs, for a record always the same."""
 
-    def encode(self, group: Group) -> Sample:
+    def parts(self, group: Group) -> list[Group]:
+        """What a record's samples are made of."""
+        if self.pairs is None:
+            return [group]
+        used = [group.pairs]
+        if self.pairs == "expand" and len(group.pairs):
+            used = [group.pairs[number : number + 1] for number in range(len(group.pairs))]
+        elif self.pairs not in ("all", "expand") and self.pairs < len(group.pairs):
+            random = np.random.default_rng((self.seed, group.record))
+            used = [group.pairs[np.sort(random.choice(len(group.pairs), self.pairs, replace=False))]]
+        unrated = [group.num_unrated, *[0] * (len(used) - 1)]  # counted once a record
+        return [only_paired(replace(group, pairs=own, num_unrated=n)) for own, n in zip(used, unrated, strict=True)]
+
+    def sample(self, group: Group) -> Sample:
         """Encode one group. Raises `RecordError` naming the field that cannot be encoded."""
         try:
-            tiles_per_image = tuple(map(self.num_tiles, group.images))
-            sample = self.encode_sized(group, tiles_per_image)
+            sample = self.encode(group, tuple(map(self.num_tiles, group.images)))
         except ImageError as error:
             raise RecordError(group.source, "img_path", str(error)) from None
         except PromptError as error:
@@ -122,23 +114,54 @@ class GroupDataset:
             return sample
         return self.without_overlong(sample)
 
-    def encode_sized(self, group: Group, tiles_per_image: tuple[int, ...]) -> Sample:
+    def tiles(self, group: Group) -> list[np.ndarray]:
+        """Decode a group's pictures: uint8 `[I, S, S, 3]` each. Raises `RecordError`."""
+        if self.inputs == "text":
+            return [white_tile(self.tiling.tile_size) for _ in group.images]
+        try:
+            return [load_tiles(image, self.tiling) for image in group.images]
+        except ImageError as error:
+            raise RecordError(group.source, "img_path", str(error)) from None
+
+    def whole(self, group: Group) -> tuple[Sample, list[np.ndarray]]:
+        """A group's sample, without its pictures, and their tiles; each is opened once. Raises `RecordError`."""
+        with opened(group.images) as images:
+            seen = replace(group, images=images)
+            sample, tiles = self.sample(seen), self.tiles(seen)
+        return replace(sample, group=replace(sample.group, images=())), tiles
+
+    def sizes(self, group: Group, *, decode: bool = False) -> list[Size]:
+        """The size of every sample of a record, or the one of a record that cannot be used, which says why."""
+        try:
+            sizes = [self.size(self.sample(part)) for part in self.parts(group)]
+            if decode:
+                self.tiles(group)
+        except RecordError as error:
+            return [Size.of_error(error)]
+        return sizes
+
+    def size(self, sample: Sample) -> Size:
+        """The size of a sample."""
+        pairs = len(sample.group.pairs)
+        found = Notes(dropped=sample.dropped, unrated=sample.group.num_unrated, unpaired=int(not pairs))
+        notes = None if found == Notes() else found
+        if not sample.main.sequences:
+            return Size(notes=notes)
+        return Size(sample.cost(self.encoder.tokens_per_tile), pairs, notes)
+
+    def encode(self, group: Group, tiles_per_image: tuple[int, ...]) -> Sample:
         """Encode one group whose images have `tiles_per_image` tiles."""
-        main = self.encoder.encode(self.prompt(group), group.responses, tiles_per_image)
-        text = self.encode_text(group) if self.with_text else None
+        prompt: Prompt = "" if self.inputs == "image" else group.prompt
+        main = self.encoder.encode(prompt, group.responses, tiles_per_image)
+        if not self.with_text:
+            return Sample(group, tiles_per_image, main)
+        if self.proxy_image == "white":
+            text = self.encoder.encode(prompt, group.responses, (1,) * len(group.images))
+        else:
+            text = self.encoder.encode_text_only(prompt, group.responses, len(group.images))
         return Sample(group, tiles_per_image, main, text)
 
-    def prompt(self, group: Group) -> Prompt:
-        """The question that the model sees."""
-        return "" if self.inputs == "image" else group.prompt
-
-    def encode_text(self, group: Group) -> Encoded:
-        """Encode one group as the text-only proxy sees it."""
-        if self.proxy_image == "white":
-            return self.encoder.encode(self.prompt(group), group.responses, (1,) * len(group.images))
-        return self.encoder.encode_text_only(self.prompt(group), group.responses, len(group.images))
-
-    def num_tiles(self, image: str | bytes) -> int:
+    def num_tiles(self, image: object) -> int:
         """Tiles that an image becomes, from its header. Raises `ImageError`."""
         if self.inputs == "text":
             return 1
@@ -152,62 +175,8 @@ class GroupDataset:
         if self.overlong == "error":
             raise notes[0]
         group = replace(group, pairs=group.pairs[~np.array(cut)[group.pairs.ends].any(axis=1)])
-        fitting = self.encode_sized(only_paired(group), sample.tiles_per_image)
+        fitting = self.encode(only_paired(group), sample.tiles_per_image)
         return replace(fitting, dropped=notes, places=paired(group))
-
-    def load(self, sample: Sample) -> list[np.ndarray]:
-        """Decode a sample's images: uint8 `[I, S, S, 3]` each. Raises `RecordError`."""
-        if self.inputs == "text":
-            return [white_tile(self.tiling.tile_size) for _ in sample.tiles_per_image]
-        group = sample.group if sample.position is None else self.read(sample.position)
-        try:
-            return [load_tiles(image, self.tiling) for image in group.images]
-        except ImageError as error:
-            raise RecordError(sample.group.source, "img_path", str(error)) from None
-
-
-class PreferenceDataset(GroupDataset):
-    """Groups for training and evaluation: responses that are in no pair are left out."""
-
-    max_pairs: int | None = None  # more pairs of a record are left out, at random
-    seed = 0
-    pair_of: np.ndarray | None = None  # where every pair is a sample: which pair of its record, by sample
-
-    def sampled(self, max_pairs: int, seed: int) -> "PreferenceDataset":
-        """The same data set with at most `max_pairs` random pairs a record, for a seed always the same."""
-        fewer = copy(self)
-        fewer.max_pairs, fewer.seed = max_pairs, seed
-        return fewer
-
-    def expanded(self, num_pairs: np.ndarray) -> "PreferenceDataset":
-        """The same data set with every pair a sample: `num_pairs` of each record, 0 where it has none."""
-        counts = np.maximum(num_pairs, 1)  # a record without pairs stays, to be counted
-        indices = np.repeat(np.arange(len(self)), counts)
-        pairs = self.select(indices)
-        pairs.pair_of = np.arange(len(indices)) - np.repeat(np.cumsum(counts) - counts, counts)
-        return pairs
-
-    def group(self, index: int) -> Group:
-        """Parse record `index` with the pairs that are used of it. Raises `RecordError`."""
-        group = super().group(index)
-        if self.pair_of is not None:
-            first = int(self.pair_of[index])
-            return replace(group, pairs=group.pairs[first : first + 1])
-        if self.max_pairs is not None and len(group.pairs) > self.max_pairs:
-            chosen = np.random.default_rng((self.seed, index)).choice(len(group.pairs), self.max_pairs, replace=False)
-            return replace(group, pairs=group.pairs[np.sort(chosen)])
-        return group
-
-    def num_pairs(self, index: int) -> int:
-        """Pairs of record `index`, 0 where it cannot be parsed."""
-        try:
-            return len(self.group(index).pairs)
-        except RecordError:
-            return 0
-
-    def encode(self, group: Group) -> Sample:
-        """Encode one group's paired responses. Raises `RecordError`."""
-        return super().encode(only_paired(group))
 
 
 def paired(group: Group) -> tuple[int, ...]:
@@ -226,14 +195,3 @@ def only_paired(group: Group) -> Group:
         pairs=Pairs(np.searchsorted(kept, group.pairs.ends).astype(np.int32), group.pairs.margins),
         truth=None if group.truth is None else tuple(group.truth[index] for index in kept),
     )
-
-
-def fault(dataset: GroupDataset, index: int, *, decode: bool) -> RecordError | None:
-    """Why record `index` cannot be used, None if it can: syntax, fields, image headers (`decode`: pixels), lengths."""
-    try:
-        sample = dataset[index]
-        if decode:
-            dataset.load(sample)
-    except RecordError as error:
-        return error
-    return None

@@ -1,48 +1,47 @@
-"""Records in a given order to packed micro-batches on every rank: sizes, steps, micro-batches, worker processes.
+"""Samples in a given order to packed micro-batches on every rank: steps, micro-batches, worker processes.
 
-Each rank's workers size their share of a window of records and the ranks exchange the sizes, so that all of them cut
-the same steps although a record is tokenised twice in all: once to be sized, once to be packed where it is trained on.
+Sizes that are not known yet are found a window ahead: each rank's workers look at their share and the ranks exchange
+what they found, so that all of them cut the same steps. A sample is sized once, however often it is trained on.
 """
 
 import heapq
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
 
+import numpy as np
 from torch.utils.data import DataLoader
 
-from mmrm_fast.data.packing import MicroBatch, Notes, Packed, Packer, Step
-from mmrm_fast.data.records import RecordError
-from mmrm_fast.data.samples import GroupDataset
+from mmrm_fast.data.mixture import UNKNOWN, PreferenceDataset
+from mmrm_fast.data.packing import MicroBatch, Packed, Step, pack_items
+from mmrm_fast.data.samples import Notes, Size
 from mmrm_fast.data.workers import Endless, in_order
 
 WINDOW = 4096
 
 
-class Size(NamedTuple):
-    """What the schedule knows of a record."""
-
-    cost: int  # work in tokens, see `Sample.cost`; 0 where there is nothing to score
-    pairs: int
-    notes: Notes
-
-
 def load(
-    dataset: GroupDataset, order: Sequence[int], *, packer: Packer, num_workers: int = 0, pin_memory: bool = False,
-    **options,
-) -> Iterator[Packed]:  # fmt: skip
+    dataset: PreferenceDataset, order: Sequence[int], *, num_workers: int = 0, pin_memory: bool = False, **options
+) -> Iterator[Packed]:
     """The packed micro-batches of `schedule`, in its order, prepared by `num_workers` processes (0: by this one)."""
-    micro_batches = schedule(dataset, order, num_workers=num_workers, **options)
-    return iter(
-        DataLoader(
-            packer, sampler=Endless(micro_batches), batch_size=None, num_workers=num_workers, pin_memory=pin_memory
-        )
-    )
+    micro_batches = Endless(schedule(dataset, order, num_workers=num_workers, **options))
+    packed = PackedOnDemand(dataset)
+    loader = DataLoader(packed, sampler=micro_batches, batch_size=None, num_workers=num_workers, pin_memory=pin_memory)
+    return iter(loader)
+
+
+@dataclass(frozen=True)
+class PackedOnDemand:
+    """Packed micro-batches as a torch data set whose index is the `MicroBatch` itself."""
+
+    dataset: PreferenceDataset
+
+    def __getitem__(self, micro: MicroBatch) -> Packed:
+        return pack_items(self.dataset.preparer, micro.samples, self.dataset.prepared, micro.step)
 
 
 def schedule(
-    dataset: GroupDataset,
+    dataset: PreferenceDataset,
     order: Sequence[int],
     *,
     tokens_per_micro_batch: int,
@@ -55,20 +54,20 @@ def schedule(
     num_workers: int = 0,
     window: int = WINDOW,
 ) -> Iterator[MicroBatch]:
-    """One rank's micro-batches over the records of `order`; which records make a step depends on no rank.
+    """One rank's micro-batches over the samples of `order`; which samples make a step depends on no rank.
 
-    Consecutive records are cut into steps, and each step is balanced over the ranks in micro-batches of at most
-    `tokens_per_micro_batch`; every rank gets equally many. Where no record can be used the only step is empty.
+    Consecutive samples are cut into steps, and each step is balanced over the ranks in micro-batches of at most
+    `tokens_per_micro_batch`; every rank gets equally many. Where no sample can be used the only step is empty.
 
     Args:
-        dataset, order: the records `dataset[order[i]]`.
-        tokens_per_micro_batch: work of one micro-batch, see `Sample.cost`; a record over it stands alone.
+        dataset, order: samples by their index; what is not known of them is filled into its table.
+        tokens_per_micro_batch: work of one micro-batch, see `Sample.cost`; a sample over it stands alone.
         tokens_per_batch: work of one step over all ranks.
         pairs_per_step: cut steps by this number of pairs instead.
         start: position in the order to begin at. A step's `consumed` gives what an uninterrupted run goes on with.
-        gather: lists of all ranks to one list, on every rank; called once a window, in lockstep.
-        num_workers: processes that size records ahead; 0 sizes them here.
-        window: records sized together; no step depends on it.
+        gather: lists of all ranks to one list, on every rank, in lockstep.
+        num_workers: processes that size samples ahead; 0 sizes them here.
+        window: samples sized together; no step depends on it.
     """
     pending: list[Size] = []
     for end, sizes in size_windows(dataset, order, start, rank, num_ranks, gather, num_workers, window):
@@ -84,41 +83,42 @@ def schedule(
 
 
 def step_micro_batches(order, sized: dict[int, Size], limit: int, rank: int, num_ranks: int) -> Iterator[MicroBatch]:
-    """One rank's micro-batches of the step whose records are sized by their position in the order."""
+    """One rank's micro-batches of the step whose samples are sized by their position in the order."""
     usable = [position for position, size in sized.items() if size.cost]
     costs = [sized[position].cost for position in usable]
     bins = balance(costs, limit, num_ranks)
-    notes = sum((size.notes for size in sized.values()), Notes())
+    notes = sum((size.notes for size in sized.values() if size.notes), Notes())
     step = Step(
         max(sized) + 1, len(usable), imbalance([sum(costs[i] for i in items) for items in bins], num_ranks), notes
     )
     for number, items in enumerate(mine := bins[rank::num_ranks]):
-        records = tuple(int(order[usable[item]]) for item in items)
-        yield MicroBatch(records, step if number == len(mine) - 1 else None)
+        samples = tuple(int(order[usable[item]]) for item in items)
+        yield MicroBatch(samples, step if number == len(mine) - 1 else None)
 
 
 def size_windows(
-    dataset, order, start: int, rank: int, num_ranks: int, gather, num_workers: int, window: int
+    dataset: PreferenceDataset, order, start: int, rank: int, num_ranks: int, gather, num_workers: int, window: int
 ) -> Iterator[tuple[int, list[Size]]]:
-    """(end, sizes) of consecutive windows of the order, each rank sizing every `num_ranks`-th record."""
-    windows = [range(at, min(at + window, len(order))) for at in range(start, len(order), window)]
-    shares = [positions[rank::num_ranks] for positions in windows]
-    sizes = in_order(partial(size, dataset, order), shares, num_workers=num_workers, ahead=window // num_ranks)
-    for positions, share in zip(windows, shares, strict=True):
-        everyone = gather(list(islice(sizes, len(share))))
-        yield positions.stop, [size for _, size in sorted(everyone, key=lambda pair: pair[0])]
+    """(end, sizes) of consecutive windows of the order; of what is not known each rank sizes its share."""
+    windows = [np.asarray(order[at : at + window]) for at in range(start, len(order), window)]
+    news = first_seen(windows, dataset.table["cost"] == UNKNOWN)
+    shares = [new[rank::num_ranks] for new in news]
+    rows = in_order(dataset.look, shares, num_workers=num_workers, ahead=window // num_ranks)
+    for own, new, share in zip(windows, news, shares, strict=True):
+        if len(new):
+            for index, row in gather([*zip(share.tolist(), islice(rows, len(share)), strict=True)]):
+                dataset.table[index] = row
+        start += len(own)
+        yield start, [dataset.size(index) for index in own]
 
 
-def size(dataset: GroupDataset, order: Sequence[int], position: int) -> tuple[int, Size]:
-    """(position, size) of one record of the order, which is encoded and forgotten."""
-    try:
-        sample = dataset[int(order[position])]
-    except RecordError as error:
-        return position, Size(0, 0, Notes(errors=(error,)))
-    pairs = len(sample.group.pairs)
-    notes = Notes(dropped=sample.dropped, unrated=sample.group.num_unrated, unpaired=int(not pairs))
-    cost = sample.cost(dataset.encoder.tokens_per_tile) if sample.main.sequences else 0
-    return position, Size(cost, pairs if cost else 0, notes)
+def first_seen(windows: list[np.ndarray], unknown: np.ndarray) -> list[np.ndarray]:
+    """What each window has that is unknown and in no window before it."""
+    news = []
+    for own in windows:
+        news.append(np.unique(own[unknown[own]]))
+        unknown[own] = False
+    return news
 
 
 def cut(costs: Sequence[int], budget: int) -> list[range]:

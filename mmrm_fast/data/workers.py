@@ -22,7 +22,7 @@ def in_order(
     options = {}
     if num_workers:
         options = {"num_workers": num_workers, "prefetch_factor": max(2, -(-ahead // (CHUNK * num_workers)))}
-    for results in DataLoader(Chunked(function), sampler=Endless(chunks), batch_size=None, **options):
+    for results in DataLoader(Chunked(function), sampler=Endless(chunks), batch_size=None, collate_fn=list, **options):
         yield from results
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from mmrm_fast.data.lines import open_rows
 from mmrm_fast.data.pictures import resolve_image
-from mmrm_fast.data.records import Group, RecordFile, iter_groups, parse_group
+from mmrm_fast.data.records import Group, Records, iter_groups, parse_group
 from mmrm_fast.data.types import Pairs, RecordError, kind_of
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".csv")
@@ -96,7 +96,7 @@ def read_items(bench: str, data: Path, images: Path | None) -> Iterator[Item | U
 
 def read_pairs(path: Path, images: Path | None) -> Iterator[Item | Unread]:
     """Items of a preference file in any record form, one a record."""
-    for index, group in enumerate(iter_groups(RecordFile(path, images, need_pairs=True))):
+    for index, group in enumerate(iter_groups(Records(path, image_root=images, need_pairs=True))):
         if isinstance(group, RecordError):
             yield Unread(str(index), "all", group)
             continue

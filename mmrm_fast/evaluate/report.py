@@ -12,7 +12,7 @@ import numpy as np
 
 from mmrm_fast.config import ReportConfig
 from mmrm_fast.data.images import load_image
-from mmrm_fast.data.records import Group, RecordFile, prompt_json
+from mmrm_fast.data.records import Group, Records, prompt_json
 from mmrm_fast.data.samples import only_paired
 from mmrm_fast.evaluate import plots
 from mmrm_fast.evaluate.reliability import calibration
@@ -237,7 +237,7 @@ class Files:
 
     def __init__(self, image_root: str | None):
         self.image_root = image_root
-        self.opened: dict[str, RecordFile] = {}
+        self.opened: dict[str, Records] = {}
 
     def card(self, row: dict) -> dict:
         """What is shown of a pair: its figures, and as much of its record as can be read."""
@@ -258,7 +258,7 @@ class Files:
         """The record that stands at `source`, "FILE:LINE", and was number `record` of its set."""
         path = source.rpartition(":")[0]
         if path not in self.opened:
-            self.opened[path] = RecordFile(path, self.image_root)
+            self.opened[path] = Records(path, image_root=self.image_root)
         file = self.opened[path]
         if record < len(file) and (group := file.group(record)).source == source:
             return group

@@ -20,7 +20,7 @@ from mmrm_fast.checkpoint.folder import require_reward_model
 from mmrm_fast.config import ScoreConfig
 from mmrm_fast.config_file import options
 from mmrm_fast.data.lines import FAILURES
-from mmrm_fast.data.records import Group, RecordError, RecordFile, iter_groups, prompt_json
+from mmrm_fast.data.records import Group, RecordError, Records, iter_groups, prompt_json
 from mmrm_fast.files import write_text
 from mmrm_fast.score.cluster import gpus_each, ray_cluster
 from mmrm_fast.score.scorer import Scored, Scorer
@@ -54,7 +54,7 @@ class ScoringActor:
     def __init__(self, config: ScoreConfig, shards: Shards, *, num_threads: int):
         torch.set_num_threads(num_threads)
         self.config, self.shards = config, shards
-        self.file = RecordFile(config.data, config.image_root)
+        self.records = Records(config.data, image_root=config.image_root)
         self.reading = threading.Lock()
         self.scorer = Scorer.from_pretrained(config.model, **options(config.batch))
         self.scale = reward_scale(config)
@@ -63,7 +63,7 @@ class ScoringActor:
         """Score a chunk and write its shard. Raises what failed where it was not the records."""
         positions = self.shards.records(chunk)
         with self.reading:
-            groups = list(iter_groups(self.file, positions))
+            groups = list(iter_groups(self.records, positions))
         results = score_or_say_why(self.scorer, groups)
         raise_if_broken(results)
         rows, errors, tally = [], [], Tally(records=len(positions))
@@ -169,30 +169,30 @@ def score(config: ScoreConfig) -> int:
     reward_scale(config)
     if not config.out.parent.is_dir():
         raise ValueError(f"{config.out.parent}: no such folder to write scores into")
-    file = RecordFile(config.data, config.image_root)
-    if config.out.resolve() in [source.path.resolve() for source in file.files]:
+    records = Records(config.data, image_root=config.image_root)
+    if config.out.resolve() in [source.path.resolve() for source in records.files]:
         raise ValueError(f"{config.out}: is one of the files to be scored; choose another --out")
-    shards = open_shards(config, file)
+    shards = open_shards(config, records)
     tally = run(config, shards)
     errors = [error for note in shards.notes() for error in note["errors"]]
     return finish(config, shards, tally, errors)
 
 
-def open_shards(config: ScoreConfig, file: RecordFile) -> Shards:
+def open_shards(config: ScoreConfig, records: Records) -> Shards:
     """The run's shards: in the folder `out`, or beside the file `out` until they are joined."""
     single = config.out.suffix == ".jsonl"
     if single and config.format == "parquet":
         raise ValueError(f"--format parquet writes a folder of shards; {config.out} looks like a file")
     folder = config.out.with_name(config.out.name + ".parts") if single else config.out
     columns = SCORE_COLUMNS if config.to_pairs is None else PAIR_COLUMNS
-    shards = Shards(folder, "jsonl" if single else config.format, len(file), columns)
+    shards = Shards(folder, "jsonl" if single else config.format, len(records), columns)
     weights = sorted(path for path in config.model.iterdir() if path.suffix in (".json", ".safetensors", ".jinja"))
     shards.open(
         {
-            "data": fingerprint(source.path for source in file.files),
+            "data": fingerprint(source.path for source in records.files),
             "image root": str(config.image_root),
             "model": fingerprint(weights, sampled=True),
-            "records": len(file),
+            "records": len(records),
             "options": {name: options(config)[name] for name in IDENTITY},
             "format": shards.kind,
         }

@@ -1,4 +1,4 @@
-"""Rewards of records with one model on one device, through the same dataset, packing and model as training."""
+"""Rewards of records with one model on one device, through the same preparation, packing and model as training."""
 
 import io
 import math
@@ -15,9 +15,9 @@ from PIL import Image
 
 from mmrm_fast.checkpoint.folder import Checkpoint, load_checkpoint, require_reward_model
 from mmrm_fast.data.images import Compat
-from mmrm_fast.data.packing import MicroBatch, Packed, Packer
+from mmrm_fast.data.packing import Packed, pack_items
 from mmrm_fast.data.records import Group, Pairs, RecordError, parse_group
-from mmrm_fast.data.samples import GroupDataset, Sample
+from mmrm_fast.data.samples import Preparer, Sample
 from mmrm_fast.data.schedule import balance, cut
 
 TOKENS_PER_MICRO_BATCH = 16_384
@@ -50,8 +50,7 @@ class Scorer:
         self.checkpoint, self.device = checkpoint, device
         self.tokens_per_micro_batch = tokens_per_micro_batch
         self.model = checkpoint.model.to(device).eval()
-        self.encoder = checkpoint.prompt_encoder()
-        self.packer = Packer(GroupDataset([], self.encoder, checkpoint.tiling))
+        self.preparer = Preparer(checkpoint.prompt_encoder(), checkpoint.tiling)
         self.lock = threading.Lock()  # one forward at a time, whoever calls
 
     @classmethod
@@ -141,7 +140,7 @@ class Scorer:
 
     def encode(self, group: Group) -> Sample:
         """A group as token keys, its images sized from their headers. Raises `RecordError`."""
-        return self.packer.dataset.encode(group)
+        return self.preparer.sample(group)
 
     def cost(self, sample: Sample) -> int:
         """Work of a sample, in tokens after sharing."""
@@ -167,7 +166,7 @@ class Scorer:
 
     def pack(self, samples: Sequence[Sample]) -> Packed:
         """Decode and pack the samples of one forward."""
-        return self.packer[MicroBatch(tuple(samples))]
+        return pack_items(self.preparer, samples, lambda sample: (sample, self.preparer.tiles(sample.group)))
 
     @torch.inference_mode()
     def score_packed(self, packed: Packed) -> list[Scored | RecordError]:

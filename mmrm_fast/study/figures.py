@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import permutation_test
 
-from mmrm_fast.data.records import Group, RecordFile, iter_groups
+from mmrm_fast.data.records import Group, Records, iter_groups
 from mmrm_fast.data.samples import only_paired
 from mmrm_fast.evaluate.reliability import credit, mean_interval, text_controls
 from mmrm_fast.pairs import PairRow, accuracy, read_rows, shortcut_failure_degradation, truth_sign
@@ -199,7 +199,7 @@ def ood_credits(method: str, runs: Runs) -> dict[tuple[str, int], list[float]]:
 
 def paired_responses(test: Path) -> Iterator[Group]:
     """The records of a test file with the responses that evaluated rows count."""
-    return (only_paired(group) for group in iter_groups(RecordFile(test)) if isinstance(group, Group))
+    return (only_paired(group) for group in iter_groups(Records(test)) if isinstance(group, Group))
 
 
 def rules(test: Path) -> dict[str, float]:

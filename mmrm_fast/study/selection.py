@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from mmrm_fast.data.records import RecordFile, iter_groups
+from mmrm_fast.data.records import Records, iter_groups
 from mmrm_fast.data.shapes import ENVIRONMENTS
 from mmrm_fast.evaluate.best_of_n import ORACLE, curve, read_values, selected_quality
 from mmrm_fast.files import write_text
@@ -107,7 +107,7 @@ def score_missing(tasks: Sequence[Task], root: Path) -> None:
 
 def score_set(scorer: Scorer, root: Path, name: tuple[str, str]) -> Iterator[list[float]]:
     """The rewards of every prompt's candidates."""
-    groups = iter_groups(RecordFile(candidates(root, *name)))
+    groups = iter_groups(Records(candidates(root, *name)))
     while chunk := list(islice(groups, RECORDS_AT_ONCE)):
         for scored in scorer.score_groups(chunk):
             yield list(scored.rewards)

@@ -11,17 +11,17 @@ from rich.table import Table
 from mmrm_fast.checkpoint.folder import configured, load_checkpoint
 from mmrm_fast.config import TrainConfig
 from mmrm_fast.config_file import with_options
-from mmrm_fast.data.mixture import parse_sources
+from mmrm_fast.data.mixture import parse_mixture
 from mmrm_fast.data.prompt import Encoded
-from mmrm_fast.data.records import RecordError, RecordFile
-from mmrm_fast.data.samples import PreferenceDataset, Sample
+from mmrm_fast.data.records import RecordError, Records
+from mmrm_fast.data.samples import Preparer, Sample
 from mmrm_fast.model.lora import MAIN, PROXY
 from mmrm_fast.model.reward_model import RewardModel
 from mmrm_fast.tables import print_table
 from mmrm_fast.train.defaults import DEFAULTS, TINY, TINY_CHECKPOINT
 from mmrm_fast.train.footprint import GIB, WORKSPACE, Memory, count, make_models, memory, needed
 from mmrm_fast.train.proxy import check_proxy
-from mmrm_fast.train.records import with_pairs
+from mmrm_fast.train.records import open_records, training_preparer
 from mmrm_fast.train.tracking import pass_flops
 
 SAMPLED = 256  # records whose tokens stand for all
@@ -116,15 +116,12 @@ def measure(config: TrainConfig) -> Work | None:
     """The means of up to `SAMPLED` records, spread evenly over the files; None without data or tokenizer."""
     if not config.records.data or not (config.weights.model / "tokenizer_config.json").is_file():
         return None
-    dataset = open_data(config)
-    places = np.linspace(0, len(dataset) - 1, min(SAMPLED, len(dataset))).astype(int)
-    chosen = with_pairs(
-        dataset.select(places),
-        config.records.pairs,
-        lambda function, n: np.array(list(map(function, range(n)))),
-        config.run.seed,
-    )
-    samples = [sample for place in range(len(chosen)) if (sample := usable(chosen, place)) is not None]
+    checkpoint = load_checkpoint(config.weights.model, max_length=config.batch.max_length, with_weights=False)
+    checkpoint = configured(checkpoint, config.batch)
+    preparer = training_preparer(config, checkpoint, with_text=config.proxy.robust)
+    records = open_records(config.records, *parse_mixture(config.records.data).paths)
+    places = np.linspace(0, len(records) - 1, min(SAMPLED, len(records))).astype(int)
+    samples = [sample for place in places for sample in usable_samples(records, preparer, int(place))]
     if not samples:
         raise ValueError(f"{', '.join(config.records.data)}: none of {len(places)} records can be used")
     rows = [
@@ -134,31 +131,20 @@ def measure(config: TrainConfig) -> Work | None:
             sample.num_tokens_unshared,
             shared_tokens(sample.text) if sample.text else 0,
             sum(sample.tiles_per_image),
-            sample.cost(dataset.encoder.tokens_per_tile),
+            preparer.size(sample).cost,
         )
         for sample in samples
     ]
-    return Work(round(len(dataset) * len(chosen) / len(places)), *np.mean(rows, 0))
+    return Work(round(len(records) * len(samples) / len(places)), *np.mean(rows, 0))
 
 
-def open_data(config: TrainConfig) -> PreferenceDataset:
-    """The training records, encoded as the training does it."""
-    checkpoint = load_checkpoint(config.weights.model, max_length=config.batch.max_length, with_weights=False)
-    checkpoint, records = configured(checkpoint, config.batch), config.records
-    files = [RecordFile(path, records.image_root, need_pairs=True) for path in parse_sources(records.data).paths]
-    return PreferenceDataset(
-        files, checkpoint.prompt_encoder(), checkpoint.tiling, overlong="skip", with_text=config.proxy.robust,
-        proxy_image=config.proxy.proxy_image, inputs=config.batch.inputs,
-    )  # fmt: skip
-
-
-def usable(dataset: PreferenceDataset, place: int) -> Sample | None:
-    """The sample, None where it cannot be used or has no pair."""
+def usable_samples(records: Records, preparer: Preparer, place: int) -> list[Sample]:
+    """A record's samples that have pairs; none where it cannot be used."""
     try:
-        sample = dataset[place]
+        samples = [preparer.sample(part) for part in preparer.parts(records.group(place))]
     except RecordError:
-        return None
-    return sample if sample.group.pairs else None
+        return []
+    return [sample for sample in samples if len(sample.group.pairs)]
 
 
 def shared_tokens(encoded: Encoded) -> int:

@@ -1,16 +1,25 @@
-"""The data sets of a run, the same on every rank: opened, held out from each other and checked."""
+"""The records of a run, the same on every rank: opened, surveyed in one pass, held out from each other."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from mmrm_fast.config import RecordsConfig
-from mmrm_fast.data.mixture import duplicates, is_held_out, parse_sources, record_key, record_order
-from mmrm_fast.data.records import RecordError
-from mmrm_fast.data.samples import PreferenceDataset, fault
+from mmrm_fast.checkpoint.folder import Checkpoint
+from mmrm_fast.config import RecordsConfig, TrainConfig
+from mmrm_fast.data.mixture import (
+    SAMPLE,
+    UNKNOWN,
+    Look,
+    PreferenceDataset,
+    is_held_out,
+    parse_mixture,
+    record_order,
+    unknown_samples,
+)
+from mmrm_fast.data.records import RecordError, Records
+from mmrm_fast.data.samples import Preparer
 from mmrm_fast.data.workers import idle_workers, in_order
 from mmrm_fast.pairs import EvalSet
 from mmrm_fast.train import sharding
@@ -41,112 +50,101 @@ class Inputs:
     eval_datasets: list[PreferenceDataset]  # one each
 
     def order(self, total: int, seed: int) -> np.ndarray:
-        """The order of the training records over all epochs, uint32 [total]."""
-        return record_order(self.dataset.records_per_file(), total, seed=seed, weights=self.weights)
+        """The order of the training samples over all epochs, uint32 [total]."""
+        return record_order(self.dataset.samples_per_file(), total, seed=seed, weights=self.weights)
 
 
-def open_inputs(
-    config: RecordsConfig,
-    eval_sets: list[EvalSet],
-    open_files: Callable[..., PreferenceDataset],
-    progress: Callable,
-    *,
-    seed: int,
-) -> Inputs:
-    """Open every file, hold out `config.eval_fraction` of the training records, check what is to be checked.
+def training_preparer(config: TrainConfig, checkpoint: Checkpoint, *, with_text: bool) -> Preparer:
+    """How the training records become samples. Raises `ValueError` for a wrong `--pairs`."""
+    pairs = config.records.pairs
+    if pairs not in ("all", "expand"):
+        if not pairs.isdecimal() or not int(pairs):
+            raise ValueError(f"--pairs must be all, expand or a number of at least 1, got {pairs!r}")
+        pairs = int(pairs)
+    return Preparer(
+        checkpoint.prompt_encoder(), checkpoint.tiling, overlong=config.records.overlong, with_text=with_text,
+        proxy_image=config.proxy.proxy_image, inputs=config.batch.inputs, pairs=pairs, seed=config.run.seed,
+    )  # fmt: skip
+
+
+def open_inputs(config: RecordsConfig, eval_sets: list[EvalSet], preparer: Preparer, progress: Callable) -> Inputs:
+    """Open every file, survey the records, hold out `config.eval_fraction` of the training set.
 
     Args:
-        open_files: the data set of some paths and an `overlong` policy.
-        progress: (description, total) to a wrapper of an iteration, such as a progress bar.
-        seed: of the pairs that are taken at random.
+        preparer: of the training samples; the test sets have all pairs, and what is too long is cut.
+        progress: (description) to a wrapper of an iteration, such as a progress bar.
 
     Raises:
         InputErrors: every checked record that cannot be used, unless `config.skip_bad`.
         ValueError: a file without records, or a wrong option.
     """
-    sources = parse_sources(config.data)
-    dataset = open_files(sources.paths, config.overlong)
-    eval_datasets = [open_files((eval_set.path,), "truncate") for eval_set in eval_sets]
-    for opened in [dataset, *eval_datasets]:
-        if not len(opened):
-            raise ValueError(f"{opened.files[0].path}: no records")
-    if config.eval_fraction is not None:
-        dataset, held_out = hold_out(dataset, config.eval_fraction, progress)
-        eval_sets = [EvalSet(HELD_OUT, "iid", Path(sources.paths[0])), *eval_sets]
-        eval_datasets = [held_out, *eval_datasets]
-    count = partial(on_all_ranks, dtype=np.int64, progress=progress("counting pairs"))
-    inputs = Inputs(with_pairs(dataset, config.pairs, count, seed), sources.weights, eval_sets, eval_datasets)
-    check(inputs, config, progress)
-    report_duplicates(inputs, config.check_records, progress)
-    return inputs
+    fraction = config.eval_fraction or 0.0
+    if config.eval_fraction is not None and not 0 < fraction < 1:
+        raise ValueError(f"--eval-fraction must lie between 0 and 1, got {fraction}")
+    mixture, testing = parse_mixture(config.data), replace(preparer, pairs="all", overlong="truncate")
+    train, *tests = (open_records(config, *paths) for paths in (mixture.paths, *((own.path,) for own in eval_sets)))
+    looks = [Look(train, preparer, testing, fraction, bool(fraction or tests), is_decoded(train, config))]
+    looks += [Look(records, testing, with_key=True, decode=is_decoded(records, config)) for records in tests]
+    counts = [config.check_records] * len(looks)
+    if fraction or config.pairs == "expand":  # what is a sample depends on every record
+        counts[0] = len(train)
+    tables = [survey(look, count, progress) for look, count in zip(looks, counts, strict=True)]
+    if config.check_records and not config.skip_bad:
+        refuse_bad(tables)
+    held_out = is_held_out(tables[0]["key"], fraction)
+    dataset = PreferenceDataset(train, preparer, tables[0][~held_out])
+    datasets = [PreferenceDataset(records, testing, table) for records, table in zip(tests, tables[1:], strict=True)]
+    report_duplicates(dataset, eval_sets, datasets)
+    if fraction:
+        if held_out.all() or not held_out.any():
+            side = "train" if held_out.all() else "evaluate"
+            raise ValueError(f"--eval-fraction {fraction} of {len(train)} records leaves none to {side} on")
+        eval_sets = [EvalSet(HELD_OUT, "iid", Path(mixture.paths[0])), *eval_sets]
+        datasets = [PreferenceDataset(train, testing, tables[0][held_out]), *datasets]
+    return Inputs(dataset, mixture.weights, eval_sets, datasets)
 
 
-def hold_out(
-    dataset: PreferenceDataset, fraction: float, progress: Callable
-) -> tuple[PreferenceDataset, PreferenceDataset]:
-    """Divide a data set by the hash of prompt and images: (what is left to train on, what is held out)."""
-    keys = on_all_ranks(partial(record_key, dataset), len(dataset), np.uint64, progress("hashing records"))
-    chosen = is_held_out(keys, fraction)
-    held_out = dataset.select(np.flatnonzero(chosen))
-    held_out.overlong = "truncate"
-    return dataset.select(np.flatnonzero(~chosen)), held_out
+def open_records(config: RecordsConfig, *paths: str | Path) -> Records:
+    """The preferences of some files, of which there must be some."""
+    records = Records(*paths, image_root=config.image_root, need_pairs=True)
+    if not len(records):
+        raise ValueError(f"{', '.join(map(str, paths))}: no records")
+    return records
 
 
-def with_pairs(dataset: PreferenceDataset, pairs: str, count: Callable, seed: int) -> PreferenceDataset:
-    """The training set with the pairs that `--pairs` asks for; `count(function, n)` is its values for 0 to n-1."""
-    if pairs == "all":
-        return dataset
-    if pairs == "expand":
-        return dataset.expanded(count(dataset.num_pairs, len(dataset)))
-    if not pairs.isdecimal() or not int(pairs):
-        raise ValueError(f"--pairs must be all, expand or a number of at least 1, got {pairs!r}")
-    return dataset.sampled(int(pairs), seed)
+def is_decoded(records: Records, config: RecordsConfig) -> bool:
+    """Whether looking at records decodes their pictures."""
+    return bool(config.check_records) and len(records) < MAX_DECODED
 
 
-def on_all_ranks(function: Callable[[int], int], count: int, dtype: type, progress: Callable) -> np.ndarray:
-    """[function(index) for index in range(count)], each rank computing its share in worker processes."""
-    rank, num_ranks = sharding.rank(), sharding.num_ranks()
+def survey(look: Look, count: int, progress: Callable) -> np.ndarray:
+    """The table of a data set, known of its first `count` records: each rank looks at a share, in worker processes."""
+    count, rank, num_ranks = min(count, len(look.records)), sharding.rank(), sharding.num_ranks()
     mine = range(rank, count, num_ranks)
-    results = in_order(function, [mine], num_workers=helpers(len(mine)))
-    share = np.fromiter(progress(results, total=len(mine)), dtype, len(mine))
-    values = np.empty(count, dtype)
-    for other, part in enumerate(sharding.gather_lists([share])):
-        values[other::num_ranks] = part
-    return values
+    looks = in_order(look, [mine], num_workers=idle_workers() if len(mine) > WORTH_WORKERS else 0)
+    rows = (row for own in progress("surveying records")(looks, total=len(mine)) for row in own)
+    found = np.concatenate(sharding.gather_lists([np.fromiter(rows, SAMPLE)]))
+    found = found[np.argsort(found["record"], kind="stable")]
+    return np.concatenate([found, unknown_samples(range(count, len(look.records)))])
 
 
-def helpers(count: int) -> int:
-    """Worker processes for `count` records before the training."""
-    return idle_workers() if count > WORTH_WORKERS else 0
-
-
-def check(inputs: Inputs, config: RecordsConfig, progress: Callable) -> None:
-    """Check the first records of every data set, divided over the ranks; raise all errors at once."""
-    errors = []
-    for dataset in [inputs.dataset, *inputs.eval_datasets]:
-        count = min(len(dataset), config.check_records)
-        decode = len(dataset) < MAX_DECODED
-        mine = range(sharding.rank(), count, sharding.num_ranks())
-        faults = in_order(partial(fault, dataset, decode=decode), [mine], num_workers=helpers(len(mine)))
-        errors += filter(None, progress("checking records")(faults, total=len(mine)))
-    errors = sharding.gather_lists(errors)
-    if errors and not config.skip_bad:
+def refuse_bad(tables: list[np.ndarray]) -> None:
+    """Raise `InputErrors` where records cannot be used."""
+    errors = [error for table in tables for notes in table["notes"] if notes for error in notes.errors]
+    if errors:
         raise InputErrors(errors, "mend them, or pass --skip-bad to leave them out")
 
 
-def report_duplicates(inputs: Inputs, count: int, progress: Callable) -> None:
-    """Say which test sets have records of the training set in them, as far as both are checked."""
-    if not count or not inputs.eval_datasets:
-        return
-    hashing = progress("looking for test records in the training data")
-    train_keys, *keys = [
-        on_all_ranks(partial(record_key, dataset), min(len(dataset), count), np.uint64, hashing)
-        for dataset in [inputs.dataset, *inputs.eval_datasets]
-    ]
-    for eval_set, dataset, own in zip(inputs.eval_sets, inputs.eval_datasets, keys, strict=True):
-        number, first = duplicates(dataset, own, train_keys)
-        if number and sharding.rank() == 0:
+def report_duplicates(
+    dataset: PreferenceDataset, eval_sets: list[EvalSet], eval_datasets: list[PreferenceDataset]
+) -> None:
+    """Say which test sets have records of the training set in them, as far as both were surveyed."""
+    keys = dataset.table["key"]
+    for eval_set, tested in zip(eval_sets, eval_datasets, strict=True):
+        found = np.flatnonzero(np.isin(tested.table["key"], keys[keys > 0]))
+        if len(found) and sharding.rank() == 0:
+            surveyed = (tested.table["cost"] != UNKNOWN).sum()
             print(
-                f"{eval_set.name}: {number} of {len(own)} test records are in the training data with the same prompt "
-                f"and image, such as {first.source}"
+                f"{eval_set.name}: {len(found)} of {surveyed} test records are in the training data with the same "
+                f"prompt and image, such as {tested.records.source(int(tested.table['record'][found[0]]))}"
             )

@@ -14,9 +14,10 @@ from tqdm import tqdm
 
 from mmrm_fast.checkpoint.folder import save_checkpoint
 from mmrm_fast.config import TrainConfig
-from mmrm_fast.data.packing import Notes, Packed, Packer
-from mmrm_fast.data.records import RecordError, RecordFile
-from mmrm_fast.data.samples import PreferenceDataset
+from mmrm_fast.data.mixture import PreferenceDataset
+from mmrm_fast.data.packing import Packed
+from mmrm_fast.data.records import RecordError
+from mmrm_fast.data.samples import Notes
 from mmrm_fast.data.schedule import load
 from mmrm_fast.files import remove_unfinished, whole_folder, write_json, write_text
 from mmrm_fast.machine import this_machine
@@ -27,7 +28,7 @@ from mmrm_fast.train import sharding
 from mmrm_fast.train.defaults import with_defaults
 from mmrm_fast.train.evaluation import batch_rows
 from mmrm_fast.train.proxy import check_proxy, make_branches, train_mode
-from mmrm_fast.train.records import MAX_LISTED, InputErrors, open_inputs
+from mmrm_fast.train.records import MAX_LISTED, InputErrors, open_inputs, training_preparer
 from mmrm_fast.train.resume import Checkpoints, load_tensors, read_progress, require_space
 from mmrm_fast.train.run_folder import (
     CHECKPOINTS,
@@ -66,23 +67,15 @@ class Trainer:
         self.branches = make_branches(config, device)
         self.main, self.proxy = self.branches[0], self.branches[1] if len(self.branches) > 1 else None
         unchecked = {"check_records": 0} if start else {}  # they were checked when the run began
+        preparer = training_preparer(config, self.main.checkpoint, with_text=self.proxy is not None)
         records = replace(config.records, **unchecked)
-        self.inputs = open_inputs(records, eval_sets, self.open, self.progress_bar, seed=config.run.seed)
+        self.inputs = open_inputs(records, eval_sets, preparer, self.progress_bar)
         self.undecoded: list[RecordError] = []  # this rank's
         self.progress = Progress(config_json(config))
         self.steps = Steps(self.branches, config, device)
         models = [(branch.root, branch.checkpoint.tokens_per_tile) for branch in self.branches]
         self.rates = Rates(models, device, sharding.num_ranks())
         self.received: list[int] = []  # signals
-
-    def open(self, paths: tuple[str | Path, ...], overlong: str) -> PreferenceDataset:
-        """The preference records of some files, encoded for both branches."""
-        files = [RecordFile(path, self.config.records.image_root, need_pairs=True) for path in paths]
-        checkpoint = self.main.checkpoint
-        return PreferenceDataset(
-            files, checkpoint.prompt_encoder(), checkpoint.tiling, overlong=overlong, with_text=self.proxy is not None,
-            proxy_image=self.config.proxy.proxy_image, inputs=self.config.batch.inputs,
-        )  # fmt: skip
 
     def progress_bar(self, description: str):
         """A tqdm wrapper that only the first rank shows."""
@@ -215,7 +208,6 @@ class Trainer:
         return load(
             dataset,
             order,
-            packer=Packer(dataset, with_text=self.proxy is not None),
             tokens_per_batch=config.tokens_per_batch if training else budget,
             pairs_per_step=config.pairs_per_step if training else None,
             tokens_per_micro_batch=config.tokens_per_micro_batch,

@@ -8,7 +8,6 @@ import torch
 from original import LLM, original_config, reward, write_checkpoint
 
 from mmrm_fast.data.records import Group
-from mmrm_fast.data.samples import GroupDataset
 from mmrm_fast.score.scorer import Scorer
 
 BOUND = 2e-5
@@ -41,10 +40,8 @@ def scorer_of(folder):
 
 def expected_rewards(state, config, scorer, groups):
     """Every reward by the plain forward of the sequence alone, and the longest sequence."""
-    dataset = GroupDataset([], scorer.checkpoint.prompt_encoder(), scorer.checkpoint.tiling)
     rewards, longest = [], 0
-    for sample in map(dataset.encode, groups):
-        images = dataset.load(sample)
+    for sample, images in map(scorer.preparer.whole, groups):
         tiles = np.concatenate(images) if images else []
         rewards.append([reward(state, config, sequence, tiles) for sequence in sample.main.sequences])
         longest = max(longest, *map(len, sample.main.sequences))

@@ -12,15 +12,15 @@ import pytest
 from pyarrow import parquet
 
 from mmrm_fast.data import lines
-from mmrm_fast.data.records import RecordError, RecordFile, iter_groups
+from mmrm_fast.data.records import RecordError, Records, iter_groups
 
 
 @pytest.fixture
 def write_bytes(tmp_path):
-    def write(content: bytes) -> RecordFile:
+    def write(content: bytes) -> Records:
         path = tmp_path / "records.jsonl"
         path.write_bytes(content)
-        return RecordFile(path)
+        return Records(path)
 
     return write
 
@@ -32,7 +32,7 @@ def test_bytes_that_are_not_utf8_are_an_error(write_bytes):
 
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"none\.jsonl: no such file"):
-        RecordFile(tmp_path / "none.jsonl")
+        Records(tmp_path / "none.jsonl")
 
 
 # lines
@@ -60,8 +60,8 @@ def test_records_keep_their_line_numbers(monkeypatch, write_bytes, kind, scan_by
     form, numbers = LINES[kind]
     file = write_bytes(form % (scoring_line("first"), scoring_line("second")))
     assert [(group.prompt, group.source) for group in iter_groups(file)] == [
-        ("first", f"{file.path}:{numbers[0]}"),
-        ("second", f"{file.path}:{numbers[1]}"),
+        ("first", f"{file.files[0].path}:{numbers[0]}"),
+        ("second", f"{file.files[0].path}:{numbers[1]}"),
     ]
 
 
@@ -94,7 +94,7 @@ def test_a_compressed_file_reads_as_the_plain_one(tmp_path, suffix):
     plain, packed = tmp_path / "a.jsonl", tmp_path / ("a" + suffix)
     plain.write_bytes(content)
     packed.write_bytes(PACKERS[suffix](content))
-    expected, file = RecordFile(plain), RecordFile(packed)
+    expected, file = Records(plain), Records(packed)
     assert [g.prompt for g in iter_groups(file)] == [g.prompt for g in iter_groups(expected)]
     assert file.group(5).source == expected.group(5).source.replace(str(plain), str(packed))
 
@@ -103,7 +103,7 @@ def test_a_compressed_file_reads_as_the_plain_one(tmp_path, suffix):
 def test_a_compressed_file_of_several_frames_is_read_to_its_end(tmp_path, suffix):
     path = tmp_path / ("a" + suffix)
     path.write_bytes(b"".join(PACKERS[suffix](scoring_line(f"prompt {i}") + b"\n") for i in range(3)))
-    assert len(RecordFile(path)) == 3
+    assert len(Records(path)) == 3
 
 
 @pytest.mark.parametrize("suffix", PACKERS)
@@ -113,7 +113,7 @@ def test_a_damaged_compressed_file_is_refused_by_name(tmp_path, suffix, damage):
     path = tmp_path / ("a" + suffix)
     path.write_bytes(PACKERS[suffix](noise)[:2000] if damage == "truncated" else noise)
     with pytest.raises(ValueError, match=r"a\.jsonl\.\w+: cannot be unpacked"):
-        RecordFile(path)
+        Records(path)
 
 
 @pytest.mark.parametrize("suffix", PACKERS)
@@ -122,7 +122,7 @@ def test_a_file_that_unpacks_to_too_much_is_refused_with_a_remedy(monkeypatch, t
     path = tmp_path / ("a" + suffix)
     path.write_bytes(PACKERS[suffix](b" " * 200_000))
     with pytest.raises(ValueError, match="unpacks to over 100000 bytes; unpack it yourself, or set TMPDIR"):
-        RecordFile(path)
+        Records(path)
 
 
 def test_an_unpacked_copy_leaves_no_file_behind(tmp_path, monkeypatch):
@@ -130,7 +130,7 @@ def test_an_unpacked_copy_leaves_no_file_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(lines.tempfile, "tempdir", str(tmp_path / "scratch"))
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(scoring_line("p")))
-    assert RecordFile(path).group(0).prompt == "p"
+    assert Records(path).group(0).prompt == "p"
     assert list((tmp_path / "scratch").iterdir()) == []
 
 
@@ -158,22 +158,22 @@ def write_parquet(tmp_path):
 
 
 def test_a_parquet_file_is_read_in_any_order(write_parquet):
-    file = RecordFile(write_parquet(ROWS, row_group_size=3), need_pairs=True)
+    file = Records(write_parquet(ROWS, row_group_size=3), need_pairs=True)
     for index in (6, 0, 3, 2, 5):
         group = file.group(index)
         assert (group.prompt, group.images, group.img_path) == (f"prompt {index}", (bytes([index]),), f"{index}.png")
-        assert (group.id, group.source) == (str(index), f"{file.path}:{index + 1}")
+        assert (group.id, group.source) == (str(index), f"{file.files[0].path}:{index + 1}")
 
 
 def test_only_columns_that_a_record_can_have_are_read(write_parquet):
-    (file,) = RecordFile(write_parquet([{**row, "embedding": [0.0] * 10} for row in ROWS])).files
+    (file,) = Records(write_parquet([{**row, "embedding": [0.0] * 10} for row in ROWS])).files
     assert "embedding" not in file.fields(0)
 
 
 def test_several_parquet_files_keep_one_row_group_in_memory(write_parquet, tmp_path):
     for name in ("a.parquet", "b.parquet"):
         write_parquet(ROWS, name)
-    file = RecordFile(tmp_path / "*.parquet")
+    file = Records(tmp_path / "*.parquet")
     for index in range(len(file)):
         file.group(index)
         assert len(file.files[0].kept) == 1
@@ -183,13 +183,13 @@ def test_several_parquet_files_keep_one_row_group_in_memory(write_parquet, tmp_p
 def test_a_row_group_too_large_to_be_read_at_random_is_refused_with_a_remedy(monkeypatch, write_parquet):
     monkeypatch.setattr(lines, "MAX_ROW_GROUP_BYTES", 10)
     with pytest.raises(ValueError, match=r"a\.parquet: a row group of \d+ bytes is too large .* row_group_size=100"):
-        RecordFile(write_parquet(ROWS))
+        Records(write_parquet(ROWS))
 
 
 def test_a_file_that_is_not_parquet_is_refused_by_name(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"not parquet")
     with pytest.raises(ValueError, match=r"a\.parquet: not a Parquet file"):
-        RecordFile(tmp_path / "a.parquet")
+        Records(tmp_path / "a.parquet")
 
 
 # several files, limits, workers
@@ -202,7 +202,7 @@ def test_a_folder_and_a_glob_are_their_files_in_order_of_names(tmp_path, write_p
     (tmp_path / "errors.jsonl").write_text('{"record": 3, "reason": "a scoring run lists what failed here"}')
     write_parquet(ROWS[:1], "c.parquet")
     for spec, prompts in ((tmp_path, ["a", "b", "prompt 0"]), (tmp_path / "?.jsonl*", ["a", "b"])):
-        groups = list(iter_groups(RecordFile(spec)))
+        groups = list(iter_groups(Records(spec)))
         assert [group.prompt for group in groups] == prompts
         assert [group.record for group in groups] == list(range(len(prompts)))
 
@@ -210,7 +210,7 @@ def test_a_folder_and_a_glob_are_their_files_in_order_of_names(tmp_path, write_p
 @pytest.mark.parametrize("spec", ["", "*.jsonl"])
 def test_a_folder_or_glob_without_record_files_is_refused(tmp_path, spec):
     with pytest.raises(ValueError, match=r"expected \.jsonl"):
-        RecordFile(tmp_path / spec)
+        Records(tmp_path / spec)
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
@@ -218,7 +218,7 @@ def test_a_json_array_is_refused_with_the_conversion(tmp_path, name):
     content = json.dumps([{"prompt": "p", "responses": ["a"]}], indent=1).encode()
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
     with pytest.raises(ValueError, match=r"one JSON array; write a record a line: jq -c"):
-        RecordFile(tmp_path / name)
+        Records(tmp_path / name)
 
 
 def test_a_line_over_the_limit_is_an_error_of_that_record(monkeypatch, write_bytes):
@@ -248,7 +248,7 @@ def test_forked_readers_do_not_disturb_each_other(tmp_path, write_parquet, kind)
         content = b"\n".join(json.dumps(row).encode() for row in rows)
         path = tmp_path / ("a.jsonl.gz" if kind == "gzip" else "a.jsonl")
         path.write_bytes(gzip.compress(content) if kind == "gzip" else content)
-    file = RecordFile(path)
+    file = Records(path)
     orders = [np.random.default_rng(seed).permutation(400).tolist() for seed in range(2)]
     context = multiprocessing.get_context("fork")
     answers = [context.SimpleQueue() for _ in orders]
@@ -260,5 +260,5 @@ def test_forked_readers_do_not_disturb_each_other(tmp_path, write_parquet, kind)
 
 @pytest.mark.parametrize("kind", ["plain", "parquet"])
 def test_a_pickled_file_opens_again(write_bytes, write_parquet, kind):
-    file = write_bytes(scoring_line("prompt 0")) if kind == "plain" else RecordFile(write_parquet(ROWS))
+    file = write_bytes(scoring_line("prompt 0")) if kind == "plain" else Records(write_parquet(ROWS))
     assert pickle.loads(pickle.dumps(file)).group(0) == file.group(0)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmrm_fast.data.records import RecordError, RecordFile
-from mmrm_fast.data.samples import GroupDataset, fault
+from mmrm_fast.data.mixture import SAMPLE, Look
+from mmrm_fast.data.records import RecordError, Records
+from mmrm_fast.data.samples import Preparer
 
 NUM_RECORDS = 2000
 GOOD_IMAGES = {
@@ -83,23 +84,24 @@ def test_every_record_is_a_sample_or_an_error_that_names_its_line(make_checkpoin
     content = "\n".join(lines).encode()
     path.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
     checkpoint = make_checkpoint(max_length=256)
-    dataset = GroupDataset([RecordFile(path)], checkpoint.prompt_encoder(), checkpoint.tiling)
-    assert len(dataset) == NUM_RECORDS
+    records, preparer = Records(path), Preparer(checkpoint.prompt_encoder(), checkpoint.tiling)
+    assert len(records) == NUM_RECORDS
 
-    faults = [fault(dataset, i, decode=True) for i in range(NUM_RECORDS)]
-    assert [error.source for error in faults if error] == [f"{path}:{i + 1}" for i in range(NUM_RECORDS) if not good[i]]
-    samples = [dataset[i] for i in range(NUM_RECORDS) if good[i]]
+    rows = np.array([row for i in range(NUM_RECORDS) for row in Look(records, preparer, decode=True)(i)], SAMPLE)
+    errors = [error for notes in rows["notes"] if notes for error in notes.errors]
+    assert [error.source for error in errors] == [f"{path}:{i + 1}" for i in range(NUM_RECORDS) if not good[i]]
+    samples = [preparer.sample(records.group(i)) for i in range(NUM_RECORDS) if good[i]]
     assert all(len(sequence) <= 256 for sample in samples for sequence in sample.main.sequences)
     assert sum(any(sample.main.truncated) for sample in samples) == 5
 
 
 def test_every_bad_image_says_what_is_wrong_with_it(make_checkpoint, tmp_path, images):
     checkpoint = make_checkpoint()
-    dataset = GroupDataset([], checkpoint.prompt_encoder(), checkpoint.tiling)
+    preparer = Preparer(checkpoint.prompt_encoder(), checkpoint.tiling)
     path = tmp_path / "records.jsonl"
     for name, reason in images[1].items():
         path.write_text(json.dumps({"prompt": "What?", "img_path": name, "responses": ["a"]}))
         with pytest.raises(RecordError, match=name) as caught:
-            dataset.load(dataset.encode(RecordFile(path).group(0)))
+            preparer.whole(Records(path).group(0))
         assert reason in caught.value.reason
         assert caught.value.field == "img_path"

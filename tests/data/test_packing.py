@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from mmrm_fast.data.packing import MicroBatch, Notes, Packer, Step, pack, unique_tiles
+from mmrm_fast.data.packing import Step, pack, pack_items, unique_tiles
 from mmrm_fast.data.records import Group, Pair, Pairs
-from mmrm_fast.data.samples import GroupDataset
+from mmrm_fast.data.samples import Notes, Preparer
 
 TILES = {"tokens_per_tile": 4, "tile_size": 56}
 
@@ -24,17 +24,13 @@ def checkpoint(make_checkpoint):
 
 
 @pytest.fixture
-def dataset(checkpoint):
-    return GroupDataset([], checkpoint.prompt_encoder(), checkpoint.tiling)
+def preparer(checkpoint):
+    return Preparer(checkpoint.prompt_encoder(), checkpoint.tiling)
 
 
 @pytest.fixture
-def pack_groups(dataset):
-    def run(*groups, **options):
-        samples = [dataset.encode(group) for group in groups]
-        return pack(samples, [dataset.load(sample) for sample in samples], **TILES, **options)
-
-    return run
+def pack_groups(preparer):
+    return lambda *groups: pack_items(preparer, groups, preparer.whole).batch
 
 
 @pytest.fixture
@@ -93,13 +89,13 @@ def test_different_pictures_with_the_same_text_have_different_rewards(rewards_of
     assert abs(first - second) > 1e-3
 
 
-def test_every_image_of_the_white_proxy_is_the_same_tile(checkpoint, pictures):
-    dataset = GroupDataset([], checkpoint.prompt_encoder(), checkpoint.tiling, with_text=True, proxy_image="white")
+def test_every_image_of_the_white_proxy_is_the_same_tile(preparer, pictures):
+    white = replace(preparer, with_text=True, proxy_image="white")
     records = [
         group("<image>, <image>", [pictures["photo"], pictures["wide"]], "a"),
         group("", [pictures["tall"]], "b"),
     ]
-    batch = Packer(dataset, with_text=True)[MicroBatch(tuple(map(dataset.encode, records)))].batch
+    batch = pack_items(white, records, white.whole).batch
     assert batch.text_tiles.shape == (1, 56, 56, 3)
     assert batch.text_tiles.min() == 255
     assert (-1 - batch.text.source_T[batch.text.source_T < 0]).tolist() == [*range(4), *range(4), *range(4)]
@@ -166,13 +162,13 @@ def test_every_batch_reaches_the_vision_tower(checkpoint, pack_groups, pictures,
     assert all(p.grad is not None for p in checkpoint.model.model.multi_modal_projector.parameters())
 
 
-def test_a_picture_that_cannot_be_decoded_leaves_the_batch(dataset, pictures, tmp_path):
+def test_a_picture_that_cannot_be_decoded_leaves_the_batch(preparer, pictures, tmp_path):
     broken = tmp_path / "broken.jpg"
     Image.open(pictures["wide"]).save(broken)
     broken.write_bytes(broken.read_bytes()[:-2000])
     groups = [group("a", [pictures["wide"]], "x"), group("b", [str(broken)], "x"), group("c", [], "x", "y")]
     step = Step(consumed=7, records=3, imbalance=1.0, notes=Notes())
-    packed = Packer(dataset)[MicroBatch(tuple(map(dataset.encode, groups)), step)]
+    packed = pack_items(preparer, groups, preparer.whole, step)
     assert [sample.group.prompt for sample in packed.samples] == ["a", "c"]
     assert packed.batch.num_responses == (1, 2)
     assert [error.field for error in packed.errors.values()] == ["img_path"]

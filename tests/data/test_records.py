@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mmrm_fast.data.records import Group, Pairs, RecordError, RecordFile, iter_groups, parse_group
+from mmrm_fast.data.records import Group, Pairs, RecordError, Records, iter_groups, parse_group
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "common"
 
@@ -61,7 +61,7 @@ def test_completions_may_be_a_list_of_objects():
 
 def test_golden_pairs_come_in_the_reference_order():
     expected = json.loads((GOLDEN / "expected_pairs.json").read_text(encoding="utf-8"))
-    file = RecordFile(GOLDEN / "vlfeedback.jsonl", need_pairs=True)
+    file = Records(GOLDEN / "vlfeedback.jsonl", need_pairs=True)
     pairs = [
         {
             "prompt": group.prompt,
@@ -153,7 +153,7 @@ def test_a_malformed_record_is_an_error_naming_file_line_and_field(write_jsonl, 
     line, field, reason = MALFORMED[kind]
     path = write_jsonl(["", line])
     with pytest.raises(RecordError) as caught:
-        RecordFile(path).group(0)
+        Records(path).group(0)
     assert (caught.value.source, caught.value.field) == (f"{path}:2", field)
     assert reason in caught.value.reason
     assert str(caught.value).startswith(f"{path}:2: {field}")
@@ -161,26 +161,26 @@ def test_a_malformed_record_is_an_error_naming_file_line_and_field(write_jsonl, 
 
 def test_json_nested_without_end_is_an_error(write_jsonl):
     with pytest.raises(RecordError, match="not valid JSON"):
-        RecordFile(write_jsonl(["[" * 100_000])).group(0)
+        Records(write_jsonl(["[" * 100_000])).group(0)
 
 
 @pytest.mark.parametrize("field", ["id", "img_path"])
 def test_a_lone_surrogate_in_a_field_that_is_written_out_is_an_error(write_jsonl, field):
     path = write_jsonl([f'{{"{field}": "\\ud800", "prompt": "p", "responses": ["a"]}}'])
     with pytest.raises(RecordError, match=field):
-        RecordFile(path).group(0)
+        Records(path).group(0)
 
 
 @pytest.mark.parametrize("more", [{}, {"text": "a caption"}])
 def test_a_record_without_preferences_is_an_error_where_pairs_are_needed(write_jsonl, more):
     path = write_jsonl([{"prompt": "p", "responses": ["a", "b"], **more}])
     with pytest.raises(RecordError, match="chosen: missing; training and evaluation need"):
-        RecordFile(path, need_pairs=True).group(0)
+        Records(path, need_pairs=True).group(0)
 
 
 def test_an_error_takes_its_place_among_the_groups(write_jsonl):
     good = {"prompt": "p", "responses": ["a"]}
-    results = list(iter_groups(RecordFile(write_jsonl([good, "[", good]))))
+    results = list(iter_groups(Records(write_jsonl([good, "[", good]))))
     assert [type(result) for result in results] == [Group, RecordError, Group]
     assert [results[0].record, results[2].record] == [0, 2]
 
@@ -207,7 +207,7 @@ IMG_PATHS = {
 def test_relative_images_start_from_the_root_or_the_folder_of_the_file(tmp_path, write_jsonl, kind, root):
     img_path, expected = IMG_PATHS[kind]
     path = write_jsonl([{"prompt": "p", "img_path": img_path, "responses": ["a"]}])
-    group = RecordFile(path, root).group(0)
+    group = Records(path, image_root=root).group(0)
     assert group.images == tuple(image.format(root=root or tmp_path) for image in expected)
     assert group.img_path == img_path
 

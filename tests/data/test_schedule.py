@@ -2,15 +2,14 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from mmrm_fast.data.prompt import Encoded
-from mmrm_fast.data.records import Group, Pairs, RecordError
-from mmrm_fast.data.samples import Sample
+from mmrm_fast.data.mixture import PreferenceDataset, unknown_samples
+from mmrm_fast.data.samples import Size
 from mmrm_fast.data.schedule import balance, cut, imbalance, schedule
+from mmrm_fast.data.types import RecordError
 
 # cut and balance
 
@@ -66,29 +65,21 @@ def test_balance_keeps_limit_multiple_and_order_for_random_costs(num_ranks):
 # the schedule
 
 
-class Records:
-    """A stand-in data set: record i costs `costs[i]`; a cost of None is an error, 0 a record without responses."""
+class StandIn(PreferenceDataset):
+    """Sample i costs `costs[i]`; a cost of None is an error, 0 a record without responses."""
 
-    encoder = SimpleNamespace(tokens_per_tile=4)
+    def __init__(self, costs, known=()):
+        super().__init__(None, None, unknown_samples(range(len(costs))))
+        object.__setattr__(self, "costs", costs)
+        object.__setattr__(self, "looked_at", [])
+        for index in known:
+            self.table[index] = self.look(index)
 
-    def __init__(self, costs):
-        self.costs = costs
-
-    def __getitem__(self, index):
+    def look(self, index):
+        self.looked_at.append(index)
         cost = self.costs[index]
-        if cost is None:
-            raise RecordError(f"file.jsonl:{index + 1}", "prompt", "missing")
-        group = Group("", index, None, "", None, (), ("",) * bool(cost), Pairs.of(*[(0, 0)] * bool(cost)))
-        return Sized(group, (), Encoded((np.zeros(1, np.int64),) * bool(cost), 0, ()), cost)
-
-
-class Sized(Sample):
-    def __init__(self, group, tiles_per_image, main, work):
-        super().__init__(group, tiles_per_image, main)
-        object.__setattr__(self, "work", work)
-
-    def cost(self, tokens_per_tile):
-        return self.work
+        error = RecordError(f"file.jsonl:{index + 1}", "prompt", "missing")
+        return (index, 0, 0, *(Size.of_error(error) if cost is None else Size(cost, int(cost > 0))))
 
 
 def random_records(seed, count=60):
@@ -96,7 +87,7 @@ def random_records(seed, count=60):
     costs = rng.integers(1, 40, count).tolist()
     for index in rng.choice(count, 10, replace=False).tolist():
         costs[index] = [None, 0, 150][index % 3]
-    return Records(costs), rng.permutation(count)
+    return costs, rng.permutation(count)
 
 
 class Exchange:
@@ -113,15 +104,16 @@ class Exchange:
         return gathered
 
 
-def run(records, order, *, num_ranks=1, per_batch=100, per_micro_batch=50, window=16, **options):
+def run(costs, order, *, num_ranks=1, per_batch=100, per_micro_batch=50, window=16, known=(), **options):
     """Per rank its micro-batches."""
     exchange = Exchange(num_ranks)
 
     def on_rank(rank):
         return list(
             schedule(
-                records, order, tokens_per_batch=per_batch, tokens_per_micro_batch=per_micro_batch, window=window,
-                rank=rank, num_ranks=num_ranks, gather=lambda items: exchange.gather(rank, items), **options,
+                StandIn(costs, known), order, tokens_per_batch=per_batch, tokens_per_micro_batch=per_micro_batch,
+                window=window, rank=rank, num_ranks=num_ranks, gather=lambda items: exchange.gather(rank, items),
+                **options,
             )
         )  # fmt: skip
 
@@ -133,7 +125,7 @@ def steps(ranks):
     """The records of each step, over all ranks, sorted."""
     found = [[]]
     for at_once in zip(*ranks, strict=True):
-        found[-1] += [index for micro in at_once for index in micro.items]
+        found[-1] += [index for micro in at_once for index in micro.samples]
         if at_once[0].step:
             found.append([])
     assert found.pop() == []
@@ -142,21 +134,40 @@ def steps(ranks):
 
 def places(micro_batches):
     """What each micro-batch trains on, and how far the data are used up where it ends a step."""
-    return [(micro.items, micro.step and micro.step.consumed) for micro in micro_batches]
+    return [(micro.samples, micro.step and micro.step.consumed) for micro in micro_batches]
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 4])
 @pytest.mark.parametrize("seed", range(5))
 def test_the_records_of_a_step_do_not_depend_on_the_number_of_ranks(seed, num_ranks):
-    records, order = random_records(seed)
-    assert steps(run(records, order, num_ranks=num_ranks)) == steps(run(records, order))
+    costs, order = random_records(seed)
+    assert steps(run(costs, order, num_ranks=num_ranks)) == steps(run(costs, order))
 
 
 @pytest.mark.parametrize("window", [1, 7, 1000])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_records_of_a_step_do_not_depend_on_the_window(seed, window):
-    records, order = random_records(seed)
-    assert steps(run(records, order, window=window)) == steps(run(records, order))
+    costs, order = random_records(seed)
+    assert steps(run(costs, order, window=window)) == steps(run(costs, order))
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+@pytest.mark.parametrize("known", [range(60), range(40), range(0, 60, 7)])
+def test_nothing_depends_on_which_sizes_are_known_before(known, num_ranks):
+    costs, order = random_records(0)
+    ranks = run(costs, order, num_ranks=num_ranks)
+    assert [*map(places, run(costs, order, num_ranks=num_ranks, known=known))] == [*map(places, ranks)]
+
+
+@pytest.mark.parametrize("window", [7, 1000])
+def test_a_sample_is_sized_once_in_all_epochs_and_one_whose_size_is_known_never(window):
+    costs, order = random_records(0)
+    data = StandIn(costs, known=range(20))
+    data.looked_at.clear()
+    epochs = np.concatenate([order, order[::-1]])
+    list(schedule(data, epochs, tokens_per_batch=100, tokens_per_micro_batch=50, window=window))
+    list(schedule(data, epochs, tokens_per_batch=100, tokens_per_micro_batch=50, window=window))
+    assert sorted(data.looked_at) == list(range(20, 60))
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
@@ -171,65 +182,65 @@ def test_ranks_run_in_lockstep(seed, num_ranks):
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize("seed", range(5))
 def test_every_record_is_used_once_or_reported_once_or_has_nothing_to_score(seed, num_ranks):
-    records, order = random_records(seed)
-    ranks = run(records, order, num_ranks=num_ranks)
-    used = sorted(index for rank in ranks for micro in rank for index in micro.items)
-    assert used == [index for index, cost in enumerate(records.costs) if cost]
+    costs, order = random_records(seed)
+    ranks = run(costs, order, num_ranks=num_ranks)
+    used = sorted(index for rank in ranks for micro in rank for index in micro.samples)
+    assert used == [index for index, cost in enumerate(costs) if cost]
     errors = [error for micro in ranks[0] if micro.step for error in micro.step.notes.errors]
     reported = sorted(int(error.source.rpartition(":")[2]) - 1 for error in errors)
-    assert reported == [index for index, cost in enumerate(records.costs) if cost is None]
+    assert reported == [index for index, cost in enumerate(costs) if cost is None]
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize("seed", range(5))
 def test_budgets_hold_but_for_a_record_that_is_over_them_by_itself(seed, num_ranks):
-    records, order = random_records(seed)
-    ranks = run(records, order, num_ranks=num_ranks)
-    micro_batches = [micro.items for rank in ranks for micro in rank]
+    costs, order = random_records(seed)
+    ranks = run(costs, order, num_ranks=num_ranks)
+    micro_batches = [micro.samples for rank in ranks for micro in rank]
     for budget, batches in ((100, steps(ranks)), (50, micro_batches)):
-        assert all(len(batch) <= 1 or sum(records.costs[index] for index in batch) <= budget for batch in batches)
+        assert all(len(batch) <= 1 or sum(costs[index] for index in batch) <= budget for batch in batches)
 
 
 def test_steps_of_a_number_of_pairs_take_as_many_whatever_they_cost():
-    records, order = random_records(0)
-    found = steps(run(records, order, num_ranks=2, pairs_per_step=8))
+    costs, order = random_records(0)
+    found = steps(run(costs, order, num_ranks=2, pairs_per_step=8))
     assert [len(step) for step in found[:-1]] == [8] * (len(found) - 1)
-    assert sorted(index for step in found for index in step) == [i for i, cost in enumerate(records.costs) if cost]
+    assert sorted(index for step in found for index in step) == [i for i, cost in enumerate(costs) if cost]
 
 
 def test_a_rank_without_work_gets_empty_micro_batches():
-    ranks = run(Records([5, 5]), [0, 1], num_ranks=4)
-    assert [[micro.items for micro in rank] for rank in ranks] == [[(0,)], [(1,)], [()], [()]]
+    ranks = run([5, 5], [0, 1], num_ranks=4)
+    assert [[micro.samples for micro in rank] for rank in ranks] == [[(0,)], [(1,)], [()], [()]]
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_started_at_the_consumed_records_it_gives_exactly_what_remained(seed):
-    records, order = random_records(seed)
-    (whole,) = run(records, order)
+    costs, order = random_records(seed)
+    (whole,) = run(costs, order)
     for number, micro in enumerate(whole):
         if micro.step:
-            (rest,) = run(records, order, start=micro.step.consumed, window=7)
+            (rest,) = run(costs, order, start=micro.step.consumed, window=7)
             assert places(rest) == places(whole[number + 1 :])
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_worker_processes_change_nothing(num_workers):
-    records, order = random_records(0, count=200)
+    costs, order = random_records(0, count=200)
     options = {"tokens_per_batch": 300, "tokens_per_micro_batch": 100, "window": 150}
-    alone, helped = (list(schedule(records, order, num_workers=n, **options)) for n in (0, num_workers))
+    alone, helped = (list(schedule(StandIn(costs), order, num_workers=n, **options)) for n in (0, num_workers))
     assert places(helped) == places(alone)
 
 
 def test_the_last_step_has_consumed_everything_even_if_it_ends_in_errors():
-    ((*_, last),) = run(Records([5, None, 0, None]), range(4))
+    ((*_, last),) = run([5, None, 0, None], range(4))
     assert last.step.consumed == 4 and len(last.step.notes.errors) == 2
 
 
 @pytest.mark.parametrize("num_ranks", [1, 3])
 def test_where_nothing_is_usable_the_only_step_is_empty_and_says_why(num_ranks):
-    for (micro,) in run(Records([None, 0]), range(2), num_ranks=num_ranks):
-        assert (micro.items, micro.step.records, len(micro.step.notes.errors)) == ((), 0, 1)
-    assert run(Records([]), []) == [[]]
+    for (micro,) in run([None, 0], range(2), num_ranks=num_ranks):
+        assert (micro.samples, micro.step.records, len(micro.step.notes.errors)) == ((), 0, 1)
+    assert run([], []) == [[]]
 
 
 def test_imbalance_is_the_slowest_rank_over_the_mean_at_every_micro_batch():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mmrm_fast.cli import main
-from mmrm_fast.data.records import RecordFile
+from mmrm_fast.data.records import Records
 from mmrm_fast.data.shapes import ATTRIBUTES
 from mmrm_fast.evaluate.best_of_n import expected_best, kl, named_files, parse_sizes
 from mmrm_fast.study.candidates import make_candidates
@@ -142,7 +142,7 @@ def test_more_than_there_are_responses_cannot_be_chosen_from(command, capsys):
 
 def test_candidates_are_records_whose_truth_is_the_share_of_right_attributes(tmp_path):
     path = make_candidates(tmp_path / "set", "length", num_prompts=20, num_responses=64)
-    groups = [RecordFile(path).group(index) for index in range(20)]
+    groups = [Records(path).group(index) for index in range(20)]
     assert all(len(group.responses) == len(group.truth) == 64 for group in groups)
     truths = np.array([group.truth for group in groups])
     assert np.mean(truths == 1) == pytest.approx(0.1, abs=0.03)
@@ -163,7 +163,7 @@ def facts(response):
 )
 def test_cues_follow_the_split(tmp_path, split, carried):
     path = make_candidates(tmp_path / "set", "opening", split, num_prompts=40)
-    groups = [RecordFile(path).group(index) for index in range(40)]
+    groups = [Records(path).group(index) for index in range(40)]
     cue = np.array([[response.startswith("Looking") for response in group.responses] for group in groups])
     right = np.array([group.truth for group in groups]) == 1
     assert (cue[right].mean(), cue[~right].mean()) == pytest.approx(carried, abs=0.08)

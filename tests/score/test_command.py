@@ -19,7 +19,7 @@ from runs import descendants
 from mmrm_fast.checkpoint.folder import save_checkpoint
 from mmrm_fast.cli import main
 from mmrm_fast.config import ScoreConfig
-from mmrm_fast.data.records import Group, RecordError, RecordFile, iter_groups
+from mmrm_fast.data.records import Group, RecordError, Records, iter_groups
 from mmrm_fast.score.cluster import ray_cluster
 from mmrm_fast.score.command import ScoringActor, Tally, error_row, finish, make_actors, rows_of, score_or_say_why
 from mmrm_fast.score.scorer import Scored, Scorer
@@ -142,7 +142,7 @@ def test_pairs_in_parquet_shards_are_records_to_train_on(scoring):
     folder, data, _ = scoring
     options = ["--out", str(folder / "pairs"), "--format", "parquet", "--to-pairs", "0"]
     assert main(["score", "--model", str(folder / "model"), "--data", str(data), *options]) == 3
-    groups = list(iter_groups(RecordFile(folder / "pairs", need_pairs=True)))
+    groups = list(iter_groups(Records(folder / "pairs", need_pairs=True)))
     assert [(group.id, len(group.pairs)) for group in groups] == [("a", 1), ("7", 1)]
 
 
