@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -14,7 +13,7 @@ import ray
 import torch
 from PIL import Image
 from pyarrow import parquet
-from runs import descendants
+from runs import descendants, wait_until
 
 from mmrm_fast.checkpoint.folder import save_checkpoint
 from mmrm_fast.cli import main
@@ -24,6 +23,8 @@ from mmrm_fast.score.cluster import ray_cluster
 from mmrm_fast.score.command import ScoringActor, Tally, error_row, finish, make_actors, rows_of, score_or_say_why
 from mmrm_fast.score.scorer import Scored, Scorer
 from mmrm_fast.score.shards import RECORDS_PER_CHUNK, Shards
+
+pytestmark = pytest.mark.xdist_group("score")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,11 +53,18 @@ def scoring(make_checkpoint, pictures, write_jsonl, tmp_path):
     return tmp_path, write_jsonl(lines), good
 
 
-def test_scoring_a_file(scoring, capsys):
+@pytest.fixture
+def without_ray(monkeypatch):
+    """Chunks are scored in this process: for what is written, not for who writes it."""
+    here = lambda config, shards, chunks: map(ScoringActor(config, shards, num_threads=1).score, chunks)  # noqa: E731
+    monkeypatch.setattr("mmrm_fast.score.command.scored_chunks", here)
+
+
+def test_scoring_a_file(scoring, capsys, monkeypatch):
     folder, data, good = scoring
     out = folder / "out.jsonl"
-    arguments = ["--model", str(folder / "model"), "--data", str(data), "--out", str(out), "--actors", "1"]
-    assert main(["score", *arguments]) == 3
+    monkeypatch.chdir(folder)  # the actors work elsewhere
+    assert main(["score", "--model", "model", "--data", data.name, "--out", out.name, "--actors", "1"]) == 3
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(row["record"], row["response_index"]) for row in rows] == [
         (0, 0),
@@ -107,9 +115,10 @@ def test_what_cannot_be_done_is_refused_and_the_data_is_left_alone(scoring, caps
     assert message in capsys.readouterr().err and data.read_bytes() == before
 
 
+@pytest.mark.usefixtures("without_ray")
 def test_a_folder_of_parquet_shards_with_normalised_scores(scoring, capsys, monkeypatch):
     folder, data, good = scoring
-    monkeypatch.chdir(folder)  # the actors work elsewhere
+    monkeypatch.chdir(folder)
     (folder / "model" / "reward_stats.json").write_text(json.dumps({"mean": 0.5, "std": 2.0}))
     options = ["--format", "parquet", "--normalize", "--allow-errors", "--image-root", "."]
     arguments = ["score", "--model", "model", "--data", data.name, "--out", "out", *options]
@@ -125,19 +134,7 @@ def test_a_folder_of_parquet_shards_with_normalised_scores(scoring, capsys, monk
     assert "other data" in capsys.readouterr().err
 
 
-def test_no_chunk_waits_for_an_actor_that_never_starts(scoring, monkeypatch):
-    folder, data, _ = scoring
-    nowhere = ray.remote(resources={"a machine that is not there": 1})(ScoringActor)
-    monkeypatch.setattr(
-        "mmrm_fast.score.command.make_actors",
-        lambda config, shards, count: [
-            nowhere.remote(config, shards, num_threads=1), *make_actors(config, shards, count)
-        ],
-    )  # fmt: skip
-    options = ["--model", str(folder / "model"), "--data", str(data), "--out", str(folder / "out.jsonl")]
-    assert main(["score", *options]) == 3
-
-
+@pytest.mark.usefixtures("without_ray")
 def test_pairs_in_parquet_shards_are_records_to_train_on(scoring):
     folder, data, _ = scoring
     options = ["--out", str(folder / "pairs"), "--format", "parquet", "--to-pairs", "0"]
@@ -214,33 +211,39 @@ def test_a_failure_in_a_file_whose_name_is_no_unicode_is_printed(tmp_path, capsy
 NUM_RECORDS, NUM_RESPONSES = 1250, 4
 
 
-MISSED_SOON = {"RAY_health_check_period_ms": "500"}  # a node that is gone; five checks in a row must fail
+MISSED_SOON = {"RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "2"}  # a node that is gone
 ELSEWHERE = {"RAY_ADDRESS": "127.0.0.1:1"}  # a cluster that no run joins unasked
 
 
-def kill(victim, num_done, *, root, out, running):
-    """Kill the driver, one of its actors, or all of its node, when its actors are at work and so much is done."""
+def kill(victim, num_done, process, out):
+    """Kill the driver, or all of its node, when an actor is at work and so much is done."""
     done = out.with_name(out.name + ".parts") / ".done"
-    while not (len(list(done.glob("0*.json"))) >= num_done and (actors := descendants(root, "ray::ScoringActor"))):
-        assert running(), "ended before it was killed"
-        time.sleep(0.02)
-    raylet = descendants(root, "raylet/raylet")  # first: it would start a killed actor again
-    for pid in {"driver": [root], "actor": actors[:1], "node": raylet + actors}[victim]:
+
+    def actors_when_done():
+        assert process.poll() is None, "ended before it was killed"
+        return len(list(done.glob("0*.json"))) >= num_done and descendants(process.pid, "ray::ScoringActor")
+
+    actors = wait_until(actors_when_done, f"{num_done} chunks are not done", every=0.02)
+    raylet = descendants(process.pid, "raylet/raylet")  # first: it would start a killed actor again
+    for pid in {"driver": [process.pid], "node": raylet + actors}[victim]:
         os.kill(pid, signal.SIGKILL)
 
 
-def kill_before_the_note(chunk, *, root, out):
-    """Kill the actors between the rows of a chunk and its note: whoever writes that waits for a reader."""
+def kill_before_the_note(chunk, out):
+    """Kill this process's actors between the rows of a chunk and its note: whoever writes that waits for a reader."""
     parts = out.with_name(out.name + ".parts")
-    while not (parts / f"part-{chunk:06d}.jsonl").exists():
+
+    def rows_are_written():
         assert not out.exists(), "ended before it was killed"
-        for pid in descendants(root, "ray::ScoringActor"):
+        for pid in descendants(os.getpid(), "ray::ScoringActor"):
             note = parts / ".done" / f".{chunk:06d}.json.{pid}.unfinished"
             if not note.exists():
                 os.mkfifo(note)
-        time.sleep(0.02)
+        return (parts / f"part-{chunk:06d}.jsonl").exists()
+
+    wait_until(rows_are_written, "the last chunk is not written", every=0.02)
     assert not (parts / ".done" / f"{chunk:06d}.json").exists()
-    for pid in descendants(root, "ray::ScoringActor"):
+    for pid in descendants(os.getpid(), "ray::ScoringActor"):
         os.kill(pid, signal.SIGKILL)
 
 
@@ -250,22 +253,18 @@ def test_a_run_killed_again_and_again_has_every_response_exactly_once(make_check
     with open(tmp_path / "records.jsonl", "w") as file:
         file.writelines(json.dumps({"prompt": "What?", "responses": own}) + "\n" for own in responses)
     out = tmp_path / "out.jsonl"
-    arguments = ["--model", tmp_path / "model", "--data", tmp_path / "records.jsonl", "--out", out, "--actors", "2"]
-    arguments = ["score", *map(str, arguments)]
-    command = [sys.executable, "-m", "mmrm_fast.cli", *arguments]
-    for victim, num_done in (("driver", 3), ("node", 8)):
+    arguments = ["score", "--model", tmp_path / "model", "--data", tmp_path / "records.jsonl", "--out", out]
+    arguments = [*map(str, arguments), "--actors"]
+    for victim, num_done, num_actors in (("driver", 3, "2"), ("node", 8, "1")):
+        command = [sys.executable, "-m", "mmrm_fast.cli", *arguments, num_actors]
         with open(tmp_path / "log.txt", "a") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | MISSED_SOON | ELSEWHERE)
-        kill(victim, num_done, root=process.pid, out=out, running=lambda process=process: process.poll() is None)
+        kill(victim, num_done, process, out)
         assert process.wait(timeout=120) != 0 and not out.exists(), (tmp_path / "log.txt").read_text()
     with ThreadPoolExecutor(1) as pool:
-        killed = [
-            pool.submit(kill, "actor", 12, root=os.getpid(), out=out, running=lambda: not out.exists()),
-            pool.submit(kill_before_the_note, NUM_RECORDS // RECORDS_PER_CHUNK, root=os.getpid(), out=out),
-        ]
-        assert main(arguments) == 0
-        for moment in killed:
-            moment.result()
+        killed = pool.submit(kill_before_the_note, NUM_RECORDS // RECORDS_PER_CHUNK, out)
+        assert main([*arguments, "1"]) == 0
+        killed.result()
 
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     places = itertools.product(range(NUM_RECORDS), range(NUM_RESPONSES))
@@ -313,6 +312,17 @@ KINDS = [  # a record or a line, and whether it gets scores
 ]
 
 
+@pytest.fixture
+def an_actor_that_never_starts(monkeypatch):
+    """Beside those that do: no chunk may wait for it."""
+    nowhere = ray.remote(resources={"a machine that is not there": 1})(ScoringActor)
+    more = lambda config, shards, count: [  # noqa: E731
+        nowhere.remote(config, shards, num_threads=1), *make_actors(config, shards, count)
+    ]  # fmt: skip
+    monkeypatch.setattr("mmrm_fast.score.command.make_actors", more)
+
+
+@pytest.mark.usefixtures("an_actor_that_never_starts")
 def test_2000_good_and_bad_records_are_all_accounted_for(make_checkpoint, tmp_path):
     save_checkpoint(tmp_path / "model", make_checkpoint(max_length=256))
     write_pictures(tmp_path)
