@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from mmrm_fast.config import DoctorConfig
 from mmrm_fast.machine import Machine, this_machine
 from mmrm_fast.ops.native import native, runs_on, takes
 
@@ -133,6 +134,6 @@ def lines(machine: Built) -> Iterator[str]:
     yield from (f"  {remedy}" for remedy in missing)
 
 
-def doctor() -> None:
+def doctor(config: DoctorConfig) -> None:
     """Print the report of this machine."""
     print("\n".join(lines(inspect())))

@@ -24,8 +24,8 @@ from mmrm_fast.tables import print_table
 ORACLE = "the truth itself"
 
 
-def best_of_n(config: BestOfNConfig) -> dict:
-    """Write best-of-n.json, .svg and .png, print the table; returns what the JSON holds."""
+def best_of_n(config: BestOfNConfig) -> None:
+    """Write best-of-n.json, .svg and .png, print the table."""
     from mmrm_fast.evaluate import plots  # matplotlib takes a second to import
 
     sizes, truth = parse_sizes(config.n), read_values(config.truth, "truth")
@@ -50,7 +50,6 @@ def best_of_n(config: BestOfNConfig) -> dict:
     for row in results["differences"]:
         print("{first} minus {second} at N = {n}: {difference:+.3f} ({low:+.3f} to {high:+.3f})".format(**row))
     print(f"all figures: {folder / 'best-of-n.json'}; plot: best-of-n.svg, best-of-n.png")
-    return results
 
 
 def expected_best(scores: np.ndarray, quality: np.ndarray, sizes: Sequence[int]) -> np.ndarray:

@@ -9,7 +9,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -236,19 +235,3 @@ def prefetch(function: Callable, items: Iterable, num_threads: int = NUM_PACKERS
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
-
-
-def reward_check(folders: Iterable[Path]) -> list[float]:
-    """The reward that each folder gives one sample record; without a score head the same random one is read."""
-    shades = np.add.outer(np.arange(300), np.arange(500))
-    picture = io.BytesIO()
-    Image.fromarray(np.stack([shades, shades // 2, shades // 4], -1).astype(np.uint8)).save(picture, "png")
-    group = Group("sample", 0, None, "What is in it?", None, (picture.getvalue(),), ("Stripes of many colours.",))
-    rewards = []
-    for folder in folders:
-        torch.manual_seed(0)
-        (scored,) = Scorer(load_checkpoint(folder), torch.device("cpu")).score_groups([group])
-        if isinstance(scored, RecordError):
-            raise scored
-        rewards.append(scored.rewards[0])
-    return rewards

@@ -36,8 +36,20 @@ OPTIONS = "options.json"  # in a cell's folder
 RESERVED = ("iid", "neutral", "reversed")  # names of test sets
 
 
-def study(config: StudyConfig) -> dict:
-    """Train every cell, write study.json, study.csv and study.html, print the table; returns what study.json holds."""
+def study(config: StudyConfig) -> None:
+    """Train every cell, write study.json, study.csv and study.html, print the table."""
+    results, root = results_of(config), config.output_dir
+    write_json(root / "study.json", results)
+    write_csv(root / "study.csv", results["tests"])
+    write_csv(root / "comparisons.csv", results["significance"])
+    if config.best_of_n:
+        write_csv(root / "best-of-n.csv", results["best_of_n"]["models"])
+    write_page(root / "study.html", results)
+    report(results, root)
+
+
+def results_of(config: StudyConfig) -> dict:
+    """Train the cells that are missing; what study.json holds."""
     root, started = config.output_dir, time.perf_counter()
     methods, environments = chosen_methods(config.methods), chosen_environments(config.env)
     if config.best_of_n and config.env:
@@ -58,12 +70,6 @@ def study(config: StudyConfig) -> dict:
         from mmrm_fast.study.selection import selection_figures  # loads transformers
 
         results["best_of_n"] = selection_figures(cells, root)
-        write_csv(root / "best-of-n.csv", results["best_of_n"]["models"])
-    write_json(root / "study.json", results)
-    write_csv(root / "study.csv", results["tests"])
-    write_csv(root / "comparisons.csv", results["significance"])
-    write_page(root / "study.html", results)
-    report(results, root)
     return results
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The same command on every node, with the rank of the node:
 #
-#   MASTER_ADDR=node0 NODES=2 NODE_RANK=0 scripts/examples/train_nodes.sh --config internvl2-8b-robust --data train.jsonl
-#   MASTER_ADDR=node0 NODES=2 NODE_RANK=1 scripts/examples/train_nodes.sh --config internvl2-8b-robust --data train.jsonl
+#   MASTER_ADDR=node0 NODES=2 NODE_RANK=0 scripts/examples/train_nodes.sh --config paper --robust --model /models/InternVL2-8B --data train.jsonl
+#   MASTER_ADDR=node0 NODES=2 NODE_RANK=1 scripts/examples/train_nodes.sh --config paper --robust --model /models/InternVL2-8B --data train.jsonl
 #
 # PROCESSES is the number of GPUs of a node (by default all), MASTER_PORT a free port of the first one.
 set -euo pipefail

@@ -58,7 +58,8 @@ def finished(tmp_path, monkeypatch):
 
 
 def run(finished, files, seeds=2, **options):
-    return command.study(StudyConfig(env=files, output_dir=finished, seeds=seeds, **options))
+    command.study(StudyConfig(env=files, output_dir=finished, seeds=seeds, **options))
+    return json.loads((finished / "study.json").read_text())
 
 
 def test_means_are_over_environments_and_spread_is_over_seeds(finished, files, capsys):
@@ -74,7 +75,6 @@ def test_there_is_a_row_a_model_and_test_set(finished, files):
     assert {row["kind"] for row in tests if row["environment"] == row["test"]} == {"iid"}
     with open(finished / "study.csv", newline="") as file:
         assert [row["judged"] for row in csv.DictReader(file)] == [str(row["judged"]) for row in tests]
-    assert json.loads((finished / "study.json").read_text())["tests"] == tests
 
 
 def test_degradation_is_judged_by_the_proxy_of_the_same_data_and_seed(finished, files):
@@ -208,7 +208,8 @@ def test_scores_that_exist_are_not_computed_again(selected, tmp_path):
 
 
 def test_the_page_shows_what_is_selected(selected, finished, files):
-    results = run(finished, files) | {"best_of_n": selected[0]}
+    config = StudyConfig(env=files, output_dir=finished, seeds=2)
+    results = command.results_of(config) | {"best_of_n": selected[0]}
     write_page(finished / "study.html", results)
     assert (finished / "study.html").read_text().count("<svg") == 3
 
