@@ -103,28 +103,14 @@ def normalize(tiles_ISSC: Tensor, mean: tuple[float, ...], std: tuple[float, ...
     return ((tiles_ISSC.to(exact) / 255 - mean_C) / std_C).permute(0, 3, 1, 2).to(dtype)
 
 
-def bradley_terry_loss(rewards_R: Tensor, chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
-    """Sum over pairs of `-logsigmoid(m)`."""
-    return -logsigmoid(rewards_R[chosen_P] - rewards_R[rejected_P]).sum()
-
-
-def robust_loss_and_logs(margin_P: Tensor, proxy_margin_P: Tensor):
-    """`robust_loss` of margins with what training logs: the SFC's sum and both branches' right pairs, a tie half."""
-    loss, proxy_loss = -logsigmoid(margin_P), -logsigmoid(proxy_margin_P)
-    sfc = (proxy_loss.detach() + 5e-8) / (loss.detach() + proxy_loss.detach() + 1e-7)
-    right = [(x.detach().sign() + 1).sum() / 2 for x in (margin_P, proxy_margin_P)]
-    return (sfc * loss + proxy_loss).sum(), sfc.sum(), *right
-
-
-def robust_loss(
-    rewards_R: Tensor, proxy_rewards_R: Tensor, chosen_P: Tensor, rejected_P: Tensor, *, mode: str = "paper"
-) -> Tensor:
+def robust_loss(margin_P: Tensor, proxy_margin_P: Tensor, *, mode: str = "paper") -> tuple[Tensor, ...]:
     """Sum over pairs of `SFC * L + L_t`, SFC detached (Li et al., arXiv 2503.03122), in eager torch.
 
-    `mode` is `paper`, or `reference`: the reference implementation's operator precedence.
+    `mode` is `paper`, or `reference`: the reference implementation's operator precedence. With it come what training
+    logs: the SFC's sum and both branches' right pairs, a tie half.
     """
-    loss = -logsigmoid(rewards_R[chosen_P] - rewards_R[rejected_P])
-    proxy_loss = -logsigmoid(proxy_rewards_R[chosen_P] - proxy_rewards_R[rejected_P])
-    denominator = 1e-7 + loss + proxy_loss
-    sfc = 5e-8 + proxy_loss / denominator if mode == "reference" else (5e-8 + proxy_loss) / denominator
-    return (sfc.detach() * loss).sum() + proxy_loss.sum()
+    loss, proxy_loss = -logsigmoid(margin_P), -logsigmoid(proxy_margin_P)
+    given, denominator = proxy_loss.detach(), 1e-7 + loss.detach() + proxy_loss.detach()
+    sfc = 5e-8 + given / denominator if mode == "reference" else (5e-8 + given) / denominator
+    right = [(margin.detach().sign() + 1).sum() / 2 for margin in (margin_P, proxy_margin_P)]
+    return (sfc * loss + proxy_loss).sum(), sfc.sum(), *right

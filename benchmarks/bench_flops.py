@@ -4,18 +4,51 @@
 padding wastes nothing. Both train the language model and the projector, keep the vision tower frozen, recompute every
 decoder layer in the backward (activation checkpointing) and compute in bf16. The reference runs chosen and rejected
 apart, a vocabulary head on all tokens, the vision tower each time, and a proxy of the same size that sees a white tile,
-4 pairs a forward; ours shares what `packing` shares, 4 pairs a forward, with the text-only proxy.
-
-Activations: inputs kept of every decoder layer, all hidden states again and bf16 logits of the reference, one decoder
-layer's inner values while it is recomputed. Weights: bytes read in forward, recomputation and both products of the
-backward, over all forwards of the step. Published sizes of InternVL2 are written from memory.
+ours shares what `packing` shares, with the text-only proxy. Memory is the dry run's to predict. Published sizes of
+InternVL2 are written from memory.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 
-from benchmarks.flops import Sizes, Work, text_work, total, triangle, vision_work
+from benchmarks.flops import ATTENTION_BACKWARD
 from benchmarks.harness import Case, Options, Row
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of an InternVL: a vision tower on tiles of 448 pixels, its projector and a language model."""
+
+    vision_hidden: int
+    vision_layers: int
+    vision_mlp: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    mlp: int
+    vocab: int
+    head_size: int
+
+    @property
+    def kv_weights(self) -> int:
+        """Of a decoder layer's keys and values, which every token has."""
+        return 2 * self.hidden * self.kv_heads * self.head_size
+
+    @property
+    def read_weights(self) -> int:
+        """Of the rest of a decoder layer, which the last one runs on the tokens that are read."""
+        return 2 * self.hidden * self.heads * self.head_size + 3 * self.hidden * self.mlp
+
+    @property
+    def vision_weights(self) -> int:
+        return self.vision_layers * (4 * self.vision_hidden**2 + 2 * self.vision_hidden * self.vision_mlp)
+
+    @property
+    def projector_weights(self) -> int:
+        return 4 * self.vision_hidden * self.hidden + self.hidden**2
+
 
 SMALL_TOWER, LARGE_TOWER = (1024, 24, 4096), (3200, 45, 12800)
 MODELS = {
@@ -25,10 +58,9 @@ MODELS = {
     "InternVL2-8B": Sizes(*SMALL_TOWER, 4096, 32, 32, 8, 14_336, 92_553, 128),
     "InternVL2-26B": Sizes(*LARGE_TOWER, 6144, 48, 48, 8, 16_384, 92_553, 128),
 }
-PAIRS, PAIRS_PER_FORWARD, TILES, TEXT, RESPONSE = 128, 4, 7, 70, 150
+PAIRS, TILES, TEXT, RESPONSE = 128, 7, 70, 150
+PATCHES, PATCH_VALUES, TOKENS_PER_TILE = 1024, 3 * 14 * 14, 256  # of a tile, of a patch
 H100_FLOPS, MFU = 989e12, 0.4  # dense bf16; model FLOPs utilisation, assumed
-BF16 = 2  # bytes
-WEIGHT_PASSES = 4  # forward, recomputation, two products of the backward
 
 
 def cases(options: Options) -> Iterator[Case]:
@@ -39,77 +71,61 @@ def cases(options: Options) -> Iterator[Case]:
 
 def rows(name: str, sizes: Sizes) -> Iterator[Row]:
     """Predicted time of a step on one H100, and what it is computed from."""
-    ours, theirs = our_step(sizes), reference_step(sizes)
-    seconds, baseline_seconds = (work.flops / (MFU * H100_FLOPS) for work in (ours, theirs))
+    ours, theirs = our_flops(sizes), reference_flops(sizes)
+    details = {"TFLOP": ours / 1e12, "reference TFLOP": theirs / 1e12, "assumed MFU": MFU}
+    seconds, baseline_seconds = ours / (MFU * H100_FLOPS), theirs / (MFU * H100_FLOPS)
     yield Row(
-        "flops", f"step of {name}", "H100", "bfloat16", seconds, "reference", baseline_seconds,
-        baseline_seconds / seconds, computed=True, details={
-            "TFLOP": ours.flops / 1e12, "reference TFLOP": theirs.flops / 1e12,
-            "activation GB": activation_bytes(sizes, shared_tokens(sizes), False) / 1e9,
-            "reference activation GB": activation_bytes(sizes, padded_tokens(sizes), True) / 1e9,
-            "weight traffic GB": weight_bytes(sizes, passes=1, towers=1) / 1e9,
-            "reference weight traffic GB": weight_bytes(sizes, passes=2, towers=2) / 1e9,
-            "assumed MFU": MFU,
-        },
+        "flops", f"step of {name}", "H100", "bfloat16", seconds, "reference", baseline_seconds, theirs / ours,
+        computed=True, details=details,
     )  # fmt: skip
 
 
-def prefix(sizes: Sizes, tiles: int) -> int:
+def prefix(tiles: int) -> int:
     """Tokens before a response."""
-    return tiles * sizes.tokens_per_tile + TEXT
+    return tiles * TOKENS_PER_TILE + TEXT
 
 
-def our_step(sizes: Sizes) -> Work:
-    """Every prefix and image once; the proxy has no image."""
-    works = [vision_work(sizes, PAIRS * TILES, trained=True)]
+def triangle(length: int) -> float:
+    """(query, key) pairs of a causal sequence."""
+    return length * (length + 1) / 2
+
+
+def our_flops(sizes: Sizes) -> float:
+    """Every prefix and image once; the proxy has no image; the last layer runs on what is read."""
+    flops = vision_flops(sizes, PAIRS * TILES)
     for tiles in (TILES, 0):
-        start = prefix(sizes, tiles)
-        tokens, pairs = PAIRS * (start + 2 * RESPONSE), PAIRS * (triangle(start) + 2 * appended(start))
-        works += decoder(sizes, tokens, pairs, read=2 * PAIRS, read_pairs=2 * PAIRS * (start + RESPONSE))
-    return total(works)
+        start = prefix(tiles)
+        pairs = triangle(start) + 2 * (RESPONSE * start + triangle(RESPONSE))
+        read_pairs = 2 * (start + RESPONSE)
+        flops += PAIRS * decoder_flops(sizes, start + 2 * RESPONSE, pairs, read=2, read_pairs=read_pairs)
+    return flops
 
 
-def reference_step(sizes: Sizes) -> Work:
-    """Chosen and rejected apart; the proxy sees a white tile in each."""
-    works = []
+def reference_flops(sizes: Sizes) -> float:
+    """Chosen and rejected apart; the proxy sees a white tile in each; a vocabulary head on all tokens."""
+    flops = 0.0
     for tiles in (TILES, 1):
-        length, sequences = prefix(sizes, tiles) + RESPONSE, 2 * PAIRS
-        works.append(vision_work(sizes, sequences * tiles, trained=True))
-        works += decoder(sizes, sequences * length, sequences * triangle(length), head_tokens=sequences * length)
-    return total(works)
+        length = prefix(tiles) + RESPONSE
+        decoder = decoder_flops(sizes, length, triangle(length), read=length, read_pairs=triangle(length))
+        head = 2 * length * sizes.hidden * sizes.vocab
+        flops += 2 * PAIRS * (decoder + head) + vision_flops(sizes, 2 * PAIRS * tiles)
+    return flops
 
 
-def decoder(sizes: Sizes, tokens: int, pairs: float, *, head_tokens: int = 0, **read) -> list[Work]:
-    """A language model's step, its forward twice: activations are recomputed."""
-    step = text_work(sizes, tokens, pairs, head_tokens=head_tokens, **read, trained=True)
-    return [step, text_work(sizes, tokens, pairs, **read, trained=False)]
+def decoder_flops(sizes: Sizes, tokens: int, pairs: float, *, read: int, read_pairs: float, forwards: int = 2) -> float:
+    """A language model's step, by default its forward twice.
+
+    `pairs` (query, key) pairs a layer, `read_pairs` in the last one, which runs on `read` tokens.
+    """
+    before = sizes.layers - 1
+    weights = sizes.layers * sizes.kv_weights * tokens + sizes.read_weights * (before * tokens + read)
+    attention = 4 * sizes.heads * sizes.head_size * (before * pairs + read_pairs)
+    return 2 * (forwards + 2) * weights + (forwards + ATTENTION_BACKWARD) * attention
 
 
-def appended(start: int) -> float:
-    """(query, key) pairs of a response behind `start` tokens."""
-    return RESPONSE * start + triangle(RESPONSE)
-
-
-def shared_tokens(sizes: Sizes) -> int:
-    """Packed tokens of one forward, main model."""
-    return PAIRS_PER_FORWARD * (prefix(sizes, TILES) + 2 * RESPONSE)
-
-
-def padded_tokens(sizes: Sizes) -> int:
-    """Tokens of one forward of the reference and, both being kept for the loss, of the other."""
-    return PAIRS_PER_FORWARD * 2 * (prefix(sizes, TILES) + RESPONSE)
-
-
-def activation_bytes(sizes: Sizes, tokens: int, reference: bool) -> int:
-    """Peak of the main model's forward and backward, see the module's docstring."""
-    kept = sizes.layers * sizes.hidden * (2 if reference else 1) + sizes.vocab * reference
-    attention = sizes.head_size * (2 * sizes.heads + 2 * sizes.kv_heads)
-    inner_tokens = tokens // 2 if reference else tokens  # one of its two passes at a time
-    return BF16 * (tokens * kept + inner_tokens * (4 * sizes.hidden + attention + 4 * sizes.mlp))
-
-
-def weight_bytes(sizes: Sizes, *, passes: int, towers: int) -> float:
-    """Bytes of weights that a step reads: `passes` over both language models, `towers` vision towers a pass."""
-    forwards = PAIRS / PAIRS_PER_FORWARD
-    vision = sizes.vision_parameters * passes * towers
-    return BF16 * forwards * (2 * WEIGHT_PASSES * passes * sizes.text_parameters + vision)
+def vision_flops(sizes: Sizes, tiles: int) -> float:
+    """A frozen tower's forward and a trained projector's step."""
+    rows = PATCHES + 1
+    embedding = 2 * PATCHES * PATCH_VALUES * sizes.vision_hidden
+    layers = 2 * rows * sizes.vision_weights + 4 * sizes.vision_hidden * sizes.vision_layers * rows**2
+    return tiles * (embedding + layers + 3 * 2 * TOKENS_PER_TILE * sizes.projector_weights)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.baselines import PaddedRewardModel, ReferenceRewardModel
-from benchmarks.flops import Sizes, batch_work, work_bound
+from benchmarks.flops import counted, work_bound
 from benchmarks.harness import Baseline, Case, Check, Comparison, Options, Row, compare, relative_error
 from benchmarks.models import DTYPES, Records, cast, geometry, make_model, make_records
 from mmrm_fast.model.reward_model import RewardModel
@@ -50,11 +50,10 @@ def rows(
     records, device = make_records(geometry(options), sets), options.device
     model = cast(make_model(records.sizes), dtype, device).eval()
     batch = records.pack().to(device)
-    ours = rewards_of(model, batch.main, batch.tiles)
-    result = ours()
+    ours, number = rewards_of(model, batch.main, batch.tiles), sum(batch.num_responses)
+    result, work = counted(ours)
     exact = None if dtype == torch.float32 else rewards_of(copy.deepcopy(model).float(), batch.main, batch.tiles)()
     error = partial(relative_error, least=float(model.score.weight.detach().norm()))
-    number, work = sum(batch.num_responses), batch_work(Sizes.of(model.model.config), batch, trained=False)
     sides = {name: padded_side(name, model, records, dtype, device) for name in kinds}
     baselines = {
         name: Baseline(side, [check(result, side(), exact, error)], {**details, "responses": number})

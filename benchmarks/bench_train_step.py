@@ -17,15 +17,16 @@ FLOP is what the algorithm alone gives: the ratio of times if both sides came eq
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 
-from benchmarks.baselines import PaddedRewardModel, ReferenceRewardModel, bradley_terry_loss, robust_loss
-from benchmarks.flops import Sizes, Work, batch_work, padded_work, total, work_bound
+from benchmarks.baselines import PaddedRewardModel, ReferenceRewardModel, robust_loss
+from benchmarks.flops import Work, counted, work_bound
 from benchmarks.harness import Baseline, Case, Check, Comparison, Options, Row, compare, gradient_error, relative_error
 from benchmarks.models import DTYPES, PROBE, Records, cast, geometry, make_model, make_records
 from mmrm_fast.data.packing import PackedBatch
@@ -36,7 +37,15 @@ EXACT_BOUNDS = (1e-5, 1e-4)  # of rewards and gradients in fp32
 FLOORS = (2**-8, 2**-6)  # of the errors in bf16
 ANOTHER_PROXY = ", white proxy"  # of a side whose proxy is not ours
 K_WISE = ((7, (150, 150, 150, 150)),)
-Result = tuple[Tensor, dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of a step."""
+
+    rewards: Tensor
+    gradients: dict[str, Tensor]  # of the parameters that have one
+    work: Work
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,6 @@ class Side:
     name: str
     modules: nn.ModuleList  # main model, then the proxy where there is one
     run: Callable[[], Tensor]  # forward and backward; rewards of both branches by pair, chosen and rejected in turns
-    work: Work
 
     def step(self) -> Tensor:
         """Forward and backward; returns the rewards, leaves the gradients."""
@@ -54,12 +62,12 @@ class Side:
         return self.run()
 
     def result(self) -> Result:
-        """Rewards, and the gradients of those parameters that have one, which are theirs no longer."""
-        rewards = self.step().float()
+        """What a step comes to; the modules keep no gradients."""
+        rewards, work = counted(self.step)
         named = self.modules.named_parameters()
         gradients = {name: parameter.grad.float() for name, parameter in named if parameter.grad is not None}
         self.modules.zero_grad(set_to_none=True)
-        return rewards, gradients
+        return Result(rewards.float(), gradients, work)
 
 
 def cases(options: Options) -> Iterator[Case]:
@@ -84,29 +92,23 @@ def rows(title: str, make_records, branch: str | None, dtype: torch.dtype, optio
     """Verify, measure memory and time our side against each of the others."""
     records, device = make_records(), options.device
     ours, *others = make_sides(records, branch, dtype, device)
-    verified = all_checks(ours, others, records, branch, device)
+    result = ours.result()
+    exact = None if dtype == torch.float32 else exact_side(ours, records, branch, device).result()
+    baselines = {side.name: baseline(side, result, exact) for side in others}
+    work, result, exact = result.work, None, None  # their memory is free before any is measured
     comparison = Comparison(
-        "train-step", title, dtype, ours.step,
-        {side.name: Baseline(side.step, verified[side.name], flop_details(ours.work, side.work)) for side in others},
-        device, partial(work_bound, ours.work, dtype, device), (ours.work.flops / 1e9, "GFLOP"), whole_model=True,
+        "train-step", title, dtype, ours.step, baselines, device, partial(work_bound, work, dtype, device),
+        (work.flops / 1e9, "GFLOP"), whole_model=True,
     )  # fmt: skip
     yield from compare(comparison, options)
 
 
-def flop_details(ours: Work, theirs: Work) -> dict[str, float]:
-    """FLOPs of both sides."""
-    ratio = theirs.flops / ours.flops
-    return {"GFLOP": ours.flops / 1e9, "baseline GFLOP": theirs.flops / 1e9, "ratio of FLOP": ratio}
-
-
-def all_checks(
-    ours: Side, others: Sequence[Side], records: Records, branch: str | None, device: torch.device
-) -> dict[str, list[Check]]:
-    """The checks of our results against each side's; none where its proxy is another."""
-    result, dtype = ours.result(), next(ours.modules.parameters()).dtype
-    exact = None if dtype == torch.float32 else exact_side(ours, records, branch, device).result()
-    compared = [side for side in others if not side.name.endswith(ANOTHER_PROXY)]
-    return {side.name: [] for side in others} | {side.name: checks(result, side.result(), exact) for side in compared}
+def baseline(side: Side, ours: Result, exact: Result | None) -> Baseline:
+    """A side that our result has been compared with, unless its proxy is another."""
+    theirs = side.result()
+    flops, baseline_flops = ours.work.flops, theirs.work.flops
+    details = {"GFLOP": flops / 1e9, "baseline GFLOP": baseline_flops / 1e9, "ratio of FLOP": baseline_flops / flops}
+    return Baseline(side.step, [] if side.name.endswith(ANOTHER_PROXY) else checks(ours, theirs, exact), details)
 
 
 def checks(ours: Result, theirs: Result, exact: Result | None) -> list[Check]:
@@ -119,7 +121,8 @@ def checks(ours: Result, theirs: Result, exact: Result | None) -> list[Check]:
 
 def errors(result: Result, expected: Result) -> tuple[float, float]:
     """Of the rewards and of the gradients."""
-    return relative_error(result[0], expected[0]), gradient_error(result[1], expected[1])
+    rewards = relative_error(result.rewards, expected.rewards)
+    return rewards, gradient_error(result.gradients, expected.gradients)
 
 
 def exact_side(side: Side, records: Records, branch: str | None, device: torch.device) -> Side:
@@ -148,9 +151,7 @@ def make_sides(records: Records, branch: str | None, dtype: torch.dtype, device:
             name, proxies = name + ANOTHER_PROXY, [cast(make_model(records.sizes, seed=1), dtype, device)]
         modules = nn.ModuleList(kind(model.model, model.score.weight) for model in [models[0], *proxies])
         mode = "paper" if branch == "text" and name == "padded" else "reference"
-        sizes, head = Sizes.of(models[0].model.config), kind is ReferenceRewardModel
-        work = total(padded_work(sizes, batch, head=head) for batch in padded + text)
-        sides.append(Side(name, modules, partial(padded_step, modules, [padded, text], mode), work))
+        sides.append(Side(name, modules, partial(padded_step, modules, [padded, text], mode)))
     return sides
 
 
@@ -174,21 +175,16 @@ def our_side(batch: PackedBatch, models: list[RewardModel], mode: str) -> Side:
         (preference_loss(rewards, proxy_margin_P, batch, sfc_mode=mode).main / number).backward()
         return torch.cat([each.detach()[both] for each in (rewards, *proxies)])
 
-    work = batch_work(Sizes.of(models[0].model.config), batch, trained=True)
-    return Side("ours", nn.ModuleList(models), run, work)
+    return Side("ours", nn.ModuleList(models), run)
 
 
 def padded_step(modules: Iterable[PaddedRewardModel], batches: list, mode: str) -> Tensor:
     """A baseline's step: every module over its passes, one over all sequences or one a side of the pairs."""
-    rewards = []
+    rewards_BP2 = []
     for module, passes in zip(modules, batches, strict=False):
         parts = [module(batch) for batch in passes]
-        rewards.append(parts[0] if len(parts) == 1 else torch.stack(parts, dim=1).flatten())
-    number = len(rewards[0]) // 2
-    chosen = torch.arange(0, 2 * number, 2, device=rewards[0].device)
-    if len(rewards) == 1:
-        loss = bradley_terry_loss(rewards[0], chosen, chosen + 1)
-    else:
-        loss = robust_loss(*rewards, chosen, chosen + 1, mode=mode)
-    (loss / number).backward()
-    return torch.cat(rewards).detach()
+        rewards_BP2.append(parts[0].view(-1, 2) if len(parts) == 1 else torch.stack(parts, dim=1))
+    margins = [rewards_P2[:, 0] - rewards_P2[:, 1] for rewards_P2 in rewards_BP2]
+    loss = robust_loss(*margins, mode=mode)[0] if len(margins) > 1 else -logsigmoid(margins[0]).sum()
+    (loss / len(margins[0])).backward()
+    return torch.cat(rewards_BP2).flatten().detach()

@@ -11,11 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks import bench_ops, bench_score, bench_train_step, report
+from benchmarks import bench_flops, bench_ops, bench_score, bench_train_step, report
 from benchmarks.bench_loader import digest
-from benchmarks.flops import Sizes, batch_work
+from benchmarks.flops import counted
 from benchmarks.harness import Baseline, Check, Comparison, Options, Row, compare, peak_bytes, relative_error
 from benchmarks.models import Geometry, make_model, make_records
 from benchmarks.report import ResultFile, read_rows, regressions
@@ -25,17 +25,29 @@ TINY = Geometry(56, 32, 10, 0.1, vision_layers=1, text_layers=2, vocab_size=64)
 ROW = Row("score", "score 1x1", "cpu", "float32", 1.0, "padded", 5.0, 5.0, spread=0.05, verified=True)
 
 
-@pytest.mark.parametrize("trained", [False, True])
-def test_products_are_counted_as_torch_counts_them(trained):
-    """Attention is an op of its own, of which torch's counter knows nothing."""
+def test_a_step_computes_every_shared_token_once_and_no_product_more(monkeypatch):
+    """The formulas of the computed suite, for one image of 3 tiles, a prompt and two responses."""
+    monkeypatch.setattr(bench_flops, "PATCHES", 16)
+    monkeypatch.setattr(bench_flops, "TOKENS_PER_TILE", TINY.tokens_per_tile)
+    sizes = bench_flops.Sizes(256, 1, 1024, 512, 2, 8, 2, 1792, vocab=64, head_size=64)
+    start, first, second = 32 + 3 * TINY.tokens_per_tile + 10, 12, 10
+    whole = [bench_flops.triangle(start + response) for response in (first, second)]
+    text = bench_flops.decoder_flops(
+        sizes, start + first + second, sum(whole) - bench_flops.triangle(start), read=2,
+        read_pairs=2 * start + first + second, forwards=1,
+    )  # fmt: skip
     model = make_model(TINY)
-    batch = make_records(TINY, [(3, (120, 100)), (1, (200, 80))]).pack()
-    with FlopCounterMode(display=False) as counter:
-        rewards = model(batch.main, batch.tiles)
-        if trained:
-            rewards.sum().backward()
-    counted = batch_work(Sizes.of(model.model.config), batch, trained=trained).linear_flops
-    assert counted == counter.get_total_flops()
+    batch = make_records(TINY, [(3, (120, 100))]).pack()
+    _, work = counted(lambda: model(batch.main, batch.tiles).sum().backward())
+    assert work.flops == pytest.approx(text + bench_flops.vision_flops(sizes, 3), rel=1e-6)
+
+
+def test_a_padded_step_counts_what_its_causal_mask_leaves():
+    query, key = (torch.randn(1, 2, length, 8) for length in (6, 6))
+    flops = [
+        counted(partial(scaled_dot_product_attention, query, key, key, is_causal=c))[1].flops for c in (True, False)
+    ]
+    assert flops == [4 * 2 * 8 * 21, 4 * 2 * 8 * 36]
 
 
 def test_an_interrupted_run_continues_where_its_environment_is_the_same(tmp_path):
