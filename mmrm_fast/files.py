@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 UNFINISHED, REMOVED = ".unfinished", ".removed"
 
@@ -90,6 +90,36 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises `ValueError` naming the file where it is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+
+
+def json_lines(path: Path, *, skip_broken: bool = False) -> Iterator[tuple[str, dict]]:
+    """The objects of a JSON lines file of our own, with where they stand, "file:12"; blank lines are none.
+
+    Args:
+        skip_broken: leave out lines that are not JSON, such as one that a killed process has not finished.
+
+    Raises:
+        ValueError: a line that is not JSON, or no object.
+    """
+    with open(path, encoding="utf-8") as file:
+        for source, line in ((f"{path}:{number}", line) for number, line in enumerate(file, 1) if line.strip()):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                if skip_broken:
+                    continue
+                raise ValueError(f"{source}: not valid JSON ({error})") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{source}: a row is a JSON object")
+            yield source, row
 
 
 def write_json(path: Path, value: object) -> None:

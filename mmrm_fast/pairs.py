@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from mmrm_fast.data.types import Group
+from mmrm_fast.files import json_lines
 
 FIGURES = ("accuracy", "truth_accuracy", "proxy_accuracy", "proxy_truth_accuracy", "sfd")
 
@@ -125,8 +126,7 @@ def write_rows(path: Path, rows: list[PairRow]) -> None:
 
 def read_rows(path: Path) -> list[PairRow]:
     """Read what `write_rows` wrote."""
-    with open(path) as file:
-        return [PairRow(**json.loads(line)) for line in file]
+    return [PairRow(**row) for _, row in json_lines(path)]
 
 
 def judged_accuracy(figures: dict) -> float:

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from mmrm_fast.files import remove_unfinished, whole_file, whole_folder, write_json
+from mmrm_fast.files import json_lines, read_json, remove_unfinished, whole_file, whole_folder, write_json
 
 
 def test_a_file_takes_the_place_of_the_one_before_only_when_it_is_whole(tmp_path):
@@ -73,3 +73,29 @@ def test_json_has_no_number_that_json_does_not_have(tmp_path):
     write_json(tmp_path / "a.json", {"a": [float("nan"), 1.5], "b": (float("-inf"),)})
     written = json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail)
     assert written == {"a": [None, 1.5], "b": [None]}
+
+
+def test_json_lines_are_objects_with_where_they_stand(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n\n{"a": 2}\n')
+    assert list(json_lines(path)) == [(f"{path}:1", {"a": 1}), (f"{path}:3", {"a": 2})]
+
+
+@pytest.mark.parametrize(("line", "reason"), [('{"a": ', "not valid JSON"), ("[1]", "a row is a JSON object")])
+def test_a_line_that_is_no_object_is_named(tmp_path, line, reason):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n' + line)
+    with pytest.raises(ValueError, match=rf"rows\.jsonl:2: {reason}"):
+        list(json_lines(path))
+
+
+def test_a_line_that_a_killed_process_has_not_finished_can_be_left_out(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n{"a": ')
+    assert [row for _, row in json_lines(path, skip_broken=True)] == [{"a": 1}]
+
+
+def test_a_file_that_is_not_json_is_named(tmp_path):
+    (tmp_path / "a.json").write_text("{")
+    with pytest.raises(ValueError, match=r"a\.json: not valid JSON"):
+        read_json(tmp_path / "a.json")

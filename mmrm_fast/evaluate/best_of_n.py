@@ -6,10 +6,9 @@ scores share their mean quality, since any of them may be selected. The distance
 responses is KL = log N - (N - 1) / N (Stiennon et al., arXiv 2009.01325; Gao et al., arXiv 2210.10760).
 """
 
-import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from scipy.special import gammaln
 
 from mmrm_fast.config import BestOfNConfig
 from mmrm_fast.evaluate.reliability import mean_interval
-from mmrm_fast.files import write_json
+from mmrm_fast.files import json_lines, write_json
 from mmrm_fast.tables import print_table
 
 ORACLE = "the truth itself"
@@ -140,7 +139,7 @@ def named_files(specs: Sequence[str]) -> dict[str, Path]:
 def read_values(path: Path, field: str) -> dict[int, np.ndarray]:
     """The `field` of every response by record, from rows of `mmrm-fast score` or from records with a list of it."""
     values: dict[int, dict[int, float]] = defaultdict(dict)
-    for position, (source, row) in enumerate(json_rows(path)):
+    for position, (source, row) in enumerate(json_lines(path)):
         if isinstance(row.get(field), list):
             record, numbers = position, list(enumerate(row[field]))
         else:
@@ -160,21 +159,6 @@ def in_place(numbers: dict[int, float], path: Path, record: int) -> np.ndarray:
     if sorted(numbers) != list(range(len(numbers))):
         raise ValueError(f"{path}: record {record} lacks some of its responses, it has {len(numbers)}")
     return np.array([numbers[index] for index in range(len(numbers))], float)
-
-
-def json_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    """Lines of a JSONL file and where they stand."""
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: not valid JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}:{number}: a row is a JSON object")
-            yield f"{path}:{number}", row
 
 
 def check(truth: Mapping, source: Path, models: Mapping[str, Mapping], largest: int) -> None:

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from mmrm_fast.data.records import Group, Records, prompt_json
 from mmrm_fast.data.samples import only_paired
 from mmrm_fast.evaluate import plots
 from mmrm_fast.evaluate.reliability import calibration
+from mmrm_fast.files import json_lines, read_json
 from mmrm_fast.pairs import judged_accuracy
 from mmrm_fast.tables import percent
 
@@ -82,22 +82,13 @@ def read_run(folder: Path) -> Run:
 
 def read_object(path: Path) -> dict:
     """A JSON object, empty where there is no file."""
-    try:
-        value = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    value = read_json(path) if path.is_file() else {}
     return value if isinstance(value, dict) else {}
 
 
 def read_rows(path: Path) -> list[dict]:
     """JSON lines, without those that a running or killed process has left unfinished; empty where there is no file."""
-    rows = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return [row for row in rows if isinstance(row, dict)]
+    return [row for _, row in json_lines(path, skip_broken=True)] if path.is_file() else []
 
 
 def page(runs: Sequence[Run]) -> str:

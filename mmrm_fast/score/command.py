@@ -21,7 +21,7 @@ from mmrm_fast.config import ScoreConfig
 from mmrm_fast.config_file import options
 from mmrm_fast.data.lines import FAILURES
 from mmrm_fast.data.records import Group, RecordError, Records, iter_groups, prompt_json
-from mmrm_fast.files import write_text
+from mmrm_fast.files import read_json, write_text
 from mmrm_fast.score.cluster import gpus_each, ray_cluster
 from mmrm_fast.score.scorer import Scored, Scorer
 from mmrm_fast.score.shards import PAIR_COLUMNS, SCORE_COLUMNS, Shards, fingerprint
@@ -121,7 +121,7 @@ def reward_scale(config: ScoreConfig) -> tuple[float, float]:
     path = config.model / "reward_stats.json"
     if not path.is_file():
         raise ValueError(f"{path}: no such file; training writes it, with test sets, for --normalize")
-    stats = json.loads(path.read_text())
+    stats = read_json(path)
     if not stats.get("std"):
         raise ValueError(f"{path}: needs a `mean` and a positive `std`")
     return stats["mean"], stats["std"]

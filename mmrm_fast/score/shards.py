@@ -17,7 +17,7 @@ from pathlib import Path
 import pyarrow
 from pyarrow import parquet
 
-from mmrm_fast.files import remove_unfinished, whole_file, write_json, write_text
+from mmrm_fast.files import read_json, remove_unfinished, whole_file, write_json, write_text
 
 RECORDS_PER_CHUNK = 64
 SAMPLED_BYTES = 1 << 20
@@ -57,7 +57,7 @@ class Shards:
         """Begin the run, or go on with it. Raises `ValueError` where the folder holds a run of something else."""
         description = self.folder / ".done" / "run.json"
         if description.is_file():
-            before = json.loads(description.read_text())
+            before = read_json(description)
             changed = [name for name in identity if before.get(name) != identity[name]]
             if changed:
                 raise ValueError(
@@ -89,7 +89,7 @@ class Shards:
         """The notes of the chunks that are done, in order."""
         for chunk in range(self.num_chunks):
             if self.note(chunk).is_file():
-                yield json.loads(self.note(chunk).read_bytes())
+                yield read_json(self.note(chunk))
 
     def join(self, path: Path) -> None:
         """Put JSONL shards together in one file and remove the folder, all of it at once."""

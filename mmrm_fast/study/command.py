@@ -5,7 +5,6 @@ own; a cell whose results exist is not trained again.
 """
 
 import csv
-import json
 import os
 import shlex
 import subprocess
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from mmrm_fast.config import StudyConfig
 from mmrm_fast.data.shapes import cached_environments
-from mmrm_fast.files import write_json
+from mmrm_fast.files import read_json, write_json
 from mmrm_fast.study.figures import FIGURES, SFD, Cell, Environment, Runs, mean_and_spread, means, study_figures
 from mmrm_fast.study.page import KINDS, LABELS, write_page
 from mmrm_fast.tables import percent, print_table
@@ -111,7 +110,7 @@ def is_trained(cell: Cell, environments: Mapping[str, Environment], config: Stud
     """Whether the cell's results are there. Raises `ValueError` where it was trained with other options."""
     folder = cell.folder(config.output_dir)
     before, now = folder / OPTIONS, options(cell, environments, config)
-    if before.exists() and (other := json.loads(before.read_text())) != now:
+    if before.exists() and (other := read_json(before)) != now:
         raise ValueError(
             f"{folder}: was trained with {shlex.join(other)}, not {shlex.join(now)}: choose another --output-dir, or"
             " delete the folder"

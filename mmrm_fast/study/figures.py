@@ -5,7 +5,6 @@ the labels. SFD is judged by the text-only proxy of the first method that has on
 methods without a proxy have it too.
 """
 
-import json
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +16,7 @@ from scipy.stats import permutation_test
 from mmrm_fast.data.records import Group, Records, iter_groups
 from mmrm_fast.data.samples import only_paired
 from mmrm_fast.evaluate.reliability import credit, mean_interval, text_controls
+from mmrm_fast.files import json_lines
 from mmrm_fast.pairs import PairRow, accuracy, read_rows, shortcut_failure_degradation, truth_sign
 from mmrm_fast.tables import percent
 
@@ -227,8 +227,7 @@ def sfc_over_training(method: str, runs: Runs) -> list[dict[str, float]]:
     """The SFC's mean and 10, 50 and 90 % quantiles of a step, averaged over runs, by share of the training."""
     parts: list[dict[str, list[float]]] = [{} for _ in range(PARTS_OF_TRAINING)]
     for cell in (cell for cell in runs.cells if cell.method == method):
-        with open(cell.folder(runs.root) / "metrics.jsonl") as file:
-            steps = [json.loads(line) for line in file]
+        steps = [row for _, row in json_lines(cell.folder(runs.root) / "metrics.jsonl")]
         for number, step in enumerate(steps):
             part = parts[number * PARTS_OF_TRAINING // len(steps)]
             for name in ("sfc_mean", "sfc_p10", "sfc_p50", "sfc_p90"):

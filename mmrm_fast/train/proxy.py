@@ -1,6 +1,5 @@
 """The two rewards of a training: the model's, and that of the text-only proxy in its several forms."""
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from mmrm_fast.checkpoint.parameters import load_weights
 from mmrm_fast.config import ProxyConfig, TrainConfig, WeightsConfig
 from mmrm_fast.data.packing import TokenPlan, white_tile
 from mmrm_fast.data.samples import Sample
+from mmrm_fast.files import json_lines
 from mmrm_fast.model.lora import MAIN, PROXY, TwoAdapterModel, add_lora, merged
 from mmrm_fast.model.reward_model import RewardModel
 from mmrm_fast.train import sharding
@@ -184,15 +184,11 @@ class ProxyMargins:
     def __init__(self, path: Path):
         self.path = path
         self.margins: dict[tuple[int, int, int], float] = {}
-        with open(path) as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    row = json.loads(line)
-                    self.margins[row["record"], row["chosen"], row["rejected"]] = float(row["proxy_margin"])
-                except (ValueError, KeyError, TypeError) as error:
-                    raise ValueError(
-                        f"{path}:{number}: not a row of record, chosen, rejected, proxy_margin: {error}"
-                    ) from None
+        for source, row in json_lines(path):
+            try:
+                self.margins[row["record"], row["chosen"], row["rejected"]] = float(row["proxy_margin"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{source}: not a row of record, chosen, rejected, proxy_margin: {error}") from None
 
     def of(self, samples: Iterable[Sample]) -> Tensor:
         """The margins [P] of a batch's pairs, float32."""

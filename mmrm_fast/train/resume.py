@@ -16,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
 
-from mmrm_fast.files import aside_of, remove_unfinished, replace_folder, write_text
+from mmrm_fast.files import aside_of, read_json, remove_unfinished, replace_folder, write_text
 from mmrm_fast.train import sharding
 
 SEAL = "checkpoint.json"
@@ -92,7 +92,7 @@ class SealingWriter(FileSystemWriter):
         super().finish(metadata, results)
         path, sums = Path(self.path), {}
         for part in sorted(path.glob("__*_sums.json")):
-            sums.update(json.loads(part.read_text()))
+            sums.update(read_json(part))
             part.unlink()
         sums[".metadata"] = file_sum(path / ".metadata")
         write_text(path / SEAL, json.dumps({"progress": self.progress, "files": sums}))
@@ -142,7 +142,7 @@ def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
 def damage_of(path: Path) -> str | None:
     """What is wrong with a checkpoint, None where all is as it was written. The files are divided over the ranks."""
     try:
-        files = json.loads((path / SEAL).read_text())["files"]
+        files = read_json(path / SEAL)["files"]
         mine = sorted(files)[sharding.rank() :: sharding.num_ranks()]
         problems = [f"{path / name}: damaged" for name in mine if file_sum(path / name) != files[name]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -155,7 +155,7 @@ def read_progress(path: Path) -> dict:
     """What was passed to `Checkpoints.save`. Raises `ValueError` where there is no such checkpoint."""
     if not (path / SEAL).is_file():
         raise ValueError(f"{path}: not a checkpoint: expected a folder such as RUN/checkpoints/step-00000100")
-    return json.loads((path / SEAL).read_text())["progress"]
+    return read_json(path / SEAL)["progress"]
 
 
 def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from mmrm_fast.config import TrainConfig
 from mmrm_fast.config_file import options
 from mmrm_fast.data.records import RecordError
+from mmrm_fast.files import read_json
 from mmrm_fast.train import sharding
 from mmrm_fast.train.resume import damage_of, newest_good, read_progress
 
@@ -126,7 +127,7 @@ def require_same(config: TrainConfig, checkpoint: Path | None) -> None:
     if checkpoint is not None:
         before = read_progress(checkpoint)["config"]
     elif (folder / CONFIG).exists():
-        before = json.loads((folder / CONFIG).read_text())
+        before = read_json(folder / CONFIG)
     else:
         return
     now = config_json(config)

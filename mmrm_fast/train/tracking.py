@@ -12,7 +12,7 @@ import torch
 
 from mmrm_fast.config import TrainConfig
 from mmrm_fast.config_file import options
-from mmrm_fast.files import finite, write_text
+from mmrm_fast.files import finite, json_lines, write_text
 from mmrm_fast.model.reward_model import RewardModel
 from mmrm_fast.pairs import judged_accuracy
 from mmrm_fast.train.loss import NUM_BINS
@@ -130,16 +130,9 @@ def append_json(path: Path, row: dict) -> None:
 
 def keep_until(path: Path, step: int) -> None:
     """Drop the rows after `step`, and one that was cut short; no row is left of a file for step 0."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        try:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
-        except ValueError:
-            continue
-    write_text(path, "".join(kept))
+    if path.exists():
+        rows = [row for _, row in json_lines(path, skip_broken=True) if row["step"] <= step]
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def peak_memory_bytes(device: torch.device) -> int:
