@@ -108,7 +108,7 @@ def test_every_layout_of_names_that_transformers_wrote_loads(folder, tmp_path, p
     first, llm = prefixes
     save_checkpoint(tmp_path / "native", load_checkpoint(folder))
     path = tmp_path / "native" / "model.safetensors"
-    state = load_file(path)
+    state = {name: value.clone() for name, value in load_file(path).items()}  # the file is written over
     renamed = {first + name: value for name, value in state.items() if name != "score.weight"}
     if llm == "language_model.model.":
         renamed = {name.replace("language_model.", llm): value for name, value in renamed.items()}
