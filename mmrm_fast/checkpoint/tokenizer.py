@@ -254,6 +254,16 @@ def named_template(name: str) -> str:
 
 
 def read_template(folder: Path, settings: dict) -> str | None:
-    """The folder's own chat template."""
-    path = folder / "chat_template.jinja"
-    return path.read_text(encoding="utf-8") if path.is_file() else settings.get("chat_template")
+    """The folder's own chat template: a file of it, or a setting, of several the one called default."""
+    for name in ("chat_template.jinja", "chat_template.json"):
+        path = folder / name
+        if path.is_file():
+            text = path.read_text(encoding="utf-8")
+            return json.loads(text)["chat_template"] if path.suffix == ".json" else text
+    template = settings.get("chat_template")
+    if not isinstance(template, list):
+        return template
+    named = {entry["name"]: entry["template"] for entry in template}
+    if "default" not in named:
+        raise ValueError(f"{folder}: the chat templates {', '.join(named)}, none of them 'default'")
+    return named["default"]

@@ -20,30 +20,20 @@ White space around a text stays, unless the chat template trims it (as `internlm
 """
 
 import json
-import re
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 
 import numpy as np
-from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from mmrm_fast.data.chat import ChatTemplate, Item, PromptError, Rendered, Turns
 from mmrm_fast.data.images import Compat
 from mmrm_fast.data.records import Message, Prompt
 
 IMAGE = "<image>"
 SPACE = "\u2581"  # what sentencepiece writes for a space
-SLOT, MARGIN = "MMRM{}SLOT", " "
-
-
-class PromptError(ValueError):
-    """A record whose text cannot be encoded; `field` is the record's field at fault."""
-
-    def __init__(self, field: str, reason: str):
-        super().__init__(reason)
-        self.field = field
 
 
 @dataclass(frozen=True)
@@ -53,9 +43,6 @@ class Encoded:
     sequences: tuple[np.ndarray, ...]  # int64, prefix and one response each
     prefix_length: int  # tokens before the responses
     truncated: tuple[bool, ...]  # responses cut to `max_length`
-
-
-Turns = list[tuple[str, list[str]]]  # (role, the text around its image slots) of each message
 
 
 def split_images(prompt: Prompt, num_images: int, compat: Compat = None) -> Turns:
@@ -85,23 +72,6 @@ def split_images(prompt: Prompt, num_images: int, compat: Compat = None) -> Turn
 def without_images(turns: Turns) -> Turns:
     """What the text-only proxy sees: no placeholder, and no newline after it."""
     return [(role, [first + "".join(piece.removeprefix("\n") for piece in rest)]) for role, (first, *rest) in turns]
-
-
-def strip_ends(pieces: list[str]) -> list[str]:
-    """The text around image slots, stripped where there is no slot beside the white space."""
-    if len(pieces) == 1:
-        return [pieces[0].strip()]
-    return [pieces[0].lstrip(), *pieces[1:-1], pieces[-1].rstrip()]
-
-
-@dataclass(frozen=True)
-class Template:
-    """A conversation rendered around its messages' contents, as text (str) and special token ids (int)."""
-
-    before: tuple[list[str | int], ...]  # before each message of the prompt
-    middle: list[str | int]  # between prompt and response
-    tail: list[str | int]  # what ends the response
-    trims: tuple[bool, ...]  # whether the white space around each message, and around the response, is dropped
 
 
 class PromptEncoder:
@@ -141,8 +111,8 @@ class PromptEncoder:
         added = tokenizer.added_tokens_decoder
         self.swallows_right = {id for id, token in added.items() if token.special and token.rstrip}
         self.swallows_left = {id for id, token in added.items() if token.special and token.lstrip}
-        self.specials = {token.content: id for id, token in added.items() if token.special}
-        self.single_turn = self.template(("user",))
+        hidden = {*image_tokens, *(token.content for token in added.values() if token.special)}
+        self.chat = ChatTemplate(tokenizer, hidden, (start, end))
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__ |= state
@@ -164,90 +134,57 @@ class PromptEncoder:
 
     def encode_turns(self, turns: Turns, responses: tuple[str, ...], tiles_per_image: tuple[int, ...]) -> Encoded:
         """Encode a prompt given as turns."""
-        roles = tuple(role for role, _ in turns)
         if self.writes_spaces:
             turns = [(role, [piece.replace(SPACE, " ") for piece in pieces]) for role, pieces in turns]
             responses = tuple(response.replace(SPACE, " ") for response in responses)
-        template = self.single_turn if roles == ("user",) else self.template(roles)
-        if template.trims[-1]:
-            responses = tuple(response.strip() for response in responses)
-        *whole, (_, opening) = self.runs(template, turns, tiles_per_image)
-        prefix = self.encode_items(whole)
-        before, after = whole[-1][1] if whole else None, template.tail[-1]
-        opening_length = len(self.ids(self.swallow(opening, before, None)))
-        tail_text, *tail = template.tail if isinstance(template.tail[0], str) else ["", *template.tail]
-        texts = [self.swallow(opening + text + tail_text, before, after) for text in responses]
-        bodies = [body.ids for body in self.backend.encode_batch(texts, add_special_tokens=False)]
+        rendered = self.chat.render(turns, responses, tiles_per_image)
+        prefix = self.encode_items([*rendered.prefix, ("text", "")])
+        before = rendered.prefix[-1][1] if rendered.prefix else None
+        opened = prefix + self.ids(self.swallow(rendered.opening, before, None))
+        sequences, shared = self.sequences(rendered, prefix, opened)
         if self.compat:
-            empty = self.unanswered(roles, turns, tiles_per_image) if "" in responses else []
-            sequences = [prefix + body + tail if text else empty for text, body in zip(responses, bodies, strict=True)]
-            return cut_right(sequences, len(prefix) + opening_length, self.max_length)
-        return self.cut_responses(prefix, bodies, tail, len(prefix) + opening_length)
+            empty = self.encode_items(self.chat.unanswered(turns, tiles_per_image)) if "" in responses else []
+            sequences = [keys if text else empty for text, keys in zip(responses, sequences, strict=True)]
+            return cut_right(sequences, shared, self.max_length)
+        return self.cut_responses(sequences, rendered.end, shared)
 
-    def cut_responses(self, prefix: list[int], bodies: list[list[int]], tail: list[int], prefix_length: int) -> Encoded:
-        """Sequences of at most `max_length`, each with its end token."""
-        if prefix_length + len(tail) >= self.max_length:
-            raise PromptError("prompt", f"is {prefix_length} tokens with its images; --max-length is {self.max_length}")
-        room = self.max_length - len(prefix) - len(tail)
-        sequences = [np.array(prefix + body[:room] + tail, np.int64) for body in bodies]
-        return Encoded(tuple(sequences), prefix_length, tuple(len(body) > room for body in bodies))
+    def sequences(self, rendered: Rendered, prefix: list[int], opened: list[int]) -> tuple[list[list[int]], int]:
+        """Token keys of every response behind the prompt, and how many of them come before all responses.
 
-    def unanswered(self, roles: tuple[str, ...], turns: Turns, tiles_per_image: tuple[int, ...]) -> list[int]:
-        """The sequence of an empty response in the reference: the prompt up to where generation would begin."""
-        template = self.template(roles, answered=False)
-        return self.encode_items(self.runs(template, turns, tiles_per_image))
-
-    def template(self, roles: tuple[str, ...], *, answered: bool = True) -> Template:
-        """The chat template around a prompt of these turns. Raises `PromptError` where it does not take them."""
-        slots = [SLOT.format(index) for index in range(len(roles) + answered)]
-        names = (*roles, "assistant") if answered else roles
-        messages = [{"role": role, "content": MARGIN + slot + MARGIN} for role, slot in zip(names, slots, strict=True)]
-        try:
-            rest = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=not answered)
-        except TemplateError as error:
-            turns = ", ".join(roles)
-            raise PromptError("prompt", f"the chat template does not take the turns {turns}: {error}") from None
-        parts, trims = [], []
-        for slot in slots:
-            trims.append(MARGIN + slot + MARGIN not in rest)
-            part, found, rest = rest.partition(slot if trims[-1] else MARGIN + slot + MARGIN)
-            if not found:
-                raise ValueError(f"the chat template does not render the text of {', '.join(names)} as given")
-            parts.append(split_specials(part, self.specials))
-        rest = split_specials(rest, self.specials)
-        if not answered:
-            return Template(tuple(parts), rest, [], tuple(trims))
-        *before, middle = parts
-        return Template(tuple(before), middle, up_to_end_token(rest), tuple(trims))
-
-    def runs(self, template: Template, turns: Turns, tiles_per_image: tuple[int, ...]) -> list[tuple[str, object]]:
-        """Everything before the response as ("text", run), ("id", token) and ("image", tiles) items.
-
-        Text that meets no special token is one run, so that it is tokenised as in the rendered template; the last
-        item is the run that the response continues.
+        The prompt's own are computed once for all responses behind which the template leaves it as it is.
         """
-        items: list[tuple[str, object]] = [("text", "")]
-        tiles = iter(tiles_per_image)
-
-        def add(part: str | int) -> None:
-            if isinstance(part, int):
-                items.extend([("id", part), ("text", "")])
+        place = len(rendered.prefix)
+        same = [items for items in rendered.responses if items[:place] == rendered.prefix]
+        backend = self.backend if place else self.first
+        bodies = iter(backend.encode_batch([self.run(items, place) for items in same], add_special_tokens=False))
+        sequences, shared = [], len(opened)
+        for items in rendered.responses:
+            if items[:place] == rendered.prefix:
+                sequences.append(prefix + next(bodies).ids + self.encode_items(items[place + 1 :]))
             else:
-                items[-1] = ("text", items[-1][1] + part)
+                sequences.append(self.encode_items(items))
+            if not (place < len(items) and items[place][1].startswith(rendered.opening)):
+                shared = min(shared, common_length(opened, sequences[-1]))
+        return sequences, shared
 
-        for before, trims, (_, pieces) in zip(template.before, template.trims, turns, strict=False):
-            first, *rest = strip_ends(pieces) if trims else pieces
-            for part in (*before, first):
-                add(part)
-            for piece in rest:
-                image = ("image", next(tiles))
-                items.extend([("id", self.image_start), image, ("id", self.image_end), ("text", piece)])
-        for part in template.middle:
-            add(part)
-        return items
+    def run(self, items: list[Item], place: int) -> str:
+        """The run of text at a place, without the white space that its neighbours swallow."""
+        before = items[place - 1][1] if place else None
+        return self.swallow(items[place][1], before, items[place + 1][1])
 
-    def encode_items(self, items: list[tuple[str, object]]) -> list[int]:
-        """Token keys of `runs`' items."""
+    def cut_responses(self, sequences: list[list[int]], end: int, prefix_length: int) -> Encoded:
+        """Sequences of at most `max_length`, each with its end token."""
+        if prefix_length + 1 >= self.max_length:
+            raise PromptError("prompt", f"is {prefix_length} tokens with its images; --max-length is {self.max_length}")
+        cut = [len(keys) > self.max_length for keys in sequences]
+        kept = [
+            np.array([*keys[: self.max_length - 1], end] if is_cut else keys, np.int64)
+            for keys, is_cut in zip(sequences, cut, strict=True)
+        ]
+        return Encoded(tuple(kept), prefix_length, tuple(cut))
+
+    def encode_items(self, items: list[Item]) -> list[int]:
+        """Token keys of items."""
         keys: list[int] = []
         row, backend = 0, self.first
         neighbours = [None, *(value if kind == "id" else None for kind, value in items), None]
@@ -311,18 +248,7 @@ def text_backend(fields: dict, *, literal: bool) -> Tokenizer:
     return backend
 
 
-def split_specials(text: str, specials: dict[str, int]) -> list[str | int]:
-    """Template text as ordinary text (str) and special token ids (int), in order, without empty text."""
-    if not specials:
-        return [text] if text else []
-    longest_first = sorted(specials, key=len, reverse=True)
-    parts = re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text)
-    return [specials.get(part, part) for part in parts if part]
-
-
-def up_to_end_token(tail: list[str | int]) -> list[str | int]:
-    """What ends a response: the template's tail up to its first special token."""
-    for index, part in enumerate(tail):
-        if isinstance(part, int):
-            return tail[: index + 1]
-    raise ValueError("the chat template puts no special token after the response; a reward needs an end token")
+def common_length(keys: list[int], others: list[int]) -> int:
+    """How many keys two sequences begin with alike."""
+    shorter = min(len(keys), len(others))
+    return next((place for place in range(shorter) if keys[place] != others[place]), shorter)

@@ -230,3 +230,25 @@ def test_what_is_wrong_with_a_folder_is_said(phi3, break_it, message):
 def test_an_unknown_template_is_named_with_those_there_are(phi3):
     with pytest.raises(ValueError, match="'vicuna' is not one of Hermes-2, internlm2-chat"):
         load_tokenizer(phi3, template="vicuna", original=True)
+
+
+@pytest.mark.parametrize("place", ["chat_template.jinja", "chat_template.json", "one setting", "several settings"])
+def test_the_folder_s_chat_template_is_found_wherever_it_stands(phi3, place):
+    settings, template = json.loads((phi3 / "tokenizer_config.json").read_text()), "{{ messages[0]['content'] }}<|end|>"
+    several = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": template}]
+    if place == "chat_template.jinja":
+        (phi3 / place).write_text(template)
+    elif place == "chat_template.json":
+        (phi3 / place).write_text(json.dumps({"chat_template": template}))
+    else:
+        settings["chat_template"] = template if place == "one setting" else several
+    (phi3 / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert load_tokenizer(phi3).chat_template.endswith(template)
+
+
+def test_several_chat_templates_without_a_default_are_refused(phi3):
+    settings = json.loads((phi3 / "tokenizer_config.json").read_text())
+    settings["chat_template"] = [{"name": "rag", "template": "x"}]
+    (phi3 / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="the chat templates rag, none of them 'default'"):
+        load_tokenizer(phi3)

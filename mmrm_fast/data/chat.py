@@ -1,0 +1,161 @@
+"""Conversations rendered by a checkpoint's own chat template, as items: runs of text, special tokens, images.
+
+The template sees every text as it is, since templates of reasoning models look at what they render. Only what would be
+taken for the template's own is hidden from it: special tokens typed in a text, and the places of the images, each one
+character of a private plane while it renders.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+IMAGE, SLOT = "\U000f0000", "\U000f0001"  # where an image stands, and what stands for a response
+PRIVATE, FIRST_HIDDEN, MAX_HIDDEN = "[\U000f0000-\U000ffffd]", 0xF0002, 0xFFF0
+
+Turns = list[tuple[str, list[str]]]  # (role, the text around its image slots) of each message
+Item = tuple[str, str | int]  # ("text", run), ("id", token) or ("image", tiles)
+
+
+class PromptError(ValueError):
+    """A record whose text cannot be encoded; `field` is the record's field at fault."""
+
+    def __init__(self, field: str, reason: str):
+        super().__init__(reason)
+        self.field = field
+
+
+@dataclass
+class Hidden:
+    """Texts hidden behind private characters while a template renders them."""
+
+    pattern: re.Pattern
+    texts: list[str] = field(default_factory=list)
+
+    def hide(self, text: str) -> str:
+        """The text with each special token, and each private character of its own, behind one character."""
+        return self.pattern.sub(self.stand_in, text)
+
+    def stand_in(self, match: re.Match) -> str:
+        """The character that stands for what was matched."""
+        if match[0] not in self.texts:
+            self.texts.append(match[0])
+        index = self.texts.index(match[0])
+        if index >= MAX_HIDDEN:
+            raise PromptError("prompt", f"has more than {MAX_HIDDEN} different characters of a private plane")
+        return chr(FIRST_HIDDEN + index)
+
+    def show(self, text: str) -> str:
+        """The text as it was."""
+        return re.sub(PRIVATE, lambda match: self.texts[ord(match[0]) - FIRST_HIDDEN], text)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One prompt rendered with its responses; items up to and including the token that ends a response."""
+
+    prefix: list[Item]  # what stands before the response's run
+    opening: str  # that run's text before the response
+    end: int  # the token that ends the response
+    responses: tuple[list[Item], ...]  # the whole of each
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer.
+
+    Args:
+        tokenizer: with a chat template.
+        hidden: tokens that are ordinary text where a text has them: all special ones and those of images.
+        marks: the tokens that open and close an image.
+
+    Raises:
+        ValueError: the template drops a text, or puts no special token after a response.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, hidden: Sequence[str], marks: tuple[int, int]):
+        self.tokenizer, self.marks = tokenizer, marks
+        added = tokenizer.added_tokens_decoder
+        self.specials = {token.content: id for id, token in added.items() if token.special}
+        self.pattern = re.compile("|".join([*escaped(hidden), PRIVATE]))
+        self.splitter = re.compile("(" + "|".join([*escaped(self.specials), IMAGE]) + ")")
+        probe = self.texts([[("user", ["?" + IMAGE]), ("assistant", [SLOT])]])[0]
+        if IMAGE not in probe or SLOT not in probe:
+            raise ValueError("the chat template does not render the text of user, assistant as given")
+        self.end_of(self.items(probe.partition(SLOT)[2], Hidden(self.pattern), iter((0,))))
+
+    def render(self, turns: Turns, responses: Sequence[str], tiles_per_image: tuple[int, ...]) -> Rendered:
+        """A prompt with each of its responses. Raises `PromptError` where the template does not take them."""
+        hidden = Hidden(self.pattern)
+        turns = [(role, [hidden.hide(piece) for piece in pieces]) for role, pieces in turns]
+        answers = [SLOT, *map(hidden.hide, responses)]
+        slot, *texts = self.texts([[*turns, ("assistant", [answer])] for answer in answers])
+        before, found, after = slot.rpartition(SLOT)
+        if not found:
+            raise PromptError("prompt", "the chat template drops the response of such a conversation")
+        self.check_images(slot, tiles_per_image)
+        *prefix, (_, opening) = self.items(before, hidden, iter(tiles_per_image))
+        tail = self.items(after, hidden, iter(()))
+        end = self.end_of(tail)
+        whole = [self.answered(text, hidden, prefix, tail, tiles_per_image) for text in texts]
+        return Rendered(prefix, opening, end, tuple(whole))
+
+    def answered(self, text: str, hidden: Hidden, prefix, tail, tiles_per_image: tuple[int, ...]) -> list[Item]:
+        """The items of a rendered prompt and response up to its end token, what is behind it being `tail`."""
+        self.check_images(text, tiles_per_image)
+        items = self.items(text, hidden, iter(tiles_per_image))
+        end = len(items) - len(tail) + 1
+        if items[end:] != tail[1:]:
+            raise PromptError("response", "the chat template ends it otherwise than other responses")
+        if end <= len(prefix):
+            raise PromptError("response", "the chat template drops it")
+        return items[: end + 1]
+
+    def unanswered(self, turns: Turns, tiles_per_image: tuple[int, ...]) -> list[Item]:
+        """A prompt up to where generation would begin."""
+        hidden = Hidden(self.pattern)
+        turns = [(role, [hidden.hide(piece) for piece in pieces]) for role, pieces in turns]
+        (text,) = self.texts([turns], add_generation_prompt=True)
+        return self.items(text, hidden, iter(tiles_per_image))
+
+    def texts(self, conversations: Sequence[Turns], **options) -> list[str]:
+        """Each conversation as the template renders it, image slots as `IMAGE`."""
+        messages = [
+            [{"role": role, "content": IMAGE.join(pieces)} for role, pieces in turns] for turns in conversations
+        ]
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        except TemplateError as error:
+            roles = ", ".join(role for role, _ in conversations[0][:-1])
+            raise PromptError("prompt", f"the chat template does not take the turns {roles}: {error}") from None
+
+    def check_images(self, text: str, tiles_per_image: tuple[int, ...]) -> None:
+        """Raise `PromptError` unless the template renders every image once."""
+        if text.count(IMAGE) != len(tiles_per_image):
+            found = text.count(IMAGE)
+            raise PromptError("prompt", f"the chat template renders {found} of its {len(tiles_per_image)} images")
+
+    def items(self, text: str, hidden: Hidden, tiles) -> list[Item]:
+        """Rendered text as items, a run of text (it may be empty) before, between and after all others."""
+        items: list[Item] = []
+        for place, part in enumerate(self.splitter.split(text)):
+            if place % 2 == 0:
+                items.append(("text", hidden.show(part)))
+            elif part == IMAGE:
+                start, end = self.marks
+                items += [("id", start), ("image", next(tiles)), ("id", end)]
+            else:
+                items.append(("id", self.specials[part]))
+        return items
+
+    def end_of(self, tail: list[Item]) -> int:
+        """The special token that ends a response, of the items behind it. Raises `ValueError` where there is none."""
+        if len(tail) < 2:
+            raise ValueError("the chat template puts no special token after the response; a reward needs an end token")
+        return tail[1][1]
+
+
+def escaped(tokens: Sequence[str]) -> list[str]:
+    """Tokens as regular expressions, the longest first."""
+    return [re.escape(token) for token in sorted(tokens, key=len, reverse=True)]
