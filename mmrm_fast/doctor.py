@@ -101,7 +101,8 @@ def remedies(machine: Built) -> Iterator[str]:
     if not machine.packages["triton"]:
         yield "Triton: pip install 'triton>=3.5'; without it ops run their references on the GPU"
     if not machine.packages["flash-attn"]:
-        yield "flash-attn: pip install 'mmrm_fast[cuda]'; without it attention on the GPU takes the slow path"
+        install = "pip install 'flash-attn>=2.8' --no-build-isolation"
+        yield f"flash-attn: {install}; without it attention on the GPU takes the slow path"
 
 
 def cuda(version: int) -> str:

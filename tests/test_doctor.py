@@ -111,7 +111,7 @@ def test_every_op_is_reported():
         (replace(SERVER, devices=(("B300", 10, 3), ("GTX", 6, 1))), "a CUDA toolkit that knows this GPU"),
         (replace(SERVER, devices=(), torch_cuda=None), "the driver takes CUDA 13.0: install a torch for it"),
         (without(SERVER, "triton"), "pip install 'triton>=3.5'"),
-        (without(SERVER, "flash-attn"), r"pip install 'mmrm_fast[cuda]'"),
+        (without(SERVER, "flash-attn"), "pip install 'flash-attn>=2.8' --no-build-isolation"),
     ],
 )
 def test_remedies(machine, remedy):

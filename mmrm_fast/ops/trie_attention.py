@@ -225,7 +225,8 @@ def flash_attn(dtype: torch.dtype, head_size: int) -> ModuleType | None:
     if dtype not in FLASH_DTYPES or head_size > MAX_HEAD_SIZE or head_size % 8:
         return None
     if find_spec("flash_attn") is None:
-        warnings.warn("attention on CUDA is slow without flash-attn: pip install 'mmrm_fast[cuda]'", stacklevel=2)
+        install = "pip install 'flash-attn>=2.8' --no-build-isolation"  # its build needs torch
+        warnings.warn(f"attention on CUDA is slow without flash-attn: {install}", stacklevel=2)
         return None
     from flash_attn import flash_attn_interface
 

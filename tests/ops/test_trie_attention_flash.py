@@ -105,7 +105,7 @@ def test_both_paths_keep_the_same_log_sum_exp(forest, monkeypatch):
 @pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash-attn is installed")
 def test_without_flash_attn_cuda_goes_on_and_says_once_what_to_install():
     op.flash_attn.cache_clear()
-    with pytest.warns(UserWarning, match=r"slow without flash-attn: pip install 'mmrm_fast\[cuda\]'"):
+    with pytest.warns(UserWarning, match="slow without flash-attn: pip install 'flash-attn>=2.8' --no-build-isolation"):
         assert op.flash_attn(torch.bfloat16, 64) is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
