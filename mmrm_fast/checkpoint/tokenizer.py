@@ -5,19 +5,18 @@
 """
 
 import json
-import struct
-from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 
+from google.protobuf.message import DecodeError
 from jinja2 import TemplateError
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mmrm_fast.data.prompt import SPACE
 
 IMAGE_TOKENS = ("<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # types of sentencepiece pieces
 QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -166,19 +165,23 @@ def qwen2_backend(folder: Path, added: dict[int, AddedToken]) -> Tokenizer:
 
 def sentencepiece_backend(path: Path, added: dict[int, AddedToken], *, prefixed: bool) -> Tokenizer:
     """A sentencepiece BPE model as a fast tokenizer; `prefixed` puts a space before every run of text."""
-    pieces, trainer, normalizer = read_sentencepiece(path)
-    # options by field number of sentencepiece's protobuf, with its defaults
-    model_type, byte_fallback = trainer.get(3, 1), trainer.get(35, 0)
-    if model_type != 2 or normalizer.get(2) or normalizer.get(4, 1) or not normalizer.get(5, 1):
+    model = read_sentencepiece(path)
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    plain = not (normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces)
+    if trainer.model_type != trainer.BPE or not plain or not normalizer.escape_whitespaces:
         raise ValueError(f"{path}: only BPE models without text normalisation are supported")
-    fixed = {id: text for id, (text, _, kind) in enumerate(pieces) if kind in (CONTROL, USER_DEFINED)}
+    fixed = {
+        id: piece.piece for id, piece in enumerate(model.pieces) if piece.type in (piece.CONTROL, piece.USER_DEFINED)
+    }
     added = {id: AddedToken(text, normalized=False, special=True) for id, text in fixed.items()} | added
-    vocab = {text: id for id, (text, _, _) in enumerate(pieces) if id not in added}
-    unknown = next(text for text, _, kind in pieces if kind == UNKNOWN)
+    vocab = {piece.piece: id for id, piece in enumerate(model.pieces) if id not in added}
     vocab |= {token.content: id for id, token in added.items()}
-    model = models.BPE(vocab, merges_of(pieces), unk_token=unknown, fuse_unk=True, byte_fallback=bool(byte_fallback))
-    backend = with_added(model, added)
-    prepend = [normalizers.Prepend(SPACE)] if prefixed and normalizer.get(3, 1) else []
+    unknown = next(piece.piece for piece in model.pieces if piece.type == piece.UNKNOWN)
+    backend = with_added(
+        models.BPE(vocab, merges_of(model), unk_token=unknown, fuse_unk=True, byte_fallback=trainer.byte_fallback),
+        added,
+    )
+    prepend = [normalizers.Prepend(SPACE)] if prefixed and normalizer.add_dummy_prefix else []
     backend.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", SPACE)])
     backend.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", len(prepend), 0)]
@@ -186,9 +189,9 @@ def sentencepiece_backend(path: Path, added: dict[int, AddedToken], *, prefixed:
     return backend
 
 
-def merges_of(pieces: list[tuple[str, float, int]]) -> list[tuple[str, str]]:
+def merges_of(model: ModelProto) -> list[tuple[str, str]]:
     """The merges of a sentencepiece BPE model: every split of a piece into two pieces, best score first."""
-    normal = {text: score for text, score, kind in pieces if kind == NORMAL}
+    normal = {piece.piece: piece.score for piece in model.pieces if piece.type == piece.NORMAL}
     merges = []
     for text in sorted(normal, key=normal.get, reverse=True):
         splits = ((text[:cut], text[cut:]) for cut in range(1, len(text)))
@@ -196,49 +199,15 @@ def merges_of(pieces: list[tuple[str, float, int]]) -> list[tuple[str, str]]:
     return merges
 
 
-def read_sentencepiece(path: Path) -> tuple[list[tuple[str, float, int]], dict, dict]:
-    """(text, score, type) of every piece, trainer and normaliser options by field number, of a `tokenizer.model`."""
-    pieces, options = [], {2: {}, 3: {}}
+def read_sentencepiece(path: Path) -> ModelProto:
+    """A `tokenizer.model`."""
     try:
-        for field, value in protobuf_fields(memoryview(path.read_bytes())):
-            if field == 1:
-                piece = {2: 0.0, 3: NORMAL} | dict(protobuf_fields(value))
-                pieces.append((bytes(piece[1]).decode(), piece[2], piece[3]))
-            elif field in options:
-                options[field] = dict(protobuf_fields(value))
-    except (IndexError, KeyError, TypeError, ValueError, struct.error):
+        model = ModelProto.FromString(path.read_bytes())
+    except DecodeError:
         raise ValueError(f"{path}: not a sentencepiece model") from None
-    return pieces, options[2], options[3]
-
-
-def protobuf_fields(data: memoryview) -> Iterator[tuple[int, int | float | memoryview]]:
-    """(field number, value) of a protobuf message: varint, 32-bit float or bytes. Raises on anything else."""
-    place = 0
-
-    def varint() -> int:
-        nonlocal place
-        value = shift = 0
-        while True:
-            byte = data[place]
-            place += 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return value
-
-    while place < len(data):
-        tag = varint()
-        if tag & 7 == 0:
-            value = varint()
-        elif tag & 7 == 2:
-            size = varint()
-            value, place = data[place : place + size], place + size
-        else:
-            value, place = (
-                struct.unpack_from({1: "<d", 5: "<f"}[tag & 7], data, place)[0],
-                place + (4 if tag & 7 == 5 else 8),
-            )
-        yield tag >> 3, value
+    if not any(piece.type == piece.UNKNOWN for piece in model.pieces):
+        raise ValueError(f"{path}: not a sentencepiece model: it has no piece for what is unknown")
+    return model
 
 
 def template_names() -> list[str]:
