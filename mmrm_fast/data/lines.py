@@ -1,16 +1,19 @@
-"""Random access to the decoded records of files: JSONL (plain, gzip, zstd) and Parquet.
+"""Random access to the decoded records of files: JSONL (plain, gzip, zstd), Parquet, CSV, a JSON array.
 
 A JSONL file is indexed by line offset: 16 bytes a line, one pass. A compressed one is first unpacked into an anonymous
 temporary file (it vanishes with the process), so that there is one way to read lines. Parquet is read by row group, one
-kept at a time, only the columns that a record can have. Reading is safe in forked workers.
+kept at a time, only the columns that a record can have. CSV and arrays are held in memory. Reading is safe in forked
+workers.
 """
 
+import csv
 import glob
 import gzip
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import BinaryIO
@@ -22,15 +25,16 @@ from mmrm_fast.data.types import RecordError
 SCAN_BYTES = 1 << 24
 MAX_LINE_BYTES = 1 << 28
 MAX_UNPACKED_BYTES = 1 << 36
+MAX_LIST_BYTES = 1 << 30
+MAX_CELL_CHARS = 1 << 27  # of a CSV file, such as an inline image
 MAX_ROW_GROUP_BYTES = 1 << 30
 WHITE_SPACE = np.frombuffer(b" \t\r\n\v\f", np.uint8)
-PARQUET = ".parquet"
-LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".json", ".json.gz")
-KINDS = (*LINES, PARQUET)
+PARQUET, CSV = ".parquet", ".csv"
+KINDS = (PARQUET, ".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".json", ".json.gz")
 FAILURES = "errors.jsonl"  # beside the shards of a scoring run
 
 
-def open_rows(spec: str | Path, columns: AbstractSet[str]) -> list["LineFile | RowFile"]:
+def open_rows(spec: str | Path, columns: AbstractSet[str]) -> list["Rows"]:
     """The files that `spec` names, in the order of their names.
 
     Args:
@@ -49,22 +53,75 @@ def open_rows(spec: str | Path, columns: AbstractSet[str]) -> list["LineFile | R
         what = "no record files in this folder" if path.is_dir() else "no such file"
         raise ValueError(f"{spec}: {what}; expected {', '.join(KINDS)}, a folder or a glob of them")
     kept: dict = {}
-    return [RowFile(path, columns, kept) if path.name.endswith(PARQUET) else LineFile(path) for path in paths]
+    return [open_file(path, columns, kept) for path in paths]
+
+
+def open_file(path: Path, columns: AbstractSet[str], kept: dict) -> "Rows":
+    """One file, by its suffix and first byte. Raises `ValueError` where it is not what it says it is."""
+    if path.name.endswith(PARQUET):
+        return RowFile(path, columns, kept)
+    if path.suffix == CSV:
+        return ListFile(path, csv_rows(path))
+    file = open_lines(path)
+    if ".json" not in path.suffixes or file.read(SCAN_BYTES).lstrip()[:1] != b"[":
+        return LineFile(path, file)
+    if (size := os.fstat(file.fileno()).st_size) > MAX_LIST_BYTES:
+        raise ValueError(
+            f"{path}: one JSON array of {size} bytes; write a record a line: jq -c '.[]' {path} > records.jsonl"
+        )
+    return ListFile(path, json_rows(path, file))
+
+
+class ListFile:
+    """A CSV file or a JSON array, held in memory."""
+
+    def __init__(self, path: Path, rows: Iterable[tuple[str, object]]):
+        self.path, self.rows = path, list(rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def source(self, row: int) -> str:
+        """Where the record stands: "file.csv:12", or the place in an array, "file.json[11]"."""
+        return self.rows[row][0]
+
+    def fields(self, row: int) -> object:
+        """The decoded row."""
+        return self.rows[row][1]
+
+
+def csv_rows(path: Path) -> Iterator[tuple[str, object]]:
+    """The rows of a CSV file, by the names in its first line."""
+    csv.field_size_limit(MAX_CELL_CHARS)
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        try:
+            for row in reader:
+                yield f"{path}:{reader.line_num}", row
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+def json_rows(path: Path, file: BinaryIO) -> Iterator[tuple[str, object]]:
+    """The items of a JSON array."""
+    file.seek(0)
+    try:
+        rows = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    for number, row in enumerate(rows):
+        yield f"{path}[{number}]", row
 
 
 class LineFile:
     """A JSONL file read by line offset; blank lines are not records."""
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.file = open_lines(path)
-        if ".json" in path.suffixes and self.file.read(SCAN_BYTES).lstrip()[:1] == b"[":
-            raise ValueError(f"{path}: one JSON array; write a record a line: jq -c '.[]' {path} > records.jsonl")
-        self.size = os.fstat(self.file.fileno()).st_size
-        self.offsets, self.line_numbers = scan_lines(self.file)
+    def __init__(self, path: Path, file: BinaryIO):
+        self.path, self.file, self.size = path, file, os.fstat(file.fileno()).st_size
+        self.offsets, self.line_numbers = scan_lines(file)
 
     def __reduce__(self):
-        return LineFile, (self.path,)
+        return open_file, (self.path, set(), {})
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -193,3 +250,6 @@ class RowFile:
             return self.kept[key].slice(row - self.edges[group], 1).to_pylist()[0]
         except (OSError, ValueError, pyarrow.ArrowException) as error:
             raise RecordError(self.source(row), "", f"not a row that can be read ({error})") from None
+
+
+Rows = LineFile | RowFile | ListFile

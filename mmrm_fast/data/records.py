@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from mmrm_fast.data.forms import FORM_FIELDS, PREFERENCE_FIELDS, in_text, parse_form
-from mmrm_fast.data.lines import LineFile, RowFile, open_rows
+from mmrm_fast.data.lines import Rows, open_rows
 from mmrm_fast.data.pictures import IMAGE_FIELDS, image_field, record_images, resolve_image, shown_images
 from mmrm_fast.data.types import Group, Message, Pair, Pairs, Prompt, RecordError, kind_of, number, text
 
@@ -92,7 +92,7 @@ class Records:
     """The records of files, read at random: opening builds an index, `group(i)` parses one record.
 
     Args:
-        specs: each a file (.jsonl, .jsonl.gz, .jsonl.zst, .parquet), every such file of a folder, or a glob.
+        specs: each a file (JSONL, also .gz or .zst, Parquet, CSV, a JSON array), every one of a folder, or a glob.
         image_root: folder that relative image paths start from; default each file's own folder.
         need_pairs: refuse records without preferences (training, evaluation).
 
@@ -124,7 +124,7 @@ class Records:
         file, row = self.place(index)
         return file.source(row)
 
-    def place(self, index: int) -> tuple[LineFile | RowFile, int]:
+    def place(self, index: int) -> tuple[Rows, int]:
         """Record `index` as a file and its row."""
         number = int(np.searchsorted(self.edges, index, side="right")) - 1
         return self.files[number], int(index - self.edges[number])

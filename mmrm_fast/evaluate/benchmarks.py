@@ -10,26 +10,22 @@ Files are Parquet, JSON lines, a JSON list or CSV. An image is a file name under
 first folder of its name), a data URL, bytes, or the `{"bytes", "path"}` object of Parquet files.
 """
 
-import csv
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mmrm_fast.data.lines import open_rows
+from mmrm_fast.data.lines import CSV, KINDS, open_rows
 from mmrm_fast.data.pictures import resolve_image
 from mmrm_fast.data.records import Group, Records, iter_groups, parse_group
 from mmrm_fast.data.types import Pairs, RecordError, kind_of
 
-SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".csv")
 TEST_SPLITS = ("test", "filtered")  # of published splits, the ones that leaderboards report
 IMAGE_FIELDS = ("image", "Image", "image_path", "images", "img_path")
 COLUMNS = {  # of Parquet files; others are not read
     "id", "ID", "query", "response", "human_ranking", "ranking", "query_source", "Text", "Output1", "Output2", "Better",
     "Category", "prompt", "chosen", "rejected", "subset", *IMAGE_FIELDS,
 }  # fmt: skip
-MAX_CELL_CHARS = 1 << 27  # a CSV field, such as an inline image
 
 VL_SOURCES = {  # what a source is called in query_source, image_path or id: the source and its group; first match
     "povid": ("povid", "hallucination"),
@@ -110,11 +106,11 @@ def read_pairs(path: Path, images: Path | None) -> Iterator[Item | Unread]:
 
 def read_layout(layout: Callable[[dict, str], Item], path: Path, images: Path) -> Iterator[Item | Unread]:
     """Items of one file in a benchmark's own layout."""
-    for index, (source, fields) in enumerate(read_rows(path)):
-        identity, group = str(index), "unknown"
+    (file,) = open_rows(path, COLUMNS)
+    for index in range(len(file)):
+        identity, group, source = str(index), "unknown", file.source(index)
         try:
-            if isinstance(fields, RecordError):
-                raise fields
+            fields = file.fields(index)
             if not isinstance(fields, dict):
                 raise RecordError(source, "", f"an item is a JSON object, this is {kind_of(fields)}")
             identity = str(fields.get("id", fields.get("ID", index)))
@@ -226,48 +222,9 @@ def data_files(data: Path) -> list[Path]:
     if not data.is_dir():
         raise ValueError(f"{data}: no such file or folder")
     for folder in (data, data / "data"):
-        for suffix in SUFFIXES:
+        for suffix in (*KINDS, CSV):
             files = sorted(folder.glob("*" + suffix))
             tested = [path for path in files if path.name.startswith(TEST_SPLITS)]
             if files:
                 return tested or files
-    raise ValueError(f"{data}: no {', '.join(SUFFIXES)} file in it or in its folder data/")
-
-
-def read_rows(path: Path) -> Iterator[tuple[str, object]]:
-    """Decoded rows of a file with where they stand; a `RecordError` in the place of one that cannot be decoded."""
-    if path.suffix == ".csv":
-        yield from csv_rows(path)
-    elif path.suffix == ".json" and path.read_text(encoding="utf-8").lstrip().startswith("["):
-        yield from json_list(path)
-    elif path.name.endswith(SUFFIXES):
-        for file in open_rows(path, COLUMNS):
-            for row in range(len(file)):
-                try:
-                    yield file.source(row), file.fields(row)
-                except RecordError as error:
-                    yield error.source, error
-    else:
-        raise ValueError(f"{path}: expected a name that ends in {', '.join(SUFFIXES)}")
-
-
-def json_list(path: Path) -> Iterator[tuple[str, object]]:
-    """The items of a JSON list."""
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    for number, row in enumerate(rows):
-        yield f"{path}[{number}]", row
-
-
-def csv_rows(path: Path) -> Iterator[tuple[str, object]]:
-    """The rows of a CSV file, by the names in its first line."""
-    csv.field_size_limit(MAX_CELL_CHARS)
-    with open(path, encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        try:
-            for row in reader:
-                yield f"{path}:{reader.line_num}", row
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: {error}") from None
+    raise ValueError(f"{data}: no {', '.join((*KINDS, CSV))} file in it or in its folder data/")

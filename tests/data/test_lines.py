@@ -209,16 +209,46 @@ def test_a_folder_and_a_glob_are_their_files_in_order_of_names(tmp_path, write_p
 
 @pytest.mark.parametrize("spec", ["", "*.jsonl"])
 def test_a_folder_or_glob_without_record_files_is_refused(tmp_path, spec):
-    with pytest.raises(ValueError, match=r"expected \.jsonl"):
+    with pytest.raises(ValueError, match=r"expected \.parquet, \.jsonl"):
         Records(tmp_path / spec)
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
-def test_a_json_array_is_refused_with_the_conversion(tmp_path, name):
-    content = json.dumps([{"prompt": "p", "responses": ["a"]}], indent=1).encode()
-    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
-    with pytest.raises(ValueError, match=r"one JSON array; write a record a line: jq -c"):
-        Records(tmp_path / name)
+def test_a_json_array_is_its_items(tmp_path, name):
+    content = json.dumps([{"prompt": p, "responses": ["a"]} for p in "pq"] + [7], indent=1).encode()
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    first, second, wrong = iter_groups(pickle.loads(pickle.dumps(Records(path))))
+    assert [(group.prompt, group.source) for group in (first, second)] == [("p", f"{path}[0]"), ("q", f"{path}[1]")]
+    assert str(wrong) == f"{path}[2]: a record is a JSON object, this is a number"
+
+
+def test_a_large_json_array_is_refused_with_the_conversion(tmp_path, monkeypatch):
+    monkeypatch.setattr(lines, "MAX_LIST_BYTES", 10)
+    (tmp_path / "a.json").write_text(json.dumps([{"prompt": "p", "responses": ["a"]}]))
+    with pytest.raises(ValueError, match=r"one JSON array of \d+ bytes; write a record a line: jq -c"):
+        Records(tmp_path / "a.json")
+
+
+def test_an_array_that_is_not_json_is_refused_by_name(tmp_path):
+    (tmp_path / "a.json").write_text('[{"prompt": "p"},')
+    with pytest.raises(ValueError, match=r"a\.json: not valid JSON"):
+        Records(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["plain", "byte order mark"])
+def test_a_csv_file_is_its_rows_by_the_names_in_its_first_line(tmp_path, mark):
+    path = tmp_path / "a.csv"
+    path.write_text(mark + 'prompt,chosen,rejected\n"two\nlines",a,b\nq,c,d\n', encoding="utf-8")
+    groups = list(iter_groups(Records(path)))
+    assert [group.prompt for group in groups] == ["two\nlines", "q"]
+    assert [group.source for group in groups] == [f"{path}:3", f"{path}:4"]
+
+
+def test_a_csv_file_that_is_not_text_is_refused_by_name(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"prompt\n\xff\n")
+    with pytest.raises(ValueError, match=r"a\.csv: .*utf-8"):
+        Records(tmp_path / "a.csv")
 
 
 def test_a_line_over_the_limit_is_an_error_of_that_record(monkeypatch, write_bytes):

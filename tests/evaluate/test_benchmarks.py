@@ -198,9 +198,14 @@ def test_of_a_folder_with_splits_the_tested_one_is_read(tmp_path):
     assert [item.id for item in read("rewardbench", tmp_path)] == ["filtered"]
 
 
-@pytest.mark.parametrize("name", ["absent.jsonl", "empty", "notes.txt"])
+@pytest.mark.parametrize("name", ["absent.jsonl", "empty"])
 def test_a_file_that_cannot_be_read_is_named(tmp_path, name):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(ValueError, match=name):
         read("rewardbench", tmp_path / name)
+
+
+def test_a_file_of_any_other_name_is_json_lines(tmp_path):
+    (tmp_path / "notes.txt").write_text("x")
+    (item,) = read("rewardbench", tmp_path / "notes.txt")
+    assert str(item.error).startswith(f"{tmp_path / 'notes.txt'}:1: not valid JSON")
