@@ -16,6 +16,7 @@ from rich.table import Table
 from scipy.special import gammaln
 
 from mmrm_fast.config import BestOfNConfig
+from mmrm_fast.evaluate import plots
 from mmrm_fast.evaluate.reliability import mean_interval
 from mmrm_fast.files import json_lines, write_json
 from mmrm_fast.tables import print_table
@@ -25,8 +26,6 @@ ORACLE = "the truth itself"
 
 def best_of_n(config: BestOfNConfig) -> None:
     """Write best-of-n.json, .svg and .png, print the table."""
-    from mmrm_fast.evaluate import plots  # matplotlib takes a second to import
-
     sizes, truth = parse_sizes(config.n), read_values(config.truth, "truth")
     models = {name: read_values(path, "score") for name, path in named_files(config.scores).items()}
     check(truth, config.truth, models, max(sizes))

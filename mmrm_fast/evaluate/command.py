@@ -12,6 +12,7 @@ from tqdm import tqdm
 from mmrm_fast.config import EvaluateConfig
 from mmrm_fast.config_file import options
 from mmrm_fast.data.records import RecordError
+from mmrm_fast.evaluate import plots
 from mmrm_fast.evaluate.benchmarks import Item, MissingImage, Unread, read_items
 from mmrm_fast.evaluate.reliability import bootstrap, calibration, credit, rank_correlation, spread, text_controls
 from mmrm_fast.files import write_json
@@ -230,8 +231,6 @@ def unscored_row(item: Unread) -> dict:
 
 def write_results(folder: Path, results: dict, pairs: Sequence[ScoredPair]) -> None:
     """results.json, reliability.svg and margins.svg."""
-    from mmrm_fast.evaluate import plots  # matplotlib takes a second to import
-
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "results.json", results)
     calibrations = {results["bench"]: results["reliability"]["calibration"]}

@@ -6,13 +6,13 @@ Text stays text, so that a page can be searched and stays small.
 import io
 import re
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import numpy as np
+from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -21,7 +21,7 @@ SIZE = (4.4, 3.0)  # inches
 NUM_COLUMNS = 80  # of the SFC picture
 matplotlib.rcParams.update(
     {
-        "svg.fonttype": "none", "svg.hashsalt": "mmrm_fast", "font.family": "sans-serif",
+        "text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "mmrm_fast", "font.family": "sans-serif",
         "font.sans-serif": ["Helvetica", "Arial", "Liberation Sans", "DejaVu Sans"], "font.size": 9,
         "figure.dpi": 150, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888",
         "axes.titlesize": 10, "axes.titlelocation": "left", "axes.grid": True, "grid.alpha": 0.3,
@@ -45,15 +45,14 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, format=suffix, metadata={"Date": None} if suffix == "svg" else None)
 
 
-def svg(figure: Figure, title: str) -> str:
-    """A figure as an SVG element that takes the width it is given."""
+def svg(figure: Figure, title: str) -> Markup:
+    """A figure as an SVG element that takes the width it is given, for pages that escape everything else."""
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = file.getvalue()
-    text = text[text.index("<svg") :]
-    head = rf'<svg viewBox="\1" role="img" aria-label="{escape(title)}">'
-    text = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', head, text, count=1)
-    return re.sub(r'<g id="[a-z0-9_.]*">', "<g>", re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL))
+    _, head, text = re.split(r"(<svg [^>]*>)", file.getvalue(), maxsplit=1)
+    (box,) = re.findall(r'viewBox="[^"]*"', head)
+    text = re.sub(r'<g id="[a-z0-9_.]*">', "<g>", re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL))
+    return Markup(f'<svg {box} role="img" aria-label="{escape(title)}">{text}')
 
 
 def legend(figure: Figure, axes: Axes) -> None:

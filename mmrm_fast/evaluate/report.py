@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
 import numpy as np
 
 from mmrm_fast.config import ReportConfig
@@ -14,12 +13,12 @@ from mmrm_fast.data.images import load_image
 from mmrm_fast.data.records import Group, Records, prompt_json
 from mmrm_fast.data.samples import only_paired
 from mmrm_fast.evaluate import plots
+from mmrm_fast.evaluate.page import write_page
 from mmrm_fast.evaluate.reliability import calibration
 from mmrm_fast.files import json_lines, read_json
-from mmrm_fast.pairs import judged_accuracy
+from mmrm_fast.pairs import judged_accuracy, pair_weights
 from mmrm_fast.tables import percent
 
-TEMPLATE = Path(__file__).parents[1] / "assets" / "report.html"
 SHOWN_PAIRS = 10
 THUMBNAIL = (480, 320)  # pixels
 MAX_TEXT = 1200  # characters of a prompt or response
@@ -59,7 +58,17 @@ def report(config: ReportConfig) -> None:
     if len(names) < len(runs):
         runs = [Run(**{**vars(run), "name": str(run.folder)}) for run in runs]
     out = config.out or config.runs[0] / "report.html"
-    out.write_text(page(runs), encoding="utf-8")
+    heads, rows = accuracy_table(runs)
+    write_page(
+        out,
+        "report.html",
+        title=" · ".join(run.name for run in runs),
+        runs=[section(run) for run in runs],
+        accuracy_heads=heads,
+        accuracy_rows=rows,
+        num_text=heads.index("pairs"),
+        shared_charts=[*accuracy_chart(runs), *curve_charts(runs)],
+    )
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
 
 
@@ -91,19 +100,6 @@ def read_rows(path: Path) -> list[dict]:
     return [row for _, row in json_lines(path, skip_broken=True)] if path.is_file() else []
 
 
-def page(runs: Sequence[Run]) -> str:
-    """The whole page."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    heads, rows = accuracy_table(runs)
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        title=" · ".join(run.name for run in runs),
-        runs=[section(run) for run in runs],
-        accuracy_heads=heads,
-        accuracy_rows=rows,
-        shared_charts=[*accuracy_chart(runs), *curve_charts(runs)],
-    )
-
-
 def section(run: Run) -> dict:
     """What the template shows of one run."""
     seconds = sum(row.get("seconds") or 0 for row in run.metrics)
@@ -133,7 +129,7 @@ def accuracy_table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     rows = [(name, run, run.results[name]) for name in sets for run in runs if name in run.results]
     found = [(head, key) for head, key in FIGURES.items() if any(key in figures for _, _, figures in rows)]
     several = len(runs) > 1
-    heads = [*(["run"] if several else []), "kind", "pairs", *(head for head, _ in found)]
+    heads = ["test set", *(["run"] if several else []), "kind", "pairs", *(head for head, _ in found)]
     return heads, [
         [name, *([run.name] if several else []), figures.get("kind", ""), str(figures.get("pairs", ""))]
         + [percent(figures.get(key)) for _, key in found]
@@ -199,28 +195,25 @@ def test_accuracies(run: Run) -> dict[str, tuple[list, list]]:
     return curves
 
 
-def galleries(run: Run) -> list[tuple[str, str, list[dict]]]:
-    """(heading, note, pairs) of the pairs worth looking at."""
-    rows = [{**row, "set": name, "sfc": shortcut_failure(row)} for name, rows in run.pairs.items() for row in rows]
-    weighted = sorted((row for row in rows if row["sfc"] is not None), key=lambda row: -row["sfc"])[:SHOWN_PAIRS]
-    worst = sorted(rows, key=lambda row: row["margin"])[:SHOWN_PAIRS]
+def galleries(run: Run) -> list[dict]:
+    """Heading, note and pairs of the pairs worth looking at."""
+    mode = run.config.get("sfc_mode", "paper")
+    rows = [{**row, "set": name} for name, rows in run.pairs.items() for row in rows]
+    weighted = [row for row in rows if row.get("proxy_margin") is not None]
+    margins = np.array([(row["margin"], row["proxy_margin"]) for row in weighted]).reshape(-1, 2)
+    for row, weight in zip(weighted, pair_weights(*margins.T, mode), strict=True):
+        row["weight"] = float(weight)
+    note = f"The evaluated pairs that the run's mode, {mode}, weighs most: the text-only proxy fails on them."
+    found = [
+        ("Most up-weighted pairs", note, sorted(weighted, key=lambda row: -row["weight"])),
+        ("Worst pairs", "The evaluated pairs with the lowest margin.", sorted(rows, key=lambda row: row["margin"])),
+    ]
     files = Files(run.config.get("image_root"))
-    found = []
-    if weighted:
-        note = "The evaluated pairs with the highest SFC: the text-only proxy fails on them most."
-        found.append(("Most up-weighted pairs", note, [files.card(row) for row in weighted]))
-    if worst:
-        note = "The evaluated pairs with the lowest margin: the model prefers the rejected response."
-        found.append(("Worst pairs", note, [files.card(row) for row in worst]))
-    return found
-
-
-def shortcut_failure(row: dict) -> float | None:
-    """SFC of an evaluated pair, L_t / (L + L_t) (Li et al., arXiv 2503.03122); None without a proxy."""
-    if row.get("proxy_margin") is None:
-        return None
-    loss, proxy_loss = (float(np.logaddexp(0, -row[key])) for key in ("margin", "proxy_margin"))
-    return proxy_loss / (loss + proxy_loss) if loss + proxy_loss else 0.5
+    return [
+        {"heading": heading, "note": note, "pairs": [files.card(row) for row in pairs[:SHOWN_PAIRS]]}
+        for heading, note, pairs in found
+        if pairs
+    ]
 
 
 class Files:
@@ -232,7 +225,7 @@ class Files:
 
     def card(self, row: dict) -> dict:
         """What is shown of a pair: its figures, and as much of its record as can be read."""
-        figures = ("margin", "proxy_margin", "sfc")
+        figures = ("margin", "proxy_margin", "weight")
         card = {key: "" if row.get(key) is None else f"{row[key]:.3f}" for key in figures}
         card |= {"set": row["set"], "source": row["source"], "prompt": "", "chosen": "", "rejected": ""}
         card |= {"images": [], "problem": ""}

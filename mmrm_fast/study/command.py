@@ -21,7 +21,7 @@ from mmrm_fast.config import StudyConfig
 from mmrm_fast.data.shapes import cached_environments
 from mmrm_fast.files import read_json, write_json
 from mmrm_fast.study.figures import FIGURES, SFD, Cell, Environment, Runs, mean_and_spread, means, study_figures
-from mmrm_fast.study.page import KINDS, LABELS, write_page
+from mmrm_fast.study.page import KINDS, LABELS, comparison_rows, write_study
 from mmrm_fast.tables import percent, print_table
 
 METHODS = {  # options of `mmrm-fast train`
@@ -43,7 +43,7 @@ def study(config: StudyConfig) -> None:
     write_csv(root / "comparisons.csv", results["significance"])
     if config.best_of_n:
         write_csv(root / "best-of-n.csv", results["best_of_n"]["models"])
-    write_page(root / "study.html", results)
+    write_study(root / "study.html", results)
     report(results, root)
 
 
@@ -182,21 +182,21 @@ def report(results: dict, root: Path) -> None:
     """Print the table, the tests of significance and where everything is."""
     print_table(study_table(results))
     print(SFD)
-    print_comparisons(results["significance"], "o.o.d. accuracy in points", 100, 1)
+    points = comparison_rows(results["significance"], scale=100, digits=1)
+    print_comparisons("o.o.d. accuracy in points", points)
     if selection := results.get("best_of_n"):
         for kind, title in KINDS.items():
             best = f"truth of the best of {selection['sizes'][-1]}, {title}"
-            print_comparisons(selection[kind]["comparisons"], best, 1, 3)
+            print_comparisons(best, comparison_rows(selection[kind]["comparisons"]))
     print(f"figures: {root}/study.json, study.csv, comparisons.csv; page: {root / 'study.html'}")
 
 
-def print_comparisons(rows: Sequence[dict], title: str, scale: float, digits: int) -> None:
+def print_comparisons(title: str, rows: Sequence[Sequence[str]]) -> None:
     """Print paired differences, a line each."""
     if rows:
-        print(f"{title}, paired over {rows[0]['records']:,} records, p corrected for {len(rows)} comparisons:")
-    for row in rows:
-        figures = [f"{scale * row[key]:+.{digits}f}" for key in ("difference", "low", "high")]
-        print("  {second} minus {first}: {} ({} to {}), p = {p_holm:.4f}".format(*figures, **row))
+        print(f"{title}, paired over {rows[0][-1]} records, p corrected for {len(rows)} comparisons:")
+    for names, difference, low, high, p, _ in rows:
+        print(f"  {names}: {difference} ({low} to {high}), p = {p}")
 
 
 def study_table(results: dict) -> Table:

@@ -1,52 +1,34 @@
 """The page in a real browser: by mouse and by keyboard, on a desktop and on a phone, without a request to elsewhere."""
 
-import shutil
+from contextlib import ExitStack
 
 import pytest
-from playwright.sync_api import expect, sync_playwright
+from pages import chromium, fits, needs_chromium, visit
+from playwright.sync_api import expect
 from reward_server import picture, running
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]  # fmt: skip
 PROMPT = "What is in the picture?"
 RESPONSES = ["two red circles", "I think so.", "two red circles on the left of the picture"]
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
+pytestmark = needs_chromium
 
 
 @pytest.fixture(scope="module")
 def browser():
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
 def open_page(scorer, browser):
-    """Open the page of a server; whatever it asks for elsewhere, or complains of, is collected."""
-    servers, contexts = [], []
+    """Open the page of a server."""
+    with ExitStack() as stack:
 
-    def start(*, token=None, width=1280, height=900):
-        server = running(scorer, token=token)
-        url = server.__enter__()
-        servers.append(server)
-        context = browser.new_context(viewport={"width": width, "height": height})
-        contexts.append(context)
-        page = context.new_page()
-        page.foreign, page.complaints = [], []
-        page.on("request", lambda r: page.foreign.append(r.url) if not r.url.startswith((url, "data:")) else None)
-        page.on("console", lambda m: page.complaints.append(m.text) if m.type == "error" else None)
-        page.on("pageerror", lambda error: page.complaints.append(str(error)))
-        page.goto(url)
-        return page
+        def start(*, token=None, width=1280):
+            url = stack.enter_context(running(scorer, token=token))
+            return stack.enter_context(visit(browser, url, width=width))
 
-    yield start
-    for context in contexts:
-        context.close()
-    for server in servers:
-        server.__exit__(None, None, None)
+        yield start
 
 
 def fill(page, responses=RESPONSES):
@@ -93,7 +75,7 @@ def test_responses_are_ranked_with_and_without_the_image(open_page, scorer, tmp_
     assert f"{margin:.3f}" in page.locator("#with .margin").text_content()
     same = with_image[0][0] == without[0][0]
     expect(page.locator("#verdict")).to_contain_text("The same response" if same else "Another response")
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing is wider than the screen"
+    assert fits(page)
     assert not page.foreign and not page.complaints
 
 

@@ -5,6 +5,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from pages import Checker, chromium, fits, needs_chromium, visit
 from tyro import cli
 
 from mmrm_fast.cli import main
@@ -13,7 +14,7 @@ from mmrm_fast.data import shapes
 from mmrm_fast.pairs import PairRow, write_rows
 from mmrm_fast.study import command, selection
 from mmrm_fast.study.figures import Cell, compare, pairs_of
-from mmrm_fast.study.page import write_page
+from mmrm_fast.study.page import write_study
 
 ENVIRONMENTS = ("a", "b", "c")
 RECORDS = 4
@@ -148,9 +149,8 @@ def test_the_sfc_is_averaged_over_runs_by_share_of_the_training(finished, files)
 def test_the_page_holds_everything_itself(finished, files):
     run(finished, files)
     page = (finished / "study.html").read_text()
-    assert page.count('class="map"') == 2 * 2 + 1
-    assert "<svg" in page and "width=device-width" in page
-    assert not any(outside in page.replace("http://www.w3.org", "") for outside in ("src=", "<link", "@import"))
+    assert Checker(page).tags.count("svg") == 1
+    assert page.count('class="map"') == 2 * 2 + 1 and page.count('class="own"') == 3 * 5
 
 
 # best of N
@@ -207,11 +207,24 @@ def test_scores_that_exist_are_not_computed_again(selected, tmp_path):
     assert main(["best-of-n", "--scores", str(file), "--truth", str(truth), "--output-dir", str(out)]) == 0
 
 
-def test_the_page_shows_what_is_selected(selected, finished, files):
+def whole_results(selected, finished, files):
     config = StudyConfig(env=files, output_dir=finished, seeds=2)
-    results = command.results_of(config) | {"best_of_n": selected[0]}
-    write_page(finished / "study.html", results)
-    assert (finished / "study.html").read_text().count("<svg") == 3
+    return command.results_of(config) | {"best_of_n": selected[0]}
+
+
+def test_the_page_shows_what_is_selected(selected, finished, files):
+    write_study(finished / "study.html", whole_results(selected, finished, files))
+    assert Checker((finished / "study.html").read_text()).tags.count("svg") == 3
+
+
+@needs_chromium
+def test_a_browser_renders_the_page_without_a_complaint(selected, finished, files):
+    write_study(finished / "study.html", whole_results(selected, finished, files))
+    with chromium() as browser:
+        for width in (1280, 390):
+            with visit(browser, f"file://{finished / 'study.html'}", width=width) as page:
+                assert page.locator("svg").count() == 3 and fits(page)
+            assert page.complaints == page.foreign == []
 
 
 def test_without_known_truth_there_is_no_best_of_n(files, tmp_path):

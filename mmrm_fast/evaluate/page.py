@@ -1,0 +1,21 @@
+"""Pages that stand alone: one HTML file of a template in assets/pages, without a script, nothing fetched."""
+
+from pathlib import Path
+
+import jinja2
+
+from mmrm_fast.files import write_text
+from mmrm_fast.tables import percent
+
+TEMPLATES = Path(__file__).parents[1] / "assets" / "pages"
+
+
+def write_page(path: Path, template: str, **values: object) -> None:
+    """Render a template into a file: text is escaped, charts are `plots.svg`'s, a value that is missing is an error."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters["percent"] = percent
+    page = environment.get_template(template).render(values)
+    write_text(path, page.encode(errors="replace").decode())  # a file's name may be no Unicode
