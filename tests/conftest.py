@@ -1,5 +1,6 @@
 """Shared pieces: a small random InternVL, a tokenizer trained on the spot, pictures and records."""
 
+import copy
 import json
 
 import numpy as np
@@ -111,6 +112,23 @@ def make_checkpoint(tokenizer):
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def pristine():
+    """transformers' own model, of its own modules alone, with the weights of one that was prepared for packing."""
+
+    def copied(model: InternVLModel) -> InternVLModel:
+        config = copy.deepcopy(model.config)
+        for part in (config, config.text_config, config.vision_config):
+            part._attn_implementation = "sdpa"  # eager rounds its softmax to fp32
+        twin = InternVLModel(config).to(model.dtype)
+        if model.vision_tower is None:
+            twin.vision_tower = twin.multi_modal_projector = None
+        twin.load_state_dict(model.state_dict())
+        return exact_norms(twin) if model.dtype == torch.float64 else twin
+
+    return copied
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from benchmarks.baselines import normalize
 from mmrm_fast.data.packing import pack_items
 from mmrm_fast.data.records import Group, Pairs
 from mmrm_fast.data.samples import Preparer
-from mmrm_fast.model.attention import read_last_tokens
+from mmrm_fast.model.decoder import read_last_tokens
 from mmrm_fast.train.loss import margins, preference_loss
 
 GRADIENT_BOUNDS = {torch.float64: (1e-9, 1e-12), torch.float32: (1e-4, 1e-7)}
@@ -64,27 +64,28 @@ def pack_groups(checkpoint, groups):
     return samples, tiles, pack_items(preparer, parts, preparer.whole)
 
 
-def padded_rewards(model, sequences, tiles, image_token_id):
+def padded_rewards(model, reference, sequences, tiles):
     """One right-padded batch through transformers' own model: every sequence carries its own pixels."""
     length = max(map(len, sequences))
     ids = torch.zeros(len(sequences), length, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for row, sequence in enumerate(torch.from_numpy(sequence) for sequence in sequences):
-        ids[row, : len(sequence)] = sequence.where(sequence >= 0, image_token_id)
+        ids[row, : len(sequence)] = sequence.where(sequence >= 0, reference.model.config.image_token_id)
         mask[row, : len(sequence)] = 1
     pixels = None
     if len(tiles):
         pixels = normalize(torch.cat(tiles), model.pixel_mean, model.pixel_std, model.model.dtype)
-    hidden = model.model(input_ids=ids, attention_mask=mask, pixel_values=pixels, use_cache=False).last_hidden_state
+    hidden = reference.model(input_ids=ids, attention_mask=mask, pixel_values=pixels, use_cache=False).last_hidden_state
     last = mask.sum(1) - 1
-    return hidden[torch.arange(len(sequences)), last].to(model.score.weight.dtype) @ model.score.weight[0]
+    return hidden[torch.arange(len(sequences)), last].to(reference.score.weight.dtype) @ reference.score.weight[0]
 
 
-def plain(model):
-    """The same weights with transformers' own attention."""
-    twin = copy.deepcopy(model)
-    twin.model.language_model.set_attn_implementation("sdpa")
-    return twin
+class Reference(torch.nn.Module):
+    """transformers' own model and a score."""
+
+    def __init__(self, model, score):
+        super().__init__()
+        self.model, self.score = model, copy.deepcopy(score)
 
 
 def robust_loss(main, proxy, batch):
@@ -113,12 +114,13 @@ def gradient_error(model, reference, bounds):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("text", ["qwen2", "llama"])
 @pytest.mark.parametrize("kind", list(batches(dict.fromkeys(("wide", "photo", "tall", "square"), ""))))
-def test_packed_equals_padded(make_checkpoint, pictures, kind, text, dtype):
+def test_packed_equals_padded(make_checkpoint, pristine, pictures, kind, text, dtype):
+    """In float64 the norms of both sides are exact: transformers' own round to fp32, which would hide errors."""
     checkpoint = make_checkpoint(text=text, dtype=dtype)
     proxy = make_checkpoint(text=text, dtype=dtype).model.drop_vision()
     samples, images, packed = pack_groups(checkpoint, batches(pictures)[kind])
     batch = packed.batch
-    reference, reference_proxy = plain(checkpoint.model), plain(proxy)
+    reference, reference_proxy = (Reference(pristine(m.model), m.score) for m in (checkpoint.model, proxy))
 
     main_rewards = checkpoint.model(batch.main, batch.tiles)
     proxy_rewards = proxy(batch.text)
@@ -126,9 +128,9 @@ def test_packed_equals_padded(make_checkpoint, pictures, kind, text, dtype):
     ((loss.main + loss.proxy) / len(batch.chosen_P)).backward()
 
     tiles = [torch.from_numpy(t) for s, own in zip(samples, images, strict=True) for _ in s.main.sequences for t in own]
-    image_token = checkpoint.model.model.config.image_token_id
-    expected = padded_rewards(reference, [q for s in samples for q in s.main.sequences], tiles, image_token)
-    expected_proxy = padded_rewards(reference_proxy, [q for s in samples for q in s.text.sequences], [], image_token)
+    sequences, texts = ([q for s in samples for q in getattr(s, name).sequences] for name in ("main", "text"))
+    expected = padded_rewards(checkpoint.model, reference, sequences, tiles)
+    expected_proxy = padded_rewards(proxy, reference_proxy, texts, [])
     robust_loss(expected, expected_proxy, batch).backward()
 
     for rewards, wanted in ((main_rewards, expected), (proxy_rewards, expected_proxy)):

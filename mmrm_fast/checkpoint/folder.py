@@ -20,8 +20,8 @@ from mmrm_fast.checkpoint.tokenizer import load_tokenizer
 from mmrm_fast.config import TrainBatchConfig
 from mmrm_fast.data.images import NORMALIZATION, Compat, Tiling, mean_colour
 from mmrm_fast.data.prompt import PromptEncoder
+from mmrm_fast.model.decoder import rope_regime
 from mmrm_fast.model.reward_model import RewardModel
-from mmrm_fast.model.rope import rope_regime
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 MAX_LENGTH = 4096

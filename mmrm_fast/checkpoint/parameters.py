@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mmrm_fast.checkpoint import internvl_chat
 from mmrm_fast.checkpoint.internvl_chat import EMBEDDING, LM_HEAD, SCORE, Source
 from mmrm_fast.checkpoint.tensors import TensorFolder
+from mmrm_fast.model.decoder import renew_rope
 from mmrm_fast.model.reward_model import RewardModel, new_score
 
 ORIGINAL = "internvl_chat"
@@ -43,8 +44,7 @@ def load_weights(
     sources = weight_sources(model, is_original=is_original(Path(folder)))
     check_tensors(tensors, sources, model)
     model.to_empty(device=device)
-    language_model = model.model.language_model
-    language_model.rotary_emb = type(language_model.rotary_emb)(language_model.config).to(device)
+    renew_rope(model.model.language_model, device)
     for name, parameter in model.named_parameters():
         name = native_name(name)
         fill(parameter, name, sources[name], tensors)

@@ -61,7 +61,7 @@ class TokenPlan(OnDevice):
     rope_regimes_T: Tensor | None = None  # int64, of each token's sequence; None where all have the usual frequencies
 
     def rope_positions(self) -> Tensor:
-        """Position ids [1, T], or [2, T] with `rope_regimes_T` below them, as `rope.OwnLengthRope` takes them."""
+        """Position ids [1, T], or [2, T] with `rope_regimes_T` below them, as `decoder.OwnLengthRope` takes them."""
         rows = [self.position_ids_T] if self.rope_regimes_T is None else [self.position_ids_T, self.rope_regimes_T]
         return torch.stack(rows)
 
@@ -106,7 +106,7 @@ def pack(
             every rank runs the same modules.
         with_text: also plan the text-only proxy's tokens.
         proxy_image: `white` where the samples' `text` was encoded with white tiles.
-        rope_regime: see `rope.RopeRegime`; only sequences of one regime share a prefix.
+        rope_regime: see `decoder.RopeRegime`; only sequences of one regime share a prefix.
     """
     tiles, bases = unique_tiles(images, tile_size)
     main = [

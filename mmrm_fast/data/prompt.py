@@ -83,7 +83,7 @@ class PromptEncoder:
         max_length: tokens of prefix plus one response; the prefix is never cut.
         image_tokens: the tokens that open an image, stand for it and close it.
         compat: `reference` takes over the habits of the reference implementation (table above).
-        rope_regime: which RoPE frequencies a sequence of so many tokens has (`rope.RopeRegime`).
+        rope_regime: which RoPE frequencies a sequence of so many tokens has (`decoder.RopeRegime`).
     """
 
     def __init__(

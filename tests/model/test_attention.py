@@ -6,7 +6,7 @@ import torch
 from torch.library import opcheck
 
 from mmrm_fast.data.packing import path
-from mmrm_fast.model.attention import trie_attention_forward
+from mmrm_fast.model.decoder import trie_attention_forward
 from mmrm_fast.ops import trie_attention as op
 from mmrm_fast.ops.plan_trie import plan_trie
 from mmrm_fast.ops.trie_attention import trie_attention, trie_attention_ref

@@ -13,7 +13,7 @@ from mmrm_fast.checkpoint.folder import load_checkpoint, save_checkpoint
 from mmrm_fast.cli import main
 from mmrm_fast.config import TrainConfig
 from mmrm_fast.config_file import with_options
-from mmrm_fast.model.mlp import use_gated_product
+from mmrm_fast.model.decoder import use_gated_product
 from mmrm_fast.train.footprint import activations, count, make_models, memory, needed, text_pass
 
 HIDDEN, LAYERS, KV, MLP, VOCABULARY = 3584, 28, 4 * 128, 18944, 151674

@@ -7,7 +7,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model, Qwen3Config, Qwen3Model
 
-from mmrm_fast.model.mlp import GATED_MLPS, GatedMLP, GatedProduct, use_gated_product
+from mmrm_fast.model.decoder import GATED_MLPS, GatedMLP, GatedProduct, use_gated_product
 
 TOKENS, HIDDEN, WIDE = 9, 8, 24
 MODELS = {

@@ -1,0 +1,142 @@
+"""A transformers release that computes a layer otherwise never changes a reward in silence: its own modules stay."""
+
+import copy
+
+import pytest
+import torch
+from transformers import GptOssConfig, InternVLModel
+from transformers.models.internvl.modeling_internvl import (
+    InternVLMultiModalProjector,
+    InternVLVisionEncoder,
+    InternVLVisionPatchEmbeddings,
+)
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2MLP
+
+from benchmarks.baselines import normalize
+from mmrm_fast.data.images import NORMALIZATION
+from mmrm_fast.data.packing import pack_items
+from mmrm_fast.data.records import parse_group
+from mmrm_fast.data.samples import Preparer
+from mmrm_fast.model.decoder import GatedMLP
+from mmrm_fast.model.reward_model import RewardModel
+from mmrm_fast.model.self_check import compare
+from mmrm_fast.model.vision import OURS
+
+RECORD = {"prompt": "What is this?", "chosen": "two red circles", "rejected": "I think so."}
+
+
+@pytest.fixture(autouse=True)
+def compared_anew():
+    compare.cache_clear()
+    yield
+    compare.cache_clear()
+
+
+@pytest.fixture
+def release(monkeypatch):
+    """Let a class of transformers compute `change` of what it computes."""
+
+    def patch(kind, change):
+        forward = kind.forward
+        monkeypatch.setattr(kind, "forward", lambda self, *args, **kw: change(forward(self, *args, **kw)))
+
+    return patch
+
+
+def tilted(output):
+    """Hidden states, or those of an encoder's output, more of the last channels; no norm takes that back."""
+    if not isinstance(output, torch.Tensor):
+        output.last_hidden_state = tilted(output.last_hidden_state)
+        return output
+    return output * torch.linspace(1, 2, output.shape[-1])
+
+
+def packed_rewards(checkpoint, picture):
+    """The record's rewards, its sample and its tiles."""
+    preparer = Preparer(checkpoint.prompt_encoder(), checkpoint.tiling)
+    group = parse_group({**RECORD, "img_path": picture}, source="test", record=0)
+    sample, tiles = preparer.whole(group)
+    batch = pack_items(preparer, [group], preparer.whole).batch
+    return checkpoint.model(batch.main, batch.tiles), sample, tiles
+
+
+def plain_rewards(model, backbone, sample, tiles):
+    """Sequence by sequence through transformers' own forward, as the release has it."""
+    pixels = normalize(torch.from_numpy(tiles[0]), model.pixel_mean, model.pixel_std, torch.float32)
+    rewards = []
+    for sequence in map(torch.from_numpy, sample.main.sequences):
+        ids = sequence.where(sequence >= 0, backbone.config.image_token_id)[None]
+        hidden = backbone(input_ids=ids, pixel_values=pixels, use_cache=False).last_hidden_state
+        rewards.append(hidden[0, -1] @ model.score.weight[0])
+    return torch.stack(rewards)
+
+
+def everything_is_used(model):
+    mlps = [type(layer.mlp) is GatedMLP for layer in model.model.language_model.layers]
+    return model.vision is OURS, all(mlps), model.reads_last_tokens
+
+
+def test_with_the_release_that_is_here_everything_is_used(make_checkpoint, recwarn):
+    assert everything_is_used(make_checkpoint().model) == (True, True, True)
+    assert not [warning for warning in recwarn if "computes otherwise" in str(warning.message)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "used"),
+    [
+        (Qwen2DecoderLayer, (True, True, False)),
+        (Qwen2MLP, (True, False, True)),
+        (InternVLVisionPatchEmbeddings, (False, True, True)),
+        (InternVLVisionEncoder, (False, True, True)),
+        (InternVLMultiModalProjector, (False, True, True)),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_layer_that_computes_otherwise_stays_transformers_own(
+    make_checkpoint, pristine, pictures, release, kind, used
+):
+    release(kind, tilted)
+    with pytest.warns(UserWarning, match="computes otherwise with .* its own modules stay"):
+        checkpoint = make_checkpoint()
+    assert everything_is_used(checkpoint.model) == used
+    with torch.no_grad():
+        rewards, sample, tiles = packed_rewards(checkpoint, pictures["photo"])
+        expected = plain_rewards(checkpoint.model, pristine(checkpoint.model.model), sample, tiles)
+    torch.testing.assert_close(rewards, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_layer_whose_parts_have_other_names_stays_transformers_own(make_checkpoint, monkeypatch):
+    """The rewritten last layer reads `attention.scaling`, which this release computes in its forward."""
+    forward = Qwen2Attention.forward
+
+    def scaled_there(self, *args, **kwargs):
+        self.scaling = self.head_dim**-0.5
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            del self.scaling
+
+    monkeypatch.setattr(Qwen2Attention, "forward", scaled_there)
+    with pytest.warns(UserWarning, match="computes otherwise with read_last_tokens"):
+        model = make_checkpoint().model
+    assert everything_is_used(model) == (True, True, False)
+
+
+def test_a_decoder_that_computes_more_than_attention_is_refused(make_checkpoint):
+    """GPT-OSS has a sink a head, which arrives as an argument of the attention."""
+    config = copy.deepcopy(make_checkpoint().model.model.config)
+    config.text_config = GptOssConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        intermediate_size=48, num_local_experts=4, num_experts_per_tok=2, pad_token_id=None,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="GptOssModel computes more than attention over its tokens: not supported"):
+        RewardModel(InternVLModel(config), *NORMALIZATION["imagenet"])
+
+
+def test_the_check_leaves_torch_s_random_numbers_alone(make_checkpoint):
+    backbone = make_checkpoint().model.model
+    torch.manual_seed(0)
+    score, after = torch.randn(1, 32) / 33, torch.randn(5)
+    torch.manual_seed(0)
+    assert torch.equal(RewardModel(backbone, *NORMALIZATION["imagenet"]).score.weight, score)
+    assert torch.equal(torch.randn(5), after)
