@@ -21,8 +21,8 @@ from mmrm_fast.tables import print_table
 from mmrm_fast.train.defaults import DEFAULTS, TINY, TINY_CHECKPOINT
 from mmrm_fast.train.footprint import GIB, WORKSPACE, Memory, count, make_models, memory, needed
 from mmrm_fast.train.proxy import check_proxy
+from mmrm_fast.train.rates import pass_flops
 from mmrm_fast.train.records import open_records, training_preparer
-from mmrm_fast.train.tracking import pass_flops
 
 SAMPLED = 256  # records whose tokens stand for all
 

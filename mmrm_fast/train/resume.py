@@ -1,6 +1,6 @@
 """Resumable states of a run, RUN/checkpoints/step-N: written aside by every rank, sealed, renamed; found, checked.
 
-A folder holds torch.distributed.checkpoint's files and `checkpoint.json`: the progress, and size and CRC-32 of each
+A folder holds torch.distributed.checkpoint's files and `checkpoint.json`: the run's state, and size and CRC-32 of each
 file. It is renamed to its name when all of that is on the disk, so what has the name is whole.
 """
 
@@ -8,7 +8,9 @@ import json
 import re
 import shutil
 import zlib
+from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch.distributed as dist
@@ -16,11 +18,51 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
 
+from mmrm_fast.data.records import RecordError
 from mmrm_fast.files import aside_of, read_json, remove_unfinished, replace_folder, write_text
 from mmrm_fast.train import sharding
 
 SEAL = "checkpoint.json"
 CHUNK_BYTES = 1 << 24
+
+
+@dataclass
+class RunState:
+    """All of a run's state but its tensors; the same on every rank, and what a checkpoint holds of it."""
+
+    config: dict
+    step: int = 0
+    consumed: int = 0  # records of the order
+    skipped: list = field(default_factory=list)  # rows of skipped.jsonl
+    counts: dict = field(default_factory=dict)  # of what is not trained on, by its name
+    bad_steps: int = 0  # in a row, not finite
+    best: float | None = None
+    evaluated: int = 0  # step of the last evaluation
+
+    def skip(self, errors: list[RecordError]) -> None:
+        """Note records and responses that are not trained on, each once however often it came."""
+        if errors:
+            rows = [*self.skipped, *({"source": e.source, "field": e.field, "reason": e.reason} for e in errors)]
+            self.skipped = list({tuple(row.values()): row for row in rows}.values())
+
+    def count(self, what: str, number: int) -> None:
+        """Count what is not trained on."""
+        self.counts[what] = self.counts.get(what, 0) + number
+
+    @classmethod
+    def read(cls, path: Path) -> "RunState":
+        """The state in a checkpoint. Raises `ValueError` where there is none, or a field is not what it must be."""
+        if not (path / SEAL).is_file():
+            raise ValueError(f"{path}: not a checkpoint: expected a folder such as RUN/checkpoints/step-00000100")
+        try:
+            saved = read_json(path / SEAL)["state"]
+            odd = saved.keys() ^ {own.name for own in fields(cls)}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path / SEAL}: damaged: {error!r}") from None
+        odd |= {own.name for own in fields(cls) if not isinstance(saved.get(own.name), own.type)}
+        if odd:
+            raise ValueError(f"{path / SEAL}: not the state of a run of this version: {', '.join(sorted(odd))}")
+        return cls(**saved)
 
 
 class Checkpoints:
@@ -34,17 +76,17 @@ class Checkpoints:
         if sharding.rank() == 0:
             remove_unfinished(folder)
 
-    def save(self, step: int, tensors: dict[str, Tensor], progress: dict) -> str | None:
+    def save(self, state: RunState, tensors: dict[str, Tensor], on_seal: Callable[[], None]) -> str | None:
         """Start to write a checkpoint; returns why the one before could not be written, None where it could.
 
         Args:
-            step: optimizer steps done.
-            tensors: this rank's, sharded or the same on all ranks; copied before this returns.
-            progress: what else a resumed run needs, as JSON, the same on every rank.
+            state: the same on every rank; copied, as the tensors are, before this returns.
+            tensors: this rank's, sharded or the same on all ranks.
+            on_seal: called on the first rank, in the background, when all is written but the seal.
         """
         problem = self.wait()
-        writer = SealingWriter(self.folder / f"step-{step:08d}", progress, keep=self.keep)
-        self.saving_step = step
+        writer = SealingWriter(self.folder / f"step-{state.step:08d}", asdict(state), self.keep, on_seal)
+        self.saving_step = state.step
         self.saving = dcp.async_save(tensors, storage_writer=writer, process_group=self.group)
         return problem
 
@@ -58,12 +100,10 @@ class Checkpoints:
             return f"the checkpoint of step {self.saving_step} could not be written: {first_cause(error)}"
         return None
 
-    def close(self) -> str | None:
-        """Wait on all ranks and leave the group."""
-        problem = self.wait()
+    def close(self) -> None:
+        """Leave the group, with all ranks, when nothing is under way any more."""
         sharding.barrier()
         dist.destroy_process_group(self.group)
-        return problem
 
 
 def first_cause(error: BaseException) -> str:
@@ -75,9 +115,9 @@ def first_cause(error: BaseException) -> str:
 class SealingWriter(FileSystemWriter):
     """torch's writer of a folder of files, which it seals and renames to `folder` when every rank is done."""
 
-    def __init__(self, folder: Path, progress: dict, *, keep: int):
+    def __init__(self, folder: Path, state: dict, keep: int, on_seal: Callable[[], None]):
         super().__init__(aside_of(folder, "ranks"))
-        self.folder, self.progress, self.keep = folder, progress, keep
+        self.folder, self.state, self.keep, self.on_seal = folder, state, keep, on_seal
 
     def write_data(self, plan, planner):
         """Write this rank's files and, beside them, their sums."""
@@ -90,12 +130,13 @@ class SealingWriter(FileSystemWriter):
     def finish(self, metadata, results) -> None:
         """On the first rank, after all have written: metadata, seal, rename; then the oldest checkpoints go."""
         super().finish(metadata, results)
+        self.on_seal()
         path, sums = Path(self.path), {}
         for part in sorted(path.glob("__*_sums.json")):
             sums.update(read_json(part))
             part.unlink()
         sums[".metadata"] = file_sum(path / ".metadata")
-        write_text(path / SEAL, json.dumps({"progress": self.progress, "files": sums}))
+        write_text(path / SEAL, json.dumps({"state": self.state, "files": sums}))
         replace_folder(self.folder, path)
         for path in not_kept(self.folder, self.keep):
             shutil.rmtree(path, ignore_errors=True)
@@ -149,13 +190,6 @@ def damage_of(path: Path) -> str | None:
         problems = [f"{path}: damaged: {error}"]
     problems = sharding.gather_lists(problems)
     return problems[0] if problems else None
-
-
-def read_progress(path: Path) -> dict:
-    """What was passed to `Checkpoints.save`. Raises `ValueError` where there is no such checkpoint."""
-    if not (path / SEAL).is_file():
-        raise ValueError(f"{path}: not a checkpoint: expected a folder such as RUN/checkpoints/step-00000100")
-    return read_json(path / SEAL)["progress"]
 
 
 def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -1,23 +1,28 @@
-"""Where a run is and whether it may go on there: its folder, its progress, its signals."""
+"""A run's folder: whether a run may begin or go on there, and what is written in it."""
 
 import json
 import shutil
-import signal
 import tempfile
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from torch import Tensor
+
+from mmrm_fast.checkpoint.folder import Checkpoint, save_checkpoint
 from mmrm_fast.config import TrainConfig
 from mmrm_fast.config_file import options
-from mmrm_fast.data.records import RecordError
-from mmrm_fast.files import read_json
+from mmrm_fast.files import finite, json_lines, read_json, remove_unfinished, whole_folder, write_json, write_text
+from mmrm_fast.machine import this_machine
+from mmrm_fast.pairs import PairRow, write_rows
 from mmrm_fast.train import sharding
-from mmrm_fast.train.resume import damage_of, newest_good, read_progress
+from mmrm_fast.train.resume import RunState, damage_of, newest_good
+from mmrm_fast.train.tracking import Trackers
 
-CONFIG, CHECKPOINTS = "config.json", "checkpoints"
+CONFIG, ENVIRONMENT, CHECKPOINTS = "config.json", "environment.json", "checkpoints"
+METRICS, EVALUATIONS, RESULTS, SKIPPED = "metrics.jsonl", "evaluations.jsonl", "results.json", "skipped.jsonl"
+BEST, FINAL, PROXY = "best", "final", "proxy"
+WORK = (METRICS, CHECKPOINTS, BEST, FINAL)  # what a run folder without progress does not have
+WRITTEN = (*WORK, CONFIG, ENVIRONMENT, EVALUATIONS, "tensorboard", PROXY, RESULTS, SKIPPED, "eval-*.jsonl")
 # What may differ when a run goes on: none of it changes which records make a step or what is computed from them.
 FREE = {
     "resume", "overwrite", "output_dir", "save_every", "save_minutes", "keep", "num_workers", "eval", "eval_ood",
@@ -25,37 +30,73 @@ FREE = {
     "activation_checkpointing", "reshard_after_forward", "replicas", "cpu_offload", "max_bad_steps", "config",
     "num_gpus", "gpu_memory", "dry_run",
 }  # fmt: skip
-WORK = ("metrics.jsonl", CHECKPOINTS, "best", "final")  # what a run folder without progress does not have
-WRITTEN = (*WORK, CONFIG, "evaluations.jsonl", "tensorboard", "proxy", "results.json", "skipped.jsonl", "eval-*.jsonl")
 
 
-@dataclass
-class Progress:
-    """All of a run's state but its tensors; the same on every rank."""
+class RunFolder:
+    """What a run writes of itself, on its first rank; `begin` comes first."""
 
-    config: dict
-    step: int = 0
-    consumed: int = 0  # records of the order
-    skipped: list[dict] = field(default_factory=list)  # what skipped.jsonl lists
-    counts: Counter = field(default_factory=Counter)  # of what is not trained on, by its name
-    bad_steps: int = 0  # in a row, not finite
-    best: float | None = None
-    evaluated: int = 0  # step of the last evaluation
+    def __init__(self, path: Path):
+        self.path, self.checkpoints = path, path / CHECKPOINTS
+        self.trackers: Trackers | None = None
 
-    def saved(self) -> dict:
-        """As JSON; a copy."""
-        return {**vars(self), "skipped": list(self.skipped), "counts": dict(self.counts)}
+    def clear(self, *, replace: bool) -> None:
+        """Make the folder; remove the run in it where that is to be replaced, and what a killed one left unfinished."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for found in [found for name in WRITTEN for found in self.path.glob(name)] if replace else ():
+            shutil.rmtree(found) if found.is_dir() else found.unlink()
+        remove_unfinished(self.path)
 
-    @classmethod
-    def of(cls, saved: dict) -> "Progress":
-        """From what `saved` gave."""
-        return cls(**{**saved, "counts": Counter(saved["counts"])})
+    def begin(self, state: RunState, report_to: tuple[str, ...]) -> None:
+        """Write what the run is and what it runs on; go on after the state's step."""
+        machine = this_machine().record() | {"ranks": str(sharding.num_ranks())}
+        write_json(self.path / ENVIRONMENT, machine)
+        write_text(self.path / CONFIG, json.dumps(state.config, indent=2) + "\n")
+        for name in (METRICS, EVALUATIONS):
+            keep_until(self.path / name, state.step)
+        self.trackers = Trackers(report_to, self.path, state.config, step=state.step)
 
-    def skip(self, errors: list[RecordError]) -> None:
-        """Note records and responses that are not trained on, each once however often it came."""
-        if errors:
-            rows = [*self.skipped, *({"source": e.source, "field": e.field, "reason": e.reason} for e in errors)]
-            self.skipped = list({tuple(row.values()): row for row in rows}.values())
+    def log_step(self, row: dict[str, Any]) -> None:
+        """One optimizer step."""
+        append_json(self.path / METRICS, row)
+        self.trackers.log("train", {name: value for name, value in row.items() if name != "step"}, row["step"])
+
+    def log_evaluation(self, step: int, results: dict[str, dict]) -> None:
+        """The figures of all test sets after a step."""
+        append_json(self.path / EVALUATIONS, {"step": step, "sets": results})
+        for name, figures in results.items():
+            self.trackers.log(f"eval/{name}", figures, step)
+
+    def write_weights(self, name: str, checkpoint: Checkpoint, state: dict[str, Tensor], **notes: dict) -> None:
+        """A plain checkpoint in a folder of this name, with notes as JSON files beside the weights."""
+        with whole_folder(self.path / name, replace=True) as folder:
+            save_checkpoint(folder, checkpoint, state)
+            for note, value in notes.items():
+                write_json(folder / f"{note}.json", value)
+
+    def write_results(self, rows: dict[str, list[PairRow]], results: dict[str, dict], skipped: list[dict]) -> None:
+        """The pairs of every test set, what was not trained on, and last the figures."""
+        for name, own in rows.items():
+            write_rows(self.path / f"eval-{name}.jsonl", own)
+        write_text(self.path / SKIPPED, "".join(json.dumps(row) + "\n" for row in skipped))
+        write_json(self.path / RESULTS, results)
+
+    def close(self) -> None:
+        """Let the trackers send what is left."""
+        if self.trackers:
+            self.trackers.close()
+
+
+def append_json(path: Path, row: dict) -> None:
+    """Append one JSON line; numbers that are not finite become null."""
+    with open(path, "a") as file:
+        file.write(json.dumps(finite(row), allow_nan=False) + "\n")
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drop the rows after `step`, and one that was cut short; no row is left of a file for step 0."""
+    if path.exists():
+        rows = [row for _, row in json_lines(path, skip_broken=True) if row["step"] <= step]
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def config_json(config: TrainConfig) -> dict:
@@ -82,7 +123,7 @@ def open_run(config: TrainConfig) -> tuple[Path | None, list[str]]:
         path, problems = Path(config.run.resume), []
         if path.resolve().parent != (folder / CHECKPOINTS).resolve():
             raise ValueError(f"--resume {path}: not a checkpoint of the run folder {folder}")
-        sharding.on_first_rank(lambda: read_progress(path))
+        sharding.on_first_rank(lambda: RunState.read(path))
         damage = damage_of(path)
         if damage:
             raise ValueError(f"--resume: {damage}")
@@ -114,18 +155,11 @@ def require_free(folder: Path, overwrite: bool) -> None:
         )
 
 
-def remove_run(folder: Path) -> None:
-    """Delete what a run wrote into its folder."""
-    for name in WRITTEN:
-        for path in folder.glob(name):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
 def require_same(config: TrainConfig, checkpoint: Path | None) -> None:
     """Raise `ValueError` where the run in the folder was of a different config."""
     folder = config.run.output_dir
     if checkpoint is not None:
-        before = read_progress(checkpoint)["config"]
+        before = RunState.read(checkpoint).config
     elif (folder / CONFIG).exists():
         before = read_json(folder / CONFIG)
     else:
@@ -135,18 +169,3 @@ def require_same(config: TrainConfig, checkpoint: Path | None) -> None:
     if changed:
         listed = ", ".join(f"{name} {before.get(name)!r} -> {now.get(name)!r}" for name in changed)
         raise ValueError(f"{folder}: cannot be resumed with a different config: {listed}")
-
-
-class Stopped(Exception):
-    """A rank was told to end, and all know it."""
-
-
-@contextmanager
-def terminations() -> Iterator[list[int]]:
-    """A list to which SIGTERM adds instead of ending the process."""
-    received: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
-    try:
-        yield received
-    finally:
-        signal.signal(signal.SIGTERM, before)

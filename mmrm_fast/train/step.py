@@ -1,4 +1,4 @@
-"""One optimizer step: gradients of its micro-batches added up as sums, then scaled, clipped and applied once."""
+"""One optimizer step: gradients of its micro-batches added up as sums, then scaled, clipped and applied by AdamW."""
 
 import math
 from dataclasses import dataclass
@@ -6,23 +6,24 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-from mmrm_fast.config import TrainConfig
+from mmrm_fast.config import OptimizerConfig, TrainConfig
 from mmrm_fast.data.packing import Packed, PackedBatch
 from mmrm_fast.train import sharding
 from mmrm_fast.train.loss import StepAccumulator, margins, preference_loss
-from mmrm_fast.train.optimizer import gradient_norms, lr_factor, make_optimizer, scale_and_clip
 from mmrm_fast.train.proxy import Branch, ProxyMargins, proxy_file
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step came to, the same on every rank."""
+    """What a step came to, the same on every rank but for `sources`."""
 
     metrics: dict
     is_finite: bool  # otherwise nothing was applied
     num_errors: int  # images that could not be decoded
     save_asked: bool
+    sources: list[str]  # where this rank's records came from
 
 
 class Steps:
@@ -98,9 +99,48 @@ class Steps:
                 group["lr"] = metrics["lr"]
             self.optimizer.step()
         self.optimizer.zero_grad()
-        return Outcome(metrics, is_finite, int(totals.sums["errors"]), totals.sums["save"] > 0)
-
-    def forget_sources(self) -> list[str]:
-        """Where this rank's records of the step came from; ready for the next step."""
         sources, self.sources = [source for micro in self.sources for source in micro], []
-        return sources
+        return Outcome(metrics, is_finite, int(totals.sums["errors"]), totals.sums["save"] > 0, sources)
+
+
+def make_optimizer(parameters: list[Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over all branches; biases and norms do not decay. Its state is there from the start."""
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2))
+    for parameter in parameters:
+        moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+    return optimizer
+
+
+def lr_factor(share: float, warmup_ratio: float, schedule: str = "cosine") -> float:
+    """Learning rate over its peak when `share` (0 to 1) of the training is done: linear warm-up, then the schedule."""
+    if share < warmup_ratio:
+        return share / warmup_ratio
+    if schedule == "constant":
+        return 1.0
+    left = (1 - share) / (1 - warmup_ratio)
+    return left if schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left))
+
+
+def gradient_norms(branches: list[list[Parameter]], scales: tuple[float, ...]) -> list[float]:
+    """Each branch's gradient norm after multiplication by its scale."""
+    norms = [torch.nn.utils.get_total_norm(gradients(parameters)) for parameters in branches]
+    return [float(sharding.full_value(norm)) * scale for norm, scale in zip(norms, scales, strict=False)]
+
+
+def scale_and_clip(
+    branches: list[list[Parameter]], scales: tuple[float, ...], norms: list[float], *, max_norm: float, joint: bool
+) -> None:
+    """Multiply each branch's gradients by its scale and clip them to `max_norm`, each by its own norm or `joint`ly."""
+    limits = [math.hypot(*norms)] * len(norms) if joint else norms
+    for parameters, scale, limit in zip(branches, scales, limits, strict=False):
+        torch._foreach_mul_(gradients(parameters), scale * min(1.0, max_norm / (limit + 1e-6)))
+
+
+def gradients(parameters: list[Parameter]) -> list[Tensor]:
+    """The gradients that there are."""
+    return [p.grad for p in parameters if p.grad is not None]

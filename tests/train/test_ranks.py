@@ -11,10 +11,10 @@ from runs import losses, margins, mixed_records, read
 from mmrm_fast.checkpoint.folder import save_checkpoint
 from mmrm_fast.model.lora import TwoAdapterModel
 from mmrm_fast.score.scorer import Scorer
-from mmrm_fast.train.optimizer import lr_factor
-from mmrm_fast.train.proxy import Branch, make_branches
+from mmrm_fast.train.proxy import make_branches
 from mmrm_fast.train.sharding import ranks
-from mmrm_fast.train.trainer import Trainer, train
+from mmrm_fast.train.step import lr_factor
+from mmrm_fast.train.trainer import train
 
 LORA = {"llm_lora": True, "lora_r": 4, "lora_alpha": 8.0, "lr": 5e-3}
 WAYS = {
@@ -166,36 +166,32 @@ def test_a_margin_that_is_missing_is_named(make_config, tmp_path):
         train(make_config("run", robust=True, proxy_model=str(path)))
 
 
-def poison(monkeypatch, steps):
-    """Rewards that are not numbers in these steps."""
-    call = Branch.__call__
+def poison(steps):
+    """A callback that lets rewards not be numbers in these steps."""
+    kept = []
 
-    def poisoned(self, plan, tiles=None):
-        rewards = call(self, plan, tiles)
-        return rewards * float("nan") if poison.step in steps else rewards
+    def on_event(event, trainer):
+        weight = trainer.branches[0].root.score.weight.detach()
+        if event == "micro-batch" and trainer.state.step in steps:
+            kept[:] = kept or [weight.clone()]
+            weight.fill_(torch.nan)
+        if event == "step" and kept:
+            weight.copy_(kept.pop())
 
-    accumulate = Trainer.accumulate
-
-    def counting(self, packed):
-        poison.step = self.progress.step
-        accumulate(self, packed)
-
-    monkeypatch.setattr(Branch, "__call__", poisoned)
-    monkeypatch.setattr(Trainer, "accumulate", counting)
+    return on_event
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_counted(make_way, monkeypatch, capsys):
-    poison(monkeypatch, {1})
-    folder = train(make_way("run", "robust"))
+def test_a_step_that_is_not_finite_is_skipped_and_counted(make_way, capsys):
+    folder = train(make_way("run", "robust"), poison({1}))
     assert [row["bad_steps"] for row in read(folder / "metrics.jsonl")] == [0, 1, 0]
     assert losses(folder)[1] is None and losses(folder)[2] is not None
     assert "1 steps skipped" in capsys.readouterr().out
 
 
-def test_too_many_such_steps_in_a_row_stop_the_run_and_name_their_records(make_way, monkeypatch):
-    poison(monkeypatch, {1, 2, 3})
+def test_too_many_such_steps_in_a_row_stop_the_run_and_name_their_records(make_way):
+    config = make_way("run", "robust", max_bad_steps=2, max_steps=None)
     with pytest.raises(FloatingPointError, match=r"2 steps in a row .*train\.jsonl:\d+"):
-        train(make_way("run", "robust", max_bad_steps=2, max_steps=None))
+        train(config, poison({1, 2, 3}))
 
 
 def test_clipping_by_branch_keeps_the_proxy_out_of_the_models_norm(make_way):

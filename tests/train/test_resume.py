@@ -8,13 +8,13 @@ import signal
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import TIMEOUT_SECONDS, run_ranks
 from runs import losses, read
 from safetensors.torch import load_file
 
 from mmrm_fast.config_file import with_options
-from mmrm_fast.train.resume import SealingWriter, not_kept
-from mmrm_fast.train.trainer import Trainer, train
+from mmrm_fast.train.resume import not_kept
+from mmrm_fast.train.trainer import train
 
 OPTIONS = {"robust": True, "epochs": 2, "save_every": 2, "keep": 3, "report_to": ()}
 
@@ -23,35 +23,29 @@ def in_child(function, *args):
     """Run a function in a fork; its exit code, negative for a signal."""
     process = multiprocessing.get_context("fork").Process(target=function, args=args)
     process.start()
-    process.join(60)
-    assert process.exitcode is not None
+    process.join(TIMEOUT_SECONDS)
+    if process.exitcode is None:
+        process.kill()
+        pytest.fail(f"still running after {TIMEOUT_SECONDS} s")
     return process.exitcode
 
 
-def kill_when(owner, name, condition):
-    """Let a method kill its process, before it does anything, when the condition holds."""
-    method = getattr(owner, name)
-
-    def killing(self, *args, **kwargs):
-        if condition(self):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return method(self, *args, **kwargs)
-
-    setattr(owner, name, killing)
-
-
 MOMENTS = {
-    "in a step": lambda: kill_when(Trainer, "accumulate", lambda trainer: trainer.progress.step == 3),
-    "inside a save": lambda: kill_when(SealingWriter, "finish", lambda writer: writer.progress["step"] == 4),
-    "between a step and its checkpoint": lambda: kill_when(
-        Trainer, "save_progress", lambda trainer: trainer.progress.step == 6
-    ),
+    "in a step": ("micro-batch", 3),
+    "inside a save": ("seal", 4),
+    "between a step and its checkpoint": ("save", 6),
 }
 
 
 def train_until(moment, config):
-    MOMENTS[moment]()
-    train(config)
+    """Train, and kill this process at a moment: an event after so many steps."""
+
+    def killing(event, trainer):
+        step = trainer.checkpoints.saving_step if event == "seal" else trainer.state.step
+        if (event, step) == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train(config, killing)
 
 
 def same_runs(one, two):
@@ -64,12 +58,12 @@ def same_runs(one, two):
 
 
 def test_killed_runs_resume_to_bitwise_the_same_end(make_config):
-    """With worker processes, dropout in adapters and a moving average, at three moments in turn on the same run."""
+    """With worker processes and dropout in adapters, at three moments in turn on the same run."""
     options = {**OPTIONS, "epochs": 3, "num_workers": 1, "llm_lora": True, "lora_r": 4, "lora_dropout": 0.2}
     whole = train(make_config("whole", **options))
     config = make_config("killed", resume="auto", **options)
     for moment in MOMENTS:
-        assert in_child(train_until, moment, config) == -signal.SIGKILL, moment
+        assert in_child(train_until, MOMENTS[moment], config) == -signal.SIGKILL, moment
         assert not (config.run.output_dir / "final").exists()
     same_runs(whole, train(config))
     names = sorted(path.name for path in (config.run.output_dir / "checkpoints").iterdir())
@@ -78,16 +72,13 @@ def test_killed_runs_resume_to_bitwise_the_same_end(make_config):
 
 def terminate_one(config):
     """SIGTERM to the last rank: in the third step, or in the evaluation after the fourth."""
-    end_when_told = Trainer.end_when_told
+    moment = ("evaluation", 4) if config.run.resume else ("micro-batch", 2)
 
-    def terminating(self):
-        step, evaluating = self.progress.step, not self.main.root.training
-        if os.environ["RANK"] == "1" and (evaluating if config.run.resume else step == 2):
+    def terminating(event, trainer):
+        if os.environ["RANK"] == "1" and (event, trainer.state.step) == moment:
             os.kill(os.getpid(), signal.SIGTERM)
-        end_when_told(self)
 
-    Trainer.end_when_told = terminating
-    train(config)
+    train(config, terminating)
 
 
 def test_sigterm_to_one_rank_saves_on_all_and_another_number_of_ranks_goes_on(make_config):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from mmrm_fast.cli import main
 from mmrm_fast.score.scorer import Scorer
 from mmrm_fast.train.loss import COUNTS, SUMS, StepTotals
-from mmrm_fast.train.optimizer import lr_factor
+from mmrm_fast.train.step import lr_factor
 from mmrm_fast.train.trainer import train
 
 

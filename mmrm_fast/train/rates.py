@@ -1,0 +1,66 @@
+"""Figures of a step that come from its time: throughput, memory, utilisation."""
+
+import resource
+from typing import Any
+
+import torch
+
+from mmrm_fast.model.reward_model import RewardModel
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}  # bf16
+
+
+class Rates:
+    """What a step of some seconds comes to.
+
+    Operations are those of matrix products with weights (attention's own are not counted): 2 a weight and token in the
+    forward pass, as many for the gradient of the input and of a trained weight.
+
+    Args:
+        models: main model and, where there is one, proxy.
+        tokens_per_tile: image tokens of a tile.
+        device, num_ranks: what it runs on.
+    """
+
+    def __init__(self, models: list[RewardModel], tokens_per_tile: int, device: torch.device, num_ranks: int):
+        self.text = [pass_flops(model.model.language_model.layers) for model in models]
+        self.tile = (4 * tokens_per_tile + 1) * pass_flops(models[0].model.vision_tower.encoder)
+        peak = peak_flops(device)
+        self.device, self.peak = device, peak and peak * num_ranks
+
+    def __call__(self, row: dict[str, Any], seconds: float) -> dict[str, float]:
+        """The figures of a step with the counts of `row`."""
+        tokens = (row["tokens"], row["text_tokens"])
+        flops = sum(number * count for number, count in zip(self.text, tokens, strict=False)) + self.tile * row["tiles"]
+        utilisation = {"mfu": flops / seconds / self.peak} if self.peak else {}
+        return {
+            "seconds": seconds,
+            "sharing": row["tokens_unshared"] / max(row["tokens"], 1),
+            "tokens_per_second": row["tokens"] / seconds,
+            "flops_per_second": flops / seconds,
+            "peak_memory_bytes": peak_memory_bytes(self.device),
+            **utilisation,
+        }
+
+
+def pass_flops(part: torch.nn.Module) -> int:
+    """Operations a token in all passes of a part."""
+    weights = [(p.numel(), p.requires_grad) for p in part.parameters() if p.ndim > 1]
+    trained = sum(number for number, is_trained in weights if is_trained)
+    total = sum(number for number, _ in weights)
+    return 2 * total + (2 * total + 2 * trained if trained else 0)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory this process has had: of the GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 operations a second of a known GPU; None of any other device."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for known, flops in PEAK_FLOPS.items() if known in name), None)
