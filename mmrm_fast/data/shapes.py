@@ -264,11 +264,16 @@ def make_environments(
 
 def cached_environments(config: ShapesConfig = ShapesConfig()) -> dict[str, Path]:
     """The environments of a configuration in the user's cache folder, made on the first call."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmrm_fast"
-    folder = cache / f"shapes-{hashlib.sha256(repr((__version__, config)).encode()).hexdigest()[:12]}"
+    folder = cache_folder(config)
     if not folder.exists():
         return make_environments(folder, config)
     return {environment: folder / environment for environment in ENVIRONMENTS}
+
+
+def cache_folder(config: ShapesConfig) -> Path:
+    """Where `cached_environments` keeps those of a configuration."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmrm_fast"
+    return cache / f"shapes-{hashlib.sha256(repr((__version__, config)).encode()).hexdigest()[:12]}"
 
 
 def _write_environment(folder: Path, environment: str, config: ShapesConfig, bar: tqdm):
