@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import tempfile
+from array import array
 from collections.abc import Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from pathlib import Path
@@ -28,7 +29,6 @@ MAX_UNPACKED_BYTES = 1 << 36
 MAX_LIST_BYTES = 1 << 30
 MAX_CELL_CHARS = 1 << 27  # of a CSV file, such as an inline image
 MAX_ROW_GROUP_BYTES = 1 << 30
-WHITE_SPACE = np.frombuffer(b" \t\r\n\v\f", np.uint8)
 PARQUET, CSV = ".parquet", ".csv"
 KINDS = (PARQUET, ".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".json", ".json.gz")
 FAILURES = "errors.jsonl"  # beside the shards of a scoring run
@@ -175,34 +175,18 @@ def unpack(path: Path, packed: BinaryIO) -> BinaryIO:
 
 def scan_lines(file: BinaryIO) -> tuple[np.ndarray, np.ndarray]:
     """Byte offsets (int64) and 1-based line numbers (int64) of a file's non-blank lines."""
-    starts, suspects, position, opens_line = [], [], 0, True
+    offsets, numbers = array("q"), array("q")
+    start, stop, number, is_blank = 0, 0, 1, True
     file.seek(0)
-    while chunk := file.read(SCAN_BYTES):
-        data = np.frombuffer(chunk, np.uint8)
-        begins = np.flatnonzero(data[:-1] == ord("\n")) + 1
-        begins = np.concatenate([[0], begins]) if opens_line else begins
-        opens_line = data[-1] == ord("\n")
-        starts.append(begins + position)
-        suspects.append(np.isin(data[begins], WHITE_SPACE))
-        position += len(chunk)
-    offsets = np.concatenate([np.zeros(0, np.int64), *starts])
-    keep = np.ones(len(offsets), bool)
-    for index in np.flatnonzero(np.concatenate([np.zeros(0, bool), *suspects])):
-        stop = offsets[index + 1] if index + 1 < len(offsets) else position
-        keep[index] = not blank(file, int(offsets[index]), int(stop))
-    kept = np.flatnonzero(keep)
-    return offsets[kept], kept + 1
-
-
-def blank(file: BinaryIO, start: int, stop: int) -> bool:
-    """Whether these bytes of a file are white space alone."""
-    file.seek(start)
-    while start < stop:
-        chunk = file.read(min(SCAN_BYTES, stop - start))
-        if chunk.strip():
-            return False
-        start += len(chunk)
-    return True
+    while piece := file.readline(SCAN_BYTES):  # of a line, however long it is
+        stop += len(piece)
+        if is_blank and not piece.isspace():
+            is_blank = False
+            offsets.append(start)
+            numbers.append(number)
+        if piece.endswith(b"\n"):
+            start, number, is_blank = stop, number + 1, True
+    return np.frombuffer(offsets, np.int64), np.frombuffer(numbers, np.int64)
 
 
 class RowFile:

@@ -6,7 +6,7 @@ what they found, so that all of them cut the same steps. A sample is sized once,
 
 import heapq
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from mmrm_fast.data.mixture import UNKNOWN, PreferenceDataset
 from mmrm_fast.data.packing import MicroBatch, Packed, Step, pack_items
 from mmrm_fast.data.samples import Notes, Size
-from mmrm_fast.data.workers import Endless, in_order
+from mmrm_fast.data.workers import Values, in_order
 
 WINDOW = 4096
 
@@ -24,20 +24,15 @@ def load(
     dataset: PreferenceDataset, order: Sequence[int], *, num_workers: int = 0, pin_memory: bool = False, **options
 ) -> Iterator[Packed]:
     """The packed micro-batches of `schedule`, in its order, prepared by `num_workers` processes (0: by this one)."""
-    micro_batches = Endless(schedule(dataset, order, num_workers=num_workers, **options))
-    packed = PackedOnDemand(dataset)
-    loader = DataLoader(packed, sampler=micro_batches, batch_size=None, num_workers=num_workers, pin_memory=pin_memory)
-    return iter(loader)
+    micro_batches = schedule(dataset, order, num_workers=num_workers, **options)
+    packed = Values(partial(pack_micro_batch, dataset))
+    options = {"batch_size": None, "num_workers": num_workers, "pin_memory": pin_memory}
+    return iter(DataLoader(packed, sampler=micro_batches, **options))
 
 
-@dataclass(frozen=True)
-class PackedOnDemand:
-    """Packed micro-batches as a torch data set whose index is the `MicroBatch` itself."""
-
-    dataset: PreferenceDataset
-
-    def __getitem__(self, micro: MicroBatch) -> Packed:
-        return pack_items(self.dataset.preparer, micro.samples, self.dataset.prepared, micro.step)
+def pack_micro_batch(dataset: PreferenceDataset, micro: MicroBatch) -> Packed:
+    """Prepare and pack a micro-batch."""
+    return pack_items(dataset.preparer, micro.samples, dataset.prepared, micro.step)
 
 
 def schedule(

@@ -22,28 +22,18 @@ def in_order(
     options = {}
     if num_workers:
         options = {"num_workers": num_workers, "prefetch_factor": max(2, -(-ahead // (CHUNK * num_workers)))}
-    for results in DataLoader(Chunked(function), sampler=Endless(chunks), batch_size=None, collate_fn=list, **options):
+    for results in DataLoader(Values(function), batch_sampler=chunks, collate_fn=list, **options):
         yield from results
 
 
-class Chunked:
-    """A function of one index as a torch data set of ranges."""
+class Values:
+    """A function of an index as a torch data set."""
 
     def __init__(self, function: Callable[[int], Any]):
         self.function = function
 
-    def __getitem__(self, indices: range) -> list:
-        return [self.function(index) for index in indices]
-
-
-class Endless:
-    """An iterator as a sampler of unknown length."""
-
-    def __init__(self, items: Iterator):
-        self.items = items
-
-    def __iter__(self) -> Iterator:
-        return self.items
+    def __getitem__(self, index: int) -> Any:
+        return self.function(index)
 
 
 def idle_workers() -> int:
