@@ -12,19 +12,13 @@ from dataclasses import dataclass, field
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from mmrm_fast.data.types import FieldError
+
 IMAGE, SLOT = "\U000f0000", "\U000f0001"  # where an image stands, and what stands for a response
 PRIVATE, FIRST_HIDDEN, MAX_HIDDEN = "[\U000f0000-\U000ffffd]", 0xF0002, 0xFFF0
 
 Turns = list[tuple[str, list[str]]]  # (role, the text around its image slots) of each message
 Item = tuple[str, str | int]  # ("text", run), ("id", token) or ("image", tiles)
-
-
-class PromptError(ValueError):
-    """A record whose text cannot be encoded; `field` is the record's field at fault."""
-
-    def __init__(self, field: str, reason: str):
-        super().__init__(reason)
-        self.field = field
 
 
 @dataclass
@@ -44,7 +38,7 @@ class Hidden:
             self.texts.append(match[0])
         index = self.texts.index(match[0])
         if index >= MAX_HIDDEN:
-            raise PromptError("prompt", f"has more than {MAX_HIDDEN} different characters of a private plane")
+            raise FieldError("prompt", f"has more than {MAX_HIDDEN} different characters of a private plane")
         return chr(FIRST_HIDDEN + index)
 
     def show(self, text: str) -> str:
@@ -86,14 +80,14 @@ class ChatTemplate:
         self.end_of(self.items(probe.partition(SLOT)[2], Hidden(self.pattern), iter((0,))))
 
     def render(self, turns: Turns, responses: Sequence[str], tiles_per_image: tuple[int, ...]) -> Rendered:
-        """A prompt with each of its responses. Raises `PromptError` where the template does not take them."""
+        """A prompt with each of its responses. Raises `FieldError` where the template does not take them."""
         hidden = Hidden(self.pattern)
         turns = [(role, [hidden.hide(piece) for piece in pieces]) for role, pieces in turns]
         answers = [SLOT, *map(hidden.hide, responses)]
         slot, *texts = self.texts([[*turns, ("assistant", [answer])] for answer in answers])
         before, found, after = slot.rpartition(SLOT)
         if not found:
-            raise PromptError("prompt", "the chat template drops the response of such a conversation")
+            raise FieldError("prompt", "the chat template drops the response of such a conversation")
         self.check_images(slot, tiles_per_image)
         *prefix, (_, opening) = self.items(before, hidden, iter(tiles_per_image))
         tail = self.items(after, hidden, iter(()))
@@ -107,9 +101,9 @@ class ChatTemplate:
         items = self.items(text, hidden, iter(tiles_per_image))
         end = len(items) - len(tail) + 1
         if items[end:] != tail[1:]:
-            raise PromptError("response", "the chat template ends it otherwise than other responses")
+            raise FieldError("response", "the chat template ends it otherwise than other responses")
         if end <= len(prefix):
-            raise PromptError("response", "the chat template drops it")
+            raise FieldError("response", "the chat template drops it")
         return items[: end + 1]
 
     def unanswered(self, turns: Turns, tiles_per_image: tuple[int, ...]) -> list[Item]:
@@ -128,13 +122,13 @@ class ChatTemplate:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
         except TemplateError as error:
             roles = ", ".join(role for role, _ in conversations[0][:-1])
-            raise PromptError("prompt", f"the chat template does not take the turns {roles}: {error}") from None
+            raise FieldError("prompt", f"the chat template does not take the turns {roles}: {error}") from None
 
     def check_images(self, text: str, tiles_per_image: tuple[int, ...]) -> None:
-        """Raise `PromptError` unless the template renders every image once."""
+        """Raise `FieldError` unless the template renders every image once."""
         if text.count(IMAGE) != len(tiles_per_image):
             found = text.count(IMAGE)
-            raise PromptError("prompt", f"the chat template renders {found} of its {len(tiles_per_image)} images")
+            raise FieldError("prompt", f"the chat template renders {found} of its {len(tiles_per_image)} images")
 
     def items(self, text: str, hidden: Hidden, tiles) -> list[Item]:
         """Rendered text as items, a run of text (it may be empty) before, between and after all others."""

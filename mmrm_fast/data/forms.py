@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mmrm_fast.data.types import Message, Pairs, Prompt, RecordError, kind_of, number, some_list, text
+from mmrm_fast.data.types import FieldError, Message, Pairs, Prompt, kind_of, number, some_list, text
 
 CHOSEN_FIELDS = ("chosen", "conversations", "messages")
 REJECTED_FIELDS = ("rejected", "rejected_conversations", "rejected_messages", "rejected_response")
@@ -51,24 +51,24 @@ class Turns:
     images: tuple[object, ...] = ()
 
 
-def parse_form(fields: dict, source: str) -> Form:
-    """Read one record, whichever layout it has. Raises `RecordError`."""
+def parse_form(fields: dict) -> Form:
+    """Read one record, whichever layout it has. Raises `FieldError`."""
     if in_text(fields):
-        fields = {**fields, **decode_text(fields["text"], source)}
+        fields = {**fields, **decode_text(fields["text"])}
     name = present(fields, PROMPT_FIELDS)
-    prompt = prompt_turns(fields[name], name, source) if name in fields else None
+    prompt = prompt_turns(fields[name], name) if name in fields else None
     if "completions" in fields:
-        return kwise_form(require(prompt, name, source), *parse_completions(fields["completions"], source))
+        return kwise_form(require(prompt, name), *parse_completions(fields["completions"]))
     chosen, rejected = present(fields, CHOSEN_FIELDS), present(fields, REJECTED_FIELDS)
     if chosen in fields or rejected in fields:
-        return pairwise_form(fields, prompt, chosen, rejected, source)
+        return pairwise_form(fields, prompt, chosen, rejected)
     if "responses" not in fields:
-        raise RecordError(source, "", "needs `chosen` and `rejected`, or `completions`, or `responses`")
-    prompt = require(prompt, name, source)
-    responses = reply_list(fields["responses"], "responses", source)
+        raise FieldError("", "needs `chosen` and `rejected`, or `completions`, or `responses`")
+    prompt = require(prompt, name)
+    responses = reply_list(fields["responses"], "responses")
     if fields.get("scores") is None:
         return Form(plain(prompt), responses, images=prompt.images)
-    return kwise_form(prompt, responses, parse_scores(fields["scores"], len(responses), source))
+    return kwise_form(prompt, responses, parse_scores(fields["scores"], len(responses)))
 
 
 def present(fields: dict, names: Sequence[str]) -> str:
@@ -81,24 +81,22 @@ def in_text(fields: dict) -> bool:
     return "text" in fields and not {*PREFERENCE_FIELDS, "responses"} & fields.keys()
 
 
-def decode_text(value: object, source: str) -> dict:
+def decode_text(value: object) -> dict:
     """RLHF-V's `text`: a JSON string, or already an object."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise RecordError(
-                source, "text", f"expected a JSON string with question, chosen, rejected ({error})"
-            ) from None
+            raise FieldError("text", f"expected a JSON string with question, chosen, rejected ({error})") from None
     if not isinstance(value, dict):
-        raise RecordError(source, "text", f"expected an object with question, chosen, rejected, got {kind_of(value)}")
+        raise FieldError("text", f"expected an object with question, chosen, rejected, got {kind_of(value)}")
     return value
 
 
-def require(prompt: Turns | None, name: str, source: str) -> Turns:
+def require(prompt: Turns | None, name: str) -> Turns:
     """The prompt, which only message lists of replies may hold instead."""
     if prompt is None:
-        raise RecordError(source, name, "missing")
+        raise FieldError(name, "missing")
     return prompt
 
 
@@ -111,45 +109,45 @@ def plain(turns: Turns) -> Prompt:
 # preferences
 
 
-def pairwise_form(fields: dict, prompt: Turns | None, chosen: str, rejected: str, source: str) -> Form:
+def pairwise_form(fields: dict, prompt: Turns | None, chosen: str, rejected: str) -> Form:
     """One preferred and one rejected reply to the same conversation."""
-    (better_turns, better), (worse_turns, worse) = (reply(fields, name, source) for name in (chosen, rejected))
+    (better_turns, better), (worse_turns, worse) = (reply(fields, name) for name in (chosen, rejected))
     if better_turns and worse_turns and better_turns != worse_turns:
-        raise RecordError(source, rejected, f"differs from {chosen} before its last turn; a pair shares one prompt")
+        raise FieldError(rejected, f"differs from {chosen} before its last turn; a pair shares one prompt")
     context = better_turns or worse_turns
     if context:
-        check_turns(context.messages, chosen, source)
-        check_same_prompt(prompt, context, source)
-    turns = context or require(prompt, "prompt", source)
+        check_turns(context.messages, chosen)
+        check_same_prompt(prompt, context)
+    turns = context or require(prompt, "prompt")
     margin = 0.0 if fields.get("margin") is None else number(fields["margin"])
     if not math.isfinite(margin):
-        raise RecordError(source, "margin", f"expected a finite number, got {fields['margin']!r}")
+        raise FieldError("margin", f"expected a finite number, got {fields['margin']!r}")
     return Form(plain(turns), (better, worse), Pairs.of((0, 1, margin)), images=turns.images)
 
 
-def reply(fields: dict, name: str, source: str) -> tuple[Turns | None, str]:
+def reply(fields: dict, name: str) -> tuple[Turns | None, str]:
     """A reply and, where its message list holds it, the conversation before it."""
     if name not in fields:
-        raise RecordError(source, name, "missing")
+        raise FieldError(name, "missing")
     value = fields[name]
     if not isinstance(value, (list, dict)):
-        return None, text(value, name, source)
+        return None, text(value, name)
     if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
-        raise RecordError(source, name, "expected a string or a list of messages, got a list of strings")
-    turns = parse_messages(value, name, source)
+        raise FieldError(name, "expected a string or a list of messages, got a list of strings")
+    turns = parse_messages(value, name)
     *context, last = turns.messages
     if last.role != "assistant":
-        raise RecordError(source, name, f"must end with the assistant's message, ends with the {last.role}'s")
+        raise FieldError(name, f"must end with the assistant's message, ends with the {last.role}'s")
     return (Turns(tuple(context), turns.images) if context else None), last.content
 
 
-def check_same_prompt(prompt: Turns | None, context: Turns, source: str) -> None:
+def check_same_prompt(prompt: Turns | None, context: Turns) -> None:
     """A prompt that stands both outside and inside of the replies' messages must be the same."""
     if prompt is None or prompt.messages == context.messages:
         return
     users = [message for message in context.messages if message.role == "user"]
     if len(prompt.messages) != 1 or prompt.messages[0] not in (users[0], users[-1]):
-        raise RecordError(source, "prompt", "is not the one inside of the replies' messages; leave one of them out")
+        raise FieldError("prompt", "is not the one inside of the replies' messages; leave one of them out")
 
 
 def kwise_form(prompt: Turns, responses: tuple[str, ...], ratings: Sequence[float]) -> Form:
@@ -158,20 +156,20 @@ def kwise_form(prompt: Turns, responses: tuple[str, ...], ratings: Sequence[floa
     return Form(plain(prompt), responses, pairs, sum(map(math.isnan, ratings)), prompt.images)
 
 
-def parse_completions(completions: object, source: str) -> tuple[tuple[str, ...], list[float]]:
+def parse_completions(completions: object) -> tuple[tuple[str, ...], list[float]]:
     """VLFeedback's `completions`: responses and their mean ratings."""
     if isinstance(completions, list):  # as the public data set stores it: one object a response
         if not all(isinstance(item, dict) for item in completions):
-            raise RecordError(source, "completions", "expected objects with `annotations` and `response`")
+            raise FieldError("completions", "expected objects with `annotations` and `response`")
         columns = {key: [item.get(key) for item in completions] for key in ("annotations", "response")}
     elif isinstance(completions, dict):
         columns = completions
     else:
-        raise RecordError(source, "completions", f"expected an object or a list, got {kind_of(completions)}")
-    responses = reply_list(columns.get("response"), "completions.response", source)
+        raise FieldError("completions", f"expected an object or a list, got {kind_of(completions)}")
+    responses = reply_list(columns.get("response"), "completions.response")
     annotations = columns.get("annotations")
     if not isinstance(annotations, list) or len(annotations) != len(responses):
-        raise RecordError(source, "completions.annotations", f"expected a list of {len(responses)}, one a response")
+        raise FieldError("completions.annotations", f"expected a list of {len(responses)}, one a response")
     return responses, [mean_rating(annotation) for annotation in annotations]
 
 
@@ -183,10 +181,10 @@ def mean_rating(annotation: object) -> float:
     return finite_or_nan(sum(ratings) / len(ratings))
 
 
-def parse_scores(scores: object, count: int, source: str) -> list[float]:
+def parse_scores(scores: object, count: int) -> list[float]:
     """`scores`, one a response; NaN for what is not a finite number."""
     if not isinstance(scores, list) or len(scores) != count:
-        raise RecordError(source, "scores", f"expected a list of {count}, one a response")
+        raise FieldError("scores", f"expected a list of {count}, one a response")
     return [finite_or_nan(number(score)) for score in scores]
 
 
@@ -197,78 +195,75 @@ def finite_or_nan(value: float) -> float:
 # messages
 
 
-def reply_list(values: object, name: str, source: str) -> tuple[str, ...]:
+def reply_list(values: object, name: str) -> tuple[str, ...]:
     """A required, non-empty list of replies, each a string or the assistant's message."""
     return tuple(
-        lone_reply(value, f"{name}[{index}]", source)
-        for index, value in enumerate(some_list(values, name, source, of="strings"))
+        lone_reply(value, f"{name}[{index}]") for index, value in enumerate(some_list(values, name, of="strings"))
     )
 
 
-def lone_reply(value: object, name: str, source: str) -> str:
+def lone_reply(value: object, name: str) -> str:
     """A reply without a conversation."""
-    context, response = reply({name: value}, name, source)
+    context, response = reply({name: value}, name)
     if context:
-        raise RecordError(source, name, "expected the assistant's message alone; the conversation goes into `prompt`")
+        raise FieldError(name, "expected the assistant's message alone; the conversation goes into `prompt`")
     return response
 
 
-def prompt_turns(value: object, name: str, source: str) -> Turns:
+def prompt_turns(value: object, name: str) -> Turns:
     """A prompt: a string is one user turn."""
     if not isinstance(value, (list, dict)):
-        return Turns((Message("user", text(value, name, source)),))
-    turns = parse_messages(value, name, source)
-    check_turns(turns.messages, name, source)
+        return Turns((Message("user", text(value, name)),))
+    turns = parse_messages(value, name)
+    check_turns(turns.messages, name)
     return turns
 
 
-def check_turns(messages: Sequence[Message], name: str, source: str) -> None:
+def check_turns(messages: Sequence[Message], name: str) -> None:
     """A prompt ends with the user's turn, and the system's message, if any, comes first."""
     if messages[-1].role != "user":
-        raise RecordError(source, name, f"the turn before the reply must be the user's, is the {messages[-1].role}'s")
+        raise FieldError(name, f"the turn before the reply must be the user's, is the {messages[-1].role}'s")
     if any(message.role == "system" for message in messages[1:]):
-        raise RecordError(source, name, "only the first message may be the system's")
+        raise FieldError(name, "only the first message may be the system's")
 
 
-def parse_messages(value: list | dict, name: str, source: str) -> Turns:
+def parse_messages(value: list | dict, name: str) -> Turns:
     """A message list, or one message."""
-    items = [value] if isinstance(value, dict) else some_list(value, name, source, of="messages")
+    items = [value] if isinstance(value, dict) else some_list(value, name, of="messages")
     images: list[object] = []
-    messages = [parse_message(item, f"{name}[{index}]", source, images) for index, item in enumerate(items)]
+    messages = [parse_message(item, f"{name}[{index}]", images) for index, item in enumerate(items)]
     return Turns(tuple(messages), tuple(images))
 
 
-def parse_message(item: object, name: str, source: str, images: list[object]) -> Message:
+def parse_message(item: object, name: str, images: list[object]) -> Message:
     """One message; images inside its parts are appended to `images`."""
     if not isinstance(item, dict):
-        raise RecordError(source, name, f"expected a message with role and content, got {kind_of(item)}")
+        raise FieldError(name, f"expected a message with role and content, got {kind_of(item)}")
     role_field, content_field = ("role", "content") if item.get("role") is not None else ("from", "value")
     given = item.get(role_field)
     role = ROLES.get(given) if isinstance(given, str) else None
     if role is None:
-        raise RecordError(source, f"{name}.{role_field}", "expected system, user or assistant")
+        raise FieldError(f"{name}.{role_field}", "expected system, user or assistant")
     content = item.get(content_field)
     name = f"{name}.{content_field}"
     if not isinstance(content, list):
-        return Message(role, text(content, name, source))
-    parts = [parse_part(part, role, f"{name}[{index}]", source, images) for index, part in enumerate(content)]
+        return Message(role, text(content, name))
+    parts = [parse_part(part, role, f"{name}[{index}]", images) for index, part in enumerate(content)]
     return Message(role, "".join(parts))
 
 
-def parse_part(part: object, role: str, name: str, source: str, images: list[object]) -> str:
+def parse_part(part: object, role: str, name: str, images: list[object]) -> str:
     """One part of a message's content as text."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text":
-        return text(part.get("text"), f"{name}.text", source)
+        return text(part.get("text"), f"{name}.text")
     if kind not in ("image", "image_url") or role != "user":
-        raise RecordError(
-            source, name, f"expected a part of type {'text, image or image_url' if role == 'user' else 'text'}"
-        )
+        raise FieldError(name, f"expected a part of type {'text, image or image_url' if role == 'user' else 'text'}")
     image = part.get(kind)
     if kind == "image_url":
         image = image.get("url") if isinstance(image, dict) else image
     if image is not None:
         images.append(image)
     elif kind == "image_url":
-        raise RecordError(source, f"{name}.image_url", "missing its url")
+        raise FieldError(f"{name}.image_url", "missing its url")
     return IMAGE_PART

@@ -30,6 +30,7 @@ from typing import BinaryIO, Literal
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from mmrm_fast.data.types import FieldError
 from mmrm_fast.ops.resize_bicubic import resize_bicubic
 
 MAX_PIXELS = 178_956_970  # Pillow's own decompression-bomb limit, enforced here as an error
@@ -52,8 +53,11 @@ NORMALIZATION = {
 }
 
 
-class ImageError(ValueError):
+class ImageError(FieldError):
     """An image that cannot be used; the message names the file and the reason."""
+
+    def __init__(self, reason: str):
+        super().__init__("img_path", reason)
 
 
 Compat = Literal["reference"] | None

@@ -28,9 +28,9 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from mmrm_fast.data.chat import ChatTemplate, Item, PromptError, Rendered, Turns
+from mmrm_fast.data.chat import ChatTemplate, Item, Rendered, Turns
 from mmrm_fast.data.images import Compat
-from mmrm_fast.data.records import Message, Prompt
+from mmrm_fast.data.types import FieldError, Message, Prompt
 
 IMAGE = "<image>"
 SPACE = "\u2581"  # what sentencepiece writes for a space
@@ -52,7 +52,7 @@ def split_images(prompt: Prompt, num_images: int, compat: Compat = None) -> Turn
     first user's turn, each on a line (with `compat`, always).
 
     Raises:
-        PromptError: any other number of `<image>`.
+        FieldError: any other number of `<image>`.
     """
     messages = (Message("user", prompt),) if isinstance(prompt, str) else prompt
     turns = [(message.role, [message.content]) for message in messages]
@@ -62,7 +62,7 @@ def split_images(prompt: Prompt, num_images: int, compat: Compat = None) -> Turn
         if found == num_images:
             return split
         if found:
-            raise PromptError("prompt", f"has {found} {IMAGE} for {num_images} images; use one each, or none")
+            raise FieldError("prompt", f"has {found} {IMAGE} for {num_images} images; use one each, or none")
     if num_images:
         first = [role for role, _ in turns].index("user")
         turns[first] = ("user", [""] + ["\n"] * (num_images - 1) + ["\n" + turns[first][1][0]])
@@ -123,7 +123,7 @@ class PromptEncoder:
         """Encode one prompt, its images (`tiles_per_image` in slot order) and all its responses.
 
         Raises:
-            PromptError: the prefix alone does not fit, `<image>` does not match the images, or the chat template does
+            FieldError: the prefix alone does not fit, `<image>` does not match the images, or the chat template does
                 not take these turns.
         """
         return self.encode_turns(split_images(prompt, len(tiles_per_image), self.compat), responses, tiles_per_image)
@@ -175,7 +175,7 @@ class PromptEncoder:
     def cut_responses(self, sequences: list[list[int]], end: int, prefix_length: int) -> Encoded:
         """Sequences of at most `max_length`, each with its end token."""
         if prefix_length + 1 >= self.max_length:
-            raise PromptError("prompt", f"is {prefix_length} tokens with its images; --max-length is {self.max_length}")
+            raise FieldError("prompt", f"is {prefix_length} tokens with its images; --max-length is {self.max_length}")
         cut = [len(keys) > self.max_length for keys in sequences]
         kept = [
             np.array([*keys[: self.max_length - 1], end] if is_cut else keys, np.int64)

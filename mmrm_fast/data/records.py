@@ -12,8 +12,8 @@ import numpy as np
 
 from mmrm_fast.data.forms import FORM_FIELDS, PREFERENCE_FIELDS, in_text, parse_form
 from mmrm_fast.data.lines import Rows, open_rows
-from mmrm_fast.data.pictures import IMAGE_FIELDS, image_field, record_images, resolve_image, shown_images
-from mmrm_fast.data.types import Group, Message, Pair, Pairs, Prompt, RecordError, kind_of, number, text
+from mmrm_fast.data.pictures import IMAGE_FIELDS, parse_images
+from mmrm_fast.data.types import FieldError, Group, Message, Pair, Pairs, Prompt, RecordError, at, kind_of, number, text
 
 __all__ = [
     "Group", "Message", "Pair", "Pairs", "Prompt", "RecordError", "Records", "iter_groups", "parse_group",
@@ -36,48 +36,34 @@ def parse_group(
     Raises:
         RecordError: a field is missing, of the wrong type, not a finite number or over a limit.
     """
-    if not isinstance(fields, dict):
-        raise RecordError(source, "", f"a record is a JSON object, this is {kind_of(fields)}")
-    images = record_images(fields, source, image_root, confined)
-    form = parse_form(fields, source)
-    shown = fields.get(image_field(fields))
-    if form.images:
-        if images:
-            raise RecordError(
-                source, image_field(fields), "there are images in the messages as well; use one of the two"
-            )
-        images = tuple(resolve_image(image, "image", source, image_root, confined) for image in form.images)
-        shown = list(form.images)
-    return Group(
-        source=source,
-        record=record,
-        id=parse_id(fields, source),
-        prompt=form.prompt,
-        img_path=shown_images(shown),
-        images=images,
-        responses=form.responses,
-        pairs=form.pairs,
-        truth=parse_truth(fields, len(form.responses), source),
-        num_unrated=form.num_unrated,
-    )
+    with at(source):
+        if not isinstance(fields, dict):
+            raise FieldError("", f"a record is a JSON object, this is {kind_of(fields)}")
+        form = parse_form(fields)
+        shown, images = parse_images(fields, form.images, image_root, confined)
+        truth = parse_truth(fields, len(form.responses))
+        return Group(
+            source, record, parse_id(fields), form.prompt, shown, images, form.responses, form.pairs, truth,
+            form.num_unrated,
+        )  # fmt: skip
 
 
-def parse_id(fields: dict, source: str) -> str | None:
+def parse_id(fields: dict) -> str | None:
     """The record's own name, text or a number, as text."""
     name = next((name for name in ID_FIELDS if fields.get(name) is not None), None)
     if name is None:
         return None
     value = fields[name]
-    return str(value) if isinstance(value, (int, float)) else text(value, name, source)
+    return str(value) if isinstance(value, (int, float)) else text(value, name)
 
 
-def parse_truth(fields: dict, num_responses: int, source: str) -> tuple[float, ...] | None:
+def parse_truth(fields: dict, num_responses: int) -> tuple[float, ...] | None:
     """The optional true quality of each response, in the order of the responses (chosen, rejected)."""
     truth = fields.get("truth")
     if truth is None:
         return None
     if not isinstance(truth, list) or len(truth) != num_responses or not all(math.isfinite(number(x)) for x in truth):
-        raise RecordError(source, "truth", f"expected a list of {num_responses} finite numbers, one a response")
+        raise FieldError("truth", f"expected a list of {num_responses} finite numbers, one a response")
     return tuple(map(number, truth))
 
 

@@ -5,9 +5,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from mmrm_fast.data.images import ImageError, Tiling, image_size, load_tiles, opened, white_tile
-from mmrm_fast.data.prompt import Encoded, PromptEncoder, PromptError
-from mmrm_fast.data.types import Group, Pairs, Prompt, RecordError
+from mmrm_fast.data.images import Tiling, image_size, load_tiles, opened, white_tile
+from mmrm_fast.data.prompt import Encoded, PromptEncoder
+from mmrm_fast.data.types import Group, Pairs, Prompt, RecordError, at
 
 Overlong = Literal["skip", "truncate", "error"]
 ProxyImage = Literal["none", "white"]
@@ -104,12 +104,8 @@ class Preparer:
 
     def sample(self, group: Group) -> Sample:
         """Encode one group. Raises `RecordError` naming the field that cannot be encoded."""
-        try:
+        with at(group.source):
             sample = self.encode(group, tuple(map(self.num_tiles, group.images)))
-        except ImageError as error:
-            raise RecordError(group.source, "img_path", str(error)) from None
-        except PromptError as error:
-            raise RecordError(group.source, error.field, str(error)) from None
         if self.overlong == "truncate" or self.encoder.compat or not any(sample.main.truncated):
             return sample
         return self.without_overlong(sample)
@@ -118,10 +114,8 @@ class Preparer:
         """Decode a group's pictures: uint8 `[I, S, S, 3]` each. Raises `RecordError`."""
         if self.inputs == "text":
             return [white_tile(self.tiling.tile_size) for _ in group.images]
-        try:
+        with at(group.source):
             return [load_tiles(image, self.tiling) for image in group.images]
-        except ImageError as error:
-            raise RecordError(group.source, "img_path", str(error)) from None
 
     def whole(self, group: Group) -> tuple[Sample, list[np.ndarray]]:
         """A group's sample, without its pictures, and their tiles; each is opened once. Raises `RecordError`."""

@@ -1,11 +1,20 @@
-"""What a record is once read: a group of responses to one prompt; and what a value may be, else a `RecordError`."""
+"""What a record is once read: a group of responses to one prompt; and what a value may be, else a `FieldError`."""
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+
+
+class FieldError(ValueError):
+    """A field that cannot be used, and why; who knows where its record stands makes it a `RecordError`."""
+
+    def __init__(self, field: str, reason: str):
+        super().__init__(reason)
+        self.field, self.reason = field, reason
 
 
 class RecordError(ValueError):
@@ -17,6 +26,15 @@ class RecordError(ValueError):
 
     def __reduce__(self):
         return RecordError, (self.source, self.field, self.reason)
+
+
+@contextmanager
+def at(source: str) -> Iterator[None]:
+    """A `FieldError` inside becomes that of the record at `source`."""
+    try:
+        yield
+    except FieldError as error:
+        raise RecordError(source, error.field, error.reason) from None
 
 
 class Pair(NamedTuple):
@@ -95,19 +113,19 @@ class Group:
     num_unrated: int = 0  # responses whose rating is not a finite number
 
 
-def text(value: object, name: str, source: str) -> str:
+def text(value: object, name: str) -> str:
     """A string that can be encoded (JSON allows lone surrogates, tokenizers do not)."""
     if not isinstance(value, str):
-        raise RecordError(source, name, f"expected a string, got {kind_of(value)}")
+        raise FieldError(name, f"expected a string, got {kind_of(value)}")
     if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-        raise RecordError(source, name, "holds a lone surrogate (\\ud800 to \\udfff), which is not valid text")
+        raise FieldError(name, "holds a lone surrogate (\\ud800 to \\udfff), which is not valid text")
     return value
 
 
-def some_list(values: object, name: str, source: str, *, of: str) -> list:
+def some_list(values: object, name: str, *, of: str) -> list:
     """A required list that is not empty."""
     if not isinstance(values, list) or not values:
-        raise RecordError(source, name, f"expected a non-empty list of {of}, got {kind_of(values)}")
+        raise FieldError(name, f"expected a non-empty list of {of}, got {kind_of(values)}")
     return values
 
 

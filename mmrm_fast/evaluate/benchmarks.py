@@ -18,7 +18,7 @@ from pathlib import Path
 from mmrm_fast.data.lines import CSV, KINDS, open_rows
 from mmrm_fast.data.pictures import resolve_image
 from mmrm_fast.data.records import Group, Records, iter_groups, parse_group
-from mmrm_fast.data.types import Pairs, RecordError, kind_of
+from mmrm_fast.data.types import FieldError, Pairs, RecordError, at, kind_of
 
 TEST_SPLITS = ("test", "filtered")  # of published splits, the ones that leaderboards report
 IMAGE_FIELDS = ("image", "Image", "image_path", "images", "img_path")
@@ -110,45 +110,47 @@ def read_layout(layout: Callable[[dict, str], Item], path: Path, images: Path) -
     for index in range(len(file)):
         identity, group, source = str(index), "unknown", file.source(index)
         try:
-            fields = file.fields(index)
-            if not isinstance(fields, dict):
-                raise RecordError(source, "", f"an item is a JSON object, this is {kind_of(fields)}")
-            identity = str(fields.get("id", fields.get("ID", index)))
-            item = layout(fields, source)
-            group = item.group
-            found = find_images(fields, source, images, required=layout is not rewardbench)
-            yield replace(item, id=identity, record=replace(item.record, id=identity, record=index, images=found))
+            with at(source):
+                fields = file.fields(index)
+                if not isinstance(fields, dict):
+                    raise FieldError("", f"an item is a JSON object, this is {kind_of(fields)}")
+                identity = str(fields.get("id", fields.get("ID", index)))
+                item = layout(fields, source)
+                group = item.group
+                found = find_images(fields, source, images, required=layout is not rewardbench)
         except RecordError as error:
             yield Unread(identity, group, error)
+        else:
+            yield replace(item, id=identity, record=replace(item.record, id=identity, record=index, images=found))
 
 
 def vl_rewardbench(fields: dict, source: str) -> Item:
     """VL-RewardBench; `human_ranking` holds each response's rank, 0 the better."""
     ranking = fields.get("human_ranking", fields.get("ranking"))
     if ranking not in ([0, 1], [1, 0]):
-        raise RecordError(source, "human_ranking", f"expected [0, 1] or [1, 0], got {ranking!r}")
-    name, group = vl_source(fields, source)
+        raise FieldError("human_ranking", f"expected [0, 1] or [1, 0], got {ranking!r}")
+    name, group = vl_source(fields)
     record = two_responses(fields.get("query"), fields.get("response"), source, ranking.index(0), ("query", "response"))
     return Item("", record, group, in_training_set=name in TRAINING_SETS)
 
 
-def vl_source(fields: dict, source: str) -> tuple[str, str]:
+def vl_source(fields: dict) -> tuple[str, str]:
     """The data set an item comes from and the group it is reported in."""
     said = [str(fields.get(field) or "") for field in ("query_source", "image_path", "id")]
     names = " ".join(re.sub(r"[^a-z0-9]", "", name.lower()) for name in said)
     for known, where in VL_SOURCES.items():
         if known in names:
             return where
-    raise RecordError(source, "query_source", f"in no group: {said[0]!r}, id {said[2]!r}")
+    raise FieldError("query_source", f"in no group: {said[0]!r}, id {said[2]!r}")
 
 
 def multimodal_rewardbench(fields: dict, source: str) -> Item:
     """Multimodal RewardBench; safety and reasoning are split by the prefix of the id."""
     better, category = fields.get("Better"), fields.get("Category")
     if better not in ("Output1", "Output2"):
-        raise RecordError(source, "Better", f"expected 'Output1' or 'Output2', got {better!r}")
+        raise FieldError("Better", f"expected 'Output1' or 'Output2', got {better!r}")
     if not isinstance(category, str):
-        raise RecordError(source, "Category", f"expected a string, got {kind_of(category)}")
+        raise FieldError("Category", f"expected a string, got {kind_of(category)}")
     outputs = [fields.get("Output1"), fields.get("Output2")]
     record = two_responses(fields.get("Text"), outputs, source, int(better == "Output2"), ("Text", "Output1, Output2"))
     if category not in MULTIMODAL_SPLITS:
@@ -182,9 +184,9 @@ def two_responses(prompt: object, responses: object, source: str, better: int, n
         group = parse_group({"prompt": prompt, "responses": responses}, source=source)
     except RecordError as error:
         field = names[0] if error.field == "prompt" else error.field.replace("responses", names[1])
-        raise RecordError(source, field, error.reason) from None
+        raise FieldError(field, error.reason) from None
     if len(group.responses) != 2:
-        raise RecordError(source, names[1], f"expected two responses, got {len(group.responses)}")
+        raise FieldError(names[1], f"expected two responses, got {len(group.responses)}")
     return replace(group, pairs=Pairs.of((better, 1 - better)))
 
 
@@ -206,7 +208,7 @@ def find_images(fields: dict, source: str, root: Path, *, required: bool) -> tup
 
 def find_image(value: object, source: str, field: str, root: Path) -> str | bytes:
     """One image as a path below `root` or as encoded bytes."""
-    image = resolve_image(value, field, source, root, confined=True)
+    image = resolve_image(value, field, root, confined=True)
     if isinstance(image, bytes) or Path(image).is_file():
         return image
     shorter = root.joinpath(*Path(image).relative_to(root.resolve()).parts[1:])

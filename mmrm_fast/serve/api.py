@@ -13,9 +13,9 @@ from starlette.exceptions import HTTPException
 
 from mmrm_fast import __version__
 from mmrm_fast.data.images import ImageError, image_size
-from mmrm_fast.data.prompt import PromptError
 from mmrm_fast.data.records import Group, RecordError, parse_group
 from mmrm_fast.data.samples import Sample
+from mmrm_fast.data.types import FieldError
 from mmrm_fast.score.scorer import Scored, Scorer, join
 from mmrm_fast.serve import protocols
 from mmrm_fast.serve.batcher import Batcher
@@ -124,7 +124,7 @@ def make_app(service: RewardService, token: str | None = None) -> FastAPI:
     add_pages(app, service)
     app.add_exception_handler(RequestValidationError, invalid_request)
     app.add_exception_handler(HTTPException, http_error)
-    for kind in (RecordError, PromptError):
+    for kind in (RecordError, FieldError):
         app.add_exception_handler(kind, invalid_record)
     paths = frozenset(route.path for route in app.routes)
     app.add_middleware(Guard, limits=service.limits, metrics=service.metrics, token=token, paths=paths)
@@ -184,7 +184,7 @@ async def invalid_request(request: Request, error: RequestValidationError) -> JS
     return refusal(422, f"{field}: {first['msg']}" if field else first["msg"], field or None)
 
 
-async def invalid_record(request: Request, error: RecordError | PromptError) -> JSONResponse:
+async def invalid_record(request: Request, error: RecordError | FieldError) -> JSONResponse:
     """422 for a record that cannot be scored."""
     return refusal(422, str(error), error.field or None)
 

@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 from transformers import PreTrainedTokenizerBase
 
-from mmrm_fast.data.prompt import IMAGE, PromptError
+from mmrm_fast.data.prompt import IMAGE
+from mmrm_fast.data.types import FieldError
 
 SLOTS = ("MMRMPROMPTSLOT", "MMRMRESPONSESLOT")
 BOUNDED = {"max_length": 1 << 16, "fail_fast": True}  # of lists: an error an item would be much more than the body
@@ -127,16 +128,16 @@ class QueryReader:
         self.image = re.compile(r"<img>(?:<IMG_CONTEXT>)+</img>")
 
     def read(self, query: str, prompt: str | None = None) -> tuple[str, str]:
-        """(prompt, response). Raises `PromptError`."""
+        """(prompt, response). Raises `FieldError`."""
         query, head = (self.leading.sub("", text) for text in (query, self.head))
         if prompt is None:
             if not query.startswith(head) or self.middle not in query[len(head) :]:
-                raise PromptError("query", "is not in this checkpoint's chat template; send the prompt in `prompts`")
+                raise FieldError("query", "is not in this checkpoint's chat template; send the prompt in `prompts`")
             prompt, _, response = query[len(head) :].partition(self.middle)
         else:
             prompt = self.leading.sub("", prompt)
             if not query.startswith(prompt):
-                raise PromptError("query", "does not begin with its prompt of `prompts`")
+                raise FieldError("query", "does not begin with its prompt of `prompts`")
             response = query[len(prompt) :]
             if prompt.startswith(head) and prompt.endswith(self.middle):
                 prompt = prompt[len(head) : -len(self.middle)]
@@ -176,22 +177,22 @@ def content_of(text: Text | ChatMessage) -> Content:
 
 
 def response_text(text: Text | ChatMessage, field: str) -> str:
-    """A response, which is text alone. Raises `PromptError`."""
+    """A response, which is text alone. Raises `FieldError`."""
     content = content_of(text)
     if isinstance(content, str):
         return content
     if any(isinstance(part, ImagePart) for part in content):
-        raise PromptError(field, "a response is text; images belong to the prompt")
+        raise FieldError(field, "a response is text; images belong to the prompt")
     return "".join(part.text for part in content)
 
 
 def reward_records(request: RewardRequest, reader: QueryReader) -> list[dict]:
-    """One record a query. Raises `PromptError`."""
+    """One record a query. Raises `FieldError`."""
     count = len(request.query)
     for name in ("prompts", "labels", "images"):
         values = getattr(request, name)
         if values is not None and len(values) != count:
-            raise PromptError(name, f"has {len(values)} entries for {count} queries")
+            raise FieldError(name, f"has {len(values)} entries for {count} queries")
     records = []
     for i, query in enumerate(request.query):
         prompt, response = reader.read(query, request.prompts[i] if request.prompts else None)
@@ -201,13 +202,13 @@ def reward_records(request: RewardRequest, reader: QueryReader) -> list[dict]:
 
 
 def input_records(request: InputRequest, reader: QueryReader) -> list[dict]:
-    """One record an input. Raises `PromptError`."""
+    """One record an input. Raises `FieldError`."""
     if (request.input is None) == (request.messages is None):
-        raise PromptError("input", "send either `input` or `messages`")
+        raise FieldError("input", "send either `input` or `messages`")
     if request.messages is not None:
         *turns, last = request.messages
         if last.role != "assistant":
-            raise PromptError("messages", "the last message must be the assistant's: it is what gets the reward")
+            raise FieldError("messages", "the last message must be the assistant's: it is what gets the reward")
         prompt = [{"role": turn.role, "content": plain(turn.content)} for turn in turns]
         return [{"prompt": prompt, "responses": [response_text(last, "messages")]}]
     queries = map(reader.read, [request.input] if isinstance(request.input, str) else request.input)
@@ -215,20 +216,20 @@ def input_records(request: InputRequest, reader: QueryReader) -> list[dict]:
 
 
 def score_records(request: ScoreRequest, reader: QueryReader) -> list[dict]:
-    """One record for one query, or one a pair of query and document. Raises `PromptError`."""
+    """One record for one query, or one a pair of query and document. Raises `FieldError`."""
     queries = request.queries if isinstance(request.queries, list) else [request.queries]
     documents = request.documents if isinstance(request.documents, list) else [request.documents]
     responses = [response_text(document, "documents") for document in documents]
     if len(queries) == 1:
         return [{"prompt": user(queries[0]), "responses": responses}]
     if len(queries) != len(documents):
-        raise PromptError("documents", f"{len(documents)} for {len(queries)} queries; send one query, or one each")
+        raise FieldError("documents", f"{len(documents)} for {len(queries)} queries; send one query, or one each")
     pairs = zip(queries, responses, strict=True)
     return [{"prompt": user(query), "responses": [response]} for query, response in pairs]
 
 
 def rerank_records(request: RerankRequest, reader: QueryReader) -> list[dict]:
-    """One record. Raises `PromptError`."""
+    """One record. Raises `FieldError`."""
     responses = [response_text(document, "documents") for document in request.documents]
     return [{"prompt": user(request.query), "responses": responses}]
 

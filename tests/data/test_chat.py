@@ -9,8 +9,9 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from mmrm_fast.checkpoint.tokenizer import load_tokenizer, template_names
-from mmrm_fast.data.prompt import PromptEncoder, PromptError
+from mmrm_fast.data.prompt import PromptEncoder
 from mmrm_fast.data.records import Message
+from mmrm_fast.data.types import FieldError
 
 TOKENS_PER_TILE = 2
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "InternLM2ForCausalLM" / "checkpoint"
@@ -144,5 +145,5 @@ def test_what_cannot_be_read_is_refused(tokenizer, template, turns, response, re
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     wrapped = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template)
     images = sum(text.count("<image>") for _, text in turns)
-    with pytest.raises(PromptError, match=reason):
+    with pytest.raises(FieldError, match=reason):
         encode(wrapped, turns, (response,), (1,) * images)

@@ -7,8 +7,9 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mmrm_fast.data.prompt import PromptEncoder, PromptError, split_images, without_images
+from mmrm_fast.data.prompt import PromptEncoder, split_images, without_images
 from mmrm_fast.data.records import Message
+from mmrm_fast.data.types import FieldError
 
 TOKENS_PER_TILE = 4
 UNICODE = {
@@ -74,7 +75,7 @@ def test_slots_stand_where_the_prompt_has_them_or_are_prepended(prompt, num_imag
 
 @pytest.mark.parametrize(("prompt", "num_images"), [("<image>", 0), ("<image>", 2), ("<image><image>", 1)])
 def test_any_other_number_of_slots_is_an_error_of_the_prompt(prompt, num_images):
-    with pytest.raises(PromptError, match=f"<image> for {num_images} images") as caught:
+    with pytest.raises(FieldError, match=f"<image> for {num_images} images") as caught:
         split_images(prompt, num_images)
     assert caught.value.field == "prompt"
 
@@ -249,7 +250,7 @@ def test_turns_that_the_template_does_not_take_are_an_error_of_the_prompt(tokeni
         "{% if messages|length > 2 %}{{ raise_exception('one turn only') }}{% endif %}" + DEFAULT_SYSTEM
     )
     encoder = PromptEncoder(wrapped, tokens_per_tile=TOKENS_PER_TILE, max_length=400)
-    with pytest.raises(PromptError, match="does not take the turns system, user: one turn only"):
+    with pytest.raises(FieldError, match="does not take the turns system, user: one turn only"):
         encoder.encode(TURNS[:2], ("so",), (1,))
 
 
@@ -341,7 +342,7 @@ def test_an_overlong_response_is_cut_and_keeps_its_end_token(make_encoder, missi
 def test_a_prefix_that_leaves_no_room_for_a_response_is_an_error(make_encoder, tiles_per_image):
     prefix_length = make_encoder().encode("What?", ("",), tiles_per_image).prefix_length
     make_encoder(max_length=prefix_length + 2).encode("What?", ("two",), tiles_per_image)
-    with pytest.raises(PromptError, match=f"is {prefix_length} tokens with its images") as caught:
+    with pytest.raises(FieldError, match=f"is {prefix_length} tokens with its images") as caught:
         make_encoder(max_length=prefix_length + 1).encode("What?", ("two",), tiles_per_image)
     assert caught.value.field == "prompt"
 
