@@ -5,14 +5,18 @@ D hidden size.
 """
 
 import copy
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 from transformers import InternVLModel
+
+from mmrm_fast.data.images import Tiling, choose_grid
 
 
 @dataclass(frozen=True)
@@ -26,21 +30,14 @@ class PaddedBatch:
     lengths_R: Tensor  # int64
     pixels_ICSS: Tensor | None  # normalised; None for text-only sequences
 
-    def forward_arguments(self) -> dict[str, Tensor | None]:
-        """The keyword arguments of `InternVLModel`."""
-        return {"input_ids": self.input_ids_RL, "pixel_values": self.pixels_ICSS}
 
-    def to(self, device: torch.device) -> "PaddedBatch":
-        """The same on a device."""
-        pixels = None if self.pixels_ICSS is None else self.pixels_ICSS.to(device)
-        return PaddedBatch(self.input_ids_RL.to(device), self.lengths_R.to(device), pixels)
-
-
-def pad(sequences: Sequence[np.ndarray], pixels: Sequence[Tensor], image_token_id: int) -> PaddedBatch:
+def pad(
+    sequences: Sequence[np.ndarray], pixels: Sequence[Tensor], image_token_id: int, device: torch.device
+) -> PaddedBatch:
     """Pad token keys (image rows are negative) to their longest; `pixels` are each sequence's tiles [I, 3, S, S]."""
     rows = [torch.from_numpy(np.where(sequence < 0, image_token_id, sequence)) for sequence in sequences]
-    input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    return PaddedBatch(input_ids, torch.tensor(list(map(len, rows))), torch.cat(list(pixels)) if pixels else None)
+    input_ids, lengths = nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor(list(map(len, rows)))
+    return PaddedBatch(input_ids.to(device), lengths.to(device), torch.cat(list(pixels)).to(device) if pixels else None)
 
 
 def plain_copy(model: InternVLModel) -> InternVLModel:
@@ -79,7 +76,8 @@ class PaddedRewardModel(nn.Module):
 
     def hidden(self, batch: PaddedBatch) -> Tensor:
         """Last hidden states [R, L, D]."""
-        return self.model(**batch.forward_arguments(), use_cache=False).last_hidden_state
+        output = self.model(input_ids=batch.input_ids_RL, pixel_values=batch.pixels_ICSS, use_cache=False)
+        return output.last_hidden_state
 
 
 class ReferenceRewardModel(PaddedRewardModel):
@@ -101,6 +99,28 @@ def normalize(tiles_ISSC: Tensor, mean: tuple[float, ...], std: tuple[float, ...
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     mean_C, std_C = (torch.tensor(values, dtype=exact, device=tiles_ISSC.device) for values in (mean, std))
     return ((tiles_ISSC.to(exact) / 255 - mean_C) / std_C).permute(0, 3, 1, 2).to(dtype)
+
+
+def reference_pixels(photograph: bytes, tiling: Tiling, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """The reference implementation's tiles of one image [I, 3, S, S], normalised in float32.
+
+    Pillow decodes, stretches and crops every tile; each is made a float tensor, normalised as torchvision defines it.
+    """
+    image, side = Image.open(io.BytesIO(photograph)).convert("RGB"), tiling.tile_size
+    columns, rows = choose_grid(*image.size, tiling)
+    sheet = image.resize((columns * side, rows * side))
+    boxes = [(x * side, y * side, (x + 1) * side, (y + 1) * side) for y in range(rows) for x in range(columns)]
+    tiles = [sheet.crop(box) for box in boxes]
+    if len(tiles) > 1:
+        tiles.append(image.resize((side, side)))
+    mean_C11, std_C11 = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+    return torch.stack([(float_pixels(tile) - mean_C11) / std_C11 for tile in tiles])
+
+
+def float_pixels(tile: Image.Image) -> Tensor:
+    """A tile made RGB and resized to its own size, as a float tensor [3, S, S] in 0..1."""
+    tile = tile.convert("RGB").resize(tile.size, Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(tile, copy=True)).permute(2, 0, 1).contiguous().to(torch.float32).div(255)
 
 
 def robust_loss(margin_P: Tensor, proxy_margin_P: Tensor, *, mode: str = "paper") -> tuple[Tensor, ...]:

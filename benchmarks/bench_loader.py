@@ -1,18 +1,17 @@
-"""The training loader over the shapes data: samples/s with 2 worker processes.
+"""The training loader over the shapes data: samples/s with 2 worker processes, which start anew in every pass.
 
 `1 process`: the same loader without workers. Every bit of both sides' micro-batches must be the same, as must their
-order.
+order; both hash them.
 """
 
 import hashlib
-from collections import deque
-from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from benchmarks.harness import Baseline, Case, Check, Comparison, Options, Row, compare
+from benchmarks.bench_ops import Op
 from mmrm_fast.checkpoint.folder import load_checkpoint
 from mmrm_fast.data.mixture import PreferenceDataset, unknown_samples
 from mmrm_fast.data.packing import Packed, map_tensors
@@ -25,34 +24,31 @@ from mmrm_fast.train.defaults import TINY_CHECKPOINT
 RECORDS, BUDGET = 512, 6_144  # records of an epoch; work of a step, as training on the tiny checkpoint has it
 
 
-def cases(options: Options) -> Iterator[Case]:
-    """One case."""
-    yield Case("shapes", partial(rows, options))
-
-
-def rows(options: Options) -> Iterator[Row]:
-    """Verify and time one pass over the records, workers started anew."""
+def epoch() -> tuple[PreferenceDataset, np.ndarray]:
+    """A data set and an order of some of its records."""
     checkpoint = load_checkpoint(TINY_CHECKPOINT)
     records = Records(cached_environments()["opening"] / "train.jsonl", need_pairs=True)
     preparer = Preparer(checkpoint.prompt_encoder(), checkpoint.tiling, with_text=True, pairs="all")
     dataset = PreferenceDataset(records, preparer, unknown_samples(range(len(records))))
-    order = np.random.default_rng(0).permutation(len(dataset))[:RECORDS]
-    ours, theirs = (list(map(digest, one_pass(dataset, order, workers))) for workers in (2, 0))
-    sides = [lambda workers=workers: deque(one_pass(dataset, order, workers), maxlen=0) for workers in (2, 0)]
-    baseline = Baseline(sides[1], [Check(float(ours != theirs), 0)])
-    comparison = Comparison(
-        "loader", "loader shapes, 2 workers", torch.uint8, sides[0], {"1 process": baseline}, count=(RECORDS, "samples")
-    )
-    yield from compare(comparison, options)
+    return dataset, np.random.default_rng(0).permutation(len(dataset))[:RECORDS]
 
 
-def one_pass(dataset: PreferenceDataset, order: np.ndarray, num_workers: int) -> Iterator[Packed]:
-    """Every micro-batch."""
-    return load(dataset, order, num_workers=num_workers, tokens_per_batch=BUDGET, tokens_per_micro_batch=BUDGET)
+def one_pass(dataset: PreferenceDataset, order: np.ndarray, *, num_workers: int) -> Tensor:
+    """A hash of every micro-batch [B, 32] uint8."""
+    batches = load(dataset, order, num_workers=num_workers, tokens_per_batch=BUDGET, tokens_per_micro_batch=BUDGET)
+    return torch.stack([digest(packed) for packed in batches])
 
 
-def digest(packed: Packed) -> str:
-    """A hash of every tensor and number of a micro-batch."""
+def digest(packed: Packed) -> Tensor:
+    """A hash of every tensor and number of a micro-batch [32] uint8."""
     found = hashlib.sha256(repr(map_tensors(packed.batch, lambda tensor: (tensor.dtype, tensor.shape))).encode())
     map_tensors(packed.batch, lambda tensor: found.update(tensor.numpy().tobytes()))
-    return found.hexdigest()
+    return torch.frombuffer(bytearray(found.digest()), dtype=torch.uint8)
+
+
+OPS = [
+    Op(
+        "loader shapes, 2 workers", torch.uint8, epoch, partial(one_pass, num_workers=2),
+        {"1 process": partial(one_pass, num_workers=0)}, tolerance=0.0, count=(RECORDS, "samples"), suite="loader",
+    )
+]  # fmt: skip

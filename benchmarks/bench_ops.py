@@ -20,7 +20,7 @@ from torch.nn.functional import embedding, layer_norm, unfold
 from tqdm import tqdm
 from transformers import InternVLModel
 
-from benchmarks.baselines import normalize, robust_loss
+from benchmarks.baselines import normalize, reference_pixels, robust_loss
 from benchmarks.harness import (
     CPU,
     Baseline,
@@ -34,8 +34,8 @@ from benchmarks.harness import (
     interleaved,
     relative_error,
 )
-from benchmarks.models import photograph
-from mmrm_fast.data.images import NORMALIZATION
+from benchmarks.models import PATCH_SIZE, encoded_image, photograph
+from mmrm_fast.data.images import NORMALIZATION, Tiling, load_image, load_tiles
 from mmrm_fast.ops.pack_image_tokens import SourceIndex, pack_image_tokens, source_index
 from mmrm_fast.ops.pair_loss import pair_loss
 from mmrm_fast.ops.patchify import patchify
@@ -56,18 +56,19 @@ class Op:
     tolerance: float | None  # of a result's relative error; None where the baselines compute something else
     trained: tuple[int, ...] = ()  # inputs whose gradients are results
     bound_bytes: int = 0  # that it must read and write
-    empty: Callable | None = None  # what the bound takes on top of the copy
+    least: tuple[str, Callable] | None = None  # what the bound takes beside a copy of those bytes
     exact: Callable | None = None  # what our results are verified against in place of the baselines'
     index: Callable | None = None  # what packing builds for it once a micro-batch, timed for the details
-    suite: str = "ops"
+    count: tuple[float, str] | None = None  # what a call handles, as `Comparison` has it
+    suite: str = "ops"  # what is in another one is the host's to do
 
 
 Run = Callable[[Callable], tuple]  # an implementation to its results
 
 
-def cases(options: Options, *, suite: str) -> Iterator[Case]:
+def cases(ops: Sequence[Op], suite: str, options: Options) -> Iterator[Case]:
     """One case an op of the suite."""
-    for op in OPS:
+    for op in ops:
         if op.suite == suite:
             yield Case(f"{op.name}, {op.dtype}", partial(rows, op, options))
 
@@ -82,8 +83,8 @@ def rows(op: Op, options: Options) -> Iterator[Row]:
         for name, baseline in op.baselines.items()
         if runs(op, run, name)
     }
-    bound = partial(make_bound, op, run, device) if op.bound_bytes else None
-    comparison = Comparison(op.suite, op.name, op.dtype, partial(run, op.ours), baselines, device, bound)
+    bound = partial(make_bound, op, run, device) if op.bound_bytes or op.least else None
+    comparison = Comparison(op.suite, op.name, op.dtype, partial(run, op.ours), baselines, device, bound, op.count)
     yield from compare(comparison, options)
 
 
@@ -143,9 +144,10 @@ def tensors(found: tuple) -> list[Tensor]:
 def make_bound(op: Op, run: Run, device: torch.device) -> Bound:
     """The least that the op can take."""
     half = torch.ones(op.bound_bytes // 2, dtype=torch.uint8, device=device)  # a copy reads and writes each byte
-    if op.empty is None:
+    if op.least is None:
         return Bound(half.clone, "copy", num_bytes=op.bound_bytes)
-    return Bound(lambda: (run(op.empty), half.clone()), "empty op and copy")
+    what, least = op.least
+    return Bound(lambda: (run(least), half.clone()), f"{what} and copy" if op.bound_bytes else what)
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -191,7 +193,7 @@ def pair_loss_op(num_pairs: int) -> Op:
     return Op(
         f"pair_loss P={num_pairs:,}", torch.float32, lambda: (normal(num_pairs), normal(num_pairs, seed=1)),
         fused, {"eager": robust_loss, "torch.compile": torch.compile(robust_loss, dynamic=False)}, tolerance=1e-5,
-        trained=(0, 1), bound_bytes=4 * FLOATS_PER_PAIR * num_pairs, empty=empty,
+        trained=(0, 1), bound_bytes=4 * FLOATS_PER_PAIR * num_pairs, least=("empty op", empty),
     )  # fmt: skip
 
 
@@ -257,7 +259,7 @@ def shuffle_op(dtype: torch.dtype, tolerance: float, case: str, copies: float, t
     )  # fmt: skip
 
 
-SIDE, PATCH_SIZE = 448, 14
+SIDE = 448
 MEAN, STD = NORMALIZATION["imagenet"]
 
 
@@ -265,8 +267,7 @@ def patchify_op(dtype: torch.dtype, tolerance: float) -> Op:
     """Against eager torch: to float, normalise, unfold."""
 
     def unfolded(tiles_ISSC: Tensor) -> Tensor:
-        pixels_ICSS = normalize(tiles_ISSC, MEAN, STD, dtype)
-        return unfold(pixels_ICSS, PATCH_SIZE, stride=PATCH_SIZE).transpose(1, 2).flatten(0, 1)
+        return patch_rows(normalize(tiles_ISSC, MEAN, STD, dtype))
 
     return Op(
         f"patchify {NUM_TILES} tiles of {SIDE}, {str(dtype).removeprefix('torch.')}", dtype,
@@ -274,6 +275,31 @@ def patchify_op(dtype: torch.dtype, tolerance: float) -> Op:
         partial(patchify, mean=MEAN, std=STD, patch_size=PATCH_SIZE, dtype=dtype), {"eager": unfolded}, tolerance,
         bound_bytes=NUM_TILES * SIDE**2 * 3 * (1 + dtype.itemsize),
     )  # fmt: skip
+
+
+def preprocess_op(tiles: int, width: int, height: int, most_tiles: int) -> Op:
+    """A JPEG file to normalised patch rows, compared pixel by pixel.
+
+    Ours: Pillow decodes, `resize_bicubic` stretches and cuts to uint8 tiles, `patchify` normalises them to patch rows,
+    which in training happens on the device. The bound is the decoding, which is on both sides.
+    """
+    tiling = Tiling(tile_size=SIDE, max_tiles=most_tiles)
+    reference = partial(reference_pixels, tiling=tiling, mean=MEAN, std=STD)
+
+    def ours(photograph: bytes) -> Tensor:
+        tiles_ISSC = torch.from_numpy(np.require(load_tiles(photograph, tiling), requirements="W"))
+        return patchify(tiles_ISSC, MEAN, STD, patch_size=PATCH_SIZE, dtype=torch.float32)
+
+    return Op(
+        f"preprocess {tiles} tiles", torch.float32, lambda: [encoded_image(photograph(width, height), "JPEG")], ours,
+        {"reference": reference}, 1e-5, exact=lambda content: patch_rows(reference(content)),
+        least=("Pillow's decoding", load_image), count=(1, "images"), suite="preprocess",
+    )  # fmt: skip
+
+
+def patch_rows(pixels_ICSS: Tensor) -> Tensor:
+    """Tiles as a convolution of patch size reads them, [patches, 3 * 14 * 14]."""
+    return unfold(pixels_ICSS, PATCH_SIZE, stride=PATCH_SIZE).transpose(1, 2).flatten(0, 1)
 
 
 NUM_SEQUENCES, LENGTH, SHARED, MIN_SHARED = 64, 2300, 2100, 32
@@ -306,6 +332,9 @@ OPS = (
         f"plan_trie N={NUM_SEQUENCES} x {LENGTH:,}", torch.int64, sequences, partial(plan_trie, min_shared=MIN_SHARED),
         {"Python": lambda *inputs: plan_trie_ref(*inputs, MIN_SHARED)}, tolerance=0.0, suite="plan",
     ),
+    preprocess_op(1, 1024, 1024, 1),
+    preprocess_op(3, 1024, 512, 2),
+    preprocess_op(7, 1024, 683, 6),
     Op(
         "resize_bicubic 1024 x 683 to 7 tiles", torch.uint8, lambda: [np.asarray(photograph(1024, 683))],
         partial(resize_bicubic, columns=3, rows=2, tile_size=SIDE, thumbnail=True),

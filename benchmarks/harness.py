@@ -20,7 +20,7 @@ from torch import Tensor
 MIN_SAMPLE_SECONDS = 0.05
 SLOW_SECONDS = 20.0  # a call over it is timed twice at most
 CPU = torch.device("cpu")
-Suite = Literal["ops", "preprocess", "plan", "loader", "train-step", "score", "scale", "end-to-end", "flops"]
+Suite = Literal["ops", "preprocess", "plan", "loader", "train-step", "score", "scale", "end-to-end", "serve", "flops"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class Options:
     """Threads of torch and of the C++ ops."""
     json: Path | None = None
     """Where the rows go; default benchmarks/results/<date>-<device>.json, with the options above in the name."""
+    model: Path | None = None
+    """Reward model that the suite serve loads; default a tiny one, trained for it."""
     compare: Path | None = None
     """An earlier file of rows: list what is slower now."""
 

@@ -1,5 +1,6 @@
 """Inputs of given sizes: random InternVL models, records and pictures."""
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -123,7 +124,7 @@ class Records:
         pixels = []
         if branch != "text":
             pixels = [normalize(torch.from_numpy(tiles[at]), *NORMALIZATION["imagenet"], dtype) for at in which]
-        return pad([sequences[at] for at in which], pixels, IMAGE_TOKEN_ID).to(device)
+        return pad([sequences[at] for at in which], pixels, IMAGE_TOKEN_ID, device)
 
 
 def make_records(sizes: Geometry, records: Sequence[tuple[int, Sequence[int]]], *, all_pairs: bool = False) -> Records:
@@ -166,3 +167,10 @@ def photograph(width: int, height: int) -> Image.Image:
     coarse = Image.fromarray(rng.integers(0, 256, (height // 100, width // 100, 3), np.uint8))
     smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.int16)
     return Image.fromarray(np.clip(smooth + rng.integers(-8, 9, smooth.shape), 0, 255).astype(np.uint8))
+
+
+def encoded_image(image: Image.Image, format: str) -> bytes:
+    """A file's content."""
+    file = io.BytesIO()
+    image.save(file, format, quality=90)
+    return file.getvalue()

@@ -1,12 +1,14 @@
 """Rows out: the table, the JSON file that an interrupted run continues, the comparison with an earlier file, plots."""
 
 import json
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
@@ -91,9 +93,10 @@ def regressions(rows: Sequence[Row], earlier: Sequence[Row]) -> list[str]:
             continue
         noise = 1 + max(row.spread or 0, old.spread or 0)
         if row.seconds > max(SLOWER, noise) * old.seconds:
+            ratios = f", ratio to {row.baseline} {old.ratio:.2f} -> {row.ratio:.2f}" if old.ratio and row.ratio else ""
             times = f"{duration(old.seconds)} -> {duration(row.seconds)}"
-            lines.append(f"{row.case}, {row.dtype}: {times}, {row.seconds / old.seconds:.2f} times as long")
-    return sorted(set(lines))
+            lines.append(f"{row.case}, {row.dtype}: {times}, {row.seconds / old.seconds:.2f} times as long{ratios}")
+    return lines
 
 
 def key(row: Row) -> tuple[str, ...]:
@@ -159,84 +162,55 @@ def duration(seconds: float) -> str:
 
 def plot(path: Path, environment: dict, rows: Sequence[Row]) -> list[Path]:
     """Plots beside the JSON file: ratios of the model suites, and cost against size of `scale`; their paths."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    where = f"{environment['cpu']}, {environment['threads']} threads, GPU: {environment['gpus']}"
-    made = []
     ratios = [row for row in rows if row.ratio and row.suite in ("train-step", "score", "preprocess")]
-    if ratios:
-        made.append(plot_ratios(path.with_suffix(".png"), ratios, where))
     scaled = [row for row in rows if row.suite == "scale" and "size" in row.details]
-    if scaled:
-        made.append(plot_scale(path.with_name(path.stem + "-scale.png"), scaled, where))
-    return made
+    figures = {
+        path.with_suffix(".png"): plot_ratios(ratios) if ratios else None,
+        path.with_name(path.stem + "-scale.png"): plot_scale(scaled) if scaled else None,
+    }
+    made = {place: figure for place, figure in figures.items() if figure}
+    for place, figure in made.items():
+        where = f"{environment['cpu']}, {environment['threads']} threads, GPU: {environment['gpus']}"
+        figure.suptitle(where, fontsize=9)
+        figure.savefig(place, dpi=120)
+    return list(made)
 
 
-def plot_ratios(path: Path, rows: Sequence[Row], where: str) -> Path:
-    """Horizontal bars: how many times faster than each baseline, one group a case."""
-    from matplotlib import pyplot
-
-    cases = list(dict.fromkeys(label(row) for row in rows))
+def plot_ratios(rows: Sequence[Row]) -> Figure:
+    """Horizontal bars: how many times faster than each baseline."""
     baselines = list(dict.fromkeys(row.baseline for row in rows))
-    places = defaultdict(int)
-    figure, axes = pyplot.subplots(figsize=(9, 1 + 0.42 * len(cases)), layout="constrained")
-    for name in baselines:
-        own = [row for row in rows if row.baseline == name]
-        heights = []
-        for row in own:
-            heights.append(cases.index(label(row)) + 0.4 * places[label(row)] - 0.2)
-            places[label(row)] += 1
-        bars = axes.barh(heights, [row.ratio for row in own], height=0.38, label=name)
-        axes.bar_label(bars, [f"{row.ratio:.1f}x" for row in own], padding=3, fontsize=8)
-    axes.set_yticks(range(len(cases)), cases)
-    axes.invert_yaxis()
-    axes.margins(x=0.08, y=0.01)
-    axes.axvline(1, color="grey", linewidth=0.8)
-    axes.set_xlabel("times faster than the baseline (results equal, except where it has another proxy)")
-    axes.set_title(where, fontsize=9)
-    axes.legend(title="baseline", loc="upper right")
-    figure.savefig(path, dpi=120)
-    return path
-
-
-def label(row: Row) -> str:
-    """A row's case and element type, as plots name them."""
-    short = {"float32": "fp32", "bfloat16": "bf16"}
-    return f"{row.case}, {short.get(row.dtype, row.dtype)}"
-
-
-def plot_scale(path: Path, rows: Sequence[Row], where: str) -> Path:
-    """Seconds against what grows, log-log, one panel each, with the slope of a fitted line."""
-    from matplotlib import pyplot
-
-    axes_rows = defaultdict(list)
-    for row in rows:
-        axes_rows[row.details["axis"]].append(row)
-    figure, panels = pyplot.subplots(
-        1, len(axes_rows), figsize=(4 * len(axes_rows), 4), layout="constrained", squeeze=False
+    figure = Figure(figsize=(9, 1 + 0.22 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.barh(
+        [f"{row.case}, {row.dtype} / {row.baseline}" for row in rows],
+        [row.ratio for row in rows],
+        color=[f"C{baselines.index(row.baseline)}" for row in rows],
     )
-    for panel, (axis, points) in zip(panels[0], axes_rows.items(), strict=True):
-        sizes = [row.details["size"] for row in points]
-        for name in ("seconds", "baseline_seconds"):
-            pairs = [(size, getattr(row, name)) for size, row in zip(sizes, points, strict=True) if getattr(row, name)]
-            if not pairs:
-                continue
-            label = "ours" if name == "seconds" else points[0].baseline
-            panel.loglog(*zip(*pairs, strict=True), marker="o", label=f"{label}, slope {slope(pairs):.2f}")
-        panel.set_xlabel(axis)
-        panel.set_ylabel("seconds")
-        panel.legend()
-    figure.suptitle(where, fontsize=9)
-    figure.savefig(path, dpi=150)
-    return path
+    axes.bar_label(bars, fmt="%.1fx", padding=3, fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.12, y=0.01)
+    axes.axvline(1, color="grey", linewidth=0.8)
+    axes.set_xlabel("times faster than the baseline after the slash")
+    return figure
 
 
-def slope(points: Sequence[tuple[float, float]]) -> float:
-    """Of log(seconds) over log(size), by least squares; NaN for one point."""
-    import numpy as np
+def plot_scale(rows: Sequence[Row]) -> Figure:
+    """Seconds against what grows, log-log, one panel each, with the slopes of fitted lines."""
+    names = list(dict.fromkeys(row.details["axis"] for row in rows))
+    figure = Figure(figsize=(4 * len(names), 4), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        points = [row for row in rows if row.details["axis"] == name]
+        draw_line(axes, "ours", [(row.details["size"], row.seconds) for row in points])
+        draw_line(axes, points[0].baseline, [(row.details["size"], row.baseline_seconds) for row in points])
+        axes.set(xlabel=name, ylabel="seconds")
+        axes.legend()
+    return figure
 
-    if len(points) < 2:
-        return float("nan")
-    sizes, seconds = np.log(np.array(points)).T
-    return float(np.polyfit(sizes, seconds, 1)[0])
+
+def draw_line(axes: Axes, name: str, points: Sequence[tuple[float, float | None]]) -> None:
+    """Points and the slope of log(seconds) over log(size); nothing where they were not measured."""
+    measured = np.array([point for point in points if point[1]])
+    if len(measured):
+        sizes, seconds = measured.T
+        slope = np.polyfit(np.log(sizes), np.log(seconds), 1)[0] if len(measured) > 1 else np.nan
+        axes.loglog(sizes, seconds, marker="o", label=f"{name}, slope {slope:.2f}")

@@ -22,24 +22,23 @@ from benchmarks import (
     bench_flops,
     bench_loader,
     bench_ops,
-    bench_preprocess,
     bench_scale,
     bench_score,
+    bench_serve,
     bench_train_step,
 )
 from benchmarks.harness import Case, Options
 from benchmarks.report import ResultFile, environment, plot, print_table, read_rows, regressions, results_path
 
+OPS = (*bench_ops.OPS, *bench_loader.OPS)
 SUITES = {
-    "train-step": [bench_train_step.cases],
-    "score": [bench_score.cases],
-    "preprocess": [bench_preprocess.cases, partial(bench_ops.cases, suite="preprocess")],
-    "loader": [bench_loader.cases],
-    "plan": [partial(bench_ops.cases, suite="plan")],
-    "ops": [partial(bench_ops.cases, suite="ops")],
-    "scale": [bench_scale.cases],
-    "end-to-end": [bench_end_to_end.cases],
-    "flops": [bench_flops.cases],
+    "train-step": bench_train_step.cases,
+    "score": bench_score.cases,
+    **{suite: partial(bench_ops.cases, OPS, suite) for suite in ("preprocess", "loader", "plan", "ops")},
+    "scale": bench_scale.cases,
+    "end-to-end": bench_end_to_end.cases,
+    "serve": bench_serve.cases,
+    "flops": bench_flops.cases,
 }
 
 
@@ -66,9 +65,8 @@ def main() -> int:
 def cases(options: Options) -> Iterator[tuple[str, Case]]:
     """Every case of the suites that are asked for, with a name that no other has."""
     for suite in [options.suite] if options.suite else SUITES:
-        for make_cases in SUITES[suite]:
-            for case in make_cases(options):
-                yield f"{suite}: {case.name}", case
+        for case in SUITES[suite](options):
+            yield f"{suite}: {case.name}", case
 
 
 if __name__ == "__main__":
