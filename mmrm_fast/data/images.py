@@ -6,10 +6,10 @@ aspect ratio is nearest, and a thumbnail follows when there is more than one til
 
 | picture | becomes |
 | --- | --- |
-| EXIF orientation | turned upright, also for the choice of the grid |
+| EXIF orientation, in a PNG also behind the pixels | turned upright, also for the choice of the grid |
 | alpha, in any mode (RGBA, LA, PA), a transparent palette entry or colour | blended over white |
 | CMYK, YCbCr, palette, greyscale, 1-bit | Pillow's conversion to RGB |
-| 16-bit greyscale | its upper 8 bits |
+| greyscale of 9 to 16 bits (PNG, PGM, TIFF) | its upper 8 bits, white and black as the file means them |
 | 32-bit integer and floating point | clipped at 0 and 255, as Pillow does |
 | animated (GIF, WebP, APNG), several pages | its first frame |
 | over `MAX_PIXELS`, truncated, not a picture | an `ImageError` naming it |
@@ -20,10 +20,12 @@ near and of equal area the first is taken in the order of the reference's Python
 """
 
 import io
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -35,7 +37,10 @@ from mmrm_fast.ops.resize_bicubic import resize_bicubic
 
 MAX_PIXELS = 178_956_970  # Pillow's own decompression-bomb limit, enforced here as an error
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")  # not EPS, for which Pillow runs Ghostscript
-EXIF_ORIENTATION = 0x0112
+FORMATS += ("AVIF",) if find_spec("PIL.AvifImagePlugin") else ()
+EXIF_ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC = 0x0112, 258, 262  # tags
+WHITE_IS_ZERO = 0
+MAX_CHUNKS = 1 << 16  # of a PNG that are looked through for an orientation behind its pixels
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -182,20 +187,44 @@ def open_image(source: Source) -> Image.Image:
     except FileNotFoundError:
         raise ImageError(f"{name}: no such image file") from None
     except UnidentifiedImageError:
-        raise ImageError(f"{name}: not an image that Pillow can read") from None
+        raise ImageError(f"{name}: not an image of a kind that is read ({', '.join(FORMATS)})") from None
     except Exception as error:  # a malformed file raises whatever its parser meets
         raise ImageError(f"{name}: {error or type(error).__name__}") from None
     if image.width * image.height > MAX_PIXELS:
         raise ImageError(f"{name}: {image.width} x {image.height} pixels is over the limit of {MAX_PIXELS}")
+    image.filename = ""  # else Pillow maps a TIFF into memory, where turning it sideways mixes up its rows
     return image
 
 
 def orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 (upright) to 8, from what the header says before the pixels; 1 where it is unreadable."""
+    """EXIF orientation, 1 (upright) to 8, of what Pillow decodes, without decoding; 1 where it is unreadable."""
+    if image.format == "TIFF":
+        return 1  # turned by Pillow, as its size is
     try:
-        return Image.Image.getexif(image).get(EXIF_ORIENTATION, 1)  # a PNG's own method would decode the picture
+        exif = Image.Image.getexif(image)  # a PNG's own method would decode the picture
+        if image.format == "PNG" and EXIF_ORIENTATION not in exif:
+            exif = Image.Exif()
+            exif.load(exif_of_chunks(image.fp))
+        return exif.get(EXIF_ORIENTATION, 1)
     except Exception:  # malformed EXIF raises whatever its parser meets
         return 1
+
+
+def exif_of_chunks(file: BinaryIO) -> bytes:
+    """The eXIf chunk of a PNG wherever it stands, empty without one; the file is left at its place."""
+    place = file.tell()
+    file.seek(8)
+    try:
+        for _ in range(MAX_CHUNKS):
+            length, kind = struct.unpack(">I4s", file.read(8))
+            if kind == b"eXIf":
+                return file.read(length)
+            file.seek(length + 4, io.SEEK_CUR)
+    except struct.error:
+        pass  # the end
+    finally:
+        file.seek(place)
+    return b""
 
 
 def image_size(source: Source, compat: Compat = None) -> tuple[int, int]:
@@ -215,14 +244,25 @@ def load_image(source: Source, compat: Compat = None) -> Image.Image:
             if compat:
                 return image.convert("RGB")
             turn = UPRIGHT.get(orientation(image))
-            if image.has_transparency_data:
+            if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+                image = Image.fromarray(upper_bits(image))
+            elif image.has_transparency_data:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # Pillow would clip it
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             image = image.convert("RGB")
         except Exception as error:  # as in `open_image`
             raise ImageError(f"{described(source)}: {error or type(error).__name__}") from None
     return image.transpose(turn) if turn is not None else image
+
+
+def upper_bits(image: Image.Image) -> np.ndarray:
+    """The upper 8 bits of greyscale that has more, which Pillow would clip, uint8 [height, width]."""
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    (bits,) = tags.get(BITS_PER_SAMPLE, (16,))
+    values = np.asarray(image)
+    shown = (values >> (bits - 8)).astype(np.uint8)
+    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+        shown = 255 - shown
+    return np.where(values == image.info.get("transparency", -1), np.uint8(255), shown)
 
 
 def load_tiles(source: Source, tiling: Tiling) -> np.ndarray:

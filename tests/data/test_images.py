@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mmrm_fast.data import images
 from mmrm_fast.data.images import (
@@ -160,29 +160,98 @@ def test_the_header_tells_how_many_tiles_there_will_be(save, orientation):
 
 # kinds of pictures
 
-UPRIGHT = {
-    1: None,
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+WRITTEN = {  # formats and the modes that Pillow writes in them
+    "png": ("1", "L", "LA", "P", "RGB", "RGBA"),
+    "jpg": ("L", "RGB", "CMYK"),
+    "webp": ("RGB", "RGBA"),
+    "tiff": ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"),
+    "gif": ("L", "P", "RGB"),
+    "bmp": ("1", "L", "P", "RGB"),
+    "ppm": ("1", "L", "RGB"),
+    "jp2": ("L", "LA", "RGB", "RGBA"),
+    "avif": ("RGB", "RGBA"),
 }
+TURNED = ("png", "jpg", "webp", "tiff", "avif")  # formats that carry an orientation
+CASES = [
+    (kind, mode, orientation)
+    for kind, modes in WRITTEN.items()
+    for mode in modes
+    for orientation in (range(1, 9) if kind in TURNED else (1,))
+]
+needs_avif = pytest.mark.skipif("AVIF" not in images.FORMATS, reason="Pillow without AVIF")
 
 
-@pytest.mark.parametrize("name", ["picture.png", "picture.jpg"])
-@pytest.mark.parametrize("orientation", UPRIGHT)
-def test_pictures_are_turned_upright(save, orientation, name):
+def picture(mode, width=60, height=30):
+    """Smooth bands in a mode, half transparent where it has alpha."""
+    image = bands(width, height)
+    if mode.endswith("A"):
+        image.putalpha(Image.linear_gradient("L").resize(image.size))
+    return image.convert(mode)
+
+
+def by_pillow(path):
+    """A picture as Pillow shows it, over white; from bytes, as it mixes up the rows of mapped TIFFs turned sideways."""
+    shown = ImageOps.exif_transpose(Image.open(io.BytesIO(path.read_bytes())))
+    if shown.has_transparency_data:
+        shown = Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown.convert("RGBA"))
+    return shown.convert("RGB")
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "orientation"),
+    [pytest.param(*case, marks=needs_avif if case[0] == "avif" else ()) for case in CASES],
+)
+def test_a_picture_is_what_pillow_shows_upright_and_its_size_is_told_without_decoding(save, kind, mode, orientation):
     exif = Image.Exif()
     exif[images.EXIF_ORIENTATION] = orientation
-    stored = bands(60, 30)
-    upright = stored if UPRIGHT[orientation] is None else stored.transpose(UPRIGHT[orientation])
-    path = save(stored, name, exif=exif)
-    loaded = load_image(path)
-    assert image_size(path) == loaded.size == upright.size
-    assert np.abs(np.asarray(loaded, int) - np.asarray(upright, int)).mean() < 8
+    path = save(picture(mode), f"picture.{kind}", **({"exif": exif} if kind in TURNED and orientation > 1 else {}))
+    expected = by_pillow(path)
+    assert expected.size == ((60, 30) if orientation < 5 else (30, 60))
+    for source in (path, path.read_bytes()):
+        assert image_size(source) == expected.size
+        assert np.array_equal(load_image(source), expected)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_orientation_behind_the_pixels_of_a_png_turns_it(save, orientation):
+    exif = Image.Exif()
+    exif[images.EXIF_ORIENTATION] = orientation
+    path = save(bands(60, 30))
+    content, end = path.read_bytes(), b"IEND"
+    data = exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = struct.pack(">I", len(data)) + b"eXIf" + data + struct.pack(">I", zlib.crc32(b"eXIf" + data))
+    place = content.index(end) - 4
+    path.write_bytes(content[:place] + chunk + content[place:])
+    expected = by_pillow(path)
+    assert image_size(path) == expected.size == ((60, 30) if orientation < 5 else (30, 60))
+    assert np.array_equal(load_image(path), expected)
+
+
+DEEP = np.linspace(0, 65_535, 24 * 10).astype(np.uint16).reshape(10, 24)
+
+
+def pgm(maximum):
+    scaled = (DEEP.astype(np.float64) / 65_535 * maximum).round().astype(">u2")
+    return b"P5 24 10 %d\n" % maximum + scaled.tobytes()
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tiff", "white is zero.tiff", "16-bit.pgm", "10-bit.pgm"])
+def test_greyscale_of_more_than_8_bits_is_scaled_to_8(tmp_path, name):
+    path = tmp_path / name
+    if path.suffix == ".pgm":
+        path.write_bytes(pgm(65_535 if "16" in name else 1_023))
+    elif "white" in name:
+        Image.fromarray(65_535 - DEEP).save(path, tiffinfo={images.PHOTOMETRIC: 0})
+    else:
+        Image.fromarray(DEEP).save(path)
+    loaded = np.asarray(load_image(path))
+    assert np.abs(loaded[..., 0].astype(int) - (DEEP >> 8)).max() <= 1
+    assert (loaded == loaded[..., :1]).all()
+
+
+def test_a_transparent_grey_of_16_bits_is_white(save):
+    path = save(Image.fromarray(np.full((8, 8), 100 * 257, np.uint16)), transparency=100 * 257)
+    assert load_image(path).getpixel((0, 0)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize(("alpha", "shown"), [(0, (255, 255, 255)), (255, (200, 0, 0)), (51, (244, 204, 204))])
