@@ -65,9 +65,14 @@ def pair_rows(group: Group, rewards: list[float], proxy_rewards: list[float] | N
         )
 
 
+def credit(margins: np.ndarray) -> np.ndarray:
+    """1 for a right pair, 0 for a wrong one, a half for a tie."""
+    return (margins > 0) + 0.5 * (margins == 0)
+
+
 def accuracy(margins: np.ndarray) -> float:
-    """Share of positive margins, a tie counting half; NaN of none."""
-    return float(np.mean((margins > 0) + 0.5 * (margins == 0))) if len(margins) else float("nan")
+    """Mean credit; NaN of none."""
+    return float(np.mean(credit(margins))) if len(margins) else float("nan")
 
 
 def shortcut_failure_degradation(margins: np.ndarray, proxy_margins: np.ndarray) -> float:

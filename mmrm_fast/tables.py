@@ -2,32 +2,39 @@
 
 import math
 import sys
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 
-def results_table(results: dict[str, dict]) -> Table:
-    """Accuracies of the main model and of the text-only proxy, by test set, and the o.o.d. mean."""
-    table = Table(title="Accuracy (%)")
-    for column in ("test set", "kind", "pairs", "labels", "truth", "proxy (text only)", "SFD"):
-        table.add_column(column, justify="left" if column in ("test set", "kind") else "right")
+def print_table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]], *, num_text: int = 1) -> None:
+    """Print rows of text, at their full width where the output is not a terminal.
+
+    The first `num_text` columns are words; a row without cells is a line.
+    """
+    table = Table(title=title)
+    for number, head in enumerate(heads):
+        table.add_column(head, justify="left" if number < num_text else "right")
+    for row in rows:
+        table.add_row(*row) if row else table.add_section()
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def print_results(results: Mapping[str, Mapping]) -> None:
+    """Print accuracies of the main model and of the text-only proxy, by test set, and the o.o.d. mean."""
+    heads = ("test set", "kind", "pairs", "labels", "truth", "proxy (text only)", "SFD")
     keys = ("accuracy", "truth_accuracy", "proxy_accuracy", "sfd")
-    for name, figures in results.items():
-        cells = (percent(figures.get(key)) for key in keys)
-        table.add_row(name, figures["kind"], str(figures["pairs"]), *cells)
+    rows = [
+        (name, figures["kind"], str(figures["pairs"]), *(percent(figures.get(key)) for key in keys))
+        for name, figures in results.items()
+    ]
     ood = [figures for figures in results.values() if figures["kind"] == "ood"]
     if ood:
         means = (percent(np.mean([f[key] for f in ood]) if all(key in f for f in ood) else None) for key in keys)
-        table.add_section()
-        table.add_row("mean", "ood", str(sum(f["pairs"] for f in ood)), *means)
-    return table
-
-
-def print_table(table: Table) -> None:
-    """Print a table, at its full width where the output is not a terminal."""
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+        rows += [(), ("mean", "ood", str(sum(f["pairs"] for f in ood)), *means)]
+    print_table("Accuracy (%)", heads, rows, num_text=2)
 
 
 def signed(value: float) -> str:

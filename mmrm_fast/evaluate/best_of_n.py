@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from rich.table import Table
 from scipy.special import gammaln
 
 from mmrm_fast.config import BestOfNConfig
@@ -44,7 +43,8 @@ def best_of_n(config: BestOfNConfig) -> None:
     figure = plots.best_of_n(curves, quality="expected truth of the selected response", bound=ORACLE)
     for suffix in ("svg", "png"):
         plots.save(figure, folder / f"best-of-n.{suffix}")
-    print_table(quality_table(curves, sizes))
+    rows = [(name, *(f"{row['quality']:.3f}" for row in own)) for name, own in curves.items()]
+    print_table("Expected truth of the selected response, by N", ["model", *map(str, sizes)], rows)
     for row in results["differences"]:
         print("{first} minus {second} at N = {n}: {difference:+.3f} ({low:+.3f} to {high:+.3f})".format(**row))
     print(f"all figures: {folder / 'best-of-n.json'}; plot: best-of-n.svg, best-of-n.png")
@@ -60,17 +60,17 @@ def expected_best(scores: np.ndarray, quality: np.ndarray, sizes: Sequence[int])
     _, place, counts = np.unique(scores, return_inverse=True, return_counts=True)
     shared = (np.bincount(place, quality) / counts)[place]  # [M], tied responses alike
     in_order = shared[np.argsort(place, kind="stable")]
-    below = np.arange(len(scores))  # responses below each
-    weights = [np.exp(log_choose(below, n - 1) - log_choose(len(scores), n)) for n in sizes]
-    return np.array([float(weight @ in_order) for weight in weights])
+    values = []
+    for size in sizes:
+        below = np.arange(size - 1, len(scores))  # responses below each that may be the best of so many
+        weights = np.exp(log_choose(below, size - 1) - log_choose(len(scores), size))
+        values.append(float(weights @ in_order[size - 1 :]))
+    return np.array(values)
 
 
 def log_choose(total: np.ndarray | int, size: int) -> np.ndarray:
-    """log C(total, size), minus infinity where size is larger."""
-    total = np.asarray(total, float)
-    with np.errstate(invalid="ignore"):
-        value = gammaln(total + 1) - gammaln(size + 1) - gammaln(np.maximum(total - size, 0) + 1)
-    return np.where(total >= size, value, -np.inf)
+    """log C(total, size)."""
+    return gammaln(total + 1) - gammaln(size + 1) - gammaln(np.subtract(total, size) + 1)
 
 
 def kl(size: int) -> float:
@@ -98,11 +98,10 @@ def differences(qualities: Mapping[str, np.ndarray], sizes: Sequence[int]) -> li
     (first, base), *others = qualities.items()
     rows = []
     for name, values in others:
-        low, high = mean_interval(values - base)[:, -1]
-        difference = float((values - base)[:, -1].mean())
-        rows.append(
-            {"first": name, "second": first, "n": sizes[-1], "difference": difference, "low": low, "high": high}
-        )
+        difference = (values - base)[:, -1]
+        low, high = mean_interval(difference).tolist()
+        figures = {"difference": float(difference.mean()), "low": low, "high": high}
+        rows.append({"first": name, "second": first, "n": sizes[-1], **figures})
     return rows
 
 
@@ -171,14 +170,3 @@ def check(truth: Mapping, source: Path, models: Mapping[str, Mapping], largest: 
             found = len(scores.get(record, ()))
             if found != len(values):
                 raise ValueError(f"{name}: record {record} has {found} scores for {len(values)} responses")
-
-
-def quality_table(curves: Mapping[str, list[dict]], sizes: Sequence[int]) -> Table:
-    """Quality by model and N."""
-    table = Table(title="Expected truth of the selected response, by N")
-    table.add_column("model")
-    for n in sizes:
-        table.add_column(str(n), justify="right")
-    for name, rows in curves.items():
-        table.add_row(name, *(f"{row['quality']:.3f}" for row in rows))
-    return table

@@ -1,12 +1,10 @@
 """The `evaluate` command: a benchmark through the scorer, its table, and how far its numbers can be trusted."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import islice
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from rich.table import Table
 from tqdm import tqdm
 
 from mmrm_fast.config import EvaluateConfig
@@ -41,19 +39,33 @@ MATH, MATH_WEIGHT = "math-prm", 984  # counted as often as the code subsets toge
 
 @dataclass(frozen=True)
 class ScoredPair:
-    """One labelled pair of an item: `margin` is the reward of the preferred response minus the other's."""
+    """One labelled pair of a scored item."""
 
-    id: str
-    source: str
-    group: str
-    subgroup: str | None
-    in_training_set: bool
+    item: Item
+    scored: Scored
     chosen: int
     rejected: int
-    margin: float
-    scores: tuple[float, ...]
-    truncated: tuple[bool, ...]
-    responses: tuple[str, ...] = field(repr=False)
+
+    @property
+    def margin(self) -> float:
+        """Reward of the preferred response minus the other's."""
+        return self.scored.rewards[self.chosen] - self.scored.rewards[self.rejected]
+
+    @property
+    def source(self) -> str:
+        return self.item.record.source
+
+    def text(self, response: int) -> str:
+        return self.item.record.responses[response]
+
+    def row(self) -> dict:
+        """Its line in results.json."""
+        return {
+            "id": self.item.id, "source": self.source, "group": self.item.group, "subgroup": self.item.subgroup,
+            "in_training_set": self.item.in_training_set, "chosen": self.chosen, "rejected": self.rejected,
+            "margin": self.margin, "scores": self.scored.rewards, "truncated": self.scored.truncated,
+            "lengths": list(map(len, self.item.record.responses)),
+        }  # fmt: skip
 
 
 def evaluate(config: EvaluateConfig) -> int:
@@ -74,47 +86,35 @@ def evaluate(config: EvaluateConfig) -> int:
         "reliability": reliability(pairs) | {"repeatability": repeatability(scorer, readable)},
         "controls": controls(pairs, ordered=all(item.ordered for item in readable)),
         "unscored": [unscored_row(item) for item in unscored],
-        "items": [item_row(pair) for pair in pairs],
+        "items": [pair.row() for pair in pairs],
     }
     write_results(config.output_dir, results, pairs)
     report(config, results)
     return EXIT_SOME_UNSCORED if unscored else 0
 
 
-def score_items(scorer: Scorer, items: Iterable[Item | Unread]) -> tuple[list[ScoredPair], list[Unread]]:
-    """Every labelled pair with its margin, and every item that could not be scored with the reason."""
+def score_items(scorer: Scorer, items: Sequence[Item | Unread]) -> tuple[list[ScoredPair], list[Unread]]:
+    """Every labelled pair with its rewards, and every item that could not be scored with the reason."""
+    readable = [item for item in items if isinstance(item, Item)]
     pairs, unscored = [], [item for item in items if isinstance(item, Unread)]
-    queue = iter(item for item in items if isinstance(item, Item))
-    with tqdm(total=len(items) - len(unscored), unit=" items", desc="scoring", delay=2) as bar:
-        while chunk := list(islice(queue, RECORDS_AT_ONCE)):
-            for item, result in zip(chunk, scorer.score_groups([item.record for item in chunk]), strict=True):
-                if isinstance(result, RecordError):
-                    unscored.append(Unread(item.id, item.group, result))
-                else:
-                    pairs += scored_pairs(item, result)
-            bar.update(len(chunk))
+    results = scorer.score_stream((item.record for item in readable), RECORDS_AT_ONCE)
+    both = zip(readable, results, strict=True)
+    for item, result in tqdm(both, total=len(readable), unit=" items", desc="scoring", delay=2):
+        if isinstance(result, RecordError):
+            unscored.append(Unread(item.id, item.group, result))
+        else:
+            pairs += [ScoredPair(item, result, pair.chosen, pair.rejected) for pair in item.record.pairs]
     return pairs, unscored
-
-
-def scored_pairs(item: Item, scored: Scored) -> Iterable[ScoredPair]:
-    """The labelled pairs of one scored item."""
-    for pair in item.record.pairs:
-        yield ScoredPair(
-            item.id, item.record.source, item.group, item.subgroup, item.in_training_set, pair.chosen, pair.rejected,
-            scored.rewards[pair.chosen] - scored.rewards[pair.rejected], scored.rewards, scored.truncated,
-            item.record.responses,
-        )  # fmt: skip
 
 
 def metrics(bench: str, pairs: Sequence[ScoredPair], unscored: Sequence[Unread]) -> dict:
     """The benchmark's figures: per group, `overall` (over items) and `macro` (mean of the groups); a tie is a half."""
     figures = {"all": accuracies(pairs)}
     if bench == "vl-rewardbench":
-        figures["without training-set items"] = accuracies([pair for pair in pairs if not pair.in_training_set])
-        figures["training-set items"] = accuracies([pair for pair in pairs if pair.in_training_set])
-    subgroups = [pair for pair in pairs if pair.subgroup]
-    if subgroups:
-        figures["subgroups"] = grouped(subgroups, [pair.subgroup for pair in subgroups])
+        figures["without training-set items"] = accuracies([pair for pair in pairs if not pair.item.in_training_set])
+        figures["training-set items"] = accuracies([pair for pair in pairs if pair.item.in_training_set])
+    if subgroups := [pair for pair in pairs if pair.item.subgroup]:
+        figures["subgroups"] = grouped(subgroups, [pair.item.subgroup for pair in subgroups])
     if bench == "mm-rlhf-rewardbench":
         figures["acc_plus"] = accuracy_plus(pairs, unscored)
     if bench == "rewardbench":
@@ -127,9 +127,9 @@ def accuracies(pairs: Sequence[ScoredPair]) -> dict:
     """Pairs and accuracy with its interval of every group, of all and of the groups' mean."""
     if not pairs:
         return {"pairs": 0}
-    groups = grouped(pairs, [pair.group for pair in pairs])
-    credits = credit(np.array([pair.margin for pair in pairs]))
-    intervals = bootstrap(credits, [pair.source for pair in pairs], [pair.group for pair in pairs])
+    names = [pair.item.group for pair in pairs]
+    groups, credits = grouped(pairs, names), credit(margins_of(pairs))
+    intervals = bootstrap(credits, [pair.source for pair in pairs], names)
     for name, figures in groups.items():
         figures["interval"] = intervals[name]
     macro = float(np.mean([figures["accuracy"] for figures in groups.values()]))
@@ -141,9 +141,13 @@ def accuracies(pairs: Sequence[ScoredPair]) -> dict:
     }
 
 
+def margins_of(pairs: Sequence[ScoredPair]) -> np.ndarray:
+    return np.array([pair.margin for pair in pairs])
+
+
 def grouped(pairs: Sequence[ScoredPair], names: Sequence[str]) -> dict[str, dict]:
     """Pairs and accuracy by name."""
-    margins, names = np.array([pair.margin for pair in pairs]), np.array(names)
+    margins, names = margins_of(pairs), np.array(names)
     return {
         str(name): {"pairs": int(np.sum(names == name)), "accuracy": accuracy(margins[names == name])}
         for name in np.unique(names)
@@ -155,7 +159,7 @@ def accuracy_plus(pairs: Sequence[ScoredPair], unscored: Sequence[Unread]) -> di
     lost = {item.id for item in unscored}
     right: dict[str, bool] = {}
     for pair in pairs:
-        right[pair.id] = right.get(pair.id, True) and pair.margin > 0
+        right[pair.item.id] = right.get(pair.item.id, True) and pair.margin > 0
     kept = [value for identity, value in right.items() if identity not in lost]
     return {"ids": len(kept), "accuracy": float(np.mean(kept)) if kept else float("nan"), "ids_left_out": len(lost)}
 
@@ -173,7 +177,7 @@ def rewardbench_sections(groups: dict[str, dict]) -> dict[str, float]:
 
 def reliability(pairs: Sequence[ScoredPair]) -> dict:
     """Calibration and the margins' distribution."""
-    margins = np.array([pair.margin for pair in pairs])
+    margins = margins_of(pairs)
     counts, edges = np.histogram(margins, bins=40)
     quantiles = np.quantile(margins, [0.05, 0.25, 0.5, 0.75, 0.95])
     return {
@@ -186,38 +190,26 @@ def repeatability(scorer: Scorer, items: Sequence[Item]) -> dict:
     """Spread of the rewards of the first records over batch sizes: what a reward depends on besides its record."""
     runs = []
     for size in BATCH_SIZES:
-        rewards, queue = [], iter([item.record for item in items[: max(BATCH_SIZES)]])
-        while chunk := list(islice(queue, size)):
-            for result in scorer.score_groups(chunk):
-                rewards += result.rewards if isinstance(result, Scored) else ()
-        runs.append(np.array(rewards))
+        results = scorer.score_stream((item.record for item in items[: max(BATCH_SIZES)]), size)
+        runs.append(np.array([reward for result in results if isinstance(result, Scored) for reward in result.rewards]))
     return {"batch_sizes": BATCH_SIZES, "rewards": len(runs[0]), **spread(runs)}
 
 
 def controls(pairs: Sequence[ScoredPair], *, ordered: bool) -> dict:
     """What length, format and, where the order was published, position alone explain."""
-    margins = np.array([pair.margin for pair in pairs])
-    chosen, rejected = ([pair.responses[getattr(pair, name)] for pair in pairs] for name in ("chosen", "rejected"))
+    margins = margins_of(pairs)
+    chosen, rejected = ([pair.text(getattr(pair, end)) for pair in pairs] for end in ("chosen", "rejected"))
     figures = text_controls(margins, chosen, rejected)
     once = {pair.source: pair for pair in pairs}.values()
-    rewards = np.array([score for pair in once for score in pair.scores])
-    lengths = np.array([len(text) for pair in once for text in pair.responses])
+    rewards = np.array([score for pair in once for score in pair.scored.rewards])
+    lengths = np.array([len(text) for pair in once for text in pair.item.record.responses])
     figures["correlation"]["reward with length"] = rank_correlation(rewards, lengths)
     if ordered:
         first = np.array([pair.chosen < pair.rejected for pair in pairs])
         figures["rules"]["first wins"] = float(first.mean())
-        figures["position"] = {
-            "first is better": accuracy(margins[first]),
-            "second is better": accuracy(margins[~first]),
-        }
+        better = {"first is better": accuracy(margins[first]), "second is better": accuracy(margins[~first])}
+        figures["position"] = better
     return figures
-
-
-def item_row(pair: ScoredPair) -> dict:
-    """A pair's line in results.json."""
-    row = asdict(pair)
-    row["lengths"] = [len(text) for text in row.pop("responses")]
-    return row
 
 
 def unscored_row(item: Unread) -> dict:
@@ -235,19 +227,19 @@ def write_results(folder: Path, results: dict, pairs: Sequence[ScoredPair]) -> N
     write_json(folder / "results.json", results)
     calibrations = {results["bench"]: results["reliability"]["calibration"]}
     plots.save(plots.reliability(calibrations), folder / "reliability.svg")
-    plots.save(plots.margins(np.array([pair.margin for pair in pairs])), folder / "margins.svg")
+    plots.save(plots.margins(margins_of(pairs)), folder / "margins.svg")
 
 
 def report(config: EvaluateConfig, results: dict) -> None:
     """Print the tables, what was not scored and where everything is."""
-    print_table(accuracy_table(config.bench, results))
+    heads = ("group", "pairs", "unscored", "accuracy", "95 % interval")
+    print_table(f"{config.bench}: accuracy (%), a tie counts half", heads, accuracy_rows(results))
     figures, calibrated = results["metrics"], results["reliability"]["calibration"]
     repeated, controlled = results["reliability"]["repeatability"], results["controls"]
     names = ("ece", "brier", "log_loss", "temperature")
     print("calibration: " + ", ".join(f"{name.replace('_', '-')} {calibrated[name]:.3f}" for name in names))
-    print(
-        "rules without a model: " + ", ".join(f"{name} {percent(value)}" for name, value in controlled["rules"].items())
-    )
+    rules = (f"{name} {percent(value)}" for name, value in controlled["rules"].items())
+    print("rules without a model: " + ", ".join(rules))
     buckets = (f"{name} {percent(b['accuracy'])} ({b['pairs']})" for name, b in controlled["buckets"].items())
     print("accuracy by length of the preferred response against the other (pairs): " + ", ".join(buckets))
     print(f"rank correlation of reward with length: {signed(controlled['correlation']['reward with length'])}")
@@ -264,32 +256,26 @@ def report(config: EvaluateConfig, results: dict) -> None:
     print(f"all figures and items: {config.output_dir / 'results.json'}; plots: reliability.svg, margins.svg")
 
 
-def accuracy_table(bench: str, results: dict) -> Table:
+def accuracy_rows(results: dict) -> Iterator[tuple[str, ...]]:
     """Groups, overall and macro accuracy with their intervals; the splits of the benchmark below."""
     figures = results["metrics"]
-    table = Table(title=f"{bench}: accuracy (%), a tie counts half")
-    for column in ("group", "pairs", "unscored", "accuracy", "95 % interval"):
-        table.add_column(column, justify="left" if column == "group" else "right")
     lost = [row["group"] for row in results["unscored"]]
     names = sorted({*figures["all"]["groups"], *lost})
     for name in names if names != ["all"] else ():
         row = figures["all"]["groups"].get(name, {"pairs": 0})
-        table.add_row(name, str(row["pairs"]), str(lost.count(name)), *accuracy_cells(row))
-    table.add_section()
+        yield name, str(row["pairs"]), str(lost.count(name)), *accuracy_cells(row)
+    yield ()
     for title, part in figures.items():
         if title in ("all", "without training-set items", "training-set items") and part["pairs"]:
-            suffix = "" if title == "all" else f", {title}"
-            unscored = str(len(lost)) if title == "all" else ""
-            table.add_row("overall" + suffix, str(part["pairs"]), unscored, *accuracy_cells(part["overall"]))
-            table.add_row("macro" + suffix, "", "", *accuracy_cells(part["macro"]))
+            suffix, unscored = ("", str(len(lost))) if title == "all" else (f", {title}", "")
+            yield "overall" + suffix, str(part["pairs"]), unscored, *accuracy_cells(part["overall"])
+            yield "macro" + suffix, "", "", *accuracy_cells(part["macro"])
     for name, row in figures.get("subgroups", {}).items():
-        table.add_row(name, str(row["pairs"]), "", percent(row["accuracy"]), "")
+        yield name, str(row["pairs"]), "", *accuracy_cells(row)
     for name, value in figures.get("sections", {}).items():
-        table.add_row(name, "", "", percent(value), "")
-    if "acc_plus" in figures:
-        plus = figures["acc_plus"]
-        table.add_row("Acc+ (all pairs of an id)", f"{plus['ids']} ids", "", percent(plus["accuracy"]), "")
-    return table
+        yield name, "", "", percent(value), ""
+    if plus := figures.get("acc_plus"):
+        yield "Acc+ (all pairs of an id)", f"{plus['ids']} ids", "", percent(plus["accuracy"]), ""
 
 
 def accuracy_cells(figures: dict) -> tuple[str, str]:

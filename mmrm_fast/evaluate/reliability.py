@@ -11,18 +11,13 @@ from scipy.optimize import minimize_scalar
 from scipy.special import expit, log_expit
 from scipy.stats import spearmanr
 
-from mmrm_fast.pairs import accuracy
+from mmrm_fast.pairs import accuracy, credit
 
 BINS = 10
 RESAMPLES = 1000
 RESAMPLED_AT_ONCE = 50
 LENGTH_EDGES = (-0.5, -0.1, 0.1, 0.5)
 LENGTH_BUCKETS = ("much shorter", "shorter", "about equal", "longer", "much longer")
-
-
-def credit(margins: np.ndarray) -> np.ndarray:
-    """1 for a right pair, 0 for a wrong one, a half for a tie."""
-    return (margins > 0) + 0.5 * (margins == 0)
 
 
 def calibration(margins: np.ndarray) -> dict:

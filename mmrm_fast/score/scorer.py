@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -126,6 +127,12 @@ class Scorer:
         for place, parts in outcomes.items():
             results[place] = join(groups[place], parts)
         return results
+
+    def score_stream(self, groups: Iterable[Group | RecordError], at_once: int) -> Iterator[Scored | RecordError]:
+        """What `score_groups` makes of groups without end, so many in one call."""
+        queue = iter(groups)
+        while chunk := list(islice(queue, at_once)):
+            yield from self.score_groups(chunk)
 
     def score_samples(self, samples: Sequence[Sample]) -> list[Scored | RecordError]:
         """The outcome of each sample, in order."""

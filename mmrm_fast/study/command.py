@@ -14,15 +14,14 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from rich.table import Table
 from tqdm import tqdm
 
 from mmrm_fast.config import StudyConfig
 from mmrm_fast.data.shapes import cached_environments
 from mmrm_fast.files import read_json, write_json
-from mmrm_fast.study.figures import FIGURES, SFD, Cell, Environment, Runs, mean_and_spread, means, study_figures
-from mmrm_fast.study.page import KINDS, LABELS, comparison_rows, write_study
-from mmrm_fast.tables import percent, print_table
+from mmrm_fast.study.figures import SFD, Cell, Environment, Runs, means_table, study_figures
+from mmrm_fast.study.page import KINDS, comparison_rows, write_study
+from mmrm_fast.tables import print_table
 
 METHODS = {  # options of `mmrm-fast train`
     "standard": "",
@@ -180,10 +179,10 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 def report(results: dict, root: Path) -> None:
     """Print the table, the tests of significance and where everything is."""
-    print_table(study_table(results))
+    title = "Accuracy (%), mean over seeds; o.o.d.: the other environments' tests; truth where known"
+    print_table(title, *means_table(results), num_text=2)
     print(SFD)
-    points = comparison_rows(results["significance"], scale=100, digits=1)
-    print_comparisons("o.o.d. accuracy in points", points)
+    print_comparisons("o.o.d. accuracy in points", comparison_rows(results["significance"], scale=100, digits=1))
     if selection := results.get("best_of_n"):
         for kind, title in KINDS.items():
             best = f"truth of the best of {selection['sizes'][-1]}, {title}"
@@ -197,19 +196,3 @@ def print_comparisons(title: str, rows: Sequence[Sequence[str]]) -> None:
         print(f"{title}, paired over {rows[0][-1]} records, p corrected for {len(rows)} comparisons:")
     for names, difference, low, high, p, _ in rows:
         print(f"  {names}: {difference} ({low} to {high}), p = {p}")
-
-
-def study_table(results: dict) -> Table:
-    """One row a method and environment (mean over seeds), then the means with their spread."""
-    shown = [figure for figure in FIGURES if any(figure in overall for overall in results["means"].values())]
-    table = Table(title="Accuracy (%), mean over seeds; o.o.d.: the other environments' tests; truth where known")
-    for column in ("method", "trained on", *(LABELS.get(figure, figure) for figure in shown)):
-        table.add_column(column, justify="left" if column in ("method", "trained on") else "right")
-    for method, overall in results["means"].items():
-        for name in results["environments"]:
-            own = [row for row in results["tests"] if (row["method"], row["environment"]) == (method, name)]
-            figures = means(own)
-            table.add_row(method, name, *(percent(figures.get(figure, {}).get("mean")) for figure in shown))
-        cells = [mean_and_spread(overall.get(figure)) for figure in shown]
-        table.add_row(method, "mean ± spread", *cells, end_section=True)
-    return table

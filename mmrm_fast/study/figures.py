@@ -25,7 +25,10 @@ SFD = (
     "gets right, minus accuracy on those it gets wrong (its ties are in neither); our reading of Li et al., arXiv "
     "2503.03122."
 )
-FIGURES = ("iid labels", "iid", "ood", "neutral", "reversed", "sfd")
+FIGURES = {  # of a method, and their heads
+    "iid labels": "i.i.d. labels", "iid": "i.i.d.", "ood": "o.o.d.", "neutral": "neutral", "reversed": "reversed",
+    "sfd": "SFD",
+}  # fmt: skip
 PARTS_OF_TRAINING = 25
 RESAMPLES = 9999
 BATCH_VALUES = 1 << 20  # resampled differences in memory at a time
@@ -124,6 +127,21 @@ def means(tests: Sequence[dict]) -> dict[str, dict[str, float]]:
             spread = float(np.std(by_seed)) if len(by_seed) > 1 else None
             table[figure] = {"mean": float(np.mean(by_seed)), "spread": spread}
     return table
+
+
+def means_table(results: dict) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows of text: by method and trained environment (mean over seeds), then the means with their spread.
+
+    A row without cells stands between methods; figures that no method has are left out.
+    """
+    shown = [figure for figure in FIGURES if any(figure in overall for overall in results["means"].values())]
+    rows = []
+    for method, overall in results["means"].items():
+        for name in results["environments"]:
+            own = means([row for row in results["tests"] if (row["method"], row["environment"]) == (method, name)])
+            rows.append([method, name, *(percent(own.get(figure, {}).get("mean")) for figure in shown)])
+        rows += [[method, "mean ± spread", *(mean_and_spread(overall.get(figure)) for figure in shown)], []]
+    return ["method", "trained on", *map(FIGURES.get, shown)], rows[:-1]
 
 
 def mean_and_spread(figure: dict | None) -> str:

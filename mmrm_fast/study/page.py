@@ -1,6 +1,6 @@
 """A study as one page: heat maps, tables and curves of what study.json holds."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +8,10 @@ import numpy as np
 from mmrm_fast.evaluate import plots
 from mmrm_fast.evaluate.best_of_n import ORACLE
 from mmrm_fast.evaluate.page import write_page
-from mmrm_fast.study.figures import FIGURES, mean_and_spread
+from mmrm_fast.study.figures import means_table
 from mmrm_fast.tables import percent, signed
 
 KINDS = {"ood": "out of distribution", "reversed": "own cue reversed"}  # of sets of candidates
-LABELS = {"iid labels": "i.i.d. labels", "iid": "i.i.d.", "ood": "o.o.d.", "sfd": "SFD"}
 
 
 def write_study(path: Path, results: dict) -> None:
@@ -24,20 +23,13 @@ def write_study(path: Path, results: dict) -> None:
         title="Does it hold out of distribution?",
         results=results,
         num_seeds=len({row["seed"] for row in results["tests"]}),
-        means=[[LABELS.get(name, name), *cells] for name, *cells in means_rows(results["means"])],
+        means=means_table(results),
         significance=comparison_rows(results["significance"], scale=100, digits=1),
         selections=list(selections(results["best_of_n"])) if "best_of_n" in results else [],
         maps=maps(results),
         sfc_chart=plots.svg(plots.sfc(curves), "weight of a pair over training") if curves else "",
         **controls(results),
     )
-
-
-def means_rows(means: Mapping[str, Mapping]) -> Iterator[list[str]]:
-    """A figure and every method's mean of it with its spread over seeds, for the figures that any has."""
-    for figure in FIGURES:
-        if any(figure in own for own in means.values()):
-            yield [figure, *(mean_and_spread(own.get(figure)) for own in means.values())]
 
 
 def comparison_rows(rows: Sequence[dict], *, scale: float = 1, digits: int = 3) -> list[list[str]]:

@@ -5,8 +5,8 @@ in which the cue points the wrong way (`reversed`). All models select among the 
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby, islice
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -95,19 +95,11 @@ def scores_file(root: Path, cell: Cell, name: tuple[str, str]) -> Path:
 
 def score_missing(tasks: Sequence[Task], root: Path) -> None:
     """Score sets, each model loaded once; a file appears complete or not at all."""
-    by_cell = groupby(tasks, key=lambda task: task[0])
     with tqdm(total=len(tasks), desc="best of N", unit=" sets", disable=not tasks) as bar:
-        for cell, own in by_cell:
+        for cell, own in groupby(tasks, key=lambda task: task[0]):
             scorer = Scorer.from_pretrained(cell.folder(root) / "final")
             for _, name in own:
-                file = scores_file(root, cell, name)
-                write_text(file, "".join(json.dumps({"score": row}) + "\n" for row in score_set(scorer, root, name)))
+                groups = iter_groups(Records(candidates(root, *name)))
+                rows = ({"score": scored.rewards} for scored in scorer.score_stream(groups, RECORDS_AT_ONCE))
+                write_text(scores_file(root, cell, name), "".join(json.dumps(row) + "\n" for row in rows))
                 bar.update()
-
-
-def score_set(scorer: Scorer, root: Path, name: tuple[str, str]) -> Iterator[list[float]]:
-    """The rewards of every prompt's candidates."""
-    groups = iter_groups(Records(candidates(root, *name)))
-    while chunk := list(islice(groups, RECORDS_AT_ONCE)):
-        for scored in scorer.score_groups(chunk):
-            yield list(scored.rewards)

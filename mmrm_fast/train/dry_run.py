@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from rich.table import Table
 
 from mmrm_fast.checkpoint.folder import configured, load_checkpoint
 from mmrm_fast.config import TrainConfig
@@ -53,12 +52,8 @@ def dry_run(config: TrainConfig) -> None:
     num_gpus = config.memory.num_gpus or int(os.environ.get("WORLD_SIZE", "1"))
     models, work = make_models(config), measure(config)
     memories = {name: branch_memory(config, name, model, work, num_gpus) for name, model in models.items()}
-    table = Table(title=f"{config.weights.model.name}, GPUs: {num_gpus}")
-    for column in ("", *models):
-        table.add_column(column, justify="right" if column else "left")
-    for cells in [*parameter_rows(models), *memory_rows(memories)]:
-        table.add_row(*cells)
-    print_table(table)
+    rows = [*parameter_rows(models), *memory_rows(memories)]
+    print_table(f"{config.weights.model.name}, GPUs: {num_gpus}", ["", *models], rows)
     print("\n".join(work_lines(config, models, work)))
     refuse(config, needed(memories.values()) + WORKSPACE)
 

@@ -20,7 +20,7 @@ from mmrm_fast.data.records import RecordError
 from mmrm_fast.data.samples import Notes
 from mmrm_fast.data.schedule import load
 from mmrm_fast.pairs import EvalSet, PairRow, judged_accuracy
-from mmrm_fast.tables import print_table, results_table
+from mmrm_fast.tables import print_results
 from mmrm_fast.train import sharding
 from mmrm_fast.train.defaults import with_defaults
 from mmrm_fast.train.evaluation import Evaluation, best_figure
@@ -332,7 +332,7 @@ class Trainer:
 def print_summary(folder: Path, results: dict[str, dict], state: RunState) -> None:
     """The table of figures, what was not trained on, and what to do next."""
     if results:
-        print_table(results_table(results))
+        print_results(results)
     for what, number in {"records or responses skipped, see skipped.jsonl": len(state.skipped), **state.counts}.items():
         if number:
             print(f"{number} {what}")

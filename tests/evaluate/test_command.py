@@ -8,26 +8,16 @@ from evaluate.test_benchmarks import vl_item, write_json_lines
 
 from mmrm_fast.checkpoint.folder import save_checkpoint
 from mmrm_fast.cli import main
+from mmrm_fast.data.types import Group
 from mmrm_fast.evaluate import command
-from mmrm_fast.evaluate.benchmarks import MissingImage, Unread
+from mmrm_fast.evaluate.benchmarks import Item, MissingImage, Unread
 from mmrm_fast.evaluate.command import ScoredPair, accuracy_plus, metrics, rewardbench_sections
-from mmrm_fast.score.scorer import Scorer
+from mmrm_fast.score.scorer import Scored, Scorer
 
 
-def pair(margin, identity="a", group="all", training=False, subgroup=None, source=None):
-    return ScoredPair(
-        identity,
-        source or f"f:{identity}",
-        group,
-        subgroup,
-        training,
-        0,
-        1,
-        margin,
-        (margin, 0.0),
-        (False, False),
-        ("a", "b"),
-    )
+def pair(margin, identity="a", group="all", training=False):
+    record = Group(f"f:{identity}", 0, None, "?", None, (), ("a", "b"))
+    return ScoredPair(Item(identity, record, group, None, training), Scored(record, (margin, 0.0), (False,) * 2), 0, 1)
 
 
 @pytest.fixture

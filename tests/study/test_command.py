@@ -166,10 +166,10 @@ def selected(tmp_path, monkeypatch):
         asked.append(folder)
         reward = rewards[folder.parent.name.partition("-")[0]]
 
-        def score(groups):
-            return [SimpleNamespace(rewards=tuple(map(float, reward(group)))) for group in groups]
+        def score(groups, at_once):
+            return (SimpleNamespace(rewards=tuple(map(float, reward(group)))) for group in groups)
 
-        return SimpleNamespace(score_groups=score)
+        return SimpleNamespace(score_stream=score)
 
     monkeypatch.setattr(selection.Scorer, "from_pretrained", load)
     monkeypatch.setattr(selection, "NUM_PROMPTS", 2)
