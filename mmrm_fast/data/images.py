@@ -22,7 +22,7 @@ near and of equal area the first is taken in the order of the reference's Python
 import io
 import struct
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -157,15 +157,12 @@ def white_tile(tile_size: int) -> np.ndarray:
 def opened(sources: Sequence[str | bytes]) -> Iterator[tuple[Source, ...]]:
     """The pictures' files, each opened once however often it is read; a path that cannot be opened stays a path."""
     with ExitStack() as stack:
-        yield tuple(source if isinstance(source, bytes) else open_once(source, stack) for source in sources)
-
-
-def open_once(path: str, stack: ExitStack) -> str | BinaryIO:
-    """A file that is closed with the stack, or its path where it cannot be opened."""
-    try:
-        return stack.enter_context(open(path, "rb"))
-    except OSError:
-        return path
+        files = list(sources)
+        for place, source in enumerate(sources):
+            if not isinstance(source, bytes):
+                with suppress(OSError):
+                    files[place] = stack.enter_context(open(source, "rb"))
+        yield tuple(files)
 
 
 def described(source: Source) -> str:

@@ -18,7 +18,7 @@ SAMPLE = np.dtype(
     [
         ("record", np.uint32),
         ("part", np.uint32),  # which of its record's samples it is
-        ("key", np.uint64),  # see `record_key`; 0 where the record cannot be parsed or nobody asked
+        ("key", np.uint64),  # see `record_key`; 0 where the record cannot be parsed
         ("cost", np.int32),  # `Size` from here on
         ("pairs", np.int32),
         ("notes", object),
@@ -75,7 +75,6 @@ class Look:
     preparer: Preparer
     testing: Preparer | None = None  # of what is held out
     eval_fraction: float = 0.0  # that is
-    with_key: bool = False
     decode: bool = False  # the pictures too
 
     def __call__(self, record: int) -> list[tuple]:
@@ -87,7 +86,7 @@ class Look:
         else:
             with opened(group.images) as images:
                 group = replace(group, images=images)
-                key = record_key(group) if self.with_key else 0
+                key = record_key(group)
                 chosen = self.testing if is_held_out(np.uint64(key), self.eval_fraction) else self.preparer
                 sizes = chosen.sizes(group, decode=self.decode)
         return [(record, part, key, *size) for part, size in enumerate(sizes)]

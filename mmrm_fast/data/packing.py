@@ -108,10 +108,11 @@ def pack(
         proxy_image: `white` where the samples' `text` was encoded with white tiles.
         rope_regime: see `decoder.RopeRegime`; only sequences of one regime share a prefix.
     """
-    tiles, bases = unique_tiles(images, tile_size)
+    tiles, places = unique_tiles(images, tile_size)
+    rows = [(own[:, None] * tokens_per_tile + np.arange(tokens_per_tile)).reshape(-1) for own in places]
     main = [
-        place_images(sequence, rows)
-        for sample, rows in zip(samples, image_rows(bases, images, tokens_per_tile), strict=True)
+        place_images(sequence, own)
+        for sample, own in zip(samples, rows, strict=True)
         for sequence in sample.main.sequences
     ]
     white = with_text and proxy_image == "white"
@@ -133,32 +134,22 @@ def pack(
     )
 
 
-def unique_tiles(images: Sequence[Sequence[np.ndarray]], tile_size: int) -> tuple[np.ndarray, list[list[int]]]:
-    """Tiles of the distinct images [I, S, S, 3] and, per sample and image, the row of its first tile."""
+def unique_tiles(images: Sequence[Sequence[np.ndarray]], tile_size: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Tiles of the distinct images [I, S, S, 3] and, per sample, which of them its images' tiles are, int64."""
     first_tile: dict[bytes, int] = {}
-    distinct, bases, count = [], [], 0
+    distinct, places, count = [], [], 0
     for sample_images in images:
-        bases.append([])
+        places.append(np.zeros(0, np.int64))
         for tiles in sample_images:
             key = hashlib.blake2b(tiles, digest_size=16).digest()
             if key not in first_tile:
                 first_tile[key] = count
                 distinct.append(tiles)
                 count += len(tiles)
-            bases[-1].append(first_tile[key])
+            places[-1] = np.append(places[-1], first_tile[key] + np.arange(len(tiles)))
     if not distinct:
-        return np.zeros((1, tile_size, tile_size, 3), np.uint8), bases
-    return np.concatenate(distinct), bases
-
-
-def image_rows(bases, images, tokens_per_tile: int) -> list[np.ndarray]:
-    """Per sample, the batch's feature row of each of the sample's image tokens, int64."""
-    rows = []
-    for sample_bases, sample_images in zip(bases, images, strict=True):
-        spans = [np.arange(base, base + len(tiles)) for base, tiles in zip(sample_bases, sample_images, strict=True)]
-        tile_rows = np.concatenate([np.zeros(0, np.int64), *spans])
-        rows.append((tile_rows[:, None] * tokens_per_tile + np.arange(tokens_per_tile)).reshape(-1))
-    return rows
+        return np.zeros((1, tile_size, tile_size, 3), np.uint8), places
+    return np.concatenate(distinct), places
 
 
 def place_images(sequence: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -52,7 +52,9 @@ def resolve_image(item: object, name: str, image_root: Path | None = None, confi
             raise FieldError(name, "JSON holds no bytes; write them as a data:image/...;base64, URL")
         item = item.get("path") if content is None else content
     if isinstance(item, bytes):
-        return checked_size(item, name)
+        if len(item) > MAX_IMAGE_BYTES:
+            raise FieldError(name, f"an image of {len(item)} bytes is over the limit of {MAX_IMAGE_BYTES}")
+        return item
     if not isinstance(item, str) or not item or "\0" in item:
         raise FieldError(name, f"expected a path or a list of paths, got {kind_of(item)}")
     scheme = item[:8].lower()
@@ -64,13 +66,6 @@ def resolve_image(item: object, name: str, image_root: Path | None = None, confi
     if confined:
         return confined_path(path, name, image_root)
     return str(image_root / path if image_root else Path(path))
-
-
-def checked_size(content: bytes, name: str) -> bytes:
-    """Encoded bytes of at most `MAX_IMAGE_BYTES`."""
-    if len(content) > MAX_IMAGE_BYTES:
-        raise FieldError(name, f"an image of {len(content)} bytes is over the limit of {MAX_IMAGE_BYTES}")
-    return content
 
 
 def decode_data_url(url: str, name: str) -> bytes:

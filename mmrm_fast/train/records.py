@@ -83,24 +83,22 @@ def open_inputs(config: RecordsConfig, eval_sets: list[EvalSet], preparer: Prepa
         raise ValueError(f"--eval-fraction must lie between 0 and 1, got {fraction}")
     mixture, testing = parse_mixture(config.data), replace(preparer, pairs="all", overlong="truncate")
     train, *tests = (open_records(config, *paths) for paths in (mixture.paths, *((own.path,) for own in eval_sets)))
-    looks = [Look(train, preparer, testing, fraction, bool(fraction or tests), is_decoded(train, config))]
-    looks += [Look(records, testing, with_key=True, decode=is_decoded(records, config)) for records in tests]
-    counts = [config.check_records] * len(looks)
-    if fraction or config.pairs == "expand":  # what is a sample depends on every record
-        counts[0] = len(train)
-    tables = [survey(look, count, progress) for look, count in zip(looks, counts, strict=True)]
-    if config.check_records and not config.skip_bad:
-        refuse_bad(tables)
-    held_out = is_held_out(tables[0]["key"], fraction)
-    dataset = PreferenceDataset(train, preparer, tables[0][~held_out])
-    datasets = [PreferenceDataset(records, testing, table) for records, table in zip(tests, tables[1:], strict=True)]
+    first = config.check_records
+    all_or_first = len(train) if fraction or config.pairs == "expand" else first  # what is a sample depends on all
+    table = survey(Look(train, preparer, testing, fraction, is_decoded(train, config)), all_or_first, progress)
+    tested = [survey(Look(own, testing, decode=is_decoded(own, config)), first, progress) for own in tests]
+    if first and not config.skip_bad:
+        refuse_bad([table, *tested])
+    held_out = is_held_out(table["key"], fraction)
+    dataset = PreferenceDataset(train, preparer, table[~held_out])
+    datasets = [PreferenceDataset(own, testing, rows) for own, rows in zip(tests, tested, strict=True)]
     report_duplicates(dataset, eval_sets, datasets)
     if fraction:
         if held_out.all() or not held_out.any():
             side = "train" if held_out.all() else "evaluate"
             raise ValueError(f"--eval-fraction {fraction} of {len(train)} records leaves none to {side} on")
         eval_sets = [EvalSet(HELD_OUT, "iid", Path(mixture.paths[0])), *eval_sets]
-        datasets = [PreferenceDataset(train, testing, tables[0][held_out]), *datasets]
+        datasets = [PreferenceDataset(train, testing, table[held_out]), *datasets]
     return Inputs(dataset, mixture.weights, eval_sets, datasets)
 
 
@@ -135,12 +133,10 @@ def refuse_bad(tables: list[np.ndarray]) -> None:
         raise InputErrors(errors, "mend them, or pass --skip-bad to leave them out")
 
 
-def report_duplicates(
-    dataset: PreferenceDataset, eval_sets: list[EvalSet], eval_datasets: list[PreferenceDataset]
-) -> None:
+def report_duplicates(dataset: PreferenceDataset, eval_sets: list[EvalSet], tests: list[PreferenceDataset]) -> None:
     """Say which test sets have records of the training set in them, as far as both were surveyed."""
     keys = dataset.table["key"]
-    for eval_set, tested in zip(eval_sets, eval_datasets, strict=True):
+    for eval_set, tested in zip(eval_sets, tests, strict=True):
         found = np.flatnonzero(np.isin(tested.table["key"], keys[keys > 0]))
         if len(found) and sharding.rank() == 0:
             surveyed = (tested.table["cost"] != UNKNOWN).sum()

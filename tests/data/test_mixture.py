@@ -131,7 +131,7 @@ def test_every_fault_is_found_and_nothing_else(faulty, make_preparer, decode, li
 def test_what_is_held_out_is_sized_as_it_is_tested(write_jsonl, make_preparer):
     record = {"prompt": "p", "responses": ["a", "b", LONG], "scores": [3, 2, 1]}
     training, testing = make_preparer(pairs="expand", overlong="skip"), make_preparer(overlong="truncate")
-    look = Look(Records(write_jsonl([record])), training, testing, with_key=True)
+    look = Look(Records(write_jsonl([record])), training, testing)
     ((_, _, key, *_),) = replace(look, eval_fraction=0.9999999)(0)
     assert [pairs for *_, pairs, _ in replace(look, eval_fraction=(key + 2**32) / 2**64)(0)] == [3]
     assert [pairs for *_, pairs, _ in replace(look, eval_fraction=(key - 2**32) / 2**64)(0)] == [1, 0, 0]

@@ -52,14 +52,14 @@ def tiles_of(colour, count=1):
 
 def test_equal_images_are_stored_once():
     a, b = tiles_of(1, 3), tiles_of(2, 2)
-    tiles, bases = unique_tiles([[a, b], [], [b.copy(), a.copy(), b]], 56)
+    tiles, places = unique_tiles([[a, b], [], [b.copy(), a.copy(), b]], 56)
     assert np.array_equal(tiles, np.concatenate([a, b]))
-    assert bases == [[0, 3], [], [3, 0, 3]]
+    assert [own.tolist() for own in places] == [[0, 1, 2, 3, 4], [], [3, 4, 0, 1, 2, 3, 4]]
 
 
 def test_an_image_that_begins_like_another_is_another_image():
-    tiles, bases = unique_tiles([[tiles_of(1, 1)], [tiles_of(1, 3)]], 56)
-    assert (len(tiles), bases) == (4, [[0], [1]])
+    tiles, places = unique_tiles([[tiles_of(1, 1)], [tiles_of(1, 3)]], 56)
+    assert (len(tiles), [own.tolist() for own in places]) == (4, [[0], [1, 2, 3]])
 
 
 def test_image_tokens_count_over_the_batch(pack_groups, pictures):
