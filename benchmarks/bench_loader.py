@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.bench_ops import Op
-from mmrm_fast.checkpoint.folder import load_checkpoint
+from mmrm_fast.checkpoint.folder import CheckpointFolder
 from mmrm_fast.data.mixture import PreferenceDataset, unknown_samples
 from mmrm_fast.data.packing import Packed, map_tensors
 from mmrm_fast.data.records import Records
@@ -26,7 +26,7 @@ RECORDS, BUDGET = 512, 6_144  # records of an epoch; work of a step, as training
 
 def epoch() -> tuple[PreferenceDataset, np.ndarray]:
     """A data set and an order of some of its records."""
-    checkpoint = load_checkpoint(TINY_CHECKPOINT)
+    checkpoint = CheckpointFolder(TINY_CHECKPOINT).load()
     records = Records(cached_environments()["opening"] / "train.jsonl", need_pairs=True)
     preparer = Preparer(checkpoint.prompt_encoder(), checkpoint.tiling, with_text=True, pairs="all")
     dataset = PreferenceDataset(records, preparer, unknown_samples(range(len(records))))

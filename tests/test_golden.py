@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mmrm_fast.checkpoint import internvl_chat
-from mmrm_fast.checkpoint.folder import load_checkpoint
+from mmrm_fast.checkpoint.folder import CheckpointFolder
 from mmrm_fast.data.packing import pack_items
 from mmrm_fast.data.records import Records, iter_groups
 from mmrm_fast.data.samples import Preparer
@@ -44,8 +44,8 @@ def test_rewards_are_those_of_the_reference(name, checkpoint, max_length):
 
 def trained_batch(name, folder, *, robust):
     """One step over the pairs: both models with their gradients, the batch, the rewards and the loss."""
-    main = load_checkpoint(GOLDEN / name / folder, compat="reference", max_length=4096)
-    proxy = load_checkpoint(GOLDEN / name / folder, compat="reference", proxy=True) if robust else None
+    main = CheckpointFolder(GOLDEN / name / folder).load(compat="reference", max_length=4096)
+    proxy = CheckpointFolder(GOLDEN / name / folder, proxy=True).load(compat="reference") if robust else None
     preparer = Preparer(main.prompt_encoder(), main.tiling, with_text=robust, proxy_image="white")
     samples = list(iter_groups(Records(GOLDEN / name / "pairs.jsonl")))
     batch = pack_items(preparer, samples, preparer.whole).batch

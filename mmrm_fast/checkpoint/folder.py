@@ -4,8 +4,11 @@ The model is built without weights and filled tensor by tensor, so that loading 
 that is already sharded is filled with this rank's rows alone.
 """
 
+import copy
 import json
+import re
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -13,17 +16,20 @@ from torch import Tensor
 from transformers import InternVLConfig, InternVLModel, PreTrainedTokenizerBase
 
 from mmrm_fast.checkpoint import internvl_chat
-from mmrm_fast.checkpoint.internvl_chat import SCORE
-from mmrm_fast.checkpoint.parameters import ORIGINAL, load_weights, native_name, read_json, read_tensors
-from mmrm_fast.checkpoint.tensors import stored_names, write_tensors
+from mmrm_fast.checkpoint.fill import NativeTensors, fill_model, native_name
+from mmrm_fast.checkpoint.internvl_chat import LM_HEAD, SCORE
+from mmrm_fast.checkpoint.tensors import TensorFolder, write_tensors
 from mmrm_fast.checkpoint.tokenizer import load_tokenizer
 from mmrm_fast.config import TrainBatchConfig
 from mmrm_fast.data.images import NORMALIZATION, Compat, Tiling, mean_colour
 from mmrm_fast.data.prompt import PromptEncoder
+from mmrm_fast.files import read_json
 from mmrm_fast.model.decoder import rope_regime
 from mmrm_fast.model.reward_model import RewardModel
 
+NATIVE, ORIGINAL = "internvl", "internvl_chat"
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+PROXY = "bias_reward_model."  # before the names of the text-only branch that the reference implementation saves
 MAX_LENGTH = 4096
 TEXT_NORM = "language_model.norm.weight"
 
@@ -53,161 +59,219 @@ class Checkpoint:
             rope_regime=rope_regime(self.model.model.config.text_config),
         )
 
+    def configured(self, config: TrainBatchConfig) -> "Checkpoint":
+        """The checkpoint with a training's options for pictures in place of its own; what is saved of it has them too.
 
-def load_checkpoint(
-    folder: str | Path,
-    *,
-    dtype: torch.dtype = torch.float32,
-    max_length: int | None = None,
-    max_tiles: int | None = None,
-    compat: Compat = None,
-    with_weights: bool = True,
-    proxy: bool = False,
-) -> Checkpoint:
-    """Load a folder; one without `score.weight` gets a new score head.
+        Raises:
+            ValueError: fewer tiles at most than at least.
+        """
+        names = ("min_tiles", "max_tiles", "thumbnail", "pad2square", "compat")
+        options = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+        if config.max_tiles and config.min_tiles is None:
+            options["min_tiles"] = min(self.tiling.min_tiles, config.max_tiles)
+        if config.normalize_type:
+            self.model.pixel_mean, self.model.pixel_std = NORMALIZATION[config.normalize_type]
+            options["pad_colour"] = mean_colour(config.normalize_type)
+        tiling = replace(self.tiling, **options)
+        if not 1 <= tiling.min_tiles <= tiling.max_tiles:
+            raise ValueError(
+                f"--min-tiles {tiling.min_tiles} --max-tiles {tiling.max_tiles}: expected 1 <= least <= most"
+            )
+        return replace(self, tiling=tiling)
+
+
+class CheckpointFolder:
+    """A checkpoint's folder as data: each of its files is read once, when it is first asked for.
+
+    What is missing or not understood raises `ValueError` in our words.
 
     Args:
-        folder: a local folder, native (`internvl`) or original (`internvl_chat`), with safetensors and tokenizer.
-        dtype: of the weights.
-        max_length, max_tiles, compat: override what the folder says; `max_length` of a folder that says it only in its
-            tokenizer is at most `MAX_LENGTH`. A sliding window caps it: within it sliding attention is plain attention.
-            `compat="reference"` prepares texts and pictures as the reference implementation does.
-        proxy: load the text-only branch that the reference implementation saves beside the main one.
-        with_weights: False leaves the model on the meta device, for `parameters.load_weights` to fill once it is
-            sharded; the folder needs no weights.
-
-    Raises:
-        ValueError: not such a folder; the message says what is missing.
+        path: a local folder, native (`internvl`) or original (`internvl_chat`): config.json, safetensors, the
+            tokenizer's files and, in a native one, the image processor's.
+        proxy: its weights are those of the text-only branch, which the reference implementation saves beside the other.
     """
-    folder = Path(folder)
-    settings = read_json(folder / "config.json")
-    is_original = check_type(folder, settings) == ORIGINAL
-    if with_weights:
-        stored_names(folder)
-    tokenizer = folder_tokenizer(folder, settings)
-    config = read_config(folder, tokenizer)
-    processor = original_processor(settings) if is_original else read_processor(folder)
-    tiling = read_tiling(processor, config.vision_config.image_size[0], max_tiles, compat or processor.get("compat"))
-    max_length = max_length or processor.get("max_length") or min(tokenizer.model_max_length, MAX_LENGTH)
-    mean, std = (tuple(processor.get(key, default)) for key, default in image_statistics().items())
-    checkpoint = Checkpoint(
-        model=empty_model(config, dtype, mean, std),
-        tokenizer=tokenizer,
-        tiling=tiling,
-        tokens_per_tile=tokens_per_tile(config, tiling.tile_size),
-        max_length=within_window(max_length, config),
+
+    def __init__(self, path: str | Path, *, proxy: bool = False):
+        self.path, self.proxy = Path(path), proxy
+
+    @cached_property
+    def settings(self) -> dict:
+        """config.json, of a model type that loads."""
+        if not (self.path / "config.json").is_file():
+            raise ValueError(f"{self.path}: no config.json; expected a checkpoint folder")
+        settings = read_json(self.path / "config.json")
+        kind = settings.get("model_type")
+        if kind not in (NATIVE, ORIGINAL):
+            raise ValueError(f"{self.path}: model_type is {kind!r}; expected `{NATIVE}` or the original `{ORIGINAL}`")
+        return settings
+
+    @property
+    def is_original(self) -> bool:
+        """Whether it has the original `internvl_chat` layout."""
+        return self.settings["model_type"] == ORIGINAL
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer; an original folder's has the conversation template that config.json names."""
+        if self.is_original:
+            return load_tokenizer(self.path, template=self.settings.get("template"), original=True)
+        return load_tokenizer(self.path)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether it holds more than sizes."""
+        return (self.path / "tokenizer_config.json").is_file()
+
+    @cached_property
+    def config(self) -> InternVLConfig:
+        """The native config, with room for every token of the tokenizer, where there is one."""
+        tokenizer = self.tokenizer if self.has_tokenizer else None
+        try:
+            if self.is_original:
+                rows = max(self.settings["llm_config"].get("vocab_size", 0), len(tokenizer or ()))
+                image_token = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>") if tokenizer else 0
+                return internvl_chat.native_config(self.settings, vocab_size=rows, image_token_id=image_token)
+            config = InternVLConfig.from_dict(self.settings)
+        except KeyError as error:
+            raise ValueError(f"{self.path}/config.json: lacks {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{self.path}/config.json: {error}") from None
+        config.text_config.vocab_size = max(config.text_config.vocab_size, len(tokenizer or ()))
+        return config
+
+    @cached_property
+    def processor(self) -> dict:
+        """The image processor's settings, in transformers' names (and `pad2square`, which it has not)."""
+        if self.is_original:
+            return internvl_chat.image_processor(self.settings)
+        for path in (self.path / name for name in PROCESSORS):
+            if path.is_file():
+                settings = read_json(path)
+                return settings.get("image_processor", settings)
+        raise ValueError(f"{self.path}: no {PROCESSORS[0]}; expected a folder that transformers' save_pretrained wrote")
+
+    @cached_property
+    def tensors(self) -> TensorFolder:
+        """The stored tensors of the branch, under the names of `internvl_chat` or of `InternVLModel`."""
+        if not self.is_original:
+            return TensorFolder(self.path, plain_name)
+        return TensorFolder(self.path, self.branch_name, lora_scale=lora_scale(self.path, self.settings))
+
+    def branch_name(self, name: str) -> str | None:
+        """A stored name of an original folder without its branch's prefix; None of the other branch."""
+        if name.startswith(PROXY) != self.proxy:
+            return None
+        return name.removeprefix(PROXY)
+
+    def model(self, dtype: torch.dtype = torch.float32, *, num_layers: int | None = None) -> RewardModel:
+        """The reward model on the meta device, in evaluation mode; only config.json is needed.
+
+        Args:
+            num_layers: build only so many of the language model's and of the vision tower's.
+        """
+        config = copy.deepcopy(self.config)
+        for part in (config.vision_config, config.text_config) if num_layers is not None else ():
+            part.num_hidden_layers = num_layers
+            if getattr(part, "layer_types", None):
+                part.layer_types = part.layer_types[:num_layers]
+        with torch.device("meta"):
+            return RewardModel(InternVLModel(config).to(dtype), *NORMALIZATION["imagenet"]).eval()
+
+    def load(
+        self,
+        *,
+        dtype: torch.dtype = torch.float32,
+        max_length: int | None = None,
+        max_tiles: int | None = None,
+        compat: Compat = None,
+        with_weights: bool = True,
+    ) -> Checkpoint:
+        """The whole of it; a folder without `score.weight` gets a new score head.
+
+        Args:
+            dtype: of the weights.
+            max_length, max_tiles, compat: override what the folder says; `max_length` of a folder that says it only in
+                its tokenizer is at most `MAX_LENGTH`. A sliding window caps it: within it sliding attention is plain
+                attention. `compat="reference"` prepares texts and pictures as the reference implementation does.
+            with_weights: False leaves the model on the meta device, for `fill` once it is sharded; the folder needs no
+                weights.
+        """
+        if with_weights:
+            assert self.tensors is not None  # what is most often missing is looked for first
+        processor, window = self.processor, getattr(self.config.text_config, "sliding_window", None)
+        length = max_length or processor.get("max_length") or min(self.tokenizer.model_max_length, MAX_LENGTH)
+        model = self.model(dtype)
+        model.pixel_mean, model.pixel_std = statistics(processor)
+        if with_weights:
+            self.fill(model)
+        image_size, patch_size = self.config.vision_config.image_size[0], self.config.vision_config.patch_size[0]
+        tiling = read_tiling(processor, image_size, max_tiles, compat or processor.get("compat"))
+        return Checkpoint(
+            model=model,
+            tokenizer=self.tokenizer,
+            tiling=tiling,
+            tokens_per_tile=int((tiling.tile_size // patch_size) ** 2 * self.config.downsample_ratio**2),
+            max_length=min(length, window or length),
+        )
+
+    def native(self, model: RewardModel) -> NativeTensors:
+        """The stored tensors under the names of a model's parameters."""
+        return NativeTensors(self.tensors, model, is_original=self.is_original)
+
+    def fill(self, model: RewardModel, device: torch.device | str = "cpu") -> None:
+        """Fill a model of this folder, from the meta device, possibly frozen, sharded or without its vision part."""
+        fill_model(model, self.native(model), device)
+
+    def require_reward_model(self) -> None:
+        """Raise `ValueError` unless it is a checkpoint with a score head."""
+        if SCORE not in self.tensors:
+            raise ValueError(f"{self.path}: no `{SCORE}`: this is not a reward model, train one first")
+
+
+def plain_name(name: str) -> str:
+    """A native folder's name as `InternVLModel` has it; transformers saved three layouts over time."""
+    name = name.removeprefix("model.")
+    for part in (LM_HEAD, SCORE):
+        if name == "language_model." + part:
+            return part
+    return re.sub(r"^language_model\.model\.", "language_model.", name)
+
+
+def lora_scale(folder: Path, settings: dict) -> float:
+    """alpha / rank of LoRA adapters: adapter_config.json says it, else config.json, else InternVL's own 2."""
+    path = folder / "adapter_config.json"
+    adapter = read_json(path) if path.is_file() else settings
+    if "lora_alpha" not in adapter:
+        return 2.0
+    rank = (
+        adapter.get("r") or adapter.get("lora_r") or settings.get("use_llm_lora") or settings.get("use_backbone_lora")
     )
-    if with_weights:
-        load_weights(checkpoint.model, folder, proxy=proxy)
-    return checkpoint
+    return adapter["lora_alpha"] / (rank**0.5 if adapter.get("use_rslora") else rank)
 
 
-def check_type(folder: Path, settings: dict) -> str:
-    """config.json's model type. Raises `ValueError` unless it is one that loads."""
-    kind = settings.get("model_type")
-    if kind not in ("internvl", ORIGINAL):
-        raise ValueError(f"{folder}: model_type is {kind!r}; expected `internvl` or the original `internvl_chat`")
-    return kind
-
-
-def folder_tokenizer(folder: Path, settings: dict) -> PreTrainedTokenizerBase:
-    """The tokenizer of either kind of folder."""
-    if settings["model_type"] == ORIGINAL:
-        return load_tokenizer(folder, template=settings.get("template"), original=True)
-    return load_tokenizer(folder)
-
-
-def read_config(folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> InternVLConfig:
-    """The native config of either kind of folder, with room for every token of the tokenizer. Raises `ValueError`.
-
-    Without one it is for sizes alone: of an original config it has no image token, and only the rows that it says.
-    """
-    settings = read_json(folder / "config.json")
-    is_original = check_type(folder, settings) == ORIGINAL
-    try:
-        if is_original:
-            stated = settings["llm_config"]
-            rows = max(stated.get("vocab_size", 0), len(tokenizer)) if tokenizer else stated["vocab_size"]
-            image_token = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>") if tokenizer else 0
-            return internvl_chat.native_config(settings, vocab_size=rows, image_token_id=image_token)
-        config = InternVLConfig.from_dict(settings)
-    except KeyError as error:
-        raise ValueError(f"{folder}/config.json: lacks {error}") from None
-    except ValueError as error:
-        raise ValueError(f"{folder}/config.json: {error}") from None
-    config.text_config.vocab_size = max(config.text_config.vocab_size, len(tokenizer or ()))
-    return config
-
-
-def within_window(max_length: int, config: InternVLConfig) -> int:
-    """`max_length`, at most the LLM's sliding window."""
-    return min(max_length, getattr(config.text_config, "sliding_window", None) or max_length)
-
-
-def empty_model(config: InternVLConfig, dtype: torch.dtype, mean: tuple, std: tuple) -> RewardModel:
-    """The model on the meta device, in evaluation mode."""
-    with torch.device("meta"):
-        return RewardModel(InternVLModel(config).to(dtype), mean, std).eval()
-
-
-def require_reward_model(folder: str | Path) -> None:
-    """Raise `ValueError` unless the folder is a checkpoint with a score head."""
-    folder = Path(folder)
-    check_type(folder, read_json(folder / "config.json"))
-    if SCORE not in read_tensors(folder):
-        raise ValueError(f"{folder}: no `{SCORE}`: this is not a reward model, train one first")
-
-
-def read_processor(folder: Path) -> dict:
-    """A native folder's image processor settings."""
-    for name in PROCESSORS:
-        if (folder / name).is_file():
-            settings = read_json(folder / name)
-            return settings.get("image_processor", settings)
-    raise ValueError(f"{folder}: no {PROCESSORS[0]}; expected a folder that transformers' save_pretrained wrote")
-
-
-def original_processor(settings: dict) -> dict:
-    """An original config's image settings in the names of transformers' processor (and two it has not)."""
-    side = internvl_chat.tile_size(settings)
-    return {
-        "crop_to_patches": settings.get("dynamic_image_size", False),
-        "min_patches": settings.get("min_dynamic_patch", 1),
-        "max_patches": settings.get("max_dynamic_patch", 6),
-        "size": {"height": side, "width": side},
-        "use_thumbnail": settings.get("use_thumbnail", False),
-        "pad2square": settings.get("pad2square", False),
-    }
-
-
-def image_statistics() -> dict[str, tuple[float, ...]]:
-    """The processor's normalisation keys with their defaults."""
-    return dict(zip(("image_mean", "image_std"), NORMALIZATION["imagenet"], strict=True))
+def statistics(processor: dict) -> tuple[tuple[float, ...], ...]:
+    """Mean and deviation that pixels are normalised by, one a channel."""
+    defaults = zip(("image_mean", "image_std"), NORMALIZATION["imagenet"], strict=True)
+    return tuple(tuple(processor.get(key, default)) for key, default in defaults)
 
 
 def read_tiling(processor: dict, image_size: int, max_tiles: int | None, compat: Compat) -> Tiling:
     """The tiling that processor settings describe; transformers adds the thumbnail unless `use_thumbnail` is false."""
     cropped = processor.get("crop_to_patches", True)
     limit = max_tiles or (processor.get("max_patches", 12) if cropped else 1)
-    mean = processor.get("image_mean", image_statistics()["image_mean"])
     return Tiling(
         tile_size=(processor.get("size") or {}).get("height", image_size),
         min_tiles=min(processor.get("min_patches", 1), limit),
         max_tiles=limit,
         thumbnail=processor.get("use_thumbnail", True),
         pad2square=processor.get("pad2square", False),
-        pad_colour=tuple(int(value * 255) for value in mean),
+        pad_colour=tuple(int(value * 255) for value in statistics(processor)[0]),
         compat=compat,
     )
 
 
-def tokens_per_tile(config: InternVLConfig, tile_size: int) -> int:
-    """Image tokens of a tile: patches after the pixel shuffle."""
-    return int((tile_size // config.vision_config.patch_size[0]) ** 2 * config.downsample_ratio**2)
-
-
 def save_checkpoint(folder: str | Path, checkpoint: Checkpoint, state: dict[str, Tensor] | None = None) -> None:
-    """Write a native folder that `load_checkpoint` reads, weights bit for bit, in shards where they are large.
+    """Write a native folder that `CheckpointFolder` reads, weights bit for bit, in shards where they are large.
 
     Args:
         folder: created; its files are replaced.
@@ -231,17 +295,21 @@ def save_settings(folder: Path, checkpoint: Checkpoint) -> None:
     config.num_labels = config.text_config.num_labels = 1
     config.problem_type = "regression"
     config.save_pretrained(folder)
-    save_tokenizer(folder, checkpoint)
+    checkpoint.tokenizer.model_max_length = checkpoint.max_length
+    save_tokenizer(folder, checkpoint.tokenizer)
     (folder / PROCESSORS[0]).write_text(json.dumps(processor_settings(checkpoint), indent=2) + "\n")
 
 
-def save_tokenizer(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write the tokenizer under the class name that transformers 4 and 5 both know."""
-    checkpoint.tokenizer.model_max_length = checkpoint.max_length
-    checkpoint.tokenizer.save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
-    settings = {**read_json(path), "tokenizer_class": "PreTrainedTokenizerFast"}
-    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write a tokenizer under the class name that transformers 4 and 5 both know."""
+    tokenizer.save_pretrained(folder)
+    rewrite_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def rewrite_json(path: Path, changes: dict) -> None:
+    """Change keys of a JSON file."""
+    text = json.dumps({**read_json(path), **changes}, indent=2, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def processor_settings(checkpoint: Checkpoint) -> dict:
@@ -261,22 +329,3 @@ def processor_settings(checkpoint: Checkpoint) -> dict:
         "use_thumbnail": tiling.thumbnail,
         "pad2square": tiling.pad2square,
     }
-
-
-def configured(checkpoint: Checkpoint, config: TrainBatchConfig) -> Checkpoint:
-    """The checkpoint with a training's options for pictures in place of its own; what is saved of it has them too.
-
-    Raises:
-        ValueError: fewer tiles at most than at least.
-    """
-    options = {name: getattr(config, name) for name in ("min_tiles", "max_tiles", "thumbnail", "pad2square", "compat")}
-    options = {name: value for name, value in options.items() if value is not None}
-    if config.max_tiles and config.min_tiles is None:
-        options["min_tiles"] = min(checkpoint.tiling.min_tiles, config.max_tiles)
-    if config.normalize_type:
-        checkpoint.model.pixel_mean, checkpoint.model.pixel_std = NORMALIZATION[config.normalize_type]
-        options["pad_colour"] = mean_colour(config.normalize_type)
-    tiling = replace(checkpoint.tiling, **options)
-    if not 1 <= tiling.min_tiles <= tiling.max_tiles:
-        raise ValueError(f"--min-tiles {tiling.min_tiles} --max-tiles {tiling.max_tiles}: expected 1 <= least <= most")
-    return replace(checkpoint, tiling=tiling)

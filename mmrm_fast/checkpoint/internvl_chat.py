@@ -114,6 +114,19 @@ def tile_size(original: dict) -> int:
     return original.get("force_image_size") or original["vision_config"].get("image_size", 224)
 
 
+def image_processor(original: dict) -> dict:
+    """An original config's image settings in the names of transformers' processor (and one that it has not)."""
+    side = tile_size(original)
+    return {
+        "crop_to_patches": original.get("dynamic_image_size", False),
+        "min_patches": original.get("min_dynamic_patch", 1),
+        "max_patches": original.get("max_dynamic_patch", 6),
+        "size": {"height": side, "width": side},
+        "use_thumbnail": original.get("use_thumbnail", False),
+        "pad2square": original.get("pad2square", False),
+    }
+
+
 def vision_config(original: dict) -> InternVLVisionConfig:
     """InternViT's config; it has no norm after its last layer."""
     fields = {name: original.get(theirs, default) for name, (theirs, default) in VISION_FIELDS.items()}

@@ -16,7 +16,7 @@ import ray
 import torch
 from tqdm import tqdm
 
-from mmrm_fast.checkpoint.folder import require_reward_model
+from mmrm_fast.checkpoint.folder import CheckpointFolder
 from mmrm_fast.config import ScoreConfig
 from mmrm_fast.config_file import options
 from mmrm_fast.data.lines import FAILURES
@@ -165,7 +165,7 @@ def score(config: ScoreConfig) -> int:
         raise ValueError("--best-of and --to-pairs write different rows; choose one")
     if config.actors != "auto" and config.actors < 1:
         raise ValueError(f"--actors must be auto or at least 1, got {config.actors}")
-    require_reward_model(config.model)
+    CheckpointFolder(config.model).require_reward_model()
     reward_scale(config)
     if not config.out.parent.is_dir():
         raise ValueError(f"{config.out.parent}: no such folder to write scores into")

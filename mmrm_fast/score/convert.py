@@ -9,7 +9,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from mmrm_fast.checkpoint.export import convert_folder
-from mmrm_fast.checkpoint.folder import load_checkpoint
+from mmrm_fast.checkpoint.folder import CheckpointFolder
 from mmrm_fast.config import ConvertConfig
 from mmrm_fast.data.records import Group, RecordError
 from mmrm_fast.score.scorer import Scorer
@@ -32,7 +32,7 @@ def sample_reward(folder: Path) -> float:
     Image.fromarray(np.stack([shades, shades // 2, shades // 4], -1).astype(np.uint8)).save(picture, "png")
     group = Group("sample", 0, None, "What is in it?", None, (picture.getvalue(),), ("Stripes of many colours.",))
     torch.manual_seed(0)
-    (scored,) = Scorer(load_checkpoint(folder), torch.device("cpu")).score_groups([group])
+    (scored,) = Scorer(CheckpointFolder(folder).load(), torch.device("cpu")).score_groups([group])
     if isinstance(scored, RecordError):
         raise scored
     return scored.rewards[0]

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from mmrm_fast.checkpoint.folder import Checkpoint, load_checkpoint, require_reward_model
+from mmrm_fast.checkpoint.folder import Checkpoint, CheckpointFolder
 from mmrm_fast.data.images import Compat
 from mmrm_fast.data.packing import Packed, pack_items
 from mmrm_fast.data.records import Group, Pairs, RecordError, parse_group
@@ -82,9 +82,9 @@ class Scorer:
             torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
         )
         default = torch.bfloat16 if chosen.type == "cuda" else torch.float32
-        require_reward_model(path)
-        checkpoint = load_checkpoint(
-            path,
+        folder = CheckpointFolder(path)
+        folder.require_reward_model()
+        checkpoint = folder.load(
             dtype=default if dtype == "auto" else getattr(torch, dtype),
             max_length=max_length,
             max_tiles=max_tiles,

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from ray import serve as ray_serve
 from ray.serve.handle import DeploymentHandle
 
-from mmrm_fast.checkpoint.folder import require_reward_model
+from mmrm_fast.checkpoint.folder import CheckpointFolder
 from mmrm_fast.config import ServeConfig
 from mmrm_fast.config_file import options
 from mmrm_fast.score.cluster import gpus_each, ray_cluster
@@ -95,7 +95,7 @@ def checked(config: ServeConfig) -> ServeConfig:
     paths = {name: getattr(config, name) for name in ("model", "image_root", "token_file")}
     resolved = {name: path.resolve() for name, path in paths.items() if path is not None}
     config = replace(config, **resolved)
-    require_reward_model(config.model)
+    CheckpointFolder(config.model).require_reward_model()
     if config.image_root is not None and not config.image_root.is_dir():
         raise ValueError(f"{config.image_root}: no such folder for --image-root")
     if config.replicas < 1 or (config.max_replicas or config.replicas) < config.replicas:

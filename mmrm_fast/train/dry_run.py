@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mmrm_fast.checkpoint.folder import configured, load_checkpoint
+from mmrm_fast.checkpoint.folder import CheckpointFolder
 from mmrm_fast.config import TrainConfig
 from mmrm_fast.config_file import with_options
 from mmrm_fast.data.mixture import parse_mixture
@@ -111,8 +111,8 @@ def measure(config: TrainConfig) -> Work | None:
     """The means of up to `SAMPLED` records, spread evenly over the files; None without data or tokenizer."""
     if not config.records.data or not (config.weights.model / "tokenizer_config.json").is_file():
         return None
-    checkpoint = load_checkpoint(config.weights.model, max_length=config.batch.max_length, with_weights=False)
-    checkpoint = configured(checkpoint, config.batch)
+    checkpoint = CheckpointFolder(config.weights.model).load(max_length=config.batch.max_length, with_weights=False)
+    checkpoint = checkpoint.configured(config.batch)
     preparer = training_preparer(config, checkpoint, with_text=config.proxy.robust)
     records = open_records(config.records, *parse_mixture(config.records.data).paths)
     places = np.linspace(0, len(records) - 1, min(SAMPLED, len(records))).astype(int)

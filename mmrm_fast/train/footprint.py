@@ -12,11 +12,9 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import InternVLModel
 
-from mmrm_fast.checkpoint.folder import read_config
+from mmrm_fast.checkpoint.folder import CheckpointFolder
 from mmrm_fast.config import MemoryConfig, TrainConfig
-from mmrm_fast.data.images import NORMALIZATION
 from mmrm_fast.model.lora import MAIN, PROXY, TwoAdapterModel, add_lora
 from mmrm_fast.model.reward_model import RewardModel
 from mmrm_fast.train.proxy import adapt, freeze, proxy_file
@@ -57,12 +55,12 @@ def make_models(config: TrainConfig, num_layers: int | None = None) -> dict[str,
     """
     with torch.device("meta"):
         dtype = torch.float32 if config.memory.dtype == "float32" else torch.bfloat16
-        main = meta_model(config.weights.model, dtype, num_layers)
+        main = CheckpointFolder(config.weights.model).model(dtype, num_layers=num_layers)
         freeze(main, config.weights)
         models = {MAIN: main}
         if config.proxy.robust and config.proxy.proxy_model != "lora" and not proxy_file(config.proxy):
             folder = config.weights.model if config.proxy.proxy_model == "full" else Path(config.proxy.proxy_model)
-            models[PROXY] = meta_model(folder, dtype, num_layers)
+            models[PROXY] = CheckpointFolder(folder).model(dtype, num_layers=num_layers)
             if config.proxy.proxy_image == "none":
                 models[PROXY].drop_vision()
             else:
@@ -73,17 +71,6 @@ def make_models(config: TrainConfig, num_layers: int | None = None) -> dict[str,
             add_lora(main.model.language_model, config.weights, PROXY)
             models = {MAIN: TwoAdapterModel(main)}
     return models
-
-
-def meta_model(folder: Path, dtype: torch.dtype, num_layers: int | None) -> RewardModel:
-    """A checkpoint's model without its weights: only config.json is read."""
-    config = read_config(folder)
-    if num_layers is not None:
-        for part in (config.vision_config, config.text_config):
-            part.num_hidden_layers = num_layers
-            if getattr(part, "layer_types", None):
-                part.layer_types = part.layer_types[:num_layers]
-    return RewardModel(InternVLModel(config).to(dtype), *NORMALIZATION["imagenet"])
 
 
 def compute_bytes(config: MemoryConfig) -> int:

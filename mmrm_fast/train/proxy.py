@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mmrm_fast.checkpoint.folder import Checkpoint, configured, load_checkpoint
-from mmrm_fast.checkpoint.parameters import load_weights
+from mmrm_fast.checkpoint.folder import Checkpoint, CheckpointFolder
 from mmrm_fast.config import ProxyConfig, TrainConfig, WeightsConfig
 from mmrm_fast.data.packing import TokenPlan, white_tile
 from mmrm_fast.data.samples import Sample
@@ -75,19 +74,21 @@ def make_branches(config: TrainConfig, device: torch.device) -> list[Branch]:
         sharding.shard(root, device, config.memory)
     if reads_own_shards(config):
         for checkpoint, folder in zip(checkpoints.values(), (config.weights.model, proxy_folder(config)), strict=False):
-            load_weights(checkpoint.model, folder, device="cpu" if sharding.offloads(device, config.memory) else device)
+            own = "cpu" if sharding.offloads(device, config.memory) else device
+            CheckpointFolder(folder).fill(checkpoint.model, own)
     scale = config.weights.lora_alpha / config.weights.lora_r
     return [Branch(name, root, checkpoints[name], scale) for name, root in roots.items()]
 
 
 def load(config: TrainConfig, folder: str | Path, *, text_only: bool = False) -> Checkpoint:
     """Load a checkpoint, or its language model, with this run's limits and options for pictures."""
-    checkpoint = load_checkpoint(folder, max_length=config.batch.max_length, with_weights=False)
+    opened = CheckpointFolder(folder)
+    checkpoint = opened.load(max_length=config.batch.max_length, with_weights=False)
     if text_only:
         checkpoint.model.drop_vision()
     if not reads_own_shards(config):
-        load_weights(checkpoint.model, folder)
-    return configured(checkpoint, config.batch)
+        opened.fill(checkpoint.model)
+    return checkpoint.configured(config.batch)
 
 
 def reads_own_shards(config: TrainConfig) -> bool:

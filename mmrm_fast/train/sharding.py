@@ -101,7 +101,7 @@ def shard(model: RewardModel, device: torch.device, config: MemoryConfig) -> Rew
     Trained weights are fp32 shards, reduced in fp32 and computed with in `config.dtype`, in which frozen weights are
     kept; gradients are summed over ranks, not averaged, because the step divides by its global pair weight. Embedding,
     projector, patch embedding and final norm stay in the root's group, as they are used in its forward alone. One rank
-    computing in fp32 needs no sharding. A model on the meta device stays there, to be filled by `load_weights`.
+    computing in fp32 needs no sharding. A model on the meta device stays there, for `CheckpointFolder.fill`.
     """
     dtype = compute_dtype(config, device)
     for parameter in model.parameters():

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, InternVLModel
 
 from mmrm_fast.checkpoint.export import convert_folder, export_original, export_vllm, inspect
-from mmrm_fast.checkpoint.folder import load_checkpoint, save_checkpoint
+from mmrm_fast.checkpoint.folder import CheckpointFolder, save_checkpoint
 from mmrm_fast.cli import main
 from mmrm_fast.score.scorer import Scorer
 
@@ -37,9 +37,9 @@ def test_original_to_native_to_original_gives_identical_tensors_and_rewards(tmp_
 
 def test_here_to_native_to_here_gives_identical_weights_and_rewards(tmp_path, pictures):
     write_checkpoint(tmp_path / "first", original_config("InternLM2", "6B", 578))
-    loaded = load_checkpoint(tmp_path / "first")
+    loaded = CheckpointFolder(tmp_path / "first").load()
     save_checkpoint(tmp_path / "final", loaded)
-    state, again = loaded.model.state_dict(), load_checkpoint(tmp_path / "final").model.state_dict()
+    state, again = loaded.model.state_dict(), CheckpointFolder(tmp_path / "final").load().model.state_dict()
     assert all(torch.equal(state[name], again[name]) for name in state)
     assert rewards(tmp_path / "final", pictures) == rewards(tmp_path / "first", pictures)
 
@@ -55,7 +55,7 @@ def test_large_weights_are_written_in_shards_and_read_back(tmp_path, pictures, m
 
 def test_a_saved_model_runs_in_plain_transformers(tmp_path, pictures):
     write_checkpoint(tmp_path / "first", original_config("Qwen2", "300M", 578))
-    checkpoint = load_checkpoint(tmp_path / "first")
+    checkpoint = CheckpointFolder(tmp_path / "first").load()
     checkpoint.model.model.config.dtype = torch.bfloat16  # as its folder had it; these weights are fp32
     save_checkpoint(tmp_path / "final", checkpoint)
     model = InternVLModel.from_pretrained(tmp_path / "final")
@@ -83,7 +83,7 @@ def test_the_vllm_layout_has_one_bias_free_score_under_the_names_of_the_whole_mo
     assert config["architectures"] == ["InternVLForSequenceClassification"]
     assert config["problem_type"] == "regression" and len(config["id2label"]) == 1
     assert len(config["text_config"]["id2label"]) == 1
-    load_checkpoint(tmp_path / "vllm")
+    CheckpointFolder(tmp_path / "vllm").load()
 
 
 def test_an_exported_tokenizer_adds_the_bos_token_and_reads_in_transformers_4(tmp_path):
@@ -144,7 +144,7 @@ def test_the_proxy_of_the_reference_is_left_out_for_scoring_and_converted_beside
     assert torch.equal(converted["score.weight"], proxy["bias_reward_model.score.weight"])
     assert inspect(tmp_path / "both")["text-only proxy"] == "in this folder"
     assert inspect(tmp_path / "native")["text-only proxy"] == f"in {tmp_path / 'native' / 'proxy'}"
-    again = load_checkpoint(tmp_path / "both", proxy=True).model.score.weight
+    again = CheckpointFolder(tmp_path / "both", proxy=True).load().model.score.weight
     assert torch.equal(again, proxy["bias_reward_model.score.weight"].float())
 
 

@@ -2,7 +2,9 @@
 
 import json
 import pickle
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import InternVLForConditionalGeneration, LlamaConfig, Qwen2Config, Qwen3Config
 
-from mmrm_fast.checkpoint.folder import configured, load_checkpoint, save_checkpoint
-from mmrm_fast.checkpoint.parameters import load_weights
+from mmrm_fast.checkpoint.folder import CheckpointFolder, save_checkpoint
 from mmrm_fast.checkpoint.tensors import TensorFolder
 from mmrm_fast.cli import main
 from mmrm_fast.config import TrainBatchConfig
@@ -47,7 +48,7 @@ class Bomb:
 @pytest.mark.parametrize("native", [False, True], ids=["original", "native"])
 def test_nothing_of_a_malicious_folder_is_executed(folder, tmp_path, native):
     if native:
-        save_checkpoint(tmp_path / "native", load_checkpoint(folder))
+        save_checkpoint(tmp_path / "native", CheckpointFolder(folder).load())
         folder = tmp_path / "native"
     mark = tmp_path / "executed"
     code = f"open({str(mark)!r}, 'w')\nclass Evil: pass\n"
@@ -58,7 +59,7 @@ def test_nothing_of_a_malicious_folder_is_executed(folder, tmp_path, native):
     edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization_internlm2.Evil", None]})
     for name in ("pytorch_model.bin", "training_args.bin", "tokenizer.pkl"):
         (folder / name).write_bytes(pickle.dumps(Bomb(mark)))
-    load_checkpoint(folder)
+    CheckpointFolder(folder).load()
     assert main(["inspect", str(folder)]) == 0
     assert not mark.exists()
 
@@ -69,7 +70,7 @@ def test_an_index_cannot_name_a_file_outside_of_its_folder(folder, tmp_path, nam
     names = load_file(tmp_path / "outside.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, name)}))
     with pytest.raises(ValueError, match=r"names the file .*expected a safetensors file of this folder"):
-        load_checkpoint(folder)
+        CheckpointFolder(folder).load()
 
 
 def test_a_shard_that_is_not_there_is_named(folder):
@@ -77,7 +78,7 @@ def test_a_shard_that_is_not_there_is_named(folder):
     weight_map = {"score.weight": "model-00002-of-00002.safetensors"}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(ValueError, match=r"names model-00002-of-00002\.safetensors, which is not there"):
-        load_checkpoint(folder)
+        CheckpointFolder(folder).load()
 
 
 def test_a_pickle_is_refused_with_the_line_that_converts_it(folder):
@@ -85,28 +86,28 @@ def test_a_pickle_is_refused_with_the_line_that_converts_it(folder):
     (folder / "model.safetensors").unlink()
     torch.save(state, folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"pytorch_model.bin is a pickle.*weights_only=True"):
-        load_checkpoint(folder)
+        CheckpointFolder(folder).load()
 
 
 def test_a_file_that_is_not_safetensors_is_named(folder):
     (folder / "model.safetensors").write_bytes(b"not tensors")
     with pytest.raises(ValueError, match=r"model\.safetensors: not a readable safetensors file"):
-        load_checkpoint(folder)
+        CheckpointFolder(folder).load()
 
 
 def test_a_native_folder_whose_vocabulary_lacks_the_image_tokens_is_refused(folder, tmp_path):
-    checkpoint = load_checkpoint(folder)
+    checkpoint = CheckpointFolder(folder).load()
     save_checkpoint(tmp_path / "native", checkpoint)
     text = (tmp_path / "native" / "tokenizer.json").read_text()
     (tmp_path / "native" / "tokenizer.json").write_text(text.replace("<img>", "<other>"))
     with pytest.raises(ValueError, match="lacks the image tokens"):
-        load_checkpoint(tmp_path / "native").prompt_encoder()
+        CheckpointFolder(tmp_path / "native").load().prompt_encoder()
 
 
 @pytest.mark.parametrize("prefixes", [("model.", ""), ("", "language_model.model."), ("model.", "lm_head")])
 def test_every_layout_of_names_that_transformers_wrote_loads(folder, tmp_path, prefixes):
     first, llm = prefixes
-    save_checkpoint(tmp_path / "native", load_checkpoint(folder))
+    save_checkpoint(tmp_path / "native", CheckpointFolder(folder).load())
     path = tmp_path / "native" / "model.safetensors"
     state = {name: value.clone() for name, value in load_file(path).items()}  # the file is written over
     renamed = {first + name: value for name, value in state.items() if name != "score.weight"}
@@ -116,7 +117,7 @@ def test_every_layout_of_names_that_transformers_wrote_loads(folder, tmp_path, p
     elif llm:
         renamed["lm_head.weight"] = torch.zeros(578, 32)
     save_file({**renamed, "score.weight": state["score.weight"]}, path)
-    again = load_checkpoint(tmp_path / "native").model.state_dict()
+    again = CheckpointFolder(tmp_path / "native").load().model.state_dict()
     assert all(torch.equal(again["model." + name], state[name]) for name in state if name != "score.weight")
 
 
@@ -124,7 +125,7 @@ def test_position_embeddings_of_another_size_are_resized(folder):
     state = load_file(folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
     edit(folder / "config.json", vision_config={**config["vision_config"], "image_size": 112}, force_image_size=112)
-    positions = load_checkpoint(folder).model.model.vision_tower.embeddings.position_embeddings
+    positions = CheckpointFolder(folder).load().model.model.vision_tower.embeddings.position_embeddings
     trained = state["vision_model.embeddings.position_embedding"].float()
     assert positions.shape == (1, 65, 24) and torch.equal(positions[:, :1], trained[:, :1])
     corner, other = positions[0, 1], trained[0, 1]
@@ -133,7 +134,7 @@ def test_position_embeddings_of_another_size_are_resized(folder):
 
 def read_sharded(folder):
     """On every rank: a sharded model holds its rows of the folder's weights, and no others were read for it."""
-    whole = load_checkpoint(folder).model.state_dict()
+    whole = CheckpointFolder(folder).load().model.state_dict()
     read, rows = [], TensorFolder.rows
 
     def counted(self, name, start, stop):
@@ -143,11 +144,11 @@ def read_sharded(folder):
 
     TensorFolder.rows = counted
     with ranks():
-        model = load_checkpoint(folder, with_weights=False).model
+        model = CheckpointFolder(folder).load(with_weights=False).model
         mesh = init_device_mesh("cpu", (num_ranks(),))
         for layer in (*model.model.language_model.layers, *model.model.vision_tower.encoder.layer, model):
             fully_shard(layer, mesh=mesh)
-        load_weights(model, folder)
+        CheckpointFolder(folder).fill(model)
         held = sum(parameter.to_local().numel() for parameter in model.parameters())
         assert held < 0.6 * sum(value.numel() for value in whole.values())
         assert sum(read) <= held + whole["model.vision_tower.embeddings.position_embeddings"].numel()
@@ -159,30 +160,47 @@ def test_each_rank_reads_its_own_rows_alone(folder):
     assert run_ranks(read_sharded, folder) == [0, 0]
 
 
+@pytest.mark.parametrize("native", [False, True], ids=["original", "native"])
+def test_a_scorer_reads_every_file_of_settings_once(folder, tmp_path, monkeypatch, native):
+    if native:
+        save_checkpoint(tmp_path / "native", CheckpointFolder(folder).load())
+        folder = tmp_path / "native"
+    read, read_text = Counter(), Path.read_text
+
+    def counted(path, *args, **kwargs):
+        read[path.name] += path.parent == folder
+        return read_text(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", counted)
+    Scorer.from_pretrained(folder, device="cpu")
+    assert read["config.json"] == read["tokenizer_config.json"] == 1
+    assert max(read.values()) == 1
+
+
 # a training's options for pictures take the place of the folder's own
 
 
 def test_options_that_are_not_given_leave_the_checkpoint_as_it_is(make_checkpoint):
     checkpoint = make_checkpoint()
-    assert configured(checkpoint, TrainBatchConfig()) == checkpoint
+    assert checkpoint.configured(TrainBatchConfig()) == checkpoint
 
 
 def test_options_that_are_given_replace_its_own(make_checkpoint):
     config = TrainBatchConfig(min_tiles=2, max_tiles=4, thumbnail=False, pad2square=True, normalize_type="siglip")
-    checkpoint = configured(make_checkpoint(), config)
+    checkpoint = make_checkpoint().configured(config)
     assert checkpoint.tiling == Tiling(56, 2, 4, False, True, (127, 127, 127))
     assert (checkpoint.model.pixel_mean, checkpoint.model.pixel_std) == NORMALIZATION["siglip"]
 
 
 def test_fewer_tiles_at_most_also_lower_the_least(make_checkpoint):
     checkpoint = make_checkpoint()
-    checkpoint = configured(replace(checkpoint, tiling=Tiling(56, 3, 6)), TrainBatchConfig(max_tiles=2))
+    checkpoint = replace(checkpoint, tiling=Tiling(56, 3, 6)).configured(TrainBatchConfig(max_tiles=2))
     assert (checkpoint.tiling.min_tiles, checkpoint.tiling.max_tiles) == (2, 2)
 
 
 def test_impossible_numbers_of_tiles_are_refused(make_checkpoint):
     with pytest.raises(ValueError, match="--min-tiles 8 --max-tiles 6: expected 1 <= least <= most"):
-        configured(make_checkpoint(), TrainBatchConfig(min_tiles=8))
+        make_checkpoint().configured(TrainBatchConfig(min_tiles=8))
 
 
 # native checkpoints
@@ -191,15 +209,15 @@ def test_impossible_numbers_of_tiles_are_refused(make_checkpoint):
 def test_what_a_model_was_trained_with_is_saved_beside_it(make_checkpoint, tmp_path):
     checkpoint = make_checkpoint(max_length=6000)
     save_checkpoint(tmp_path / "long", replace(checkpoint, tiling=replace(checkpoint.tiling, compat="reference")))
-    loaded = load_checkpoint(tmp_path / "long")
+    loaded = CheckpointFolder(tmp_path / "long").load()
     assert (loaded.max_length, loaded.compat) == (6000, "reference")
-    assert load_checkpoint(tmp_path / "long", max_length=300).max_length == 300
+    assert CheckpointFolder(tmp_path / "long").load(max_length=300).max_length == 300
 
 
 @pytest.mark.parametrize("text", [Qwen2Config, Qwen3Config, LlamaConfig], ids=lambda config: config.model_type)
 @pytest.mark.parametrize("tied", [False, True])
 def test_what_transformers_saved_loads_with_equal_hidden_states(folder, tmp_path, text, tied):
-    checkpoint = load_checkpoint(folder)
+    checkpoint = CheckpointFolder(folder).load()
     save_checkpoint(tmp_path / "native", checkpoint)
     config = checkpoint.model.model.config
     config.text_config = text(
@@ -211,7 +229,7 @@ def test_what_transformers_saved_loads_with_equal_hidden_states(folder, tmp_path
     whole = InternVLForConditionalGeneration(config)
     whole.save_pretrained(tmp_path / "native", max_shard_size="20KB")
     (tmp_path / "native" / "model.safetensors").unlink()
-    scorer = Scorer(load_checkpoint(tmp_path / "native"), torch.device("cpu"))
+    scorer = Scorer(CheckpointFolder(tmp_path / "native").load(), torch.device("cpu"))
     group = Group("test", 0, None, "What?", None, (), ("the red circle",))
     (ids,) = scorer.checkpoint.prompt_encoder().encode(group.prompt, group.responses).sequences
     hidden = whole.model(input_ids=torch.from_numpy(ids)[None]).last_hidden_state[0, -1]

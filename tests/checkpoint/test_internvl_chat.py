@@ -6,7 +6,7 @@ from original import VISION, original_config, shapes
 from transformers import InternVLModel
 
 from mmrm_fast.checkpoint import internvl_chat
-from mmrm_fast.checkpoint.parameters import check_tensors, weight_sources
+from mmrm_fast.checkpoint.fill import NativeTensors
 from mmrm_fast.data.images import NORMALIZATION, Tiling
 from mmrm_fast.model.reward_model import RewardModel
 
@@ -72,17 +72,11 @@ def meta_model(config):
 def test_every_tensor_of_a_published_size_has_its_place(name):
     config = published_config(name)
     model, published = meta_model(config), shapes(config)
-    sources = weight_sources(model, is_original=True)
-    check_tensors(NamedShapes(published), sources, model)
-    head = internvl_chat.source(internvl_chat.LM_HEAD, model.model.config).name
-    assert {where.name for where in sources.values()} | {head} == published.keys()
+    native = NativeTensors(NamedShapes(published), model, is_original=True)
     parts = {}
-    for native, parameter in model.named_parameters():
-        where = sources[native.removeprefix("model.")]
-        parts.setdefault(where.name, []).append((where.spans, torch.empty(parameter.shape, device="meta")))
-    assert {name: tuple(internvl_chat.packed(group).shape) for name, group in parts.items()} | {
-        head: published[head]
-    } == published
+    for name, where in native.sources.items():
+        parts.setdefault(where.name, []).append((where.spans, torch.empty(native.shape(name), device="meta")))
+    assert {name: tuple(internvl_chat.packed(group).shape) for name, group in parts.items()} == published
     assert model.model.config.image_seq_length == 256
     expected = BILLIONS.get(name.split(",")[0])
     count = sum(parameter.numel() for parameter in model.parameters()) / 1e9
@@ -107,7 +101,7 @@ def test_what_does_not_fit_is_named_with_what_was_expected(change):
         places[wqkv] = (65, 32)
         message = rf"{wqkv} is \[65, 32\], expected \[64, 32\]"
     with pytest.raises(ValueError, match=message):
-        check_tensors(NamedShapes(places), weight_sources(model, is_original=True), model)
+        NativeTensors(NamedShapes(places), model, is_original=True)
 
 
 @pytest.mark.parametrize(

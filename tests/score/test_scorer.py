@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmrm_fast.checkpoint.folder import load_checkpoint, save_checkpoint
+from mmrm_fast.checkpoint.folder import CheckpointFolder, save_checkpoint
 from mmrm_fast.data.images import Tiling
 from mmrm_fast.data.records import Group, RecordError
 from mmrm_fast.score.scorer import Scored, Scorer, batch_spread
@@ -189,7 +189,7 @@ def test_an_overlong_response_is_scored_and_marked(scorer):
 def test_a_saved_model_comes_back_bit_for_bit(make_checkpoint, tmp_path, dtype):
     saved = make_checkpoint(dtype=dtype, max_length=300, max_tiles=4)
     save_checkpoint(tmp_path / "model", saved)
-    loaded = load_checkpoint(tmp_path / "model", dtype=dtype)
+    loaded = CheckpointFolder(tmp_path / "model").load(dtype=dtype)
     before, after = saved.model.state_dict(), loaded.model.state_dict()
     assert before.keys() == after.keys()
     assert all(before[name].dtype == after[name].dtype for name in before)
@@ -201,7 +201,7 @@ def test_a_saved_folder_remembers_how_records_are_read(make_checkpoint, tmp_path
     saved = replace(make_checkpoint(max_length=300), tiling=tiling)
     saved.model.pixel_mean, saved.model.pixel_std = (0.5, 0.4, 0.3), (0.3, 0.2, 0.1)
     save_checkpoint(tmp_path / "model", saved)
-    loaded = load_checkpoint(tmp_path / "model")
+    loaded = CheckpointFolder(tmp_path / "model").load()
     for field in ("tiling", "tokens_per_tile", "max_length"):
         assert getattr(loaded, field) == getattr(saved, field), field
     assert (loaded.model.pixel_mean, loaded.model.pixel_std) == ((0.5, 0.4, 0.3), (0.3, 0.2, 0.1))
@@ -215,7 +215,7 @@ def test_a_saved_model_gives_the_rewards_it_gave_before(checkpoint, scorer, pict
 
 
 def test_limits_can_be_overridden_when_loading(folder):
-    loaded = load_checkpoint(folder, max_length=123, max_tiles=2)
+    loaded = CheckpointFolder(folder).load(max_length=123, max_tiles=2)
     assert (loaded.max_length, loaded.tiling.max_tiles) == (123, 2)
 
 

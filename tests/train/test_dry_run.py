@@ -9,7 +9,7 @@ from original import LLM, original_config, write_checkpoint
 from transformers import InternVLConfig, InternVLVisionConfig, Qwen2Config
 
 from benchmarks.models import FULL, model_config
-from mmrm_fast.checkpoint.folder import load_checkpoint, save_checkpoint
+from mmrm_fast.checkpoint.folder import CheckpointFolder, save_checkpoint
 from mmrm_fast.cli import main
 from mmrm_fast.config import TrainConfig
 from mmrm_fast.config_file import with_options
@@ -190,7 +190,7 @@ def test_an_original_folder_is_planned_from_its_config_alone(tmp_path, capsys, l
     assert run(plan) == 0 and "need --data and the checkpoint's tokenizer" in capsys.readouterr().out
     planned = count(make_models(plan)["main"])
     write_checkpoint(tmp_path, config)
-    assert planned == count(load_checkpoint(tmp_path).model)
+    assert planned == count(CheckpointFolder(tmp_path).load().model)
 
 
 def test_a_folder_that_is_no_model_is_named(tmp_path, capsys):

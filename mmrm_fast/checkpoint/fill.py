@@ -1,0 +1,186 @@
+"""A model's parameters from a folder's tensors: filled one by one, of a sharded model this rank's rows alone."""
+
+import math
+import re
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mmrm_fast.checkpoint import internvl_chat
+from mmrm_fast.checkpoint.internvl_chat import EMBEDDING, LM_HEAD, SCORE, Source
+from mmrm_fast.checkpoint.tensors import TensorFolder
+from mmrm_fast.model.decoder import renew_rope
+from mmrm_fast.model.reward_model import RewardModel, new_score
+
+POSITIONS = "vision_tower.embeddings.position_embeddings"
+VISION_PARTS = ("vision_model.", "mlp1.", "vision_tower.", "multi_modal_projector.")
+UNUSED = re.compile(r"^(language_model\.)?(lm_head|output)\.|rotary_emb\.\w*inv_freq$|\.position_ids$")
+VALUES_AT_A_TIME = 1 << 24
+
+
+def native_name(name: str) -> str:
+    """A parameter of `RewardModel` as its folder names it."""
+    return name.removeprefix("model.")
+
+
+class NativeTensors:
+    """A folder's tensors under the native names of a model's parameters, adapters merged, packed ones taken apart.
+
+    Args:
+        tensors: of a folder of either layout.
+        model: whose parameters they are; its values are not looked at.
+        is_original: whether the folder's layout is the original one.
+
+    Raises:
+        ValueError: a tensor is missing, has another shape, or has no place in the model.
+    """
+
+    def __init__(self, tensors: TensorFolder, model: RewardModel, *, is_original: bool):
+        self.tensors = tensors
+        self.shapes = {native_name(name): tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        config = model.model.config
+        find = (lambda name: internvl_chat.source(name, config)) if is_original else Source
+        self.sources = {name: find(name) for name in (*self.shapes, LM_HEAD)}
+        self.check_shapes()
+        self.check_all_used(has_vision=model.model.vision_tower is not None)
+
+    def __contains__(self, name: str) -> bool:
+        return self.sources[name].name in self.tensors
+
+    def stored(self) -> list[str]:
+        """Native names of what is stored: of a score and a vocabulary head where the folder has them."""
+        return [name for name in self.sources if name in self]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A native tensor's shape."""
+        return self.shapes[EMBEDDING if name == LM_HEAD else name]
+
+    def check_shapes(self) -> None:
+        """Raise `ValueError` unless every parameter but a score has its tensor, in its shape."""
+        packed_rows: dict[str, int] = {}
+        for where in self.sources.values():
+            if where.spans:
+                packed_rows[where.name] = max(packed_rows.get(where.name, 0), where.spans[-1][1])
+        for name, expected in self.shapes.items():
+            where = self.sources[name]
+            if where.spans:
+                expected = (packed_rows[where.name], *expected[1:])
+            if name in self:
+                actual = self.tensors.shape(where.name)
+                grows = name == EMBEDDING and actual[0] < expected[0] and actual[1:] == expected[1:]
+                if actual == expected or grows or name == POSITIONS:
+                    continue
+                found = f"{where.name} is {list(actual)}"
+            elif name == SCORE:
+                continue
+            else:
+                found = f"no tensor {where.name}"
+            raise ValueError(f"{self.tensors.folder}: {found}, expected {list(expected)} for {name}")
+
+    def check_all_used(self, *, has_vision: bool) -> None:
+        """Raise `ValueError` for a tensor that is no parameter's, but for the vocabulary head and such."""
+        known = {where.name for where in self.sources.values()}
+        left = [name for name in self.tensors.places if name not in known and not UNUSED.search(name)]
+        left = [name for name in left if has_vision or not name.startswith(VISION_PARTS)]
+        if left:
+            folder = self.tensors.folder
+            raise ValueError(f"{folder}: {len(left)} tensors have no place in the model, such as {min(left)}")
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype that a tensor is stored in."""
+        return self.tensors.dtype(self.sources[name].name)
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of a tensor."""
+        return int(np.prod(self.shape(name))) * self.dtype(name).itemsize
+
+    def value(self, name: str) -> Tensor:
+        """A tensor as it is stored."""
+        value = torch.empty(self.shape(name), dtype=self.dtype(name))
+        self.copy_to(value, name)
+        return value
+
+    @torch.no_grad()
+    def copy_to(self, parameter: Tensor, name: str) -> None:
+        """Copy a tensor's rows, or those that this rank holds of a sharded parameter; a score may be drawn."""
+        where, (local, start) = self.sources[name].name, local_rows(parameter)
+        stop = start + len(local)
+        if where not in self.tensors:
+            local.copy_(new_score(parameter.shape[1])[start:stop])
+        elif name == POSITIONS:
+            local.copy_(resized_positions(self.tensors.whole(where), parameter.shape[1])[start:stop])
+        elif name in (EMBEDDING, LM_HEAD):
+            present = min(self.tensors.shape(where)[0], stop)
+            copy_spans(local, [(start, present)], where, self.tensors)
+            if present < stop:
+                local[max(present - start, 0) :] = mean_row(where, self.tensors)
+        else:
+            spans = self.sources[name].spans or ((0, parameter.shape[0]),)
+            copy_spans(local, list(part_of_spans(spans, start, stop)), where, self.tensors)
+
+
+def fill_model(model: RewardModel, native: NativeTensors, device: torch.device | str) -> None:
+    """Fill a model on the meta device, possibly frozen and sharded.
+
+    A new score head is drawn from torch's generator, the same on every rank for the same seed. Token embedding rows
+    that the folder does not have are the mean of those it has.
+    """
+    model.to_empty(device=device)
+    renew_rope(model.model.language_model, device)
+    for name, parameter in model.named_parameters():
+        native.copy_to(parameter, native_name(name))
+
+
+def local_rows(parameter: nn.Parameter) -> tuple[Tensor, int]:
+    """The part of a parameter that this rank holds, and its first row in the whole (FSDP2 shards rows)."""
+    if not hasattr(parameter, "placements"):
+        return parameter.data, 0
+    mesh, start, rows = parameter.device_mesh, 0, parameter.shape[0]
+    for dim, placement in enumerate(parameter.placements):
+        if placement.is_shard():
+            assert placement.dim == 0
+            chunk = -(-rows // mesh.size(dim))
+            first = min(mesh.get_local_rank(dim) * chunk, rows)
+            start, rows = start + first, min(chunk, rows - first)
+    return parameter.data.to_local(), start
+
+
+def part_of_spans(spans: tuple[tuple[int, int], ...], start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """The source rows that hold rows `start` to `stop` of the spans' concatenation."""
+    place = 0
+    for first, last in spans:
+        low, high = max(start - place, 0), min(stop - place, last - first)
+        if low < high:
+            yield first + low, first + high
+        place += last - first
+
+
+def copy_spans(local: Tensor, spans: list[tuple[int, int]], name: str, tensors: TensorFolder) -> None:
+    """Copy spans of a tensor's rows one after another, a bounded number of values at a time."""
+    step = max(VALUES_AT_A_TIME // max(local[:1].numel(), 1), 1)
+    place = 0
+    for first, last in spans:
+        for start in range(first, last, step):
+            rows = tensors.rows(name, start, min(start + step, last))
+            local[place : place + len(rows)].copy_(rows)
+            place += len(rows)
+
+
+def mean_row(name: str, tensors: TensorFolder) -> Tensor:
+    """The mean of a tensor's rows in float64."""
+    rows, width = tensors.shape(name)
+    step = max(VALUES_AT_A_TIME // width, 1)
+    parts = (tensors.rows(name, start, min(start + step, rows)) for start in range(0, rows, step))
+    return sum(part.sum(0, dtype=torch.float64) for part in parts) / rows
+
+
+def resized_positions(positions: Tensor, count: int) -> Tensor:
+    """Position embeddings [1, 1 + patches, D] for another number of patches, CLS kept, bicubic as InternVL does it."""
+    if positions.shape[1] == count:
+        return positions
+    old, new = (math.isqrt(size - 1) for size in (positions.shape[1], count))
+    grid = positions[:, 1:].float().unflatten(1, (old, old)).permute(0, 3, 1, 2)
+    grid = nn.functional.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2).to(positions.dtype)], 1)
