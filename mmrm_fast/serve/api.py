@@ -19,6 +19,7 @@ from mmrm_fast.data.types import FieldError
 from mmrm_fast.score.scorer import Scored, Scorer, join
 from mmrm_fast.serve import protocols
 from mmrm_fast.serve.batcher import Batcher
+from mmrm_fast.serve.conversation import ConversationReader
 from mmrm_fast.serve.guard import Guard, Limits, Refused, refusal
 from mmrm_fast.serve.metrics import Metrics
 
@@ -57,7 +58,7 @@ class RewardService:
         self, scorer: Scorer, name: str, *, limits: Limits, image_root: Path | None = None, max_delay: float = 0.003
     ):
         self.scorer, self.name, self.limits, self.image_root = scorer, name, limits, image_root
-        self.reader = protocols.QueryReader(scorer.checkpoint.tokenizer)
+        self.reader = ConversationReader(scorer.checkpoint.prompt_encoder().chat, scorer.checkpoint.tokenizer)
         self.metrics = Metrics()
         self.batcher = Batcher(scorer, max_delay=max_delay, on_batch=self.metrics.count_batch)
 
@@ -142,12 +143,14 @@ def add_openrlhf(app: FastAPI, service: RewardService) -> None:
 
 
 def add_vllm(app: FastAPI, service: RewardService, endpoint: protocols.Endpoint) -> None:
-    """One of vLLM's pooling endpoints."""
+    """One of the pooling endpoints of vLLM and SGLang, under all of its paths."""
 
-    @app.post(endpoint.path, responses=REFUSALS, tags=["vLLM"], description=endpoint.answer.__doc__)
     async def respond(request: endpoint.body) -> dict:
         answer = await service.score(await asyncio.to_thread(endpoint.records, request, service.reader))
         return endpoint.respond(request, answer.rewards, model=service.name, num_tokens=answer.num_tokens)
+
+    for path in endpoint.paths:
+        app.post(path, responses=REFUSALS, tags=["vLLM"], description=endpoint.answer.__doc__)(respond)
 
 
 def add_pages(app: FastAPI, service: RewardService) -> None:

@@ -5,27 +5,38 @@ checks and scores them as files are.
 """
 
 import math
-import re
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field
-from transformers import PreTrainedTokenizerBase
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
-from mmrm_fast.data.prompt import IMAGE
 from mmrm_fast.data.types import FieldError
+from mmrm_fast.serve.conversation import ConversationReader, without_end
 
-SLOTS = ("MMRMPROMPTSLOT", "MMRMRESPONSESLOT")
+# What clients of other servers send that changes no reward here; any other unknown field is refused.
+HARMLESS = {"user", "request_id", "priority", "cache_salt", "detail", "cache_control", "add_special_tokens"}
 BOUNDED = {"max_length": 1 << 16, "fail_fast": True}  # of lists: an error an item would be much more than the body
 
 
 class Body(BaseModel):
-    """Types are strict; fields that other servers know and this one has no use for are ignored."""
+    """Types are strict; a field that is not known could change what is meant, and is refused unless it is null."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_harmless(cls, fields: Any) -> Any:
+        """The fields without nulls that are not known and without `HARMLESS` ones."""
+        if not isinstance(fields, dict):
+            return fields
+        return {
+            name: value
+            for name, value in fields.items()
+            if name in cls.model_fields or (value is not None and name not in HARMLESS)
+        }
 
 
 class ImageUrl(Body):
@@ -51,6 +62,9 @@ class ChatMessage(Body):
     content: Content
 
 
+Messages = Annotated[list[ChatMessage], Field(min_length=1, **BOUNDED)]
+
+
 class Parts(Body):
     content: Content
 
@@ -61,10 +75,13 @@ Texts = Annotated[list[str], Field(min_length=1, **BOUNDED)]
 
 
 class RewardRequest(Body):
-    """OpenRLHF: `query` is the whole decoded prompt + response, special tokens included."""
+    """OpenRLHF: `query` is the whole decoded prompt + response, special tokens included.
+
+    A prompt of `prompts` is the text that its query begins with, or messages; then the query is the response alone.
+    """
 
     query: Texts
-    prompts: Annotated[list[str], Field(**BOUNDED)] | None = None
+    prompts: Annotated[list[str | Messages], Field(**BOUNDED)] | None = None
     labels: list[Any] | None = None
     images: Annotated[list[Annotated[list[str], Field(**BOUNDED)]], Field(**BOUNDED)] | None = None
 
@@ -76,6 +93,7 @@ class PoolingBody(Body):
     """
 
     model: str | None = None
+    encoding_format: Literal["float"] = "float"
     use_activation: bool | None = Field(None, validation_alias=AliasChoices("use_activation", "activation"))
 
 
@@ -101,65 +119,9 @@ class RerankRequest(PoolingBody):
     top_n: Annotated[int, Field(ge=0)] = 0
 
 
-class QueryReader:
-    """Cuts a whole decoded conversation back into prompt and response, by the checkpoint's chat template.
-
-    With the template `head + prompt + middle + response + tail`:
-
-    - without `prompt`, the query must begin with `head`; the response follows the first `middle`;
-    - with `prompt`, the query must begin with it and the response is the rest. A prompt that is itself in the
-      template loses `head` and `middle`; one that is not is taken literally.
-
-    Padding and begin tokens before the query, and end and padding tokens after the response, are dropped; image
-    tokens are replaced by a slot. A prompt's text before `middle` comes from the data and a response from a policy:
-    that is why the first `middle` counts.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        messages = [{"role": role, "content": slot} for role, slot in (("user", SLOTS[0]), ("assistant", SLOTS[1]))]
-        self.head, self.middle, tail = re.split(
-            "|".join(SLOTS), tokenizer.apply_chat_template(messages, tokenize=False)
-        )
-        specials = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        closing = {tokenizer.eos_token, tokenizer.pad_token} | {token for token in specials if token in tail}
-        self.closing = longest_first(closing)
-        opening = "|".join(map(re.escape, longest_first({tokenizer.bos_token, tokenizer.pad_token})))
-        self.leading = re.compile(f"^(?:{opening or '(?!)'})+")  # without such tokens it matches nothing
-        self.image = re.compile(r"<img>(?:<IMG_CONTEXT>)+</img>")
-
-    def read(self, query: str, prompt: str | None = None) -> tuple[str, str]:
-        """(prompt, response). Raises `FieldError`."""
-        query, head = (self.leading.sub("", text) for text in (query, self.head))
-        if prompt is None:
-            if not query.startswith(head) or self.middle not in query[len(head) :]:
-                raise FieldError("query", "is not in this checkpoint's chat template; send the prompt in `prompts`")
-            prompt, _, response = query[len(head) :].partition(self.middle)
-        else:
-            prompt = self.leading.sub("", prompt)
-            if not query.startswith(prompt):
-                raise FieldError("query", "does not begin with its prompt of `prompts`")
-            response = query[len(prompt) :]
-            if prompt.startswith(head) and prompt.endswith(self.middle):
-                prompt = prompt[len(head) : -len(self.middle)]
-        return self.image.sub(IMAGE, prompt), without_end(response, self.closing)
-
-
-def longest_first(tokens: set[str | None]) -> list[str]:
-    """The tokens that there are, so that none hides a longer one that it is part of."""
-    return sorted(filter(None, tokens), key=len, reverse=True)
-
-
-def without_end(text: str, tokens: Sequence[str]) -> str:
-    """The text without the tokens that it ends in, each with the whitespace after it."""
-    end = len(text)
-    while True:
-        at = end
-        while at and text[at - 1].isspace():
-            at -= 1
-        token = next((token for token in tokens if text.endswith(token, 0, at)), None)
-        if token is None:
-            return text[:end]
-        end = at - len(token)
+def chat(turns: Sequence[ChatMessage]) -> list[dict]:
+    """Turns as JSON."""
+    return [{"role": turn.role, "content": plain(turn.content)} for turn in turns]
 
 
 def user(text: Text) -> list[dict]:
@@ -186,7 +148,7 @@ def response_text(text: Text | ChatMessage, field: str) -> str:
     return "".join(part.text for part in content)
 
 
-def reward_records(request: RewardRequest, reader: QueryReader) -> list[dict]:
+def reward_records(request: RewardRequest, reader: ConversationReader) -> list[dict]:
     """One record a query. Raises `FieldError`."""
     count = len(request.query)
     for name in ("prompts", "labels", "images"):
@@ -195,13 +157,20 @@ def reward_records(request: RewardRequest, reader: QueryReader) -> list[dict]:
             raise FieldError(name, f"has {len(values)} entries for {count} queries")
     records = []
     for i, query in enumerate(request.query):
-        prompt, response = reader.read(query, request.prompts[i] if request.prompts else None)
+        turns, response = read_query(query, request.prompts[i] if request.prompts else None, reader)
         images = request.images[i] if request.images else []
-        records.append({"prompt": prompt, "images": images, "responses": [response]})
+        records.append({"prompt": turns, "images": images, "responses": [response]})
     return records
 
 
-def input_records(request: InputRequest, reader: QueryReader) -> list[dict]:
+def read_query(query: str, prompt: str | list[ChatMessage] | None, reader: ConversationReader) -> tuple[list, str]:
+    """(prompt as messages, response). Raises `FieldError`."""
+    if isinstance(prompt, list):
+        return chat(prompt), without_end(query, reader.closing)
+    return reader.read(query, prompt)
+
+
+def input_records(request: InputRequest, reader: ConversationReader) -> list[dict]:
     """One record an input. Raises `FieldError`."""
     if (request.input is None) == (request.messages is None):
         raise FieldError("input", "send either `input` or `messages`")
@@ -209,13 +178,12 @@ def input_records(request: InputRequest, reader: QueryReader) -> list[dict]:
         *turns, last = request.messages
         if last.role != "assistant":
             raise FieldError("messages", "the last message must be the assistant's: it is what gets the reward")
-        prompt = [{"role": turn.role, "content": plain(turn.content)} for turn in turns]
-        return [{"prompt": prompt, "responses": [response_text(last, "messages")]}]
+        return [{"prompt": chat(turns), "responses": [response_text(last, "messages")]}]
     queries = map(reader.read, [request.input] if isinstance(request.input, str) else request.input)
     return [{"prompt": prompt, "responses": [response]} for prompt, response in queries]
 
 
-def score_records(request: ScoreRequest, reader: QueryReader) -> list[dict]:
+def score_records(request: ScoreRequest, reader: ConversationReader) -> list[dict]:
     """One record for one query, or one a pair of query and document. Raises `FieldError`."""
     queries = request.queries if isinstance(request.queries, list) else [request.queries]
     documents = request.documents if isinstance(request.documents, list) else [request.documents]
@@ -228,7 +196,7 @@ def score_records(request: ScoreRequest, reader: QueryReader) -> list[dict]:
     return [{"prompt": user(query), "responses": [response]} for query, response in pairs]
 
 
-def rerank_records(request: RerankRequest, reader: QueryReader) -> list[dict]:
+def rerank_records(request: RerankRequest, reader: ConversationReader) -> list[dict]:
     """One record. Raises `FieldError`."""
     responses = [response_text(document, "documents") for document in request.documents]
     return [{"prompt": user(request.query), "responses": responses}]
@@ -251,6 +219,11 @@ def pooling_answer(request: InputRequest, values: Sequence[float]) -> dict:
     return {"data": [{"index": i, "object": "pooling", "data": [value]} for i, value in enumerate(values)]}
 
 
+def embeddings_answer(request: InputRequest, values: Sequence[float]) -> dict:
+    """The reward of each input as SGLang gives it: an embedding of one."""
+    return {"data": [{"index": i, "object": "embedding", "embedding": [value]} for i, value in enumerate(values)]}
+
+
 def score_answer(request: ScoreRequest, values: Sequence[float]) -> dict:
     """The reward of each document as a response to its query."""
     return {"data": [{"index": i, "object": "score", "score": value} for i, value in enumerate(values)]}
@@ -268,15 +241,15 @@ def rerank_answer(request: RerankRequest, values: Sequence[float]) -> dict:
 class Endpoint:
     """One of vLLM's endpoints: `body` to `records`, their rewards to an `answer`."""
 
-    path: str
+    paths: tuple[str, ...]
     body: type[PoolingBody]
-    records: Callable[[Any, QueryReader], list[dict]]
+    records: Callable[[Any, ConversationReader], list[dict]]
     answer: Callable[[Any, Sequence[float]], dict]
 
     def respond(self, request: PoolingBody, rewards: Sequence[float], *, model: str, num_tokens: int) -> dict:
         """The answer to a request, in what every vLLM answer carries."""
         return {
-            "id": f"{self.path.strip('/')}-{uuid.uuid4().hex}",
+            "id": f"{self.paths[0].rpartition('/')[2]}-{uuid.uuid4().hex}",
             "object": "list",
             "created": int(time.time()),
             "model": model,
@@ -286,10 +259,11 @@ class Endpoint:
 
 
 VLLM = (
-    Endpoint("/classify", InputRequest, input_records, classify_answer),
-    Endpoint("/pooling", InputRequest, input_records, pooling_answer),
-    Endpoint("/score", ScoreRequest, score_records, score_answer),
-    Endpoint("/rerank", RerankRequest, rerank_records, rerank_answer),
+    Endpoint(("/classify", "/v1/classify"), InputRequest, input_records, classify_answer),
+    Endpoint(("/pooling",), InputRequest, input_records, pooling_answer),
+    Endpoint(("/v1/embeddings",), InputRequest, input_records, embeddings_answer),
+    Endpoint(("/score", "/v1/score"), ScoreRequest, score_records, score_answer),
+    Endpoint(("/rerank", "/v1/rerank", "/v2/rerank"), RerankRequest, rerank_records, rerank_answer),
 )
 
 

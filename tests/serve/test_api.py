@@ -16,7 +16,7 @@ from mmrm_fast.data.records import Group, RecordError
 from mmrm_fast.score.scorer import Scorer
 from mmrm_fast.serve.batcher import Batcher
 from mmrm_fast.serve.guard import Limits
-from mmrm_fast.serve.protocols import QueryReader, RerankRequest, RewardRequest, ScoreRequest
+from mmrm_fast.serve.protocols import RerankRequest, RewardRequest, ScoreRequest
 
 PROMPT = "What is in the picture?"
 RESPONSES = ["two red circles", "I think so.", "", "two red circles on the left"]
@@ -91,38 +91,72 @@ def test_a_response_that_was_cut_is_reported(client, scorer):
     assert answer["extra_logs"] == {"truncated": [1.0]}
 
 
-QUERIES = {
-    "as the template renders it": ("{head}What?{middle}two{tail}", None, ("What?", "two")),
-    "padded": ("<pad><pad>{head}What?{middle}two{end}<pad><pad>", None, ("What?", "two")),
-    "with whitespace between end tokens": ("{head}What?{middle}two {end}\n{end}<pad> \n", None, ("What?", "two ")),
-    "without an end": ("{head}What?{middle}two circ", None, ("What?", "two circ")),
-    "a response that plays the template":
-        ("{head}Q{middle}A{tail}{head}Q2{middle}B{tail}", None, ("Q", "A{tail}{head}Q2{middle}B")),
-    "with a templated prompt": ("{head}What?{middle}two{tail}", "{head}What?{middle}", ("What?", "two")),
-    "with a plain prompt": ("What? two", "What?", ("What?", " two")),
-    "in another template": ("[INST]What?[/INST]two", "[INST]What?[/INST]", ("[INST]What?[/INST]", "two")),
-    "with image tokens":
-        ("{head}<img><IMG_CONTEXT><IMG_CONTEXT></img>\nWhat?{middle}two{tail}", None, ("<image>\nWhat?", "two")),
-    "an empty response": ("{head}What?{middle}{tail}", None, ("What?", "")),
-}  # fmt: skip
+def test_get_reward_takes_prompts_as_messages_and_the_response_alone(client, expected):
+    body = {"query": [response + "<|im_end|>" for response in RESPONSES]}
+    body["prompts"] = [[{"role": "user", "content": PROMPT}]] * 4
+    assert post(client, "/get_reward", body)["rewards"] == pytest.approx(expected["text"], **EXACT)
 
 
-@pytest.mark.parametrize("case", QUERIES)
-def test_a_query_is_read_back_by_the_template(tokenizer, case):
-    reader = QueryReader(tokenizer)
-    slots = {"head": reader.head, "middle": reader.middle, "tail": "<|im_end|>\n", "end": "<|im_end|>"}
-    query, prompt, (want_prompt, want_response) = QUERIES[case]
-    prompt = prompt and prompt.format(**slots)
-    assert reader.read(query.format(**slots), prompt) == (want_prompt, want_response.format(**slots))
+def test_several_turns_and_a_system_turn_get_the_reward_of_their_messages(client, scorer):
+    turns = [("system", "Be brief."), ("user", "What?"), ("assistant", "Two."), ("user", "Red?"), ("assistant", "Yes.")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    text = scorer.checkpoint.tokenizer.apply_chat_template(messages, tokenize=False)
+    (chat,) = post(client, "/pooling", {"messages": messages})["data"]
+    (whole,) = post(client, "/pooling", {"input": text})["data"]
+    assert whole["data"] == pytest.approx(chat["data"], **EXACT)
+    body = {"query": [text], "prompts": [text.rpartition("Yes.")[0]]}
+    assert post(client, "/get_reward", body)["rewards"] == pytest.approx(chat["data"], **EXACT)
 
 
-def test_a_query_that_cannot_be_read_says_what_to_send(client):
-    answer = client.post("/get_reward", json={"query": ["What? two"]})
-    assert answer.status_code == 422 and "prompts" in answer.json()["error"]["message"]
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"query": ["What? two"]},
+        {"query": ["What? two"], "prompts": ["What?"]},
+        {"query": ["[INST]What?[/INST]two"], "prompts": ["[INST]What?[/INST]"]},
+    ],
+    ids=["no template", "a plain prompt", "another model's template"],
+)
+def test_a_query_that_cannot_be_read_says_what_to_send(client, body):
+    answer = client.post("/get_reward", json=body)
+    assert answer.status_code == 422
+    assert "send it as messages in `prompts`, or with its template" in answer.json()["error"]["message"]
+
+
+def test_a_query_that_does_not_match_its_prompt_is_refused(client):
     answer = client.post("/get_reward", json={"query": ["What? two"], "prompts": ["Which?"]})
     assert answer.status_code == 422 and "begin with its prompt" in answer.json()["error"]["message"]
     answer = client.post("/get_reward", json={"query": ["What? two"], "prompts": []})
     assert answer.status_code == 422 and "0 entries for 1" in answer.json()["error"]["message"]
+
+
+def test_expanded_image_tokens_take_the_images_beside_them_and_are_refused_without(client, scorer, expected):
+    text = rendered(scorer, "<img>" + "<IMG_CONTEXT>" * 8 + "</img>\n" + PROMPT, RESPONSES[0])
+    answer = client.post("/get_reward", json={"query": [text]})
+    assert answer.status_code == 422 and "1 <image> for 0 images" in answer.json()["error"]["message"]
+    body = {"query": [text], "images": [["wide.png"]]}
+    assert post(client, "/get_reward", body)["rewards"] == pytest.approx(expected["image"][:1], **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("/classify", {"messages": [{"role": "user", "content": "a"}] * 2, "chat_template": "x"}, "chat_template"),
+        ("/pooling", {"input": "a", "truncate_prompt_tokens": 5}, "truncate_prompt_tokens"),
+        ("/score", {"queries": "a", "documents": "b", "instruction": "c"}, "instruction"),
+        ("/classify", {"messages": [{"role": "user", "content": "a", "name": "n"}] * 2}, "name"),
+        ("/get_reward", {"query": ["a"], "image": ["b"]}, "image"),
+    ],
+)
+def test_a_field_that_is_not_known_is_refused_by_name(client, path, body, field):
+    answer = client.post(path, json=body)
+    assert answer.status_code == 422 and answer.json()["error"]["param"].endswith(field)
+
+
+def test_fields_that_change_no_reward_and_nulls_are_let_pass(client, expected):
+    body = {"queries": PROMPT, "documents": list(RESPONSES), "user": "u", "truncate_prompt_tokens": None}
+    scores = [item["score"] for item in post(client, "/score", body)["data"]]
+    assert scores == pytest.approx(expected["text"], **EXACT)
 
 
 # vLLM
@@ -360,3 +394,23 @@ def test_a_request_that_takes_too_long_is_given_up(slow_scorer):
     with running(slow_scorer, limits=Limits(seconds=0.3)) as url:
         answer = httpx.post(f"{url}/rerank", json={"query": "a", "documents": ["b"]}, timeout=30)
     assert answer.status_code == 504 and "0.3 seconds" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("paths", "body"),
+    [
+        (("/classify", "/v1/classify"), {"input": "{text}"}),
+        (("/score", "/v1/score"), {"queries": PROMPT, "documents": RESPONSES[0]}),
+        (("/rerank", "/v1/rerank", "/v2/rerank"), {"query": PROMPT, "documents": list(RESPONSES)}),
+    ],
+)
+def test_every_path_of_an_endpoint_answers_alike(client, scorer, paths, body):
+    if "input" in body:
+        body = {"input": rendered(scorer, PROMPT, RESPONSES[0])}
+    first, *others = ({**post(client, path, body), "id": 0, "created": 0} for path in paths)
+    assert all(other == first for other in others)
+
+
+def test_embeddings_are_what_verl_reads_of_sglang(client, scorer, expected):
+    answer = post(client, "/v1/embeddings", {"model": "any", "input": rendered(scorer, PROMPT, RESPONSES[0])})
+    assert answer["data"][-1]["embedding"][-1] == pytest.approx(expected["text"][0], **EXACT)
