@@ -349,22 +349,12 @@ class ServeConfig:
     """Copies of the model to begin with."""
     max_replicas: int | None = None
     """Copies under load; they come and go between the two numbers. Default: as many as `--replicas`."""
-    gpus_per_replica: float | None = None
-    """GPUs of a copy. Default: 1 where there are any."""
     address: str | None = None
     """Ray cluster to join. Default: start one on this machine."""
     max_delay_ms: float = 3.0
     """Milliseconds that a request waits for company when the model is idle."""
     max_requests: int = 256
     """Requests of a copy that wait or are being scored; the next is answered 429."""
-    max_body_mb: int = 32
-    """Megabytes of a request; more is answered 413."""
-    max_pixels: int = 50_000_000
-    """Pixels of an image; more is answered 422."""
-    max_responses: int = 1024
-    """Responses of a request; more is answered 422."""
-    max_tokens: int = 65_536
-    """Work of a request, in tokens after sharing; more is answered 422."""
     timeout: float = 60.0
     """Seconds that a request may take; then it is answered 504."""
     batch: tyro.conf.OmitArgPrefixes[BatchConfig] = BatchConfig()

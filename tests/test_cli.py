@@ -1,10 +1,15 @@
 """The command line: help that explains, names that are suggested, statuses that scripts can use."""
 
+import ast
 import sys
+from pathlib import Path
 
 import pytest
 
-from mmrm_fast.cli import main
+from mmrm_fast import config
+from mmrm_fast.cli import COMMANDS, main
+from mmrm_fast.config import TrainConfig
+from mmrm_fast.config_file import types
 
 
 @pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), ([], 2), (["trian"], 2)])
@@ -14,12 +19,27 @@ def test_without_a_command_the_commands_are_listed(arguments, status, capsys):
     assert all(f"\n  {name} " in printed.out + printed.err for name in ("train", "score", "study"))
 
 
-@pytest.mark.parametrize("command", ["train", "score", "study"])
-def test_help_explains_every_option_with_its_default(command, capsys):
+@pytest.mark.parametrize("command", ["train", "score", "serve", "evaluate", "best-of-n", "study"])
+def test_help_explains_every_option(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])
+    said = capsys.readouterr().out
     assert stopped.value.code == 0
-    assert "(default:" in capsys.readouterr().out
+    assert all(f"--{name.replace('_', '-')}" in said for name in types(COMMANDS[command][0]))
+
+
+def test_the_options_of_a_training_have_a_panel_a_group(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    said = " ".join(capsys.readouterr().out.replace("│", "").split())
+    for name, group in vars(TrainConfig()).items():
+        assert f"{name} options" in said and group.__doc__ in said
+
+
+def test_a_line_of_help_is_whole_sentences_as_its_breaks_are_kept():
+    classes = [node for node in ast.parse(Path(config.__file__).read_text()).body if isinstance(node, ast.ClassDef)]
+    helps = [node.value.value for each in classes for node in each.body[1:] if isinstance(node, ast.Expr)]
+    assert len(helps) > 80 and not [line for text in helps for line in text.splitlines() if not line.endswith(".")]
 
 
 def test_a_misspelt_option_is_an_error_that_names_the_nearest(capsys):

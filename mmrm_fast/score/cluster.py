@@ -35,6 +35,6 @@ def ray_cluster(address: str | None = None, env: Mapping[str, str] | None = None
         ray.shutdown()
 
 
-def gpus_each(wanted: float | None) -> float:
+def gpus_each(wanted: float | None = None) -> float:
     """GPUs of one process: what was asked for, else 1 where there are any."""
     return wanted if wanted is not None else float(bool(ray.cluster_resources().get("GPU")))

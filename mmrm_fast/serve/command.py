@@ -44,7 +44,7 @@ class Replica:
         self.service = RewardService(
             scorer,
             config.model.name,
-            limits=limits(config),
+            limits=Limits(requests=config.max_requests, seconds=config.timeout),
             image_root=config.image_root,
             max_delay=config.max_delay_ms / 1000,
         )
@@ -55,18 +55,6 @@ class Replica:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return make_app(self.service, self.token)
-
-
-def limits(config: ServeConfig) -> Limits:
-    """The limits of one replica."""
-    return Limits(
-        body=config.max_body_mb << 20,
-        requests=config.max_requests,
-        seconds=config.timeout,
-        responses=config.max_responses,
-        tokens=config.max_tokens,
-        pixels=config.max_pixels,
-    )
 
 
 def serve(config: ServeConfig) -> None:
@@ -118,7 +106,7 @@ def read_token(config: ServeConfig) -> str | None:
 def environment(metrics: str, config: ServeConfig) -> dict[str, str]:
     """What replicas and proxy find in their environment; `metrics` is a folder for what the replicas count."""
     return {
-        MAX_BODY: str(limits(config).body),
+        MAX_BODY: str(Limits().body),
         "PROMETHEUS_MULTIPROC_DIR": metrics,
         "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "mmrm_fast.serve.guard.proxy_middleware",
@@ -129,7 +117,7 @@ def environment(metrics: str, config: ServeConfig) -> dict[str, str]:
 
 def start_replicas(config: ServeConfig, token: str | None) -> DeploymentHandle:
     """Deploy the replicas; returns a handle to them when the first are ready."""
-    gpus = gpus_each(config.gpus_per_replica)
+    gpus = gpus_each()
     count, most = config.replicas, config.max_replicas or config.replicas
     threads = max(1, min(int(ray.cluster_resources()["CPU"] / most), CPUS_PER_REPLICA))
     scaling = {"num_replicas": count}

@@ -19,7 +19,6 @@ from mmrm_fast.model.reward_model import RewardModel
 from mmrm_fast.tables import print_table
 from mmrm_fast.train.defaults import DEFAULTS, TINY, TINY_CHECKPOINT
 from mmrm_fast.train.footprint import GIB, WORKSPACE, Memory, count, make_models, memory, needed
-from mmrm_fast.train.proxy import check_proxy
 from mmrm_fast.train.rates import pass_flops
 from mmrm_fast.train.records import open_records, training_preparer
 
@@ -41,7 +40,6 @@ class Work:
 
 def dry_run(config: TrainConfig) -> None:
     """Print what the training needs; raise `ValueError` where it cannot fit."""
-    check_proxy(config)
     filled = TINY if config.weights.model in (None, TINY_CHECKPOINT) else DEFAULTS
     config = with_options(
         config,

@@ -141,21 +141,6 @@ def test_the_proxy_of_a_run_is_a_proxy_for_another(make_way):
     assert len(losses(train(make_way("second", "robust", proxy_model=str(proxy))))) == 3
 
 
-@pytest.mark.parametrize(
-    "options, reason",
-    [
-        ({"proxy_model": "lora"}, "--llm-lora"),
-        ({"proxy_model": "nowhere"}, "nowhere: not `full`, `lora`, a folder or a file"),
-        ({"proxy_model": "{margins}", "pairs": "expand"}, "--pairs expand"),
-    ],
-)
-def test_options_of_the_proxy_that_contradict_each_other_are_refused(make_config, tmp_path, options, reason):
-    (tmp_path / "margins").write_text('{"record": 0, "chosen": 0}\n')
-    options = {key: value.format(margins=tmp_path / "margins") for key, value in options.items()}
-    with pytest.raises(ValueError, match=reason):
-        train(make_config("run", robust=True, **options))
-
-
 def test_a_margin_that_is_missing_is_named(make_config, tmp_path):
     path = tmp_path / "margins.jsonl"
     path.write_text('{"record": 0, "chosen": 0, "rejected": 1, "proxy_margin": 0.5}\n')
