@@ -69,7 +69,7 @@ class Steps:
     def seed_noise(self, step: int) -> None:
         """Let dropout depend on seed, step, micro-batch and rank alone, so that no random state has to be kept."""
         place = (self.config.run.seed, step, len(self.sources), sharding.rank())
-        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1))
+        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]) >> 1)
 
     def proxy_margins(self, packed: Packed, batch: PackedBatch) -> Tensor | None:
         """The proxy's margins [P], its backward pass done where it is a model; None without one."""
