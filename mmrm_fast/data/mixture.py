@@ -47,7 +47,7 @@ class PreferenceDataset:
     def group(self, index: int) -> Group:
         """Parse the record of a sample, with the pairs that are used in it. Raises `RecordError`."""
         row = self.table[index]
-        return self.preparer.parts(self.records.group(int(row["record"])))[row["part"]]
+        return self.preparer.part(self.records.group(int(row["record"])), int(row["part"]))
 
     def prepared(self, index: int) -> tuple[Sample, list[np.ndarray]]:
         """A sample and its pictures' tiles. Raises `RecordError`."""

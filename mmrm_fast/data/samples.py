@@ -1,5 +1,6 @@
 """Groups to samples: token keys of one checkpoint's prompt, pictures sized by their headers; and pictures to tiles."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Literal, NamedTuple
 
@@ -89,18 +90,23 @@ class Preparer:
     seed: int = 0
     """Of the random pairs, for a record always the same."""
 
-    def parts(self, group: Group) -> list[Group]:
+    def parts(self, group: Group) -> Iterator[Group]:
         """What a record's samples are made of."""
+        count = len(group.pairs) if self.pairs == "expand" else 1
+        return (self.part(group, number) for number in range(max(1, count)))
+
+    def part(self, group: Group, number: int) -> Group:
+        """What sample `number` of a record is made of."""
+        pairs = group.pairs
         if self.pairs is None:
-            return [group]
-        used = [group.pairs]
-        if self.pairs == "expand" and len(group.pairs):
-            used = [group.pairs[number : number + 1] for number in range(len(group.pairs))]
-        elif self.pairs not in ("all", "expand") and self.pairs < len(group.pairs):
+            return group
+        if self.pairs == "expand":
+            pairs = pairs[number : number + 1]
+        elif self.pairs != "all" and self.pairs < len(pairs):
             random = np.random.default_rng((self.seed, group.record))
-            used = [group.pairs[np.sort(random.choice(len(group.pairs), self.pairs, replace=False))]]
-        unrated = [group.num_unrated, *[0] * (len(used) - 1)]  # counted once a record
-        return [only_paired(replace(group, pairs=own, num_unrated=n)) for own, n in zip(used, unrated, strict=True)]
+            pairs = pairs[np.sort(random.choice(len(pairs), self.pairs, replace=False))]
+        unrated = 0 if number else group.num_unrated  # counted once a record
+        return only_paired(replace(group, pairs=pairs, num_unrated=unrated))
 
     def sample(self, group: Group) -> Sample:
         """Encode one group. Raises `RecordError` naming the field that cannot be encoded."""

@@ -197,7 +197,7 @@ RANKED = group("a", "b", "c", pairs=[(0, 1, 0.5), (0, 2), (1, 2)])
 
 
 def test_every_pair_can_be_a_sample_of_its_own(make_preparer):
-    parts = make_preparer(pairs="expand").parts(replace(RANKED, num_unrated=2))
+    parts = [*make_preparer(pairs="expand").parts(replace(RANKED, num_unrated=2))]
     assert [part.responses for part in parts] == [("a", "b"), ("a", "c"), ("b", "c")]
     assert [part.pairs for part in parts] == [Pairs.of((0, 1, 0.5)), Pairs.of((0, 1)), Pairs.of((0, 1))]
     assert [part.num_unrated for part in parts] == [2, 0, 0]
