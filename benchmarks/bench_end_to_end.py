@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.harness import Case, Options, Row, lone_row
-from mmrm_fast.data.records import Records, iter_groups
 from mmrm_fast.data.shapes import cached_environments
 from mmrm_fast.train.defaults import TINY_CHECKPOINT
 
@@ -56,7 +55,7 @@ def train_rows(method: str, options: Options) -> Iterator[Row]:
         "share of steps": run.share("seconds"),
         "share of data wait, inside of them": run.share("data_wait_seconds"),
     }
-    yield lone_row("end-to-end", f"train.py {method}, shapes", run.seconds, options, details)
+    yield lone_row("end-to-end", f"train.py {method}, shapes", [run.seconds], options, details)
 
 
 def train_run(
@@ -76,24 +75,26 @@ def train_run(
 
 def score_rows(options: Options) -> Iterator[Row]:
     """One process on a part of the i.i.d. test, and how long its start alone takes, on one record."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        train_run(folder / "run", options)
-        source = cached_environments()["opening"] / "iid.jsonl"
-        lines = source.read_text().splitlines()[: 50 if options.quick else SCORED]
-        times, responses = {}, 0
-        for name, chosen in (("start", lines[:1]), ("all", lines)):
-            data = folder / f"{name}.jsonl"
-            data.write_text("\n".join(chosen) + "\n")
-            files = ["--data", str(data), "--image-root", str(source.parent), "--out", str(folder / "scores.jsonl")]
-            arguments = [str(ROOT / "scripts" / "score.py"), "--model", str(folder / "run" / "final"), *files]
-            times[name] = process_seconds(arguments, options.threads)
-            responses = sum(len(group.responses) for group in iter_groups(Records(data, image_root=source.parent)))
-    details = {
-        "responses/s": responses / times["all"],
-        "seconds of one record": times["start"],  # nearly all of it is the start of Ray and of the process
-    }
-    yield lone_row("end-to-end", "score.py, shapes", times["all"], options, details)
+    source = cached_environments()["opening"] / "iid.jsonl"
+    lines = source.read_text().splitlines(keepends=True)[: 50 if options.quick else SCORED]
+    with tempfile.TemporaryDirectory() as folder:
+        train_run(Path(folder) / "run", options)
+        score = partial(score_run, Path(folder), source.parent, options)
+        (start, _), (seconds, responses) = score("one", lines[:1]), score("all", lines)
+    # nearly all of one record's time is the start of Ray and of the process
+    details = {"responses/s": responses / seconds, "seconds of one record": start}
+    yield lone_row("end-to-end", "score.py, shapes", [seconds], options, details)
+
+
+def score_run(folder: Path, image_root: Path, options: Options, name: str, lines: list[str]) -> tuple[float, int]:
+    """Seconds of a process that scores records with the model in `folder`, and its number of scores."""
+    records, scores = folder / f"{name}.jsonl", folder / f"{name}-scores.jsonl"
+    records.write_text("".join(lines))
+    arguments = [
+        str(ROOT / "scripts" / "score.py"), "--model", str(folder / "run" / "final"), "--data", str(records),
+        "--image-root", str(image_root), "--out", str(scores),
+    ]  # fmt: skip
+    return process_seconds(arguments, options.threads), len(scores.read_text().splitlines())
 
 
 def process_seconds(arguments: list[str], threads: int) -> float:

@@ -9,16 +9,15 @@ InternVL2 are written from memory.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from benchmarks.flops import ATTENTION_BACKWARD
 from benchmarks.harness import Case, Options, Row
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Of an InternVL: a vision tower on tiles of 448 pixels, its projector and a language model."""
+class Sizes(NamedTuple):
+    """Of an InternVL: a vision tower on tiles of 448 pixels and a language model."""
 
     vision_hidden: int
     vision_layers: int
@@ -30,24 +29,6 @@ class Sizes:
     mlp: int
     vocab: int
     head_size: int
-
-    @property
-    def kv_weights(self) -> int:
-        """Of a decoder layer's keys and values, which every token has."""
-        return 2 * self.hidden * self.kv_heads * self.head_size
-
-    @property
-    def read_weights(self) -> int:
-        """Of the rest of a decoder layer, which the last one runs on the tokens that are read."""
-        return 2 * self.hidden * self.heads * self.head_size + 3 * self.hidden * self.mlp
-
-    @property
-    def vision_weights(self) -> int:
-        return self.vision_layers * (4 * self.vision_hidden**2 + 2 * self.vision_hidden * self.vision_mlp)
-
-    @property
-    def projector_weights(self) -> int:
-        return 4 * self.vision_hidden * self.hidden + self.hidden**2
 
 
 SMALL_TOWER, LARGE_TOWER = (1024, 24, 4096), (3200, 45, 12800)
@@ -118,14 +99,16 @@ def decoder_flops(sizes: Sizes, tokens: int, pairs: float, *, read: int, read_pa
     `pairs` (query, key) pairs a layer, `read_pairs` in the last one, which runs on `read` tokens.
     """
     before = sizes.layers - 1
-    weights = sizes.layers * sizes.kv_weights * tokens + sizes.read_weights * (before * tokens + read)
+    kv_weights = 2 * sizes.hidden * sizes.kv_heads * sizes.head_size  # that every token passes in every layer
+    other_weights = 2 * sizes.hidden * sizes.heads * sizes.head_size + 3 * sizes.hidden * sizes.mlp
+    weights = sizes.layers * kv_weights * tokens + other_weights * (before * tokens + read)
     attention = 4 * sizes.heads * sizes.head_size * (before * pairs + read_pairs)
     return 2 * (forwards + 2) * weights + (forwards + ATTENTION_BACKWARD) * attention
 
 
 def vision_flops(sizes: Sizes, tiles: int) -> float:
     """A frozen tower's forward and a trained projector's step."""
-    rows = PATCHES + 1
-    embedding = 2 * PATCHES * PATCH_VALUES * sizes.vision_hidden
-    layers = 2 * rows * sizes.vision_weights + 4 * sizes.vision_hidden * sizes.vision_layers * rows**2
-    return tiles * (embedding + layers + 3 * 2 * TOKENS_PER_TILE * sizes.projector_weights)
+    width, rows = sizes.vision_hidden, PATCHES + 1
+    layer = 2 * rows * (4 * width**2 + 2 * width * sizes.vision_mlp) + 4 * width * rows**2
+    projector = TOKENS_PER_TILE * (4 * width * sizes.hidden + sizes.hidden**2)
+    return tiles * (2 * PATCHES * PATCH_VALUES * width + sizes.vision_layers * layer + 3 * 2 * projector)

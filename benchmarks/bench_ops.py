@@ -12,6 +12,7 @@ side, C channels.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, is_dataclass
 from functools import partial
+from statistics import median
 
 import numpy as np
 import torch
@@ -77,7 +78,7 @@ def rows(op: Op, options: Options) -> Iterator[Row]:
     """One row a baseline that runs here."""
     device = options.device if op.suite == "ops" else CPU
     run = prepare(op, device)
-    details = {"index seconds": interleaved([op.index], repeats=options.repeats)[0].median} if op.index else {}
+    details = {"index seconds": median(*interleaved([op.index], repeats=options.repeats))} if op.index else {}
     baselines = {
         name: Baseline(partial(run, baseline), checks(op, run, baseline), details)
         for name, baseline in op.baselines.items()

@@ -42,13 +42,12 @@ def pair_rows(size: int, options: Options) -> Iterator[Row]:
     model = cast(make_model(records.sizes), torch.float32, options.device)
     side = our_side(records.pack().to(options.device), [model], "paper")
     side.step()
-    (timing,) = interleaved([side.step], repeats=options.model_repeats, min_seconds=0)
-    details = {"axis": "pairs a step", "size": size}
-    yield lone_row("scale", f"train-step {size} pairs", timing.median, options, details, spread=timing.spread)
+    (samples,) = interleaved([side.step], repeats=options.model_repeats, min_seconds=0)
+    yield lone_row("scale", f"train-step {size} pairs", samples, options, {"axis": "pairs a step", "size": size})
 
 
 def rank_rows(size: int, options: Options) -> Iterator[Row]:
     """Seconds a step of train.py on that many ranks."""
     with tempfile.TemporaryDirectory() as folder:
         run = train_run(Path(folder), options, ranks=size, threads=1)
-    yield lone_row("scale", f"train {size} ranks", run.mean("seconds"), options, {"axis": "ranks", "size": size})
+    yield lone_row("scale", f"train {size} ranks", [run.mean("seconds")], options, {"axis": "ranks", "size": size})

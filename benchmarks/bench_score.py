@@ -54,11 +54,11 @@ def rows(
     result, work = counted(ours)
     exact = None if dtype == torch.float32 else rewards_of(copy.deepcopy(model).float(), batch.main, batch.tiles)()
     error = partial(relative_error, least=float(model.score.weight.detach().norm()))
-    sides = {name: padded_side(name, model, records, dtype, device) for name in kinds}
-    baselines = {
-        name: Baseline(side, [check(result, side(), exact, error)], {**details, "responses": number})
-        for name, side in sides.items()
-    }
+    baselines = {}
+    for name in kinds:
+        side = padded_side(name, model, records, dtype, device)
+        checks = [check(result, side(), exact, error)]
+        baselines[name] = Baseline(side, checks, {**details, "responses": number})
     comparison = Comparison(
         suite, title, dtype, ours, baselines, device, partial(work_bound, work, dtype, device), (number, "responses"),
         whole_model=True,

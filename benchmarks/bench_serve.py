@@ -26,7 +26,7 @@ import psutil
 from benchmarks.bench_end_to_end import train_run
 from benchmarks.harness import Case, Options, Row
 from benchmarks.models import encoded_image
-from mmrm_fast.client import image_url
+from mmrm_fast.client import RewardClient, image_url
 from mmrm_fast.data.shapes import random_scene, render
 from mmrm_fast.score.scorer import Scorer
 
@@ -67,7 +67,7 @@ def rows(options: Options) -> Iterator[Row]:
     p50, p99 = np.percentile(together.seconds, [50, 99])
     details = {
         "requests/s": together.rate, "p50 seconds": p50, "p99 seconds": p99, "requests": len(together.seconds),
-        "MB of all processes by third": " -> ".join(f"{np.median(part):,.0f}" for part in together.memory_thirds()),
+        "MB of all processes by third": thirds(together.memory),
         "tokens unshared / shared": metrics["mmrm_tokens_unshared_total"] / metrics["mmrm_tokens_total"],
         "wrong": str(dict(wrong)),
     }  # fmt: skip
@@ -77,11 +77,11 @@ def rows(options: Options) -> Iterator[Row]:
     )  # fmt: skip
 
 
-def make_requests(model: Path, count: int) -> list[tuple[dict, list[float]]]:
+def make_requests(model: Path, count: int) -> list[tuple[str, dict, list[float]]]:
     """Honest requests over a few pictures and prompts, and their rewards."""
     rng, draw = random.Random(0), np.random.default_rng(0)
     pictures = [encoded_image(render(random_scene(draw), draw), "PNG") for _ in range(8)]
-    records, bodies = [], []
+    records, requests = [], []
     with tempfile.TemporaryDirectory() as folder:
         for i, content in enumerate(pictures):
             (Path(folder) / f"{i}.png").write_bytes(content)
@@ -90,8 +90,10 @@ def make_requests(model: Path, count: int) -> list[tuple[dict, list[float]]]:
             responses = [f"There is {rng.choice(SUBJECTS)}, {rng.random():.3f}." for _ in range(rng.randint(1, 4))]
             records.append({"prompt": prompt, "img_path": f"{folder}/{picture}.png", "responses": responses})
             url = {"type": "image_url", "image_url": {"url": image_url(pictures[picture])}}
-            bodies.append({"queries": {"content": [url, {"type": "text", "text": prompt}]}, "documents": responses})
-        return list(zip(bodies, Scorer.from_pretrained(model).score(records), strict=True))
+            body = {"queries": {"content": [url, {"type": "text", "text": prompt}]}, "documents": responses}
+            requests.append(("/score", {"json": body}))
+        rewards = Scorer.from_pretrained(model).score(records)
+    return [(*request, expected) for request, expected in zip(requests, rewards, strict=True)]
 
 
 @contextmanager
@@ -99,100 +101,73 @@ def server(model: Path) -> Iterator[tuple[str, int]]:
     """A server of its own, ready: its URL and process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "mmrm_fast.cli", "serve", "--model", str(model), "--port", str(port)]
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    command = [sys.executable, "-m", "mmrm_fast.cli", "serve", "--model", str(model), "--port", url.rpartition(":")[2]]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
     try:
-        while not is_ready(url):
-            assert process.poll() is None, "the server did not start"
-            time.sleep(0.5)
+        RewardClient(url, retries=9).session.get(f"{url}/readyz").raise_for_status()  # asked again for two minutes
         yield url, process.pid
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=120)
 
 
-def is_ready(url: str) -> bool:
-    """Whether the server answers."""
-    try:
-        return httpx.get(f"{url}/readyz").status_code == 200
-    except httpx.HTTPError:
-        return False
-
-
 @dataclass
 class Load:
     """What came of honest requests, and every answer that should not have been."""
 
-    took: float  # seconds
     seconds: list[float] = field(default_factory=list)  # of each honest request
     wrong: Counter = field(default_factory=Counter)
     memory: list[float] = field(default_factory=list)  # MB of the server's processes, every five seconds
+    took: float = 0.0  # seconds of the whole load
 
     @property
     def rate(self) -> float:
         """Honest requests a second."""
         return len(self.seconds) / self.took
 
-    def memory_thirds(self) -> list[np.ndarray]:
-        """Of the first, second and last third of the load."""
-        return [part for part in np.array_split(self.memory, 3) if len(part)]
-
 
 def load(url: str, pid: int, requests: list, *, clients: int, hostile: float, seconds: float) -> Load:
     """Clients that ask one request after the other for a while."""
-    started, result = time.perf_counter(), Load(seconds)
+    started, result = time.perf_counter(), Load()
     with ThreadPoolExecutor(clients) as pool:
-        ask = partial(client, url, requests, hostile, started + seconds)
-        asking = [pool.submit(ask, seed) for seed in range(clients)]
+        asking = [
+            pool.submit(client, url, requests, hostile, started + seconds, seed, result) for seed in range(clients)
+        ]
         while wait(asking, timeout=5).not_done:
             result.memory.append(resident_megabytes(pid))
-    result.took = time.perf_counter() - started
     for each in asking:
-        taken, wrong = each.result()
-        result.seconds += taken
-        result.wrong += wrong
+        result.wrong += each.result()
+    result.took = time.perf_counter() - started
     return result
 
 
-def client(url: str, requests: list, hostile: float, deadline: float, seed: int) -> tuple[list[float], Counter]:
-    """Seconds of a client's honest requests, and what was wrong."""
-    rng, seconds, wrong = random.Random(seed), [], Counter()
+def client(url: str, requests: list, hostile: float, deadline: float, seed: int, result: Load) -> Counter:
+    """One client, which adds its honest requests' seconds; what was wrong."""
+    rng, wrong = random.Random(seed), Counter()
     with httpx.Client(base_url=url, timeout=120, verify=False) as client:
-        while time.perf_counter() < deadline:
-            try:
-                if rng.random() < hostile:
-                    problem = ask_hostile(client, *rng.choice(HOSTILE))
-                else:
-                    problem = ask(client, *rng.choice(requests), seconds)
-            except httpx.HTTPError as error:
-                problem = type(error).__name__
-            wrong.update([problem] if problem else [])
-    return seconds, wrong
+        while (started := time.perf_counter()) < deadline:
+            is_hostile = rng.random() < hostile
+            problem = ask(client, *rng.choice(HOSTILE if is_hostile else requests))
+            if problem:
+                wrong[problem] += 1
+            elif not is_hostile:
+                result.seconds.append(time.perf_counter() - started)
+    return wrong
 
 
-def ask(client: httpx.Client, body: dict, expected: list[float], seconds: list[float]) -> str | None:
-    """One honest request, its time added; what is wrong with the answer."""
-    started = time.perf_counter()
-    answer = client.post("/score", json=body)
-    if answer.status_code != 200:
-        return f"honest {answer.status_code}"
-    seconds.append(time.perf_counter() - started)
-    rewards = [item["score"] for item in answer.json()["data"]]
-    return None if np.allclose(rewards, expected, atol=1e-5, rtol=0) else "another reward"
-
-
-def ask_hostile(client: httpx.Client, path: str, request: dict, status: int) -> str | None:
-    """One hostile request; a refusal may close the connection while a large body is still being sent."""
+def ask(client: httpx.Client, path: str, request: dict, expected: int | list[float]) -> str | None:
+    """One request; what is wrong with its answer, which should be these rewards or a reason with this status."""
     try:
         answer = client.post(path, **request)
-    except httpx.HTTPError:
-        if status != 413:
-            raise
-        return None
-    is_right = answer.status_code in (status, 429) and answer.json()["error"]["message"]
-    return None if is_right else f"hostile {path} {answer.status_code}"
+    except httpx.HTTPError as error:  # a refusal may close the connection while a large body is still being sent
+        return None if expected == 413 else type(error).__name__
+    if isinstance(expected, int):
+        is_right = answer.status_code in (expected, 429) and answer.json()["error"]["message"]
+    else:
+        rewards = [item["score"] for item in answer.json()["data"]] if answer.status_code == 200 else []
+        is_right = len(rewards) == len(expected) and np.allclose(rewards, expected, atol=1e-5, rtol=0)
+    return None if is_right else f"{path} answered {answer.status_code}"
 
 
 def resident_megabytes(pid: int) -> float:
@@ -202,3 +177,8 @@ def resident_megabytes(pid: int) -> float:
         with suppress(psutil.NoSuchProcess):
             total += process.memory_info().rss
     return total / 2**20
+
+
+def thirds(samples: list[float]) -> str:
+    """Medians of the first, second and last third."""
+    return " -> ".join(f"{np.median(part):,.0f}" for part in np.array_split(samples, 3) if len(part))

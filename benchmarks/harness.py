@@ -7,11 +7,11 @@ compared in the same run; a speed-up whose results differ is a failed row.
 import ctypes
 import gc
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Literal
 
 import torch
@@ -91,14 +91,6 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Timing:
-    """Seconds a call over the repeats."""
-
-    median: float
-    spread: float  # (slowest - fastest) / median
-
-
-@dataclass(frozen=True)
 class Check:
     """A relative error of our results against a baseline's, and what it may be; NaN fails."""
 
@@ -154,54 +146,43 @@ def compare(comparison: Comparison, options: Options) -> Iterator[Row]:
     runs = [comparison.ours, *(baseline.run for baseline in baselines.values())]
     our_peak, *peaks = [peak_bytes(run) if comparison.whole_model else None for run in runs]
     bound = comparison.bound and comparison.bound()
-    timing, *timings = interleaved(
+    ours, *others = interleaved(
         [*runs, *([bound.run] if bound else [])],
         repeats=options.model_repeats if comparison.whole_model else options.repeats,
         min_seconds=0 if comparison.whole_model else MIN_SAMPLE_SECONDS,
     )
-    shared = {"peak_bytes": our_peak}
-    details = {}
+    seconds, fraction, details = median(ours), None, {}
     if bound:
-        shared["bound_fraction"] = bound.scale * timings[-1].median / timing.median
-        details["bound"] = bound.told(timings[-1].median)
+        fraction, details["bound"] = bound.scale * median(others[-1]) / seconds, bound.told(median(others[-1]))
     if comparison.count:
         number, unit = comparison.count
-        details[f"{unit}/s"] = number / timing.median
-    for name, theirs, peak in zip(baselines, timings, peaks, strict=False):
-        yield make_row(comparison, timing, name, theirs, baseline_peak_bytes=peak, details=details, **shared)
+        details[f"{unit}/s"] = number / seconds
+    for (name, baseline), theirs, peak in zip(baselines.items(), others, peaks, strict=False):
+        yield Row(
+            comparison.suite, comparison.case, comparison.device.type, str(comparison.dtype).removeprefix("torch."),
+            seconds, name, median(theirs), median(theirs) / seconds, spread(ours), spread(theirs),
+            *verdict(baseline.checks), our_peak, peak, fraction, details={**details, **baseline.details},
+        )  # fmt: skip
 
 
-def make_row(
-    comparison: Comparison, ours: Timing, name: str, theirs: Timing, *, details: dict | None = None, **others
-) -> Row:
-    """A row from both sides' timings and the checks of the baseline's results.
-
-    Without a check the row is not verified: its sides compute different things.
-    """
-    baseline = comparison.baselines[name]
-    errors = [check.error for check in baseline.checks]
-    return Row(
-        comparison.suite, comparison.case, comparison.device.type, str(comparison.dtype).removeprefix("torch."),
-        ours.median, name, theirs.median, theirs.median / ours.median, ours.spread, theirs.spread,
-        verified=all(check.passed for check in baseline.checks) if errors else None,
-        max_error=max(errors) if errors and all(map(math.isfinite, errors)) else None,
-        details={**(details or {}), **baseline.details},
-        **others,
-    )  # fmt: skip
+def verdict(checks: Sequence[Check]) -> tuple[bool | None, float | None]:
+    """Whether a row is verified and its largest error; a row without checks is not: its sides compute other things."""
+    errors = [check.error for check in checks]
+    if not errors:
+        return None, None
+    return all(check.passed for check in checks), max(errors) if all(map(math.isfinite, errors)) else None
 
 
-def lone_row(
-    suite: str, case: str, seconds: float, options: Options, details: dict, *, spread: float | None = None
-) -> Row:
-    """A row without a baseline."""
-    device = options.device.type
-    return Row(suite, case, device, "float32", seconds, "none", None, None, spread=spread, details=details)
+def lone_row(suite: str, case: str, samples: Sequence[float], options: Options, details: dict) -> Row:
+    """A row without a baseline; `samples` are seconds."""
+    own = median(samples), "none", None, None, spread(samples)
+    return Row(suite, case, options.device.type, "float32", *own, details=details)
 
 
 def interleaved(
     functions: Sequence[Callable], *, repeats: int, min_seconds: float = MIN_SAMPLE_SECONDS
-) -> list[Timing]:
-    """Time functions in turns, A B A B ..., so that a disturbance of the machine meets all of them.
+) -> list[list[float]]:
+    """Seconds a call of functions in turns, A B A B ..., so that a disturbance of the machine meets all of them.
 
     Args:
         functions: called without arguments.
@@ -215,13 +196,12 @@ def interleaved(
             break
         for function, number, seconds in zip(functions, numbers, samples, strict=True):
             seconds.append(time_calls(function, number) / number)
-    return [timing(seconds) for seconds in samples]
+    return samples
 
 
-def timing(seconds: Sequence[float]) -> Timing:
-    """Median and spread of samples."""
-    median = statistics.median(seconds)
-    return Timing(median, (max(seconds) - min(seconds)) / median)
+def spread(samples: Sequence[float]) -> float | None:
+    """(slowest - fastest) / median; None of a single sample."""
+    return (max(samples) - min(samples)) / median(samples) if len(samples) > 1 else None
 
 
 def calls_per_sample(function: Callable, min_seconds: float) -> int:
