@@ -12,6 +12,8 @@ from typing import IO, Any
 
 UNFINISHED, REMOVED = ".unfinished", ".removed"
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec"
+
 
 @contextmanager
 def whole_file(path: Path, mode: str = "w") -> Iterator[IO]:
@@ -93,11 +95,19 @@ def sync(path: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds. Raises `ValueError` naming the file where it is not JSON."""
+    """What a JSON file holds, a byte order mark or not. Raises `ValueError` naming the file where it is not JSON."""
+    refuse_pointer(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise `ValueError` where a git-lfs pointer stands in a file's place."""
+    with open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(f"{path}: a git-lfs pointer, not the file itself: run `git lfs pull` where it was cloned")
 
 
 def json_lines(path: Path, *, skip_broken: bool = False) -> Iterator[tuple[str, dict]]:

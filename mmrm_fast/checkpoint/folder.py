@@ -18,6 +18,7 @@ from transformers import InternVLConfig, InternVLModel, PreTrainedTokenizerBase
 from mmrm_fast.checkpoint import internvl_chat
 from mmrm_fast.checkpoint.fill import NativeTensors, fill_model, native_name
 from mmrm_fast.checkpoint.internvl_chat import LM_HEAD, SCORE
+from mmrm_fast.checkpoint.processor import PLAIN, Processor, settings_of, stored_settings
 from mmrm_fast.checkpoint.tensors import TensorFolder, write_tensors
 from mmrm_fast.checkpoint.tokenizer import load_tokenizer
 from mmrm_fast.config import TrainBatchConfig
@@ -28,7 +29,6 @@ from mmrm_fast.model.decoder import rope_regime
 from mmrm_fast.model.reward_model import RewardModel
 
 NATIVE, ORIGINAL = "internvl", "internvl_chat"
-PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 PROXY = "bias_reward_model."  # before the names of the text-only branch that the reference implementation saves
 MAX_LENGTH = 4096
 TEXT_NORM = "language_model.norm.weight"
@@ -140,15 +140,12 @@ class CheckpointFolder:
         return config
 
     @cached_property
-    def processor(self) -> dict:
-        """The image processor's settings, in transformers' names (and `pad2square`, which it has not)."""
+    def processor(self) -> Processor:
+        """The image processor's settings."""
+        image_size = self.config.vision_config.image_size[0]
         if self.is_original:
-            return internvl_chat.image_processor(self.settings)
-        for path in (self.path / name for name in PROCESSORS):
-            if path.is_file():
-                settings = read_json(path)
-                return settings.get("image_processor", settings)
-        raise ValueError(f"{self.path}: no {PROCESSORS[0]}; expected a folder that transformers' save_pretrained wrote")
+            return Processor(self.path / "config.json", internvl_chat.image_processor(self.settings), image_size)
+        return Processor(*stored_settings(self.path), image_size)
 
     @cached_property
     def tensors(self) -> TensorFolder:
@@ -199,13 +196,12 @@ class CheckpointFolder:
         if with_weights:
             assert self.tensors is not None  # what is most often missing is looked for first
         processor, window = self.processor, getattr(self.config.text_config, "sliding_window", None)
-        length = max_length or processor.get("max_length") or min(self.tokenizer.model_max_length, MAX_LENGTH)
+        length = max_length or processor.max_length or min(self.tokenizer.model_max_length, MAX_LENGTH)
         model = self.model(dtype)
-        model.pixel_mean, model.pixel_std = statistics(processor)
+        model.pixel_mean, model.pixel_std = processor.mean, processor.std
         if with_weights:
             self.fill(model)
-        image_size, patch_size = self.config.vision_config.image_size[0], self.config.vision_config.patch_size[0]
-        tiling = read_tiling(processor, image_size, max_tiles, compat or processor.get("compat"))
+        patch_size, tiling = self.config.vision_config.patch_size[0], processor.tiling(max_tiles, compat)
         return Checkpoint(
             model=model,
             tokenizer=self.tokenizer,
@@ -249,27 +245,6 @@ def lora_scale(folder: Path, settings: dict) -> float:
     return adapter["lora_alpha"] / (rank**0.5 if adapter.get("use_rslora") else rank)
 
 
-def statistics(processor: dict) -> tuple[tuple[float, ...], ...]:
-    """Mean and deviation that pixels are normalised by, one a channel."""
-    defaults = zip(("image_mean", "image_std"), NORMALIZATION["imagenet"], strict=True)
-    return tuple(tuple(processor.get(key, default)) for key, default in defaults)
-
-
-def read_tiling(processor: dict, image_size: int, max_tiles: int | None, compat: Compat) -> Tiling:
-    """The tiling that processor settings describe; transformers adds the thumbnail unless `use_thumbnail` is false."""
-    cropped = processor.get("crop_to_patches", True)
-    limit = max_tiles or (processor.get("max_patches", 12) if cropped else 1)
-    return Tiling(
-        tile_size=(processor.get("size") or {}).get("height", image_size),
-        min_tiles=min(processor.get("min_patches", 1), limit),
-        max_tiles=limit,
-        thumbnail=processor.get("use_thumbnail", True),
-        pad2square=processor.get("pad2square", False),
-        pad_colour=tuple(int(value * 255) for value in statistics(processor)[0]),
-        compat=compat,
-    )
-
-
 def save_checkpoint(folder: str | Path, checkpoint: Checkpoint, state: dict[str, Tensor] | None = None) -> None:
     """Write a native folder that `CheckpointFolder` reads, weights bit for bit, in shards where they are large.
 
@@ -297,7 +272,9 @@ def save_settings(folder: Path, checkpoint: Checkpoint) -> None:
     config.save_pretrained(folder)
     checkpoint.tokenizer.model_max_length = checkpoint.max_length
     save_tokenizer(folder, checkpoint.tokenizer)
-    (folder / PROCESSORS[0]).write_text(json.dumps(processor_settings(checkpoint), indent=2) + "\n")
+    model = checkpoint.model
+    settings = settings_of(checkpoint.tiling, model.pixel_mean, model.pixel_std, checkpoint.max_length)
+    (folder / PLAIN).write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -310,22 +287,3 @@ def rewrite_json(path: Path, changes: dict) -> None:
     """Change keys of a JSON file."""
     text = json.dumps({**read_json(path), **changes}, indent=2, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
-
-
-def processor_settings(checkpoint: Checkpoint) -> dict:
-    """The image processor settings in transformers' own names, and those of ours that it has not."""
-    tiling, model = checkpoint.tiling, checkpoint.model
-    ours = {"max_length": checkpoint.max_length, **({"compat": tiling.compat} if tiling.compat else {})}
-    return {
-        **ours,
-        "image_processor_type": "GotOcr2ImageProcessor",
-        "processor_class": "InternVLProcessor",
-        "crop_to_patches": True,
-        "min_patches": tiling.min_tiles,
-        "max_patches": tiling.max_tiles,
-        "size": {"height": tiling.tile_size, "width": tiling.tile_size},
-        "image_mean": list(model.pixel_mean),
-        "image_std": list(model.pixel_std),
-        "use_thumbnail": tiling.thumbnail,
-        "pad2square": tiling.pad2square,
-    }

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import InternVLConfig, InternVLVisionConfig, LlamaConfig, Phi3Config, Qwen2Config, Qwen3Config
 
-from mmrm_fast.data.images import Tiling
+from mmrm_fast.data.images import NORMALIZATION, Tiling
 from mmrm_fast.model.reward_model import original_facts
 
 TEXT_CONFIGS = {
@@ -124,6 +124,8 @@ def image_processor(original: dict) -> dict:
         "size": {"height": side, "width": side},
         "use_thumbnail": original.get("use_thumbnail", False),
         "pad2square": original.get("pad2square", False),
+        "image_mean": NORMALIZATION["imagenet"][0],
+        "image_std": NORMALIZATION["imagenet"][1],
     }
 
 

@@ -11,6 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mmrm_fast.files import read_json, refuse_pointer
+
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 PICKLE_REMEDY = (
@@ -85,6 +87,7 @@ class TensorFolder:
 
 def open_tensors(path: Path):
     """safetensors' reader of a file. Raises `ValueError` for what is not one."""
+    refuse_pointer(path)
     try:
         return safe_open(path, "pt")
     except (SafetensorError, OSError) as error:
@@ -95,7 +98,7 @@ def stored_names(folder: Path) -> dict[str, str]:
     """Stored tensor names of a folder and the file that holds each. Raises `ValueError`, see `TensorFolder`."""
     index, single = folder / WEIGHTS_INDEX, folder / WEIGHTS
     if index.is_file():
-        names = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {})
+        names = read_json(index).get("weight_map", {})
         for file in set(names.values()):
             if Path(file).name != file or not file.endswith(".safetensors"):
                 raise ValueError(f"{index}: names the file {file!r}; expected a safetensors file of this folder")

@@ -4,7 +4,6 @@
 `tokenizer.model` (sentencepiece BPE: InternLM2, Llama, Phi-3) and `vocab.json` + `merges.txt` (byte-level BPE: Qwen2).
 """
 
-import json
 from importlib.resources import files
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from mmrm_fast.data.prompt import SPACE
+from mmrm_fast.files import read_json, refuse_pointer
 
 IMAGE_TOKENS = ("<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
 QWEN2_WORDS = (
@@ -67,7 +67,7 @@ def read_settings(folder: Path) -> dict:
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         raise ValueError(f"{folder}: no {path.name}; expected the tokenizer's files beside the weights")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)
 
 
 def added_tokens(folder: Path, settings: dict) -> dict[int, AddedToken]:
@@ -78,7 +78,7 @@ def added_tokens(folder: Path, settings: dict) -> dict[int, AddedToken]:
     }
     path = folder / "added_tokens.json"
     if path.is_file():
-        for content, id in json.loads(path.read_text(encoding="utf-8")).items():
+        for content, id in read_json(path).items():
             tokens.setdefault(id, AddedToken(content, normalized=False, special=True))
     return dict(sorted(tokens.items()))
 
@@ -86,7 +86,7 @@ def added_tokens(folder: Path, settings: dict) -> dict[int, AddedToken]:
 def mapped_tokens(folder: Path, settings: dict) -> tuple[str, ...]:
     """The folder's special tokens map: what a slow tokenizer calls its special tokens, whatever else is marked so."""
     path = folder / "special_tokens_map.json"
-    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    stored = read_json(path) if path.is_file() else {}
     settings = SLOW_ROLES | (settings if "added_tokens_decoder" in settings else stored | settings)
     roles = [*settings.get("additional_special_tokens", ()), *(settings[role] for role in ROLES if settings.get(role))]
     return tuple({content_of(token) for token in roles})
@@ -122,6 +122,7 @@ def build_backend(
     """
     fast, sentencepiece = folder / "tokenizer.json", folder / "tokenizer.model"
     if fast.is_file() and not (slow and sentencepiece.is_file()):
+        refuse_pointer(fast)
         backend = Tokenizer.from_file(str(fast))
         backend.no_truncation(), backend.no_padding()
         known = backend.get_vocab()
@@ -147,7 +148,7 @@ def with_added(model: models.BPE, added: dict[int, AddedToken]) -> Tokenizer:
 
 def qwen2_backend(folder: Path, added: dict[int, AddedToken]) -> Tokenizer:
     """Byte-level BPE as Qwen2's slow tokenizer: NFC, its word pattern, no prefix space."""
-    vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    vocab = read_json(folder / "vocab.json")
     vocab |= {token.content: id for id, token in added.items()}
     lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
     merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
@@ -201,6 +202,7 @@ def merges_of(model: ModelProto) -> list[tuple[str, str]]:
 
 def read_sentencepiece(path: Path) -> ModelProto:
     """A `tokenizer.model`."""
+    refuse_pointer(path)
     try:
         model = ModelProto.FromString(path.read_bytes())
     except DecodeError:
@@ -227,8 +229,7 @@ def read_template(folder: Path, settings: dict) -> str | None:
     for name in ("chat_template.jinja", "chat_template.json"):
         path = folder / name
         if path.is_file():
-            text = path.read_text(encoding="utf-8")
-            return json.loads(text)["chat_template"] if path.suffix == ".json" else text
+            return read_json(path)["chat_template"] if path.suffix == ".json" else path.read_text(encoding="utf-8")
     template = settings.get("chat_template")
     if not isinstance(template, list):
         return template
