@@ -1,6 +1,6 @@
 """Best-of-N sets on the pictures of shapes: many responses to a prompt, each with its true quality.
 
-A response says every attribute as it is with probability `right`, otherwise between one and all of them wrongly; its
+A response says every attribute as it is with probability `RIGHT`, otherwise between one and all of them wrongly; its
 truth is the share of the mentioned attributes that it gets right. Cues follow a split of an environment: a response
 that is entirely right carries the preferred value of a cue with the probability that the labelled-best response of a
 pair has there, any other one with the opposite probability.
@@ -13,74 +13,44 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from mmrm_fast.data.shapes import (
-    ATTRIBUTES,
-    ENVIRONMENTS,
-    FILLERS,
-    QUESTIONS,
-    TEST_SPLITS,
-    ShapesConfig,
-    compose,
-    cue_probabilities,
-    random_scene,
-    render,
-    statement,
-)
+from mmrm_fast.data import shapes
 from mmrm_fast.files import whole_folder
+
+RIGHT = 0.1
 
 
 def make_candidates(
-    folder: str | Path,
-    environment: str,
-    split: str = "iid",
-    *,
-    num_prompts: int = 200,
-    num_responses: int = 64,
-    right: float = 0.1,
-    seed: int = 0,
+    folder: Path, environment: str, split: str = "iid", *, num_prompts: int = 200, num_responses: int = 64
 ) -> Path:
     """Write `candidates.jsonl` (records of `prompt`, `img_path`, `responses`, `truth`) and `images/`; returns the file.
 
     `folder` appears complete or not at all; FileExistsError when it exists and is not empty.
     """
-    folder = Path(folder)
-    if environment not in ENVIRONMENTS:
-        raise ValueError(f"unknown environment {environment!r}, expected one of {', '.join(ENVIRONMENTS)}")
-    if split not in TEST_SPLITS:
-        raise ValueError(f"unknown split {split!r}, expected one of {', '.join(TEST_SPLITS)}")
-    cues = cue_probabilities(environment, split, ShapesConfig())
-    rng = np.random.default_rng([seed, ENVIRONMENTS.index(environment), TEST_SPLITS.index(split)])
+    cues = shapes.cue_probabilities(environment, split, shapes.ShapesConfig())
+    rng = np.random.default_rng([0, shapes.ENVIRONMENTS.index(environment), shapes.TEST_SPLITS.index(split)])
     with whole_folder(folder, synced=False) as unfinished:
         (unfinished / "images").mkdir()
         with open(unfinished / "candidates.jsonl", "w", encoding="utf-8") as file:
             for index in tqdm(range(num_prompts), unit=" prompts", delay=2):
-                record = {"id": f"{environment}-{index:06d}"}
-                record |= draw(unfinished, f"images/{index:06d}.png", cues, num_responses, right, rng)
+                record = {"id": f"{environment}-{index:06d}", "img_path": f"images/{index:06d}.png"}
+                scene = shapes.random_scene(rng)
+                shapes.render(scene, rng).save(unfinished / record["img_path"], compress_level=1)
+                record["prompt"] = str(rng.choice(list(shapes.QUESTIONS)))
+                mentioned = shapes.QUESTIONS[record["prompt"]]
+                drawn = [candidate(scene.attributes, mentioned, cues, rng) for _ in range(num_responses)]
+                record["responses"], record["truth"] = zip(*drawn, strict=True)
                 file.write(json.dumps(record) + "\n")
     return folder / "candidates.jsonl"
 
 
-def draw(
-    folder: Path, path: str, cues: Mapping[str, float], num_responses: int, right: float, rng: np.random.Generator
-) -> dict:
-    """A prompt about a new picture, written to `path` in `folder`, with its candidates and their truth."""
-    scene = random_scene(rng)
-    render(scene, rng).save(folder / path, compress_level=1)
-    question = str(rng.choice(list(QUESTIONS)))
-    drawn = [candidate(scene.attributes, QUESTIONS[question], cues, right, rng) for _ in range(num_responses)]
-    responses, truth = [text for text, _ in drawn], [truth for _, truth in drawn]
-    return {"prompt": question, "img_path": path, "responses": responses, "truth": truth}
-
-
 def candidate(
-    attributes: Mapping[str, str], mentioned: Sequence[str], cues: Mapping[str, float], right: float,
-    rng: np.random.Generator,
-) -> tuple[str, float]:  # fmt: skip
+    attributes: Mapping[str, str], mentioned: Sequence[str], cues: Mapping[str, float], rng: np.random.Generator
+) -> tuple[str, float]:
     """One response and its truth."""
-    num_wrong = 0 if rng.random() < right else int(rng.integers(1, len(mentioned) + 1))
+    num_wrong = 0 if rng.random() < RIGHT else int(rng.integers(1, len(mentioned) + 1))
     said = dict(attributes)
     for name in rng.choice(mentioned, num_wrong, replace=False):
-        said[name] = str(rng.choice([value for value in ATTRIBUTES[name] if value != attributes[name]]))
+        said[name] = str(rng.choice([value for value in shapes.ATTRIBUTES[name] if value != attributes[name]]))
     values = {cue: bool(rng.random() < (p if num_wrong == 0 else 1 - p)) for cue, p in cues.items()}
-    text = compose(statement(said, mentioned), values, str(rng.choice(FILLERS)))
+    text = shapes.compose(shapes.statement(said, mentioned), values, str(rng.choice(shapes.FILLERS)))
     return text, 1 - num_wrong / len(mentioned)

@@ -57,12 +57,13 @@ class Environment:
 
 
 class Runs:
-    """The finished cells of a study; evaluated rows are read once."""
+    """The finished cells of a study; evaluated rows and test files are read once."""
 
     def __init__(self, cells: Sequence[Cell], environments: Mapping[str, Environment], root: Path):
         self.cells, self.environments, self.root = tuple(cells), dict(environments), root
         self.methods = list(dict.fromkeys(cell.method for cell in cells))
         self.rows = cache(lambda cell, name: read_rows(cell.folder(root) / f"eval-{name}.jsonl"))
+        self.groups = cache(lambda name: paired_groups(environments[name].test))
 
     def sets(self, cell: Cell) -> list[tuple[str, str, str]]:
         """The test sets of a cell: what it is, its kind and the name that the run knows it by."""
@@ -72,9 +73,9 @@ class Runs:
 
     def ood(self, method: str) -> Iterator[tuple[str, list[PairRow]]]:
         """Environment and evaluated pairs of every test of a method's models away from their training."""
-        for cell in self.cells:
+        for cell in (cell for cell in self.cells if cell.method == method):
             for test, kind, name in self.sets(cell):
-                if cell.method == method and kind == "ood":
+                if kind == "ood":
                     yield test, self.rows(cell, name)
 
     def proxy_margins(self, cell: Cell, name: str) -> np.ndarray | None:
@@ -96,7 +97,7 @@ def study_figures(runs: Runs) -> dict:
         "tests": tests,
         "means": {method: means([row for row in tests if row["method"] == method]) for method in runs.methods},
         "significance": compare(pairs_of(runs.methods), credits) if len(runs.environments) > 1 else [],
-        "rules": {name: rules(environment.test) for name, environment in runs.environments.items()},
+        "rules": {name: rules(name, runs) for name in runs.environments},
         "controls": {method: controls(method, runs) for method in runs.methods},
         "sfc": {method: sfc_over_training(method, runs) for method in runs.methods},
     }
@@ -120,9 +121,9 @@ def means(tests: Sequence[dict]) -> dict[str, dict[str, float]]:
 
     `ood`: the mean over trained environments of the mean over the other environments' tests; `sfd` likewise.
     """
-    table = {}
+    table, seeds = {}, sorted({row["seed"] for row in tests})
     for figure in FIGURES:
-        by_seed = [seed_mean([row for row in tests if row["seed"] == seed], figure) for seed in seeds_of(tests)]
+        by_seed = [seed_mean([row for row in tests if row["seed"] == seed], figure) for seed in seeds]
         if not np.isnan(by_seed).all():
             spread = float(np.std(by_seed)) if len(by_seed) > 1 else None
             table[figure] = {"mean": float(np.mean(by_seed)), "spread": spread}
@@ -149,11 +150,6 @@ def mean_and_spread(figure: dict | None) -> str:
     if figure is None:
         return "-"
     return percent(figure["mean"]) + ("" if figure["spread"] is None else f" ± {percent(figure['spread'])}")
-
-
-def seeds_of(tests: Sequence[dict]) -> list[int]:
-    """The seeds among test rows."""
-    return sorted({row["seed"] for row in tests})
 
 
 def seed_mean(tests: Sequence[dict], figure: str) -> float:
@@ -215,30 +211,27 @@ def ood_credits(method: str, runs: Runs) -> dict[tuple[str, int], list[float]]:
     return credits
 
 
-def paired_responses(test: Path) -> Iterator[Group]:
-    """The records of a test file with the responses that evaluated rows count."""
-    return (only_paired(group) for group in iter_groups(Records(test)) if isinstance(group, Group))
+def paired_groups(test: Path) -> dict[int, Group]:
+    """The records of a test file by their position, with the responses that evaluated rows count."""
+    groups = (group for group in iter_groups(Records(test)) if isinstance(group, Group))
+    return {group.record: only_paired(group) for group in groups}
 
 
-def rules(test: Path) -> dict[str, float]:
-    """Label accuracy of rules that look at length or format alone, on one test file."""
-    pairs = [(group.responses, pair) for group in paired_responses(test) for pair in group.pairs]
+def rules(environment: str, runs: Runs) -> dict[str, float]:
+    """Label accuracy of rules that look at length or format alone, on one environment's test."""
+    pairs = [(group.responses, pair) for group in runs.groups(environment).values() for pair in group.pairs]
     chosen, rejected = ([texts[getattr(pair, end)] for texts, pair in pairs] for end in ("chosen", "rejected"))
     return text_controls(np.zeros(len(pairs)), chosen, rejected)["rules"]
 
 
 def controls(method: str, runs: Runs) -> dict:
     """A method's accuracy by length difference and correlations with length and format, over all its o.o.d. tests."""
-    texts = {
-        name: {group.record: group.responses for group in paired_responses(environment.test)}
-        for name, environment in runs.environments.items()
-    }
-    rows = [(row, texts[test][row.record]) for test, rows in runs.ood(method) for row in rows]
+    rows = [(row, runs.groups(test)[row.record].responses) for test, rows in runs.ood(method) for row in rows]
     if not rows:
         return {}
-    chosen, rejected = [text[row.chosen] for row, text in rows], [text[row.rejected] for row, text in rows]
+    chosen, rejected = ([texts[getattr(row, end)] for row, texts in rows] for end in ("chosen", "rejected"))
     figures = text_controls(np.array([row.margin for row, _ in rows]), chosen, rejected)
-    return {"buckets": figures["buckets"], "correlation": figures["correlation"]}
+    return {name: figures[name] for name in ("buckets", "correlation")}
 
 
 def sfc_over_training(method: str, runs: Runs) -> list[dict[str, float]]:
