@@ -2,8 +2,8 @@
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -16,7 +16,7 @@ from mmrm_fast.data.images import ImageError, image_size
 from mmrm_fast.data.records import Group, RecordError, parse_group
 from mmrm_fast.data.samples import Sample
 from mmrm_fast.data.types import FieldError
-from mmrm_fast.score.scorer import Scored, Scorer, join
+from mmrm_fast.score.scorer import Scorer, join
 from mmrm_fast.serve import protocols
 from mmrm_fast.serve.batcher import Batcher
 from mmrm_fast.serve.conversation import ConversationReader
@@ -35,20 +35,12 @@ REFUSALS = {status: {"description": reason} for status, reason in {
 }.items()}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What came of a request's records."""
+class Answer(NamedTuple):
+    """What came of a request's records, response by response."""
 
-    scored: tuple[Scored, ...]
+    rewards: list[float]
+    truncated: list[bool]
     num_tokens: int  # of all sequences, as if nothing were shared
-
-    @property
-    def rewards(self) -> list[float]:
-        return [reward for scored in self.scored for reward in scored.rewards]
-
-    @property
-    def truncated(self) -> list[bool]:
-        return [cut for scored in self.scored for cut in scored.truncated]
 
 
 class RewardService:
@@ -73,8 +65,10 @@ class RewardService:
         for outcome in joined:
             if isinstance(outcome, RecordError):
                 raise outcome
-        self.metrics.responses.inc(sum(len(scored.rewards) for scored in joined))
-        return Answer(tuple(joined), sum(sample.num_tokens_unshared for sample in samples))
+        rewards = [reward for scored in joined for reward in scored.rewards]
+        truncated = [cut for scored in joined for cut in scored.truncated]
+        self.metrics.responses.inc(len(rewards))
+        return Answer(rewards, truncated, sum(sample.num_tokens_unshared for sample in samples))
 
     def prepare(self, records: Sequence[dict]) -> list[Sample]:
         """Records to samples, everything checked that can be before the pixels are decoded."""
@@ -82,21 +76,21 @@ class RewardService:
             parse_group(fields, source=f"record {i}", record=i, image_root=self.image_root, confined=True)
             for i, fields in enumerate(records)
         ]
-        limits = self.limits
-        if (count := sum(len(group.responses) for group in groups)) > limits.responses:
-            raise Refused(422, f"{count} responses are over the limit of {limits.responses}")
-        characters = sum(map(len_text, groups))
-        if characters > limits.tokens * CHARACTERS_PER_TOKEN:
-            raise Refused(422, f"{characters} characters of text are over the limit of {limits.tokens} tokens")
-        images = sum(len(group.images) for group in groups)
-        if images * self.scorer.checkpoint.tokens_per_tile > limits.tokens:
-            raise Refused(422, f"{images} images are over the limit of {limits.tokens} tokens")
+        limits, tile = self.limits, self.scorer.checkpoint.tokens_per_tile
+        require(sum(len(group.responses) for group in groups), limits.responses, "responses")
+        require(sum(map(len_text, groups)), limits.tokens * CHARACTERS_PER_TOKEN, "characters of text")
+        require(sum(len(group.images) for group in groups), limits.tokens // tile, "images")
         for group in groups:
             check_pixels(group, limits.pixels)
         samples = [self.scorer.encode(group) for group in groups]
-        if (tokens := sum(map(self.scorer.cost, samples))) > limits.tokens:
-            raise Refused(422, f"{tokens} tokens of work are over the limit of {limits.tokens}")
+        require(sum(map(self.scorer.cost, samples)), limits.tokens, "tokens of work")
         return samples
+
+
+def require(number: int, limit: int, what: str) -> None:
+    """Raise `Refused` where there are too many."""
+    if number > limit:
+        raise Refused(422, f"{number} {what} are over the limit of {limit}")
 
 
 def len_text(group: Group) -> int:

@@ -37,17 +37,12 @@ class Replica:
         torch.set_num_threads(num_threads)
         os.makedirs(os.environ["PROMETHEUS_MULTIPROC_DIR"], exist_ok=True)  # on another machine than the first
         scorer = Scorer.from_pretrained(config.model, **options(config.batch))
-        self.precision = (
-            f"{str(scorer.model.model.dtype).removeprefix('torch.')}, rewards within {batch_spread(scorer):.1g}"
-        )
-        self.token = token
+        dtype = str(scorer.model.model.dtype).removeprefix("torch.")
+        self.precision, self.token = f"{dtype}, rewards within {batch_spread(scorer):.1g}", token
         self.service = RewardService(
-            scorer,
-            config.model.name,
-            limits=Limits(requests=config.max_requests, seconds=config.timeout),
-            image_root=config.image_root,
-            max_delay=config.max_delay_ms / 1000,
-        )
+            scorer, config.model.name, limits=Limits(requests=config.max_requests, seconds=config.timeout),
+            image_root=config.image_root, max_delay=config.max_delay_ms / 1000,
+        )  # fmt: skip
 
     def say_precision(self) -> str:
         """The dtype that the model computes in, and how far a reward moves with what shares its batch."""
