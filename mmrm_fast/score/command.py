@@ -8,8 +8,9 @@ and is started again has every response once; and actors that read their own rec
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import replace
 from itertools import islice
 
 import ray
@@ -33,21 +34,6 @@ EXIT_SOME_FAILED = 3
 IDENTITY = ("max_length", "max_tiles", "compat", "best_of", "to_pairs", "normalize")  # what changes the rows
 
 
-@dataclass
-class Tally:
-    """Counts of a chunk, or of a run."""
-
-    records: int = 0
-    responses: int = 0
-    failed: int = 0
-    tokens: int = 0  # of prompts, images and responses, a prompt counted once
-    tokens_unshared: int = 0  # as if every response were scored by itself
-
-    def add(self, other: "Tally") -> None:
-        for field in fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
-
-
 class ScoringActor:
     """One copy of the model. Two calls at a time: one reads, decodes and packs while the other is in the model."""
 
@@ -59,22 +45,27 @@ class ScoringActor:
         self.scorer = Scorer.from_pretrained(config.model, **options(config.batch))
         self.scale = reward_scale(config)
 
-    def score(self, chunk: int) -> Tally:
-        """Score a chunk and write its shard. Raises what failed where it was not the records."""
+    def score(self, chunk: int) -> Counter:
+        """Score a chunk and write its shard; its counts. Raises what failed where it was not the records.
+
+        They are of records, responses, failed records, `tokens` (prompts, images and responses, a prompt counted once)
+        and `tokens_unshared` (as if every response were scored by itself).
+        """
         positions = self.shards.records(chunk)
         with self.reading:
             groups = list(iter_groups(self.records, positions))
         results = score_or_say_why(self.scorer, groups)
         raise_if_broken(results)
-        rows, errors, tally = [], [], Tally(records=len(positions))
+        rows, errors, tally = [], [], Counter(records=len(positions))
         for position, result in zip(positions, results, strict=True):
             if isinstance(result, Scored):
-                count(result, tally)
                 rows += rows_of(result, self.config, *self.scale)
+                tally.update(responses=len(result.rewards), tokens=result.num_tokens)
+                tally.update(tokens_unshared=result.num_tokens_unshared)
             else:
                 errors.append(error_row(position, result))
-        tally.failed = len(errors)
-        self.shards.write(chunk, rows, {"tally": asdict(tally), "errors": errors})
+        tally["failed"] = len(errors)
+        self.shards.write(chunk, rows, {"tally": tally, "errors": errors})
         return tally
 
 
@@ -95,23 +86,12 @@ def raise_if_broken(results: Sequence[Scored | Exception]) -> None:
         raise faults[0]
 
 
-def count(scored: Scored, tally: Tally) -> None:
-    """Add a record to the counts."""
-    tally.responses += len(scored.rewards)
-    tally.tokens += scored.num_tokens
-    tally.tokens_unshared += scored.num_tokens_unshared
-
-
 def error_row(position: int, error: Exception) -> dict:
     """A line of the list of errors."""
-    known = isinstance(error, RecordError)
-    return {
-        "record": position,
-        "source": error.source if known else None,
-        "field": error.field if known else None,
-        "reason": error.reason if known else str(error),
-        "error": type(error).__name__,
-    }
+    place = {"source": None, "field": None, "reason": str(error)}
+    if isinstance(error, RecordError):
+        place = {"source": error.source, "field": error.field, "reason": error.reason}
+    return {"record": position, **place, "error": type(error).__name__}
 
 
 def reward_scale(config: ScoreConfig) -> tuple[float, float]:
@@ -200,29 +180,29 @@ def open_shards(config: ScoreConfig, records: Records) -> Shards:
     return shards
 
 
-def run(config: ScoreConfig, shards: Shards) -> Tally:
+def run(config: ScoreConfig, shards: Shards) -> Counter:
     """Score the chunks that are not done; the counts of all."""
-    tally, todo = Tally(), shards.todo()
+    tally, todo = Counter(), shards.todo()
     for note in shards.notes():
-        tally.add(Tally(**note["tally"]))
+        tally.update(note["tally"])
     if not todo:
         return tally
-    started, before = time.monotonic(), tally.responses
-    with tqdm(total=shards.num_records, initial=tally.records, unit=" records", desc="scoring") as bar:
+    started, before = time.monotonic(), tally["responses"]
+    with tqdm(total=shards.num_records, initial=tally["records"], unit=" records", desc="scoring") as bar:
         for done in scored_chunks(config, shards, todo):
-            tally.add(done)
-            rate = (tally.responses - before) / (time.monotonic() - started)
-            bar.set_postfix_str(f"{rate:.0f} responses/s, shared {sharing(tally):.1f}x, failed {tally.failed}")
-            bar.update(done.records)
+            tally.update(done)
+            rate = (tally["responses"] - before) / (time.monotonic() - started)
+            bar.set_postfix_str(f"{rate:.0f} responses/s, shared {sharing(tally):.1f}x, failed {tally['failed']}")
+            bar.update(done["records"])
     return tally
 
 
-def sharing(tally: Tally) -> float:
+def sharing(tally: Counter) -> float:
     """Tokens of per-response scoring over tokens that went through the model."""
-    return tally.tokens_unshared / max(tally.tokens, 1)
+    return tally["tokens_unshared"] / max(tally["tokens"], 1)
 
 
-def scored_chunks(config: ScoreConfig, shards: Shards, chunks: Sequence[int]) -> Iterator[Tally]:
+def scored_chunks(config: ScoreConfig, shards: Shards, chunks: Sequence[int]) -> Iterator[Counter]:
     """The counts of chunks as they are done, on a pool of actors."""
     with ray_cluster(config.address):
         waiting, left = iter(chunks), len(chunks)
@@ -233,7 +213,7 @@ def scored_chunks(config: ScoreConfig, shards: Shards, chunks: Sequence[int]) ->
                 (done,), _ = ray.wait(list(at_work), num_returns=1)
                 actor = at_work.pop(done)
                 at_work |= {actor.score.remote(chunk): actor for chunk in islice(waiting, 1)}
-                if isinstance(tally := ray.get(done), Tally):
+                if isinstance(tally := ray.get(done), Counter):
                     left -= 1
                     yield tally
         except ray.exceptions.RayError as error:
@@ -263,7 +243,7 @@ def make_actors(config: ScoreConfig, shards: Shards, num_chunks: int) -> list:
     return [actor.remote(config, shards, num_threads=threads) for _ in range(count)]
 
 
-def finish(config: ScoreConfig, shards: Shards, tally: Tally, errors: list[dict]) -> int:
+def finish(config: ScoreConfig, shards: Shards, tally: Counter, errors: list[dict]) -> int:
     """Join what is to be joined, list the failed records, print the summary; the exit status."""
     listing = config.out / FAILURES
     if config.out != shards.folder:
@@ -273,8 +253,8 @@ def finish(config: ScoreConfig, shards: Shards, tally: Tally, errors: list[dict]
         write_text(listing, "".join(json.dumps(error) + "\n" for error in errors))
     if config.out != shards.folder:
         shards.join(config.out)
-    print(f"{tally.records - tally.failed} of {tally.records} records scored: {config.out}")
-    print(f"{tally.responses} responses; {sharing(tally):.1f} times the tokens if each were scored by itself")
+    print(f"{tally['records'] - tally['failed']} of {tally['records']} records scored: {config.out}")
+    print(f"{tally['responses']} responses; {sharing(tally):.1f} times the tokens if each were scored by itself")
     if not errors:
         return 0
     print(f"{len(errors)} records failed, listed in {listing}:")

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -20,7 +21,7 @@ from mmrm_fast.cli import main
 from mmrm_fast.config import ScoreConfig
 from mmrm_fast.data.records import Group, RecordError, Records, iter_groups
 from mmrm_fast.score.cluster import ray_cluster
-from mmrm_fast.score.command import ScoringActor, Tally, error_row, finish, make_actors, rows_of, score_or_say_why
+from mmrm_fast.score.command import ScoringActor, error_row, finish, make_actors, rows_of, score_or_say_why
 from mmrm_fast.score.scorer import Scored, Scorer
 from mmrm_fast.score.shards import RECORDS_PER_CHUNK, Shards
 
@@ -201,7 +202,7 @@ def test_a_chunk_on_which_the_model_always_fails_is_not_done(write_jsonl, tmp_pa
 def test_a_failure_in_a_file_whose_name_is_no_unicode_is_printed(tmp_path, capsys):
     shards = Shards(tmp_path, "jsonl", 1)
     error = error_row(0, RecordError("caf\udce9.jsonl:1", "", "not valid JSON"))
-    assert finish(ScoreConfig(out=tmp_path), shards, Tally(records=1, failed=1), [error]) == 3
+    assert finish(ScoreConfig(out=tmp_path), shards, Counter(records=1, failed=1), [error]) == 3
     assert "caf?.jsonl:1: not valid JSON" in capsys.readouterr().out
 
 
