@@ -5,8 +5,7 @@ the op must read and write; for `pair_loss` behind an empty op of the same signa
 whose own row has the highest ratio that any op could reach at P = 64. At P = 100,000 the copy is not a tight bound:
 there are two exponentials, two logarithms and five divisions a pair.
 
-Shapes: P pairs; T packed tokens, F image features, V embeddings, D hidden size; I tiles, S pixels a tile
-side, C channels.
+Shapes: P pairs; T packed tokens, F image features, V embeddings, D hidden size; I tiles, S pixels a tile side.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,11 +16,10 @@ from statistics import median
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, layer_norm, unfold
+from torch.nn.functional import embedding
 from tqdm import tqdm
-from transformers import InternVLModel
 
-from benchmarks.baselines import normalize, reference_pixels, robust_loss
+from benchmarks.baselines import reference_pixels, robust_loss
 from benchmarks.harness import (
     CPU,
     Baseline,
@@ -35,12 +33,11 @@ from benchmarks.harness import (
     interleaved,
     relative_error,
 )
-from benchmarks.models import PATCH_SIZE, encoded_image, photograph
+from benchmarks.models import encoded_image, photograph
 from mmrm_fast.data.images import NORMALIZATION, Tiling, load_image, load_tiles
+from mmrm_fast.model.vision import normalized
 from mmrm_fast.ops.pack_image_tokens import SourceIndex, pack_image_tokens, source_index
 from mmrm_fast.ops.pair_loss import pair_loss
-from mmrm_fast.ops.patchify import patchify
-from mmrm_fast.ops.pixel_shuffle_norm import pixel_shuffle_norm
 from mmrm_fast.ops.plan_trie import plan_trie, plan_trie_ref
 from mmrm_fast.ops.resize_bicubic import resize_bicubic, resize_bicubic_ref
 
@@ -58,7 +55,6 @@ class Op:
     trained: tuple[int, ...] = ()  # inputs whose gradients are results
     bound_bytes: int = 0  # that it must read and write
     least: tuple[str, Callable] | None = None  # what the bound takes beside a copy of those bytes
-    exact: Callable | None = None  # what our results are verified against in place of the baselines'
     index: Callable | None = None  # what packing builds for it once a micro-batch, timed for the details
     count: tuple[float, str] | None = None  # what a call handles, as `Comparison` has it
     suite: str = "ops"  # what is in another one is the host's to do
@@ -131,7 +127,7 @@ def checks(op: Op, run: Run, baseline: Callable) -> list[Check]:
     """Errors of our results."""
     if op.tolerance is None:
         return []
-    pairs = zip(tensors(run(op.ours)), tensors(run(op.exact or baseline)), strict=True)
+    pairs = zip(tensors(run(op.ours)), tensors(run(baseline)), strict=True)
     return [Check(relative_error(result, expected), op.tolerance) for result, expected in pairs]
 
 
@@ -233,74 +229,28 @@ def stream_op(case: str, trained: tuple[int, ...], bound_bytes: int = 0) -> Op:
     )  # fmt: skip
 
 
-NUM_TILES, GRID, CHANNELS, EPS = 16, 32, 1024, 1e-5
-HIDDEN_VALUES = NUM_TILES * (1 + GRID**2) * CHANNELS
-
-
-def shuffled(hidden_ITC: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """As transformers does it: slice, two permutes, LayerNorm."""
-    squares = hidden_ITC[:, 1:].reshape(NUM_TILES, GRID, GRID, CHANNELS)
-    shuffled = InternVLModel.pixel_shuffle(None, squares, scale_factor=0.5)
-    return layer_norm(shuffled.reshape(-1, 4 * CHANNELS), weight.shape, weight, bias, EPS)
-
-
-def shuffle_op(dtype: torch.dtype, tolerance: float, case: str, copies: float, trained: tuple[int, ...]) -> Op:
-    """Verified in float32: on the CPU torch sums LayerNorm's bfloat16 weight gradient in bfloat16, wrong by per cents.
-
-    `copies`: of the hidden states that as many bytes pass in. In bfloat16 the arithmetic is the bound.
-    """
-    shapes = ((NUM_TILES, 1 + GRID**2, CHANNELS), (4 * CHANNELS,), (4 * CHANNELS,))
-    size = f"{NUM_TILES} x {1 + GRID**2:,} x {CHANNELS:,}"
-    return Op(
-        f"pixel_shuffle_norm {size} {case}, {str(dtype).removeprefix('torch.')}", dtype,
-        lambda: [normal(*shape, seed=at, dtype=dtype) for at, shape in enumerate(shapes)],
-        partial(pixel_shuffle_norm, eps=EPS), {"eager": shuffled}, tolerance, trained,
-        bound_bytes=int(2 * copies * HIDDEN_VALUES * dtype.itemsize),
-        exact=lambda *inputs: shuffled(*(each.float() for each in inputs)),
-    )  # fmt: skip
-
-
 SIDE = 448
 MEAN, STD = NORMALIZATION["imagenet"]
 
 
-def patchify_op(dtype: torch.dtype, tolerance: float) -> Op:
-    """Against eager torch: to float, normalise, unfold."""
-
-    def unfolded(tiles_ISSC: Tensor) -> Tensor:
-        return patch_rows(normalize(tiles_ISSC, MEAN, STD, dtype))
-
-    return Op(
-        f"patchify {NUM_TILES} tiles of {SIDE}, {str(dtype).removeprefix('torch.')}", dtype,
-        lambda: [torch.from_numpy(np.random.default_rng(0).integers(0, 256, (NUM_TILES, SIDE, SIDE, 3), np.uint8))],
-        partial(patchify, mean=MEAN, std=STD, patch_size=PATCH_SIZE, dtype=dtype), {"eager": unfolded}, tolerance,
-        bound_bytes=NUM_TILES * SIDE**2 * 3 * (1 + dtype.itemsize),
-    )  # fmt: skip
-
-
 def preprocess_op(tiles: int, width: int, height: int, most_tiles: int) -> Op:
-    """A JPEG file to normalised patch rows, compared pixel by pixel.
+    """A JPEG file to normalised tiles, compared pixel by pixel.
 
-    Ours: Pillow decodes, `resize_bicubic` stretches and cuts to uint8 tiles, `patchify` normalises them to patch rows,
-    which in training happens on the device. The bound is the decoding, which is on both sides.
+    Ours: Pillow decodes, `resize_bicubic` stretches and cuts to uint8 tiles, which are normalised, in training on the
+    device. The bound is the decoding, which is on both sides.
     """
     tiling = Tiling(tile_size=SIDE, max_tiles=most_tiles)
     reference = partial(reference_pixels, tiling=tiling, mean=MEAN, std=STD)
 
     def ours(photograph: bytes) -> Tensor:
         tiles_ISSC = torch.from_numpy(np.require(load_tiles(photograph, tiling), requirements="W"))
-        return patchify(tiles_ISSC, MEAN, STD, patch_size=PATCH_SIZE, dtype=torch.float32)
+        return normalized(tiles_ISSC, MEAN, STD, torch.float32)
 
     return Op(
         f"preprocess {tiles} tiles", torch.float32, lambda: [encoded_image(photograph(width, height), "JPEG")], ours,
-        {"reference": reference}, 1e-5, exact=lambda content: patch_rows(reference(content)),
-        least=("Pillow's decoding", load_image), count=(1, "images"), suite="preprocess",
+        {"reference": reference}, tolerance=1e-5, least=("Pillow's decoding", load_image), count=(1, "images"),
+        suite="preprocess",
     )  # fmt: skip
-
-
-def patch_rows(pixels_ICSS: Tensor) -> Tensor:
-    """Tiles as a convolution of patch size reads them, [patches, 3 * 14 * 14]."""
-    return unfold(pixels_ICSS, PATCH_SIZE, stride=PATCH_SIZE).transpose(1, 2).flatten(0, 1)
 
 
 NUM_SEQUENCES, LENGTH, SHARED, MIN_SHARED = 64, 2300, 2100, 32
@@ -322,13 +272,6 @@ OPS = (
     stream_op("forward", (), bound_bytes=2 * NUM_TOKENS * WIDTH * 2),
     stream_op("forward+backward, frozen table", (1,)),
     stream_op("forward+backward", (0, 1)),
-    *(
-        shuffle_op(dtype, tolerance, *case)
-        for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2**-8))
-        for case in (("forward", 1.0, ()), ("forward+backward", 2.5, (0, 1, 2)))
-    ),
-    patchify_op(torch.float32, 1e-6),
-    patchify_op(torch.bfloat16, 2**-8),
     Op(
         f"plan_trie N={NUM_SEQUENCES} x {LENGTH:,}", torch.int64, sequences, partial(plan_trie, min_shared=MIN_SHARED),
         {"Python": lambda *inputs: plan_trie_ref(*inputs, MIN_SHARED)}, tolerance=0.0, suite="plan",

@@ -11,8 +11,6 @@
 #include "bindings.h"
 #include "pack_image_tokens.h"
 #include "pair_loss.h"
-#include "patchify.h"
-#include "pixel_shuffle_norm.h"
 #include "plan_trie.h"
 #include "resize_bicubic.h"
 #include "trie_attention.h"
@@ -66,41 +64,6 @@ void pair_loss_fwd_cpu(const std::string& dtype, Address margin, Address proxy_m
     mmrm::pair_loss_fwd_cpu<T>({at<T>(margin), at<T>(proxy_margin), at<T>(demand), at<T>(weight), num_pairs,
                                 pair_loss_mode(mode), label_smoothing},
                                {at<T>(sums), at<T>(sfc), at<T>(slope), at<T>(proxy_slope)}, num_threads);
-  });
-}
-
-void patchify_cpu(const std::string& dtype, Address tiles, Address scale, Address shift, Address rows,
-                  int64_t num_tiles, int64_t side, int64_t patch_size, int num_threads) {
-  with_dtype(dtype, [&](auto element) {
-    using T = decltype(element);
-    using A = mmrm::compute_t<T>;
-    mmrm::patchify_cpu<T>({at<uint8_t>(tiles), at<A>(scale), at<A>(shift), at<T>(rows), num_tiles, side, patch_size},
-                          num_threads);
-  });
-}
-
-void pixel_shuffle_norm_fwd_cpu(const std::string& dtype, Address hidden, Address weight, Address bias, double eps,
-                                Address out, Address mean, Address rstd, int64_t num_tiles, int64_t grid,
-                                int64_t channels, int num_threads) {
-  with_dtype(dtype, [&](auto element) {
-    using T = decltype(element);
-    using A = mmrm::compute_t<T>;
-    mmrm::pixel_shuffle_norm_fwd_cpu<T>(
-        {num_tiles, grid, channels},
-        {at<T>(hidden), at<A>(weight), at<A>(bias), eps, at<T>(out), at<A>(mean), at<A>(rstd)}, num_threads);
-  });
-}
-
-void pixel_shuffle_norm_bwd_cpu(const std::string& dtype, Address grad, Address hidden, Address weight, Address mean,
-                                Address rstd, Address grad_hidden, Address grad_weight, Address grad_bias,
-                                int64_t num_tiles, int64_t grid, int64_t channels, int num_threads) {
-  with_dtype(dtype, [&](auto element) {
-    using T = decltype(element);
-    using A = mmrm::compute_t<T>;
-    mmrm::pixel_shuffle_norm_bwd_cpu<T>({num_tiles, grid, channels},
-                                        {at<T>(grad), at<T>(hidden), at<A>(weight), at<A>(mean), at<A>(rstd),
-                                         at<T>(grad_hidden), at<A>(grad_weight), at<A>(grad_bias)},
-                                        num_threads);
   });
 }
 
@@ -199,9 +162,6 @@ PYBIND11_MODULE(_native, m) {
   m.def("pack_image_tokens_fwd_cpu", &pack_image_tokens_fwd_cpu, without_gil);
   m.def("pack_image_tokens_bwd_cpu", &pack_image_tokens_bwd_cpu, without_gil);
   m.def("pair_loss_fwd_cpu", &pair_loss_fwd_cpu, without_gil);
-  m.def("patchify_cpu", &patchify_cpu, without_gil);
-  m.def("pixel_shuffle_norm_fwd_cpu", &pixel_shuffle_norm_fwd_cpu, without_gil);
-  m.def("pixel_shuffle_norm_bwd_cpu", &pixel_shuffle_norm_bwd_cpu, without_gil);
   m.def("has_trie_attention_cpu", &mmrm::has_trie_attention_cpu);
   m.def("trie_attention_fwd_cpu", &trie_attention_fwd_cpu, without_gil);
   m.def("trie_attention_bwd_cpu", &trie_attention_bwd_cpu, without_gil);

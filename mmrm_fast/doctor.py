@@ -8,9 +8,9 @@ from mmrm_fast.config import DoctorConfig
 from mmrm_fast.machine import Machine, this_machine
 from mmrm_fast.ops.native import native, runs_on, takes
 
-CUDA_OPS = ("pair_loss", "pack_image_tokens")  # with a kernel in CUDA C++; those of the others are Triton's
+CUDA_OPS = ("pair_loss", "pack_image_tokens")
 HOST_OPS = ("plan_trie", "resize_bicubic")  # of data preparation, on the CPU everywhere
-OPS = (*CUDA_OPS, "pixel_shuffle_norm", "patchify", "trie_attention", *HOST_OPS)
+OPS = (*CUDA_OPS, "trie_attention", *HOST_OPS)
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def choose(op: str, machine: Built) -> Choice:
         if machine.packages["flash-attn"]:
             return Choice("flash-attn", "it is installed; fp32 runs node by node in torch")
         return Choice("torch", "flash-attn is not installed: the slow path, node by node")
-    obstacle, _ = cuda_obstacle(machine) if op in CUDA_OPS else ("it has no CUDA C++ kernel", "")
+    obstacle, _ = cuda_obstacle(machine)
     if not obstacle:
         return Choice("CUDA C++", "compiled for these GPUs, and the driver takes its cudart")
     if machine.packages["triton"]:

@@ -49,28 +49,28 @@ def test_the_dispatcher_agrees():
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     for op in set(OPS) - {*HOST_OPS}:
         import_module(f"mmrm_fast.ops.{op}")
-        schema = f"mmrm_fast::{op}" + ("" if op == "patchify" else "_fwd")
+        schema = f"mmrm_fast::{op}_fwd"
         compiled = op == "trie_attention" or (op in CUDA_OPS and cuda_native() is not None)
         assert has_kernel(schema, "CPU")
         assert has_kernel(schema, "CUDA") == (compiled or find_spec("triton") is not None)
 
 
 @pytest.mark.parametrize(
-    ("machine", "pair_loss", "patchify", "reason"),
+    ("machine", "backend", "reason"),
     [
-        (SERVER, "CUDA C++", "Triton", "the driver takes its cudart"),
-        (replace(SERVER, driver=12080), "Triton", "Triton", "takes CUDA 12.8, the kernels were built with CUDA 13.0"),
-        (replace(SERVER, devices=(H100, ("V100", 7, 0))), "Triton", "Triton", "sm_70 (V100)"),
-        (replace(SERVER, devices=(("RTX 4090", 8, 9),)), "CUDA C++", "Triton", "compiled for these GPUs"),
-        (replace(SERVER, architectures=(), cudart=0), "Triton", "Triton", "has no CUDA kernels"),
-        (without(SERVER, "triton"), "CUDA C++", "reference", "the driver takes its cudart"),
-        (replace(SERVER, devices=()), "C++", "C++", "torch sees no GPU"),
-        (replace(SERVER, devices=(), native=None), "reference", "reference", "did not load"),
+        (SERVER, "CUDA C++", "the driver takes its cudart"),
+        (replace(SERVER, driver=12080), "Triton", "takes CUDA 12.8, the kernels were built with CUDA 13.0"),
+        (replace(SERVER, devices=(H100, ("V100", 7, 0))), "Triton", "sm_70 (V100)"),
+        (replace(SERVER, devices=(("RTX 4090", 8, 9),)), "CUDA C++", "compiled for these GPUs"),
+        (replace(SERVER, architectures=(), cudart=0), "Triton", "has no CUDA kernels"),
+        (without(SERVER, "triton"), "CUDA C++", "the driver takes its cudart"),
+        (replace(without(SERVER, "triton"), driver=12080), "reference", "13.0, and Triton is not installed"),
+        (replace(SERVER, devices=()), "C++", "torch sees no GPU"),
+        (replace(SERVER, devices=(), native=None), "reference", "did not load"),
     ],
 )
-def test_choices(machine, pair_loss, patchify, reason):
-    assert choose("pair_loss", machine).backend == pair_loss
-    assert choose("patchify", machine).backend == patchify
+def test_choices(machine, backend, reason):
+    assert choose("pair_loss", machine).backend == backend
     for op in HOST_OPS:
         assert choose(op, machine).backend == ("C++" if machine.native else "reference")
     assert reason in choose("pair_loss", machine).why

@@ -1,4 +1,4 @@
-"""Tiles to image tokens: transformers' vision tower and projector, by our ops or by their own forward.
+"""Tiles to image tokens: transformers' vision tower and projector, without what nothing reads, or by their own forward.
 
 Shapes: I tiles, S pixels a tile side, T the class token and the patches of a tile, C vision hidden size, D hidden size.
 """
@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, InternVLConfig, InternVLModel, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from mmrm_fast.ops.patchify import patchify
-from mmrm_fast.ops.pixel_shuffle_norm import pixel_shuffle_norm
 from mmrm_fast.ops.trie_attention import has_native, trie_attention
 
 NAME = "mmrm_tiles"
@@ -29,41 +27,31 @@ class VisionPath(NamedTuple):
 def tower_output(model: InternVLModel, tiles_ISSC: Tensor, mean: tuple, std: tuple) -> Tensor:
     """The vision tower's hidden states of the layer that the config picks; those behind it are not run."""
     tower = model.vision_tower
-    hidden = embed_tiles(tower.embeddings, tiles_ISSC, mean, std)
+    hidden = tower.embeddings(normalized(tiles_ISSC, mean, std, tower.dtype))
     for layer in tower.encoder.layer[: num_layers(model.config)]:
         hidden = layer(hidden)
     return tower.layernorm(hidden) if model.config.vision_feature_layer == -1 else hidden
 
 
-def embed_tiles(embeddings: nn.Module, tiles_ISSC: Tensor, mean: tuple, std: tuple) -> Tensor:
-    """The vision encoder's input [I, T, C], CLS first; the patch embedding is a matrix product."""
-    projection, side = embeddings.patch_embeddings.projection, tiles_ISSC.shape[1]
-    rows = patchify(tiles_ISSC, mean, std, patch_size=projection.kernel_size[0], dtype=projection.weight.dtype)
-    patches = nn.functional.linear(rows, projection.weight.flatten(1), projection.bias)
-    cls_token = embeddings.cls_token.expand(len(tiles_ISSC), -1, -1)
-    hidden = torch.cat([cls_token, patches.unflatten(0, (len(tiles_ISSC), -1))], 1)
-    if embeddings.position_embeddings is not None:
-        hidden = hidden + embeddings.interpolate_pos_encoding(hidden, side, side)
-    return embeddings.dropout(hidden)
-
-
 def project(model: InternVLModel, hidden_ITC: Tensor) -> Tensor:
     """Image tokens of the vision tower's output."""
-    projector, ratio = model.multi_modal_projector, model.config.downsample_ratio
-    norm = projector.layer_norm
-    if ratio == 0.5:
-        rows = pixel_shuffle_norm(hidden_ITC, norm.weight, norm.bias, eps=norm.eps)
-    else:
-        rows = norm(shuffled(model, hidden_ITC))
+    projector = model.multi_modal_projector
+    rows = exact_layer_norm(projector.layer_norm, shuffled(model, hidden_ITC))
     return projector.linear_2(projector.act(projector.linear_1(rows)))
+
+
+def exact_layer_norm(norm: nn.LayerNorm, rows: Tensor) -> Tensor:
+    """`norm(rows)` in float32 at least: a CPU sums a bfloat16 weight's gradient in bfloat16, wrong by per cents."""
+    exact = torch.promote_types(rows.dtype, torch.float32)
+    statistics = (norm.normalized_shape, norm.weight.to(exact), norm.bias.to(exact), norm.eps)
+    return nn.functional.layer_norm(rows.to(exact), *statistics).to(rows.dtype)
 
 
 def shuffled(model: InternVLModel, hidden_ITC: Tensor) -> Tensor:
     """The patches of the vision tower's output, folded: [I * tokens_per_tile, C / ratio^2]."""
     side = math.isqrt(hidden_ITC.shape[1] - 1)
-    return model.pixel_shuffle(hidden_ITC[:, 1:].unflatten(1, (side, side)), model.config.downsample_ratio).flatten(
-        0, 2
-    )
+    grid = hidden_ITC[:, 1:].unflatten(1, (side, side))
+    return model.pixel_shuffle(grid, model.config.downsample_ratio).flatten(0, 2)
 
 
 def plain_tower_output(model: InternVLModel, tiles_ISSC: Tensor, mean: tuple, std: tuple) -> Tensor:
@@ -80,9 +68,12 @@ def plain_project(model: InternVLModel, hidden_ITC: Tensor) -> Tensor:
 
 
 def normalized(tiles_ISSC: Tensor, mean: tuple, std: tuple, dtype: torch.dtype) -> Tensor:
-    """uint8 tiles to `(x / 255 - mean) / std`, [I, 3, S, S]; computed in float64."""
-    mean_C, std_C = (torch.tensor(values, dtype=torch.float64, device=tiles_ISSC.device) for values in (mean, std))
-    return ((tiles_ISSC.double() / 255 - mean_C) / std_C).permute(0, 3, 1, 2).to(dtype)
+    """uint8 tiles to `(x / 255 - mean) / std`, [I, 3, S, S]; computed in float32 at least."""
+    exact = torch.promote_types(dtype, torch.float32)
+    mean_C, std_C = (
+        torch.tensor(values, dtype=exact).to(tiles_ISSC.device, non_blocking=True) for values in (mean, std)
+    )
+    return ((tiles_ISSC.to(exact) / 255 - mean_C) / std_C).permute(0, 3, 1, 2).to(dtype)
 
 
 OURS, PLAIN = VisionPath(tower_output, project), VisionPath(plain_tower_output, plain_project)

@@ -1,6 +1,6 @@
 """What the GPU kernels take of a GPU, computed without one: resources of their machine code, time at the roofline.
 
-T packed tokens, V vocabulary, D hidden size, P pairs, I tiles, C vision channels, N image tokens.
+T packed tokens, V vocabulary, D hidden size, P pairs, N image tokens.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,15 +14,13 @@ from mmrm_fast.ops.triton.cubin import Resources, launch_resources, read_resourc
 from mmrm_fast.ops.triton.launch import Plan
 from mmrm_fast.ops.triton.pack_image_tokens import pack_image_tokens_bwd_plan, pack_image_tokens_fwd_plan
 from mmrm_fast.ops.triton.pair_loss import pair_loss_fwd_plan
-from mmrm_fast.ops.triton.patchify import patchify_plan
-from mmrm_fast.ops.triton.pixel_shuffle_norm import pixel_shuffle_norm_bwd_plan, pixel_shuffle_norm_fwd_plan
 
 ARCHITECTURES = (80, 90, 100)
 H100_BYTES_PER_SECOND = 3.35e12
 H100_FLOPS = 67e12  # float32, outside of the tensor cores
 MODELS = {"InternVL2-2B": 2048, "InternVL2-8B": 4096}  # hidden size; vision tower and vocabulary are the same
-VOCABULARY, CHANNELS, TILE_SIZE, PATCH_SIZE = 92_553, 1024, 448, 14
-NUM_TOKENS, NUM_PAIRS, NUM_TILES = 8192, 128, 4 * 7  # four images of seven tiles
+VOCABULARY = 92_553
+NUM_TOKENS, NUM_PAIRS, NUM_TILES = 8192, 1024, 4 * 7  # four images of seven tiles
 NUM_IMAGE_TOKENS = NUM_TILES * 256
 NUM_TEXT_ROWS = NUM_TOKENS - NUM_IMAGE_TOKENS
 PAIR_FLOPS = 60
@@ -65,12 +63,7 @@ def indices(*shape: int) -> torch.Tensor:
 
 def cases(hidden_size: int, dtype: torch.dtype = torch.bfloat16) -> Iterator[Case]:
     """Every pass at a model's sizes."""
-    yield from text_cases(hidden_size, dtype)
-    yield from image_cases(dtype)
-
-
-def text_cases(D: int, dtype: torch.dtype) -> Iterator[Case]:
-    T, P, V, N = NUM_TOKENS, NUM_PAIRS, VOCABULARY, NUM_IMAGE_TOKENS
+    D, T, P, V, N = hidden_size, NUM_TOKENS, NUM_PAIRS, VOCABULARY, NUM_IMAGE_TOKENS
     row = D * dtype.itemsize
     plan = pair_loss_fwd_plan(floats(P), floats(P), None, None, "paper", 0.0)
     yield Case("pair_loss_fwd", plan, 4 * (5 * P + 7), PAIR_FLOPS * P)
@@ -79,20 +72,6 @@ def text_cases(D: int, dtype: torch.dtype) -> Iterator[Case]:
     index = indices(T), indices(N + NUM_TEXT_ROWS + 1), indices(N + NUM_TEXT_ROWS)
     plan = pack_image_tokens_bwd_plan(meta(T, D, dtype=dtype), *index, V, N, True)
     yield Case("pack_image_tokens_bwd", plan, (T + V + N) * row + 8 * 3 * T, T * D)
-
-
-def image_cases(dtype: torch.dtype) -> Iterator[Case]:
-    num_tiles, C, N, num_patches = NUM_TILES, CHANNELS, NUM_IMAGE_TOKENS, (TILE_SIZE // PATCH_SIZE) ** 2
-    row = 4 * C * dtype.itemsize
-    hidden, rows = meta(num_tiles, 1 + num_patches, C, dtype=dtype), meta(N, 4 * C, dtype=dtype)
-    weight = meta(4 * C, dtype=dtype)
-    plan = pixel_shuffle_norm_fwd_plan(hidden, weight, weight, 1e-5)
-    yield Case("pixel_shuffle_norm_fwd", plan, (2 * N + 2) * row + 8 * N, 8 * N * 4 * C)
-    plan = pixel_shuffle_norm_bwd_plan(rows, hidden, weight, floats(N), floats(N), True)
-    yield Case("pixel_shuffle_norm_bwd", plan, (3 * N + num_tiles // 4 + 3) * row + 8 * N, 16 * N * 4 * C)
-    tiles = meta(num_tiles, TILE_SIZE, TILE_SIZE, 3, dtype=torch.uint8)
-    plan = patchify_plan(tiles, floats(3), floats(3), PATCH_SIZE, dtype)
-    yield Case("patchify", plan, (1 + dtype.itemsize) * tiles.numel(), 2 * tiles.numel())
 
 
 def passes() -> Iterator[tuple[Case, ...]]:

@@ -8,6 +8,7 @@ import torch
 from benchmarks.baselines import normalize
 from mmrm_fast.data.images import NORMALIZATION
 from mmrm_fast.model.reward_model import RewardModel
+from mmrm_fast.model.vision import exact_layer_norm
 
 FEATURE_BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-5}
 GRADIENT_BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -76,6 +77,20 @@ def test_bfloat16_features_stay_near_float32(make_model):
     assert features.dtype == torch.bfloat16
     torchs = relative_error(transformers_features(model, tiles).float(), expected)
     assert relative_error(features.float(), expected) <= 2 * torchs + 1e-3
+
+
+def test_bfloat16_gradients_of_the_projectors_norm_are_summed_in_float32(make_model):
+    model = make_model(torch.float32)
+    norm = model.model.multi_modal_projector.layer_norm
+    rows, slope = torch.randn(2, 4000, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    def gradients(dtype):
+        statistics = copy.deepcopy(norm).to(dtype)
+        (exact_layer_norm(statistics, rows.to(dtype)) * slope.to(dtype)).sum().backward()
+        return statistics.weight.grad, statistics.bias.grad
+
+    for actual, expected in zip(gradients(torch.bfloat16), gradients(torch.float64), strict=True):
+        assert relative_error(actual.double(), expected) < 2**-8
 
 
 def test_tower_with_a_final_norm_and_without_positions(make_model):

@@ -8,7 +8,6 @@ from transformers import GptOssConfig, InternVLModel
 from transformers.models.internvl.modeling_internvl import (
     InternVLMultiModalProjector,
     InternVLVisionEncoder,
-    InternVLVisionPatchEmbeddings,
 )
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2MLP
 
@@ -86,7 +85,6 @@ def test_with_the_release_that_is_here_everything_is_used(make_checkpoint, recwa
     [
         (Qwen2DecoderLayer, (True, True, False)),
         (Qwen2MLP, (True, False, True)),
-        (InternVLVisionPatchEmbeddings, (False, True, True)),
         (InternVLVisionEncoder, (False, True, True)),
         (InternVLMultiModalProjector, (False, True, True)),
     ],

@@ -5,8 +5,6 @@
 
 #include "pack_image_tokens.h"
 #include "pair_loss.h"
-#include "patchify.h"
-#include "pixel_shuffle_norm.h"
 #include "plan_trie.h"
 #include "resize_bicubic.h"
 
@@ -53,40 +51,6 @@ void pair_loss(const char* type) {
 }
 
 template <typename T>
-void pixel_shuffle_norm(const char* type) {
-  using A = compute_t<T>;
-  const PixelShuffle shape{2, 6, 83};
-  const int64_t size = shape.num_tiles * shape.tile_size(), N = shape.num_rows(), W = shape.row_size();
-  const auto hidden = numbers<T>(size), grad = numbers<T>(N * W);
-  const auto weight = numbers<A>(W);
-  std::vector<T> out(N * W), grad_hidden(size);
-  std::vector<A> mean(N), rstd(N), grad_weight(W), grad_bias(W);
-  pixel_shuffle_norm_fwd_cpu<T>(
-      shape, {hidden.data(), weight.data(), weight.data(), 1e-5, out.data(), mean.data(), rstd.data()}, 1);
-  pixel_shuffle_norm_bwd_cpu<T>(shape,
-                                {grad.data(), hidden.data(), weight.data(), mean.data(), rstd.data(),
-                                 grad_hidden.data(), grad_weight.data(), grad_bias.data()},
-                                1);
-  Digest digest;
-  digest.add(out), digest.add(mean), digest.add(rstd), digest.add(grad_hidden), digest.add(grad_weight);
-  digest.add(grad_bias);
-  digest.print("pixel_shuffle_norm", type);
-}
-
-template <typename T>
-void patchify(const char* type) {
-  constexpr int64_t I = 2, S = 42, p = 14;
-  std::vector<uint8_t> tiles(I * S * S * 3);
-  for (size_t i = 0; i < tiles.size(); ++i) tiles[i] = uint8_t(i * 37 % 251);
-  const auto scale = numbers<compute_t<T>>(3), shift = numbers<compute_t<T>>(3);
-  std::vector<T> rows(tiles.size());
-  patchify_cpu<T>({tiles.data(), scale.data(), shift.data(), rows.data(), I, S, p}, 1);
-  Digest digest;
-  digest.add(rows);
-  digest.print("patchify", type);
-}
-
-template <typename T>
 void pack_image_tokens(const char* type) {
   constexpr int64_t V = 5, F = 3, D = 517, U = 4;
   const std::vector<int64_t> order{1, 4, 2, 0, 3, 5}, segment_ptr{0, 2, 3, 5, 6}, segments{-2, -1, 0, 4};
@@ -122,16 +86,12 @@ void resize_bicubic() {
   digest.print("resize_bicubic", "uint8");
 }
 
-template <typename T>
-void all(const char* type) {
-  pixel_shuffle_norm<T>(type), patchify<T>(type), pack_image_tokens<T>(type);
-}
-
 }  // namespace
 
 int main() {
   pair_loss<float>("float32");  // float64's exponential is the C library's
-  all<float>("float32"), all<double>("float64"), all<bf16_t>("bfloat16"), all<fp16_t>("float16");
+  pack_image_tokens<float>("float32"), pack_image_tokens<double>("float64");
+  pack_image_tokens<bf16_t>("bfloat16"), pack_image_tokens<fp16_t>("float16");
   plan();
   resize_bicubic();
 }

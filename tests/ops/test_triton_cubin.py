@@ -21,7 +21,7 @@ from rich.console import Console
 from mmrm_fast.ops import kernel_report
 from mmrm_fast.ops.triton.cubin import launch_resources
 
-OPS = ("pack_image_tokens", "pair_loss", "patchify", "pixel_shuffle_norm")
+OPS = ("pack_image_tokens", "pair_loss")
 names = ("launch", *OPS)
 kernels = {n for name in names for n in vars(import_module(f"mmrm_fast.ops.triton.{name}")) if n.endswith("_kernel")}
 rows = []
@@ -36,7 +36,7 @@ for hidden_size, dtype, architectures in (
             for architecture in architectures:
                 resources = launch_resources(launch, architecture)._asdict()
                 rows.append({"kernel": launch.kernel.__name__, "target": architecture, **resources})
-            if launch.kernel.__name__ == "pixel_shuffle_norm_bwd_weight_kernel":
+            if launch.kernel.__name__ == "pack_image_tokens_bwd_kernel":
                 squeezed = launch_resources(launch, 90, max_registers=24)._asdict()
 console = Console(width=140, file=io.StringIO())
 console.print(kernel_report.table(kernel_report.report((90,))))

@@ -14,12 +14,8 @@ from triton.runtime import interpreter
 
 from mmrm_fast.ops.pack_image_tokens import pack_image_tokens_bwd_ref, pack_image_tokens_ref, source_index
 from mmrm_fast.ops.pair_loss import MODES, pair_loss_ref
-from mmrm_fast.ops.patchify import patchify_ref
-from mmrm_fast.ops.pixel_shuffle_norm import pixel_shuffle_norm_bwd_ref, pixel_shuffle_norm_ref
 from mmrm_fast.ops.triton import pack_image_tokens as pack
 from mmrm_fast.ops.triton import pair_loss as pairs
-from mmrm_fast.ops.triton import patchify as patch
-from mmrm_fast.ops.triton import pixel_shuffle_norm as norm
 from mmrm_fast.ops.triton import use_triton
 from mmrm_fast.ops.triton.launch import sum_chunks
 
@@ -87,29 +83,6 @@ def test_pack_image_tokens_of_one_kind(width, dtype):
     table, none = random(3, width, dtype=dtype), torch.empty(0, width, dtype=dtype)
     assert torch.equal(pack.pack_image_tokens_fwd_triton(table, none, torch.tensor([2, 0])), table[[2, 0]])
     assert torch.equal(pack.pack_image_tokens_fwd_triton(none, table, torch.tensor([-3, -1])), table[[2, 0]])
-
-
-@by_dtype
-@pytest.mark.parametrize(("num_tiles", "side", "channels"), [(1, 2, 1), (2, 4, 5), (3, 10, 24), (1, 2, 80), (0, 4, 8)])
-def test_pixel_shuffle_norm(num_tiles, side, channels, dtype):
-    hidden = random(num_tiles, 1 + side * side, channels, dtype=dtype) + 1
-    weight, bias = random(2, 4 * channels, dtype=dtype, seed=1)
-    args = (strided(hidden), weight, bias, 1e-6)
-    assert_as_exact(norm.pixel_shuffle_norm_fwd_triton, pixel_shuffle_norm_ref, *args)
-    out, mean, rstd = pixel_shuffle_norm_ref(*args)
-    grad = random(*out.shape, dtype=dtype, seed=2)
-    for need_hidden in (True, False):
-        args = (strided(grad), strided(hidden), weight, mean, rstd, need_hidden)
-        assert_as_exact(norm.pixel_shuffle_norm_bwd_triton, pixel_shuffle_norm_bwd_ref, *args)
-
-
-@by_dtype
-@pytest.mark.parametrize(("num_tiles", "side", "patch_size"), [(2, 28, 14), (1, 15, 5), (3, 4, 1), (0, 28, 14)])
-def test_patchify(num_tiles, side, patch_size, dtype):
-    generator = torch.Generator().manual_seed(0)
-    tiles = torch.randint(0, 256, (num_tiles, side, side, 3), dtype=torch.uint8, generator=generator)
-    scale, shift = torch.tensor([0.017, 0.018, 0.0175]), torch.tensor([-2.1, -2.0, -1.8])
-    assert_as_exact(patch.patchify_triton, patchify_ref, strided(tiles), scale, shift, patch_size, dtype)
 
 
 @pytest.mark.parametrize(("num_chunks", "width"), [(700, 5), (70, 130), (1, 3), (0, 3)])
@@ -198,32 +171,6 @@ def test_pack_image_tokens_past_2_to_the_31():
         for order, sources in ((index.order, segments), (index.order + FAR, far_segments))
     ]
     assert_same_far(*plans, {"programs": FAR, "missing": rows})
-
-
-def test_pixel_shuffle_norm_past_2_to_the_31():
-    tiles, side, channels = FAR // 4, 4, WIDTH // 4  # FAR rows of WIDTH
-    hidden, weight, bias = random(2, 1 + side**2, channels), random(WIDTH), random(WIDTH, seed=1)
-    arguments = (hidden, weight, bias, 1e-6)
-    hidden_size = tiles * (1 + side**2) * channels
-    rows = {"hidden": hidden_size, "out": FAR * WIDTH, "mean": FAR, "rstd": FAR}
-    plans = [norm.pixel_shuffle_norm_fwd_plan(*arguments) for _ in range(2)]
-    assert_same_far(*plans, {"programs": FAR, "missing": rows})
-    _, mean, rstd = plans[0].outputs
-    arguments = (random(8, WIDTH, seed=2), hidden, weight, mean, rstd, True)
-    rows = {"hidden": hidden_size, "grad": FAR * WIDTH, "mean": FAR, "rstd": FAR}
-    to_hidden = {"programs": FAR, "missing": rows | {"grad_hidden": hidden_size}}
-    chunks = FAR // norm.CHUNK
-    to_weight = {"programs": chunks, "missing": rows | {"weight_chunks": chunks * WIDTH, "bias_chunks": chunks * WIDTH},
-                 "num_rows": FAR + 8}  # fmt: skip
-    plans = [norm.pixel_shuffle_norm_bwd_plan(*arguments) for _ in range(2)]
-    assert_same_far(*plans, to_hidden, to_weight, {}, {})
-
-
-def test_patchify_past_2_to_the_31():
-    tiles = torch.arange(2 * 8 * 8 * 3).to(torch.uint8).view(2, 8, 8, 3)
-    arguments = (tiles, random(3), random(3, seed=1), 4, torch.float32)  # 4 rows of 48 a tile
-    plans = [patch.patchify_plan(*arguments) for _ in range(2)]
-    assert_same_far(*plans, {"programs": FAR, "missing": {"tiles": FAR // 4 * 192, "out": FAR * 48}})
 
 
 def test_sum_of_chunks_past_2_to_the_31():
