@@ -5,7 +5,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -135,6 +135,12 @@ def json_lines(path: Path, *, skip_broken: bool = False) -> Iterator[tuple[str, 
 def write_json(path: Path, value: object) -> None:
     """Write indented JSON, null where a number is NaN or infinite."""
     write_text(path, json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def write_json_lines(path: Path, rows: Iterable[dict]) -> None:
+    """Write a JSON line a row."""
+    with whole_file(path) as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,6 +1,5 @@
 """Accuracy of rewards on preference pairs, of the main model and of the text-only proxy, and what ties them."""
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from mmrm_fast.data.types import Group
-from mmrm_fast.files import json_lines
+from mmrm_fast.files import json_lines, write_json_lines
 
 SFC_EPSILON, LEAST_WEIGHT = 1e-7, 0.05  # of `ops.pair_loss`
 FIGURES = ("accuracy", "truth_accuracy", "proxy_accuracy", "proxy_truth_accuracy", "sfd")
@@ -145,8 +144,7 @@ def spread(rewards: list[float]) -> dict[str, float | None]:
 
 def write_rows(path: Path, rows: list[PairRow]) -> None:
     """Write evaluated pairs as JSON lines."""
-    with open(path, "w") as file:
-        file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
+    write_json_lines(path, map(asdict, rows))
 
 
 def read_rows(path: Path) -> list[PairRow]:

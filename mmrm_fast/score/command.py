@@ -5,7 +5,6 @@ Not Ray Data: a chunk's shard and its note are written under the chunk's own num
 and is started again has every response once; and actors that read their own records move none between processes.
 """
 
-import json
 import threading
 import time
 from collections import Counter
@@ -22,7 +21,7 @@ from mmrm_fast.config import ScoreConfig
 from mmrm_fast.config_file import options
 from mmrm_fast.data.lines import FAILURES
 from mmrm_fast.data.records import Group, RecordError, Records, iter_groups, prompt_json
-from mmrm_fast.files import read_json, write_text
+from mmrm_fast.files import read_json, write_json_lines
 from mmrm_fast.score.cluster import gpus_each, ray_cluster
 from mmrm_fast.score.scorer import Scored, Scorer
 from mmrm_fast.score.shards import PAIR_COLUMNS, SCORE_COLUMNS, Shards, fingerprint
@@ -250,7 +249,7 @@ def finish(config: ScoreConfig, shards: Shards, tally: Counter, errors: list[dic
         listing = config.out.with_name(f"{config.out.name}.{FAILURES}")
     listing.unlink(missing_ok=True)
     if errors:
-        write_text(listing, "".join(json.dumps(error) + "\n" for error in errors))
+        write_json_lines(listing, errors)
     if config.out != shards.folder:
         shards.join(config.out)
     print(f"{tally['records'] - tally['failed']} of {tally['records']} records scored: {config.out}")

@@ -4,7 +4,6 @@ Sets of candidates have the cues of another environment's i.i.d. test (`ood`), o
 in which the cue points the wrong way (`reversed`). All models select among the same candidates.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -15,7 +14,7 @@ from tqdm import tqdm
 from mmrm_fast.data.records import Records, iter_groups
 from mmrm_fast.data.shapes import ENVIRONMENTS
 from mmrm_fast.evaluate.best_of_n import ORACLE, curve, read_values, selected_quality
-from mmrm_fast.files import write_text
+from mmrm_fast.files import write_json_lines
 from mmrm_fast.score.scorer import Scorer
 from mmrm_fast.study.candidates import make_candidates
 from mmrm_fast.study.figures import Cell, compare, pairs_of
@@ -101,5 +100,5 @@ def score_missing(tasks: Sequence[Task], root: Path) -> None:
             for _, name in own:
                 groups = iter_groups(Records(candidates(root, *name)))
                 rows = ({"score": scored.rewards} for scored in scorer.score_stream(groups, RECORDS_AT_ONCE))
-                write_text(scores_file(root, cell, name), "".join(json.dumps(row) + "\n" for row in rows))
+                write_json_lines(scores_file(root, cell, name), rows)
                 bar.update()

@@ -20,10 +20,7 @@ def with_defaults(config: TrainConfig) -> tuple[TrainConfig, list[EvalSet]]:
         raise ValueError("--model without --data: give the JSONL to train on")
     eval_sets = [*named_sets(config.records.eval, "iid"), *named_sets(config.records.eval_ood, "ood")]
     if not config.records.data:
-        if sharding.rank() == 0:
-            cached_environments()
-        sharding.barrier()
-        folders = cached_environments()
+        folders = sharding.on_first_rank(cached_environments)
         config = with_options(config, data=(str(folders[config.records.environment] / "train.jsonl"),))
         eval_sets = eval_sets or shapes_sets(folders, config.records.environment)
     check_sets(config, [eval_set.name for eval_set in eval_sets])

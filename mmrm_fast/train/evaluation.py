@@ -1,76 +1,54 @@
 """Test sets through the model and the proxy of a training, and the figures that come of them."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 
-from mmrm_fast.data.mixture import PreferenceDataset
 from mmrm_fast.data.packing import Packed
-from mmrm_fast.pairs import EvalSet, PairRow, judged_accuracy, pair_rows, reward_stats, summarize
+from mmrm_fast.pairs import PairRow, judged_accuracy, pair_rows, summarize
 from mmrm_fast.train import sharding
 from mmrm_fast.train.proxy import Branch, train_mode
 
 
-class Evaluation:
-    """The test sets of a run and what they are scored by.
+def evaluate(
+    branches: list[Branch], batches: dict[str, Iterable[Packed]], device: torch.device
+) -> dict[str, list[PairRow]]:
+    """Every pair of every test set by the set's name, on every rank, in the order of its file.
 
     Args:
-        sets, datasets: one of each a test set.
-        branches: the model and, where it is one, the proxy.
-        device: where they are.
+        branches: the model and, where it is one, the proxy; in training again when this returns.
+        batches: this rank's, by the name of the test set.
     """
+    for branch in branches:
+        branch.root.eval()
+    rows = {}
+    for name, packed in batches.items():
+        everyones = sharding.gather_lists([row for batch in packed for row in batch_rows(branches, batch, device)])
+        rows[name] = sorted(everyones, key=lambda row: (row.record, row.chosen, row.rejected))
+    for branch in branches:
+        train_mode(branch.root)
+    return rows
 
-    def __init__(
-        self,
-        sets: list[EvalSet],
-        datasets: list[PreferenceDataset],
-        branches: list[Branch],
-        device: torch.device,
-    ):
-        self.sets, self.datasets, self.branches, self.device = sets, datasets, branches, device
-        self.kinds = {eval_set.name: eval_set.kind for eval_set in sets}
 
-    def rows(self, batches: Callable[[PreferenceDataset, str], Iterable[Packed]]) -> dict[str, list[PairRow]]:
-        """Every pair of every test set by the set's name, on every rank, in the order of its file.
+@torch.no_grad()  # not inference_mode: sharded weights must stay trainable
+def batch_rows(branches: list[Branch], packed: Packed, device: torch.device) -> list[PairRow]:
+    """The rows of one packed batch."""
+    (main, *proxies), batch = branches, packed.batch.to(device)
+    sizes = batch.num_responses
+    rewards = main(batch.main, batch.tiles)[: sum(sizes)].cpu().split(sizes)
+    proxy_rewards = [proxy(batch.text, batch.text_tiles)[: sum(sizes)].cpu().split(sizes) for proxy in proxies]
+    rows = []
+    for place, sample in enumerate(packed.samples):
+        of_proxy = proxy_rewards[0][place].tolist() if proxies else None
+        rows += pair_rows(sample.group, rewards[place].tolist(), of_proxy)
+    return rows
 
-        Args:
-            batches: this rank's packed batches of a test set and its name.
-        """
-        for branch in self.branches:
-            branch.root.eval()
-        rows = {}
-        for eval_set, dataset in zip(self.sets, self.datasets, strict=True):
-            own = [row for packed in batches(dataset, eval_set.name) for row in self.batch_rows(packed)]
-            everyones = sharding.gather_lists(own)
-            rows[eval_set.name] = sorted(everyones, key=lambda row: (row.record, row.chosen, row.rejected))
-        for branch in self.branches:
-            train_mode(branch.root)
-        return rows
 
-    @torch.no_grad()  # not inference_mode: sharded weights must stay trainable
-    def batch_rows(self, packed: Packed) -> list[PairRow]:
-        """The rows of one packed batch."""
-        batch = packed.batch.to(self.device)
-        count = sum(batch.num_responses)
-        main, *proxies = self.branches
-        rewards = main(batch.main, batch.tiles)[:count].tolist()
-        proxy_rewards = [proxy(batch.text, batch.text_tiles)[:count].tolist() for proxy in proxies]
-        rows, first = [], 0
-        for sample, number in zip(packed.samples, batch.num_responses, strict=True):
-            own = slice(first, first + number)
-            rows.extend(pair_rows(sample.group, rewards[own], proxy_rewards[0][own] if proxy_rewards else None))
-            first += number
-        return rows
-
-    def figures(self, rows: dict[str, list[PairRow]]) -> dict[str, dict]:
-        """The kind and the figures of every test set, by its name."""
-        return {name: {"kind": self.kinds[name], **summarize(own)} for name, own in rows.items()}
-
-    def reward_stats(self, rows: dict[str, list[PairRow]]) -> dict:
-        """What rewards can be normalised by."""
-        return reward_stats(rows, self.kinds)
+def figures(rows: dict[str, list[PairRow]], kinds: dict[str, str]) -> dict[str, dict]:
+    """The kind and the figures of every test set, by its name."""
+    return {name: {"kind": kinds[name], **summarize(own)} for name, own in rows.items()}
 
 
 def best_figure(results: dict[str, dict], name: str | None) -> float | None:
@@ -81,5 +59,5 @@ def best_figure(results: dict[str, dict], name: str | None) -> float | None:
             raise ValueError(f"--best {name}: expected SET.FIGURE, such as {next(iter(results), 'iid')}.accuracy")
         value = results[test_set][figure]
         return None if math.isnan(value) else -value if figure == "sfd" else value
-    judged = [figures for figures in results.values() if figures["kind"] == "ood"] or list(results.values())
-    return float(np.mean([judged_accuracy(figures) for figures in judged])) if judged else None
+    judged = [own for own in results.values() if own["kind"] == "ood"] or list(results.values())
+    return float(np.mean([judged_accuracy(own) for own in judged])) if judged else None

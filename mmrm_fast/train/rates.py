@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from mmrm_fast.model.reward_model import RewardModel
+from mmrm_fast.train.sharding import num_ranks
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}  # bf16
 
@@ -19,20 +20,19 @@ class Rates:
     Args:
         models: main model and, where there is one, proxy.
         tokens_per_tile: image tokens of a tile.
-        device, num_ranks: what it runs on.
+        device: what a rank runs on.
     """
 
-    def __init__(self, models: list[RewardModel], tokens_per_tile: int, device: torch.device, num_ranks: int):
+    def __init__(self, models: list[RewardModel], tokens_per_tile: int, device: torch.device):
         self.text = [pass_flops(model.model.language_model.layers) for model in models]
         self.tile = (4 * tokens_per_tile + 1) * pass_flops(models[0].model.vision_tower.encoder)
-        peak = peak_flops(device)
-        self.device, self.peak = device, peak and peak * num_ranks
+        self.device, self.peak = device, peak_flops(device)
 
     def __call__(self, row: dict[str, Any], seconds: float) -> dict[str, float]:
         """The figures of a step with the counts of `row`."""
         tokens = (row["tokens"], row["text_tokens"])
         flops = sum(number * count for number, count in zip(self.text, tokens, strict=False)) + self.tile * row["tiles"]
-        utilisation = {"mfu": flops / seconds / self.peak} if self.peak else {}
+        utilisation = {"mfu": flops / seconds / (self.peak * num_ranks())} if self.peak else {}
         return {
             "seconds": seconds,
             "sharing": row["tokens_unshared"] / max(row["tokens"], 1),

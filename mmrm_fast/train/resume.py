@@ -102,7 +102,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Leave the group, with all ranks, when nothing is under way any more."""
-        sharding.barrier()
+        dist.barrier()
         dist.destroy_process_group(self.group)
 
 

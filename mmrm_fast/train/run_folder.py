@@ -1,22 +1,33 @@
 """A run's folder: whether a run may begin or go on there, and what is written in it."""
 
 import json
+import os
 import shutil
-import tempfile
+import sys
 from pathlib import Path
 from typing import Any
 
+from accelerate.tracking import GeneralTracker
 from torch import Tensor
 
 from mmrm_fast.checkpoint.folder import Checkpoint, save_checkpoint
 from mmrm_fast.config import TrainConfig
 from mmrm_fast.config_file import options
-from mmrm_fast.files import finite, json_lines, read_json, remove_unfinished, whole_folder, write_json, write_text
+from mmrm_fast.files import (
+    finite,
+    json_lines,
+    read_json,
+    remove_unfinished,
+    whole_folder,
+    write_json,
+    write_json_lines,
+    write_text,
+)
 from mmrm_fast.machine import this_machine
 from mmrm_fast.pairs import PairRow, write_rows
 from mmrm_fast.train import sharding
 from mmrm_fast.train.resume import RunState, damage_of, newest_good
-from mmrm_fast.train.tracking import Trackers
+from mmrm_fast.train.tracking import start_trackers, track
 
 CONFIG, ENVIRONMENT, CHECKPOINTS = "config.json", "environment.json", "checkpoints"
 METRICS, EVALUATIONS, RESULTS, SKIPPED = "metrics.jsonl", "evaluations.jsonl", "results.json", "skipped.jsonl"
@@ -26,7 +37,7 @@ WRITTEN = (*WORK, CONFIG, ENVIRONMENT, EVALUATIONS, "tensorboard", PROXY, RESULT
 # What may differ when a run goes on: none of it changes which records make a step or what is computed from them.
 FREE = {
     "resume", "overwrite", "output_dir", "save_every", "save_minutes", "keep", "num_workers", "eval", "eval_ood",
-    "eval_every", "best", "report_to", "check", "check_records", "skip_bad", "tokens_per_micro_batch", "compile",
+    "eval_every", "best", "report_to", "check_records", "skip_bad", "tokens_per_micro_batch", "compile",
     "activation_checkpointing", "reshard_after_forward", "replicas", "cpu_offload", "max_bad_steps", "config",
     "num_gpus", "gpu_memory", "dry_run",
 }  # fmt: skip
@@ -37,7 +48,7 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path, self.checkpoints = path, path / CHECKPOINTS
-        self.trackers: Trackers | None = None
+        self.trackers: list[GeneralTracker] = []
 
     def clear(self, *, replace: bool) -> None:
         """Make the folder; remove the run in it where that is to be replaced, and what a killed one left unfinished."""
@@ -53,18 +64,18 @@ class RunFolder:
         write_text(self.path / CONFIG, json.dumps(state.config, indent=2) + "\n")
         for name in (METRICS, EVALUATIONS):
             keep_until(self.path / name, state.step)
-        self.trackers = Trackers(report_to, self.path, state.config, step=state.step)
+        self.trackers = start_trackers(report_to, self.path, state.config, state.step)
 
     def log_step(self, row: dict[str, Any]) -> None:
         """One optimizer step."""
         append_json(self.path / METRICS, row)
-        self.trackers.log("train", {name: value for name, value in row.items() if name != "step"}, row["step"])
+        track(self.trackers, "train", {name: value for name, value in row.items() if name != "step"}, row["step"])
 
     def log_evaluation(self, step: int, results: dict[str, dict]) -> None:
         """The figures of all test sets after a step."""
         append_json(self.path / EVALUATIONS, {"step": step, "sets": results})
         for name, figures in results.items():
-            self.trackers.log(f"eval/{name}", figures, step)
+            track(self.trackers, f"eval/{name}", figures, step)
 
     def write_weights(self, name: str, checkpoint: Checkpoint, state: dict[str, Tensor], **notes: dict) -> None:
         """A plain checkpoint in a folder of this name, with notes as JSON files beside the weights."""
@@ -77,13 +88,13 @@ class RunFolder:
         """The pairs of every test set, what was not trained on, and last the figures."""
         for name, own in rows.items():
             write_rows(self.path / f"eval-{name}.jsonl", own)
-        write_text(self.path / SKIPPED, "".join(json.dumps(row) + "\n" for row in skipped))
+        write_json_lines(self.path / SKIPPED, skipped)
         write_json(self.path / RESULTS, results)
 
     def close(self) -> None:
         """Let the trackers send what is left."""
-        if self.trackers:
-            self.trackers.close()
+        for tracker in self.trackers:
+            tracker.finish()
 
 
 def append_json(path: Path, row: dict) -> None:
@@ -95,8 +106,7 @@ def append_json(path: Path, row: dict) -> None:
 def keep_until(path: Path, step: int) -> None:
     """Drop the rows after `step`, and one that was cut short; no row is left of a file for step 0."""
     if path.exists():
-        rows = [row for _, row in json_lines(path, skip_broken=True) if row["step"] <= step]
-        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        write_json_lines(path, [row for _, row in json_lines(path, skip_broken=True) if row["step"] <= step])
 
 
 def config_json(config: TrainConfig) -> dict:
@@ -104,8 +114,8 @@ def config_json(config: TrainConfig) -> dict:
     return json.loads(json.dumps(options(config), default=str))
 
 
-def open_run(config: TrainConfig) -> tuple[Path | None, list[str]]:
-    """The checkpoint that a run starts from, None for its beginning, and what is wrong with newer ones.
+def open_run(config: TrainConfig) -> Path | None:
+    """The checkpoint that a run starts from, None for its beginning; says what is wrong with newer ones.
 
     Called on every rank, before anything that takes long.
 
@@ -116,11 +126,13 @@ def open_run(config: TrainConfig) -> tuple[Path | None, list[str]]:
     sharding.on_first_rank(lambda: require_writable(folder))
     if config.run.resume is None:
         sharding.on_first_rank(lambda: require_free(folder, config.run.overwrite))  # emptied when all is checked
-        return None, []
+        return None
     if config.run.resume == "auto":
         path, problems = newest_good(folder / CHECKPOINTS)
+        if problems and sharding.rank() == 0:
+            print("\n".join(problems), file=sys.stderr)
     else:
-        path, problems = Path(config.run.resume), []
+        path = Path(config.run.resume)
         if path.resolve().parent != (folder / CHECKPOINTS).resolve():
             raise ValueError(f"--resume {path}: not a checkpoint of the run folder {folder}")
         sharding.on_first_rank(lambda: RunState.read(path))
@@ -128,22 +140,14 @@ def open_run(config: TrainConfig) -> tuple[Path | None, list[str]]:
         if damage:
             raise ValueError(f"--resume: {damage}")
     sharding.on_first_rank(lambda: require_same(config, path))
-    return path, problems
+    return path
 
 
 def require_writable(folder: Path) -> None:
-    """Raise `ValueError` where files cannot be made in the folder; leaves nothing."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder) as probe:
-            probe.write(b"x")
-    except OSError as error:
-        raise ValueError(f"{folder}: the run folder cannot be written to: {error.strerror or error}") from None
-    finally:
-        for made in missing:
-            if made.is_dir() and not any(made.iterdir()):
-                made.rmdir()
+    """Raise `ValueError` where files cannot be made in the folder, or the folder cannot be made."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{folder}: the run folder cannot be written to: {there} is no folder to write in")
 
 
 def require_free(folder: Path, overwrite: bool) -> None:

@@ -50,11 +50,6 @@ def num_ranks() -> int:
     return dist.get_world_size()
 
 
-def barrier() -> None:
-    """Wait for every rank."""
-    dist.barrier()
-
-
 def all_sum(values: Tensor) -> Tensor:
     """The sum over all ranks, in place."""
     dist.all_reduce(values)

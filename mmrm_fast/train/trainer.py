@@ -19,11 +19,16 @@ from mmrm_fast.data.packing import Packed, Step
 from mmrm_fast.data.records import RecordError
 from mmrm_fast.data.samples import Notes
 from mmrm_fast.data.schedule import load
+<<<<<<< HEAD
 from mmrm_fast.pairs import EvalSet, PairRow, judged_accuracy
 from mmrm_fast.tables import print_results
+=======
+from mmrm_fast.pairs import EvalSet, PairRow, judged_accuracy, reward_stats
+from mmrm_fast.tables import print_table, results_table
+>>>>>>> 816e9d6 (The trainer, its evaluation, trackers and run folder are shorter; rows of JSON lines are written by one function)
 from mmrm_fast.train import sharding
 from mmrm_fast.train.defaults import with_defaults
-from mmrm_fast.train.evaluation import Evaluation, best_figure
+from mmrm_fast.train.evaluation import best_figure, evaluate, figures
 from mmrm_fast.train.proxy import check_proxy, make_branches, train_mode
 from mmrm_fast.train.rates import Rates
 from mmrm_fast.train.records import MAX_LISTED, InputErrors, open_inputs, training_preparer
@@ -42,32 +47,23 @@ def train(config: TrainConfig, on_event: OnEvent = lambda event, trainer: None) 
 
     Args:
         config: options that are None get their defaults.
-        on_event: called with what is about to happen on this rank: a `micro-batch`, the end of a `step` (it is applied
-            and logged), a batch of an `evaluation`, a `save`, and in the background the `seal` of what was saved.
+        on_event: told what happens next on this rank: a `micro-batch`, what follows a `step` that is applied and
+            logged, a batch of an `evaluation`, a `save`, and in the background the `seal` of what was saved.
     """
     with sharding.ranks() as device:
         config, eval_sets = with_defaults(config)
         check_proxy(config)
         require_trackers(config.run.report_to)
-        start, problems = open_run(config)
-        if problems and sharding.rank() == 0:
-            print("\n".join([*problems, f"resuming from {start}"]), file=sys.stderr)
-        return Trainer(config, eval_sets, device, start, on_event).run()
+        return Trainer(config, eval_sets, device, open_run(config), on_event).run()
 
 
 class Trainer:
-    """One training run on one rank."""
+    """One training run on one rank, from a checkpoint or from the start."""
 
     def __init__(
-        self,
-        config: TrainConfig,
-        eval_sets: list[EvalSet],
-        device: torch.device,
-        start: Path | None,
-        on_event: OnEvent,
+        self, config: TrainConfig, eval_sets: list[EvalSet], device: torch.device, start: Path | None, on_event: OnEvent
     ):
-        self.config, self.device, self.start = config, device, start
-        self.on_event = on_event
+        self.config, self.device, self.start, self.on_event = config, device, start, on_event
         self.is_main = sharding.rank() == 0
         torch.manual_seed(config.run.seed)
         self.branches = make_branches(config, device)
@@ -75,20 +71,22 @@ class Trainer:
         records, main = replace(config.records, **unchecked), self.branches[0].checkpoint
         preparer = training_preparer(config, main, with_text=len(self.branches) > 1)
         self.inputs = open_inputs(records, eval_sets, preparer, self.progress_bar)
+        self.kinds = {eval_set.name: eval_set.kind for eval_set in self.inputs.eval_sets}
         self.total = int(config.optimizer.epochs * len(self.inputs.dataset))  # records to train on
         self.steps = Steps(self.branches, config, device)
-        self.evaluation = Evaluation(self.inputs.eval_sets, self.inputs.eval_datasets, self.branches, device)
         self.state = RunState(config_json(config))
         self.folder = RunFolder(config.run.output_dir)
-        models = [branch.root for branch in self.branches]
-        self.rates = Rates(models, main.tokens_per_tile, device, sharding.num_ranks())
-        self.undecoded: list[RecordError] = []  # this rank's
+        self.rates = Rates([branch.root for branch in self.branches], main.tokens_per_tile, device)
+        self.undecoded: list[RecordError] = []  # on this rank, since all ranks noted them
+        self.waited = 0.0  # seconds of a step without data
         self.received: list[int] = []  # signals
 
     def run(self) -> Path:
         """The whole run, from where it starts to its end or to a SIGTERM."""
         if self.start is not None:
-            self.restore(self.start)
+            load_tensors(self.start, self.steps.tensors())
+            self.state = replace(RunState.read(self.start), config=self.state.config)
+            self.say(f"resuming after step {self.state.step} from {self.start}")
         sharding.on_first_rank(self.open_folder)
         self.checkpoints = Checkpoints(self.folder.checkpoints, keep=self.config.run.keep)
         try:
@@ -103,12 +101,6 @@ class Trainer:
         self.checkpoints.close()
         return self.folder.path
 
-    def restore(self, checkpoint: Path) -> None:
-        """Go on where a checkpoint was written."""
-        load_tensors(checkpoint, self.steps.tensors())
-        self.state = replace(RunState.read(checkpoint), config=self.state.config)
-        self.say(f"resuming after step {self.state.step}, {checkpoint}")
-
     def open_folder(self) -> None:
         """A folder that holds this run alone, and room for its checkpoints."""
         self.folder.clear(replace=self.config.run.overwrite and self.config.run.resume is None)
@@ -117,20 +109,22 @@ class Trainer:
 
     def train_steps(self) -> None:
         """Every optimizer step that is left, with a progress bar over the records."""
-        batches = Timed(self.watched(self.batches_left(), "micro-batch", training=True))
-        self.saved_at = started = time.perf_counter()
+        run, batches = self.config.run, self.watched(self.batches_left(), "micro-batch", training=True)
         for branch in self.branches:
             train_mode(branch.root)
+        self.saved_at = time.perf_counter()
         options = {"desc": "training", "unit": " records", "smoothing": 0.1, "disable": not self.is_main}
         with tqdm(total=self.total, initial=self.state.consumed, **options) as self.bar:
             self.evaluate_when_due()
+            started, self.waited = time.perf_counter(), 0.0
             while step := self.add_up(batches):
                 outcome = self.apply(step)
-                self.log(outcome, step, seconds=time.perf_counter() - started, waited=batches.seconds)
+                self.log(outcome, step, time.perf_counter() - started)
                 self.tell("step")
                 self.evaluate_when_due()
-                self.save_when_due(outcome.save_asked)
-                started, batches.seconds = time.perf_counter(), 0.0
+                if outcome.save_asked or (run.save_every and self.state.step % run.save_every == 0):
+                    self.save()
+                started, self.waited = time.perf_counter(), 0.0
         if not self.state.step:
             raise ValueError(f"{', '.join(map(str, self.config.records.data))}: no pair to train on")
 
@@ -153,7 +147,7 @@ class Trainer:
             self.steps.accumulator.request("save")  # in the sums, as only one rank's clock counts
         outcome = self.steps.apply(self.share(step))
         if outcome.num_errors:
-            self.refuse_undecoded()
+            self.note_undecoded()
         self.count_bad(outcome)
         self.bar.update(step.consumed - self.state.consumed)
         self.state.consumed, self.state.step = step.consumed, self.state.step + 1
@@ -178,27 +172,26 @@ class Trainer:
                 f"{state.step + 1}, over {listed}; look at these records, or lower --lr"
             )
 
-    def log(self, outcome: Outcome, step: Step, *, seconds: float, waited: float) -> None:
+    def log(self, outcome: Outcome, step: Step, seconds: float) -> None:
         """One row of metrics.jsonl and the progress bar's figures."""
         if not self.is_main:
             return
         row = {"step": self.state.step, **outcome.metrics, "bad_steps": self.state.bad_steps}
-        row |= {"imbalance": step.imbalance, "data_wait_seconds": waited, **self.rates(row, seconds)}
+        row |= {"imbalance": step.imbalance, "data_wait_seconds": self.waited, **self.rates(row, seconds)}
         self.folder.log_step(row)
-        shown = {"loss": row["loss"], "acc": row["accuracy"], "sharing": row["sharing"]}
-        shown |= {"sfc": row["sfc_mean"]} if self.config.proxy.robust else {}
-        figures = [f"{name} {value:.3f}" for name, value in shown.items()]
-        self.bar.set_postfix_str(", ".join([*figures, f"{row['tokens_per_second']:,.0f} tok/s"]))
+        shown = {"loss": "loss", "acc": "accuracy", "sharing": "sharing", "sfc": "sfc_mean"}
+        parts = [f"{name} {row[key]:.3f}" for name, key in shown.items() if name != "sfc" or self.config.proxy.robust]
+        self.bar.set_postfix_str(", ".join([*parts, f"{row['tokens_per_second']:,.0f} tok/s"]))
 
     def evaluate_when_due(self) -> None:
         """Evaluate every `eval_every` steps, and after resuming where that did not happen any more."""
         state, every = self.state, self.config.run.eval_every
         if not every or not state.step or state.step % every or state.evaluated == state.step:
             return
-        results = self.evaluation.figures(self.evaluate())
+        results = figures(self.evaluate(), self.kinds)
         if self.is_main:
             self.folder.log_evaluation(state.step, results)
-            judged = (f"{name} {judged_accuracy(figures):.1%}" for name, figures in results.items())
+            judged = (f"{name} {judged_accuracy(own):.1%}" for name, own in results.items())
             self.bar.write(f"step {state.step}: " + ", ".join(judged))
         value = best_figure(results, self.config.run.best)
         if value is not None and (state.best is None or value > state.best):
@@ -208,21 +201,15 @@ class Trainer:
 
     def evaluate(self) -> dict[str, list[PairRow]]:
         """Every pair of every test set, by its name."""
-        rows = self.evaluation.rows(self.evaluation_batches)
-        self.refuse_undecoded()
+        sets = zip(self.inputs.eval_sets, self.inputs.eval_datasets, strict=True)
+        batches = {eval_set.name: self.evaluation_batches(dataset, eval_set.name) for eval_set, dataset in sets}
+        rows = evaluate(self.branches, batches, self.device)
+        self.note_undecoded()
         return rows
-
-    def save_when_due(self, is_asked: bool) -> None:
-        """Write a checkpoint every `save_every` steps, and where the clock asked for one."""
-        every = self.config.run.save_every
-        if is_asked or (every and self.state.step % every == 0):
-            self.save()
 
     def save(self) -> None:
         """Write a checkpoint in the background; a failure is told, and tried again the next time."""
         self.tell("save")
-        self.state.skip(sharding.gather_lists(self.undecoded))
-        self.undecoded.clear()
         self.warn(self.checkpoints.save(self.state, self.steps.tensors(), on_seal=partial(self.tell, "seal")))
         self.saved_at = time.perf_counter()
 
@@ -239,12 +226,11 @@ class Trainer:
         if (self.start or self.config.run.save_every) and self.checkpoints.saving_step != self.state.step:
             self.save()
         rows = self.evaluate()
-        self.write_weights(FINAL, 0, reward_stats=self.evaluation.reward_stats(rows))
+        self.write_weights(FINAL, 0, reward_stats=reward_stats(rows, self.kinds))
         if len(self.branches) > 1:
             self.write_weights(PROXY, 1)
-        self.state.skip(sharding.gather_lists(self.undecoded))
         if self.is_main:
-            results = self.evaluation.figures(rows)
+            results = figures(rows, self.kinds)
             self.folder.write_results(rows, results, self.state.skipped)
             print_summary(self.folder.path, results, self.state)
 
@@ -256,9 +242,8 @@ class Trainer:
 
     def batches_left(self) -> Iterator[Packed]:
         """This rank's micro-batches from where the run is to its end."""
-        order = self.inputs.order(self.total, self.config.run.seed)
-        config = self.config.batch
-        options = {"tokens_per_batch": config.tokens_per_batch, "pairs_per_step": config.pairs_per_step}
+        order, batch = self.inputs.order(self.total, self.config.run.seed), self.config.batch
+        options = {"tokens_per_batch": batch.tokens_per_batch, "pairs_per_step": batch.pairs_per_step}
         return self.load(self.inputs.dataset, order, start=self.state.consumed, **options)
 
     def evaluation_batches(self, dataset: PreferenceDataset, name: str) -> Iterator[Packed]:
@@ -268,23 +253,19 @@ class Trainer:
         return self.watched(self.progress_bar(f"evaluating {name}")(batches), "evaluation", training=False)
 
     def load(self, dataset: PreferenceDataset, order: np.ndarray, **options) -> Iterator[Packed]:
-        """This rank's packed micro-batches over `order`, prepared by worker processes."""
+        """This rank's packed micro-batches over `order`, prepared by worker processes from the first one on."""
         on_gpu, num_workers = self.device.type == "cuda", self.config.run.num_workers
-        return load(
-            dataset,
-            order,
-            tokens_per_micro_batch=self.config.batch.tokens_per_micro_batch,
-            rank=sharding.rank(),
-            num_ranks=sharding.num_ranks(),
-            gather=sharding.gather_lists,
-            num_workers=4 * on_gpu if num_workers is None else num_workers,
-            pin_memory=on_gpu,
-            **options,
-        )
+        yield from load(
+            dataset, order, tokens_per_micro_batch=self.config.batch.tokens_per_micro_batch, rank=sharding.rank(),
+            num_ranks=sharding.num_ranks(), gather=sharding.gather_lists,
+            num_workers=4 * on_gpu if num_workers is None else num_workers, pin_memory=on_gpu, **options,
+        )  # fmt: skip
 
     def watched(self, batches: Iterable[Packed], event: str, *, training: bool) -> Iterator[Packed]:
         """The batches, with account kept of what cannot be used; raises `Stopped` on all ranks when one is told to."""
+        started = time.perf_counter()
         for packed in batches:
+            self.waited += time.perf_counter() - started
             self.tell(event)
             if sharding.any_rank(bool(self.received)):
                 raise Stopped
@@ -292,30 +273,33 @@ class Trainer:
                 self.note(packed.step.notes, training=training)
             self.undecoded += packed.errors.values()
             yield packed
+            started = time.perf_counter()
 
     def note(self, notes: Notes, *, training: bool) -> None:
-        """Keep account of records that cannot be used, or stop; in training also of what is not trained on."""
-        if notes.errors and not self.config.records.skip_bad:
-            raise InputErrors(list(notes.errors), "mend them, or pass --skip-bad to leave such records out")
-        self.state.skip([*notes.errors, *(notes.dropped if training else ())])
+        """Keep account of what the schedule says of records; in training also of what is not trained on."""
+        self.leave_out(notes.errors)
         if training:
+            self.state.skip(notes.dropped)
             self.state.count("responses without a numeric rating", notes.unrated)
             self.state.count("records without a preference", notes.unpaired)
 
-    def refuse_undecoded(self) -> None:
-        """Images that could not be decoded, on any rank: stop on all of them, unless `skip_bad`."""
-        if self.config.records.skip_bad:
-            return
-        errors = sharding.gather_lists(self.undecoded)
-        if errors:
-            raise InputErrors(errors, "mend them, or pass --skip-bad to leave them out")
+    def note_undecoded(self) -> None:
+        """Keep account of images that could not be decoded, on any rank."""
+        errors, self.undecoded = sharding.gather_lists(self.undecoded), []
+        self.leave_out(errors)
 
-    def progress_bar(self, description: str):
+    def leave_out(self, errors: Iterable[RecordError]) -> None:
+        """Leave records out, which `--skip-bad` allows; raises `InputErrors` where it does not."""
+        if errors and not self.config.records.skip_bad:
+            raise InputErrors(list(errors), "mend them, or pass --skip-bad to leave them out")
+        self.state.skip(errors)
+
+    def progress_bar(self, description: str) -> Callable:
         """A tqdm wrapper that only the first rank shows."""
         return partial(tqdm, desc=description, leave=False, delay=2, disable=not self.is_main)
 
     def tell(self, event: str) -> None:
-        """Tell whoever started the run what is about to happen."""
+        """Tell whoever started the run what happens next."""
         self.on_event(event, self)
 
     def warn(self, problem: str | None) -> None:
@@ -337,23 +321,6 @@ def print_summary(folder: Path, results: dict[str, dict], state: RunState) -> No
         if number:
             print(f"{number} {what}")
     print(f"Score with it:\n  python scripts/score.py --model {folder / FINAL} --data in.jsonl --out out.jsonl")
-
-
-class Timed:
-    """An iterator that adds up the seconds waited for its items."""
-
-    def __init__(self, items: Iterable[Packed]):
-        self.items, self.seconds = iter(items), 0.0
-
-    def __iter__(self) -> "Timed":
-        return self
-
-    def __next__(self) -> Packed:
-        started = time.perf_counter()
-        try:
-            return next(self.items)
-        finally:
-            self.seconds += time.perf_counter() - started
 
 
 class Stopped(Exception):
