@@ -19,13 +19,8 @@ from mmrm_fast.data.packing import Packed, Step
 from mmrm_fast.data.records import RecordError
 from mmrm_fast.data.samples import Notes
 from mmrm_fast.data.schedule import load
-<<<<<<< HEAD
-from mmrm_fast.pairs import EvalSet, PairRow, judged_accuracy
-from mmrm_fast.tables import print_results
-=======
 from mmrm_fast.pairs import EvalSet, PairRow, judged_accuracy, reward_stats
-from mmrm_fast.tables import print_table, results_table
->>>>>>> 816e9d6 (The trainer, its evaluation, trackers and run folder are shorter; rows of JSON lines are written by one function)
+from mmrm_fast.tables import print_results
 from mmrm_fast.train import sharding
 from mmrm_fast.train.defaults import with_defaults
 from mmrm_fast.train.evaluation import best_figure, evaluate, figures

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import resource
 import signal
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from ranks import TIMEOUT_SECONDS, run_ranks
 from runs import losses, read
 from safetensors.torch import load_file
 
-from mmrm_fast.config_file import with_options
-from mmrm_fast.train.resume import not_kept
+from mmrm_fast.config import TrainConfig
+from mmrm_fast.config_file import options, with_options
+from mmrm_fast.train.resume import RunState, not_kept
+from mmrm_fast.train.run_folder import FREE
 from mmrm_fast.train.trainer import train
 
 OPTIONS = {"robust": True, "epochs": 2, "save_every": 2, "keep": 3, "report_to": ()}
@@ -113,6 +116,71 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(make_co
         (path / "checkpoint.json").write_text("{")
     with pytest.raises(ValueError, match="no good checkpoint"):
         train(with_options(config, resume="auto"))
+
+
+def kill_at_once(config):
+    train(config, lambda event, trainer: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again_with_the_same_config_alone(make_config):
+    whole, config = train(make_config("whole", **OPTIONS)), make_config("run", resume="auto", **OPTIONS)
+    assert in_child(kill_at_once, config) == -signal.SIGKILL
+    assert (config.run.output_dir / "config.json").exists() and not (config.run.output_dir / "checkpoints").exists()
+    with pytest.raises(ValueError, match=r"seed 0 -> 1"):
+        train(with_options(config, seed=1))
+    same_runs(whole, train(config))
+
+
+def test_a_checkpoint_is_written_when_the_last_one_is_so_many_minutes_old(make_config):
+    options = {**OPTIONS, "save_every": None, "keep": 2}
+    by_clock, never = (
+        make_config("often", save_minutes=1e-9, **options),
+        make_config("never", save_minutes=0, **options),
+    )
+    saved = []
+    whole = train(by_clock, lambda event, trainer: saved.append(trainer.state.step) if event == "save" else None)
+    assert saved == list(range(1, len(losses(whole)) + 1))
+    assert len(list((whole / "checkpoints").iterdir())) == 2
+    assert not (train(never) / "checkpoints").exists()
+    same_runs(whole, train(with_options(by_clock, resume=str(min((whole / "checkpoints").iterdir())))))
+
+
+def train_on_unequal_clocks(config):
+    config = with_options(config, save_minutes=1e-9 if os.environ["RANK"] == "0" else 1e9)
+    train(config)
+
+
+def test_one_ranks_clock_makes_all_ranks_save(make_config):
+    config = make_config("ranks", **{**OPTIONS, "save_every": None, "max_steps": 2})
+    assert run_ranks(train_on_unequal_clocks, config) == [0, 0]
+    steps = sorted(path.name for path in (config.run.output_dir / "checkpoints").iterdir())
+    assert steps == ["step-00000001", "step-00000002"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"step": None}, "step"),
+        ({"consumed": "4"}, "consumed"),
+        ({"skipped": {}}, "skipped"),
+        ({"momentum": 0.9}, "momentum"),
+    ],
+)
+def test_a_state_that_is_not_one_is_refused_by_the_name_of_its_field(tmp_path, change, reason):
+    path = tmp_path / "checkpoint.json"
+    path.write_text(json.dumps({"state": asdict(RunState({}, step=4, consumed=9, best=0.5)), "files": {}}))
+    assert RunState.read(tmp_path) == RunState({}, step=4, consumed=9, best=0.5)
+    path.write_text(json.dumps({"state": asdict(RunState({})) | change, "files": {}}))
+    with pytest.raises(ValueError, match=rf"checkpoint\.json: not the state of a run of this version: {reason}"):
+        RunState.read(tmp_path)
+    for broken in ("null", '{"state": null}', "{}", "{"):
+        path.write_text(broken)
+        with pytest.raises(ValueError, match=r"checkpoint\.json"):
+            RunState.read(tmp_path)
+
+
+def test_what_may_differ_when_a_run_goes_on_are_options():
+    assert set(options(TrainConfig())) >= FREE
 
 
 def test_a_checkpoint_can_be_named(make_config):

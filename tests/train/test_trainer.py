@@ -11,6 +11,7 @@ from runs import losses, margins, mixed_records, read
 from safetensors.torch import load_file
 
 from mmrm_fast.cli import main
+from mmrm_fast.config_file import with_options
 from mmrm_fast.score.scorer import Scorer
 from mmrm_fast.train.loss import COUNTS, SUMS, StepTotals
 from mmrm_fast.train.step import lr_factor
@@ -32,14 +33,16 @@ def test_a_run_leaves_metrics_evaluation_and_a_reward_model(make_config, capsys)
     assert last_line.split()[:3] == ["python", "scripts/score.py", "--model"] and str(folder / "final") in last_line
 
 
+def saved_margins(folder, records):
+    """What a saved model's scores of pairwise records come to."""
+    records = [{**record, "responses": [record["chosen"], record["rejected"]]} for record in records]
+    scored = [{key: record[key] for key in ("prompt", "img_path", "responses")} for record in records]
+    return [chosen - rejected for chosen, rejected in Scorer.from_pretrained(folder, device="cpu").score(scored)]
+
+
 def test_scores_of_the_saved_model_are_the_rewards_of_the_last_evaluation(make_config, pictures):
     folder = train(make_config("run", robust=True))
-    records = [
-        {"prompt": r["prompt"], "img_path": r["img_path"], "responses": [r["chosen"], r["rejected"]]}
-        for r in mixed_records(pictures)[:3]
-    ]
-    rewards = Scorer.from_pretrained(folder / "final", device="cpu").score(records)
-    assert [chosen - rejected for chosen, rejected in rewards] == pytest.approx(margins(folder), abs=1e-5)
+    assert saved_margins(folder / "final", mixed_records(pictures)[:3]) == pytest.approx(margins(folder), abs=1e-5)
 
 
 @pytest.mark.parametrize("robust", [False, True], ids=["standard", "robust"])
@@ -82,6 +85,22 @@ def test_a_fraction_of_the_data_is_held_out_and_tested_on(make_config):
     trained = sum(row["pairs"] for row in read(folder / "metrics.jsonl"))
     assert list(results) == ["held-out"] and results["held-out"]["kind"] == "iid"
     assert trained + results["held-out"]["pairs"] == 17 and trained < 17
+
+
+def test_the_best_weights_are_those_of_the_best_mean_accuracy_out_of_distribution(make_config, write_jsonl, pictures):
+    """The labels of the o.o.d. sets are those of the training set turned round, so training makes them worse."""
+    records = mixed_records(pictures)[:8]
+    turned = [{**record, "chosen": record["rejected"], "rejected": record["chosen"]} for record in records]
+    same, left, right = (write_jsonl(own, name) for own, name in ((records, "s"), (turned[:3], "l"), (turned[3:], "r")))
+    config = make_config("ood", eval=(f"same={same}",), eval_ood=(f"left={left}", f"right={right}"), eval_every=1)
+    folder = train(with_options(config, epochs=3))
+    results = json.loads((folder / "results.json").read_text())
+    assert {name: own["kind"] for name, own in results.items()} == {"same": "iid", "left": "ood", "right": "ood"}
+    sets = [row["sets"] for row in read(folder / "evaluations.jsonl")]
+    means = [(row["left"]["accuracy"] + row["right"]["accuracy"]) / 2 for row in sets]
+    assert max(means) > means[-1] and sets[-1]["same"]["accuracy"] > sets[0]["same"]["accuracy"]
+    parts = (saved_margins(folder / "best", turned[:3]), saved_margins(folder / "best", turned[3:]))
+    assert sum(sum(margin > 0 for margin in part) / len(part) for part in parts) / 2 == max(means)
 
 
 def test_test_records_among_the_training_records_are_said(make_config, capsys):
@@ -216,6 +235,14 @@ def test_a_wrong_option_is_a_message_not_a_traceback(make_config, monkeypatch, c
     monkeypatch.setattr(sys, "argv", ["mmrm-fast"])
     assert main(["train", "--output-dir", str(config.run.output_dir), *(a.format(**places) for a in arguments)]) == 2
     assert reason in capsys.readouterr().err
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_written(make_config, monkeypatch):
+    monkeypatch.setattr("mmrm_fast.train.tracking.get_available_trackers", list)
+    config = make_config("tracked", report_to=("mlflow",))
+    with pytest.raises(ValueError, match="--report-to mlflow: pip install mlflow"):
+        train(config)
+    assert not config.run.output_dir.exists()
 
 
 def test_learning_rate_warms_up_and_ends_at_zero():
