@@ -2,8 +2,9 @@
 
 import base64
 import io
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -54,9 +55,8 @@ def report(config: ReportConfig) -> None:
     if not config.runs:
         raise ValueError("give the folder of a run, such as runs/robust")
     runs = [read_run(folder) for folder in config.runs]
-    names = {run.name for run in runs}
-    if len(names) < len(runs):
-        runs = [Run(**{**vars(run), "name": str(run.folder)}) for run in runs]
+    if len({run.name for run in runs}) < len(runs):
+        runs = [replace(run, name=str(run.folder)) for run in runs]
     out = config.out or config.runs[0] / "report.html"
     heads, rows = accuracy_table(runs)
     write_page(
@@ -76,23 +76,13 @@ def read_run(folder: Path) -> Run:
     """Read a run folder. Raises `ValueError` where there is no run."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no config.json; expected the folder of a run, as `mmrm-fast train` leaves it")
-    pairs = {path.stem.removeprefix("eval-"): read_rows(path) for path in sorted(folder.glob("eval-*.jsonl"))}
-    return Run(
-        folder=folder,
-        name=folder.resolve().name,
-        config=read_object(folder / "config.json"),
-        environment=read_object(folder / "environment.json"),
-        metrics=read_rows(folder / "metrics.jsonl"),
-        evaluations=read_rows(folder / "evaluations.jsonl"),
-        results=read_object(folder / "results.json"),
-        pairs=pairs,
+    config, environment, results = (
+        read_json(path) if (path := folder / f"{name}.json").is_file() else {}
+        for name in ("config", "environment", "results")
     )
-
-
-def read_object(path: Path) -> dict:
-    """A JSON object, empty where there is no file."""
-    value = read_json(path) if path.is_file() else {}
-    return value if isinstance(value, dict) else {}
+    metrics, evaluations = (read_rows(folder / f"{name}.jsonl") for name in ("metrics", "evaluations"))
+    pairs = {path.stem.removeprefix("eval-"): read_rows(path) for path in sorted(folder.glob("eval-*.jsonl"))}
+    return Run(folder, folder.resolve().name, config, environment, metrics, evaluations, results, pairs)
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -110,17 +100,8 @@ def section(run: Run) -> dict:
         "summary": f"{run.name}: {method}, {len(run.metrics)} steps, {pairs:,} pairs, {seconds / 60:,.1f} minutes",
         "charts": run_charts(run),
         "galleries": galleries(run),
-        "tables": [
-            (title, [(key, shown(value)) for key, value in items.items()])
-            for title, items in (("Config", run.config), ("Environment", run.environment))
-            if items
-        ],
+        "tables": {"Config": run.config, "Environment": run.environment},
     }
-
-
-def shown(value: object) -> str:
-    """A config value as text."""
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def accuracy_table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
@@ -239,19 +220,15 @@ class Files:
         return card
 
     def group(self, source: str, record: int) -> Group:
-        """The record that stands at `source`, "FILE:LINE", and was number `record` of its set."""
-        path = source.rpartition(":")[0]
+        """The record that stands at `source`, "FILE:LINE" or "FILE[PLACE]", and was number `record` of its set."""
+        path = re.sub(r"(:\d+|\[\d+\])$", "", source)
         if path not in self.opened:
             self.opened[path] = Records(path, image_root=self.image_root)
         file = self.opened[path]
-        if record < len(file) and (group := file.group(record)).source == source:
-            return group
-        (rows,) = file.files
-        places = (place for place in range(len(rows)) if rows.source(place) == source)
-        place = next(places, None)
-        if place is None:
-            raise ValueError(f"{source}: no such record any more")
-        return file.group(place)
+        for place in (record, *range(len(file))):
+            if place < len(file) and file.source(place) == source:
+                return file.group(place)
+        raise ValueError(f"{source}: no such record any more")
 
 
 def text_of(group: Group) -> str:

@@ -116,6 +116,14 @@ def test_what_is_written_is_shown_as_text(make_run, report):
     assert "<i>\n" not in text and "a$\\1$&lt;i&gt;" in text
 
 
+def test_pairs_of_a_json_array_are_found_by_their_place(make_run, report, tmp_path):
+    pairs = [{"prompt": f"What is {i}?", "chosen": "a", "rejected": "b"} for i in range(3)]
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs))
+    source = {"record": 7, "source": f"{tmp_path / 'pairs.json'}[2]"}
+    row = {**source, "chosen": 0, "rejected": 1, "margin": -1.0, "proxy_margin": None}
+    assert "What is 2?" in report(make_run("a", **{"eval-iid.jsonl": [row]}))
+
+
 @pytest.mark.parametrize(
     "missing", [["metrics.jsonl", "evaluations.jsonl"], ["eval-iid.jsonl", "results.json"], ["environment.json"]]
 )
