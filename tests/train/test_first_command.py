@@ -26,7 +26,7 @@ def test_the_readme_s_first_command_ends_with_a_table_and_a_reward_model(tmp_pat
     assert (script, arguments) == ("scripts/train.py", ["--robust"])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [*TORCHRUN, str(ROOT / script), *arguments]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     rows = [[cell.strip() for cell in line.split("│")[1:4]] for line in result.stdout.splitlines() if "│" in line]
     kinds = {"iid": "iid", "length": "ood", "hedging": "ood", "neutral": "probe", "reversed": "probe"}
