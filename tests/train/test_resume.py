@@ -1,10 +1,12 @@
 """A run that ends early goes on as if it had not: killed, terminated, damaged, moved to other ranks, out of disk."""
 
+import gc
 import json
 import multiprocessing
 import os
 import resource
 import signal
+import weakref
 from dataclasses import asdict
 
 import pytest
@@ -181,6 +183,17 @@ def test_a_state_that_is_not_one_is_refused_by_the_name_of_its_field(tmp_path, c
 
 def test_what_may_differ_when_a_run_goes_on_are_options():
     assert set(options(TrainConfig())) >= FREE
+
+
+def test_nothing_of_a_run_waits_for_the_garbage_collector(make_config):
+    """A process group that is collected later, in a fork, waits for threads which that does not have."""
+    seen = []
+    gc.disable()
+    try:
+        train(make_config("run", **OPTIONS), lambda event, trainer: seen.append(weakref.ref(trainer)))
+        assert seen and not any(trainer() for trainer in seen)
+    finally:
+        gc.enable()
 
 
 def test_a_checkpoint_can_be_named(make_config):
