@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks.harness import Case, Options, Row, lone_row
 from mmrm_fast.data.shapes import cached_environments
-from mmrm_fast.train.defaults import TINY_CHECKPOINT
+from mmrm_fast.train.command import TINY_CHECKPOINT
 
 ROOT = Path(__file__).parents[1]
 STEPS, QUICK_STEPS, SCORED = 40, 10, 500

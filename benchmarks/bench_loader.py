@@ -19,7 +19,7 @@ from mmrm_fast.data.records import Records
 from mmrm_fast.data.samples import Preparer
 from mmrm_fast.data.schedule import load
 from mmrm_fast.data.shapes import cached_environments
-from mmrm_fast.train.defaults import TINY_CHECKPOINT
+from mmrm_fast.train.command import TINY_CHECKPOINT
 
 RECORDS, BUDGET = 512, 6_144  # records of an epoch; work of a step, as training on the tiny checkpoint has it
 

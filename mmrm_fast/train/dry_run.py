@@ -1,6 +1,5 @@
 """`mmrm-fast train --dry-run`: what a training needs, from configs alone, before a GPU is taken for it."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -9,7 +8,6 @@ import torch
 
 from mmrm_fast.checkpoint.folder import CheckpointFolder
 from mmrm_fast.config import TrainConfig
-from mmrm_fast.config_file import with_options
 from mmrm_fast.data.mixture import parse_mixture
 from mmrm_fast.data.prompt import Encoded
 from mmrm_fast.data.records import RecordError, Records
@@ -17,7 +15,6 @@ from mmrm_fast.data.samples import Preparer, Sample
 from mmrm_fast.model.lora import MAIN, PROXY
 from mmrm_fast.model.reward_model import RewardModel
 from mmrm_fast.tables import print_table
-from mmrm_fast.train.defaults import DEFAULTS, TINY, TINY_CHECKPOINT
 from mmrm_fast.train.footprint import GIB, WORKSPACE, Memory, count, make_models, memory, needed
 from mmrm_fast.train.rates import pass_flops
 from mmrm_fast.train.records import open_records, training_preparer
@@ -38,16 +35,8 @@ class Work:
     cost: float
 
 
-def dry_run(config: TrainConfig) -> None:
+def dry_run(config: TrainConfig, *, num_gpus: int) -> None:
     """Print what the training needs; raise `ValueError` where it cannot fit."""
-    filled = TINY if config.weights.model in (None, TINY_CHECKPOINT) else DEFAULTS
-    config = with_options(
-        config,
-        model=config.weights.model or TINY_CHECKPOINT,
-        tokens_per_batch=config.batch.tokens_per_batch or filled["tokens_per_batch"],
-        tokens_per_micro_batch=min(config.batch.tokens_per_micro_batch, filled.get("tokens_per_micro_batch", 1 << 62)),
-    )
-    num_gpus = config.memory.num_gpus or int(os.environ.get("WORLD_SIZE", "1"))
     models, work = make_models(config), measure(config)
     memories = {name: branch_memory(config, name, model, work, num_gpus) for name, model in models.items()}
     rows = [*parameter_rows(models), *memory_rows(memories)]

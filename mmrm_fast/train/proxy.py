@@ -157,24 +157,6 @@ def proxy_file(config: ProxyConfig) -> Path | None:
     return None if path.is_dir() else path
 
 
-def check_proxy(config: TrainConfig) -> None:
-    """Raise `ValueError` where the options of the proxy contradict each other."""
-    if not config.proxy.robust:
-        return
-    if config.proxy.proxy_model == "lora" and not config.weights.llm_lora:
-        raise ValueError("--proxy-model lora: model and proxy are adapters on frozen weights, add --llm-lora")
-    path = proxy_file(config.proxy)
-    if path and not path.is_file():
-        raise ValueError(f"--proxy-model {path}: not `full`, `lora`, a folder or a file")
-    if path and config.records.pairs != "all":
-        raise ValueError(
-            f"--proxy-model {path}: margins are by pair of a whole record, not with --pairs {config.records.pairs}"
-        )
-    number = len(config.records.data)
-    if path and number != 1:
-        raise ValueError(f"--proxy-model {path}: margins are by record of one file, --data has {number}")
-
-
 class ProxyMargins:
     """Text-only margins r(chosen) - r(rejected) from a JSONL file, one row a pair: what a proxy would compute.
 

@@ -55,12 +55,9 @@ class Inputs:
 
 
 def training_preparer(config: TrainConfig, checkpoint: Checkpoint, *, with_text: bool) -> Preparer:
-    """How the training records become samples. Raises `ValueError` for a wrong `--pairs`."""
+    """How the training records become samples."""
     pairs = config.records.pairs
-    if pairs not in ("all", "expand"):
-        if not pairs.isdecimal() or not int(pairs):
-            raise ValueError(f"--pairs must be all, expand or a number of at least 1, got {pairs!r}")
-        pairs = int(pairs)
+    pairs = pairs if pairs in ("all", "expand") else int(pairs)
     return Preparer(
         checkpoint.prompt_encoder(), checkpoint.tiling, overlong=config.records.overlong, with_text=with_text,
         proxy_image=config.proxy.proxy_image, inputs=config.batch.inputs, pairs=pairs, seed=config.run.seed,
@@ -79,8 +76,6 @@ def open_inputs(config: RecordsConfig, eval_sets: list[EvalSet], preparer: Prepa
         ValueError: a file without records, or a wrong option.
     """
     fraction = config.eval_fraction or 0.0
-    if config.eval_fraction is not None and not 0 < fraction < 1:
-        raise ValueError(f"--eval-fraction must lie between 0 and 1, got {fraction}")
     mixture, testing = parse_mixture(config.data), replace(preparer, pairs="all", overlong="truncate")
     train, *tests = (open_records(config, *paths) for paths in (mixture.paths, *((own.path,) for own in eval_sets)))
     first = config.check_records

@@ -168,8 +168,10 @@ def require_same(config: TrainConfig, checkpoint: Path | None) -> None:
         before = read_json(folder / CONFIG)
     else:
         return
-    now = config_json(config)
-    changed = [name for name in sorted({*before, *now} - FREE) if before.get(name) != now.get(name)]
+    now, before = config_json(config), config_json(TrainConfig()) | before  # an option that is new had its default
+    unused = {"tokens_per_batch"} if now["pairs_per_step"] else set()
+    gone = {name for name in before.keys() - now if not before[name]}  # and was not set
+    changed = [name for name in sorted(before.keys() - FREE - unused - gone) if before[name] != now.get(name)]
     if changed:
-        listed = ", ".join(f"{name} {before.get(name)!r} -> {now.get(name)!r}" for name in changed)
+        listed = ", ".join(f"{name} {before[name]!r} -> {now.get(name)!r}" for name in changed)
         raise ValueError(f"{folder}: cannot be resumed with a different config: {listed}")

@@ -131,8 +131,7 @@ def offloads(device: torch.device, config: MemoryConfig) -> bool:
 
 def make_mesh(device: torch.device, replicas: int) -> DeviceMesh:
     """All ranks in a row, or `replicas` rows of them."""
-    if num_ranks() % replicas:
-        raise ValueError(f"--replicas {replicas} does not divide {num_ranks()} ranks")
+    assert num_ranks() % replicas == 0
     if replicas == 1:
         return init_device_mesh(device.type, (num_ranks(),))
     return init_device_mesh(device.type, (replicas, num_ranks() // replicas), mesh_dim_names=("replicate", "shard"))

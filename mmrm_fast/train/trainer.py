@@ -22,34 +22,17 @@ from mmrm_fast.data.schedule import load
 from mmrm_fast.pairs import EvalSet, PairRow, judged_accuracy, reward_stats
 from mmrm_fast.tables import print_results
 from mmrm_fast.train import sharding
-from mmrm_fast.train.defaults import with_defaults
 from mmrm_fast.train.evaluation import best_figure, evaluate, figures
-from mmrm_fast.train.proxy import check_proxy, make_branches, train_mode
+from mmrm_fast.train.proxy import make_branches, train_mode
 from mmrm_fast.train.rates import Rates
 from mmrm_fast.train.records import MAX_LISTED, InputErrors, open_inputs, training_preparer
 from mmrm_fast.train.resume import Checkpoints, RunState, load_tensors, require_space
-from mmrm_fast.train.run_folder import BEST, FINAL, PROXY, RunFolder, config_json, open_run
+from mmrm_fast.train.run_folder import BEST, FINAL, PROXY, RunFolder, config_json
 from mmrm_fast.train.step import Outcome, Steps
-from mmrm_fast.train.tracking import require_trackers
 
 EVALUATED_TOGETHER = 16  # micro-batches a rank that are balanced together in evaluation
 
 OnEvent = Callable[[str, "Trainer"], None]
-
-
-def train(config: TrainConfig, on_event: OnEvent = lambda event, trainer: None) -> Path:
-    """Train, evaluate and save; returns the run folder. Called once on every rank.
-
-    Args:
-        config: options that are None get their defaults.
-        on_event: told what happens next on this rank: a `micro-batch`, what follows a `step` that is applied and
-            logged, a batch of an `evaluation`, a `save`, and in the background the `seal` of what was saved.
-    """
-    with sharding.ranks() as device:
-        config, eval_sets = with_defaults(config)
-        check_proxy(config)
-        require_trackers(config.run.report_to)
-        return Trainer(config, eval_sets, device, open_run(config), on_event).run()
 
 
 class Trainer:

@@ -11,10 +11,10 @@ from runs import losses, margins, mixed_records, read
 from mmrm_fast.checkpoint.folder import save_checkpoint
 from mmrm_fast.model.lora import TwoAdapterModel
 from mmrm_fast.score.scorer import Scorer
+from mmrm_fast.train.command import train
 from mmrm_fast.train.proxy import make_branches
 from mmrm_fast.train.sharding import ranks
 from mmrm_fast.train.step import lr_factor
-from mmrm_fast.train.trainer import train
 
 LORA = {"llm_lora": True, "lora_r": 4, "lora_alpha": 8.0, "lr": 5e-3}
 WAYS = {
@@ -83,11 +83,6 @@ def test_replicas_that_are_shards_themselves_equal_one_rank(make_way):
     assert run_ranks(train, rows, world=4) == [0, 0, 0, 0]
     assert losses(rows.run.output_dir) == pytest.approx(losses(one), abs=1e-4)
     assert margins(rows.run.output_dir) == pytest.approx(margins(one), abs=1e-3)
-
-
-def test_replicas_must_divide_the_ranks(make_way):
-    with pytest.raises(ValueError, match="--replicas 2 does not divide 1 ranks"):
-        train(make_way("run", "standard", replicas=2, dtype="bfloat16"))
 
 
 def test_bfloat16_trains_float32_weights_and_stays_close(make_way):

@@ -10,7 +10,7 @@ from runs import losses, read
 
 from mmrm_fast.config_file import with_options
 from mmrm_fast.data.lines import LineFile
-from mmrm_fast.train.trainer import train
+from mmrm_fast.train.command import train
 
 NUM_RECORDS, NUM_TESTED = 12, 4
 opened, watched = Counter(), []  # files by name, while a folder is watched: an audit hook stays for good
@@ -121,9 +121,3 @@ def test_how_much_is_surveyed_changes_nothing(own_pictures):
 def test_a_fraction_that_leaves_nothing_is_refused(own_pictures, fraction):
     with pytest.raises(ValueError, match="--eval-fraction"):
         train(own_pictures("none", eval_fraction=fraction))
-
-
-@pytest.mark.parametrize("pairs", ["0", "-1", "some", "1.5"])
-def test_pairs_are_all_expanded_or_a_number(own_pictures, pairs):
-    with pytest.raises(ValueError, match="--pairs must be all, expand or a number"):
-        train(own_pictures("none", pairs=pairs))

@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 
 from mmrm_fast.config import TrainConfig
 from mmrm_fast.config_file import options, with_options
+from mmrm_fast.files import write_json
+from mmrm_fast.train.command import train
 from mmrm_fast.train.resume import RunState, not_kept
-from mmrm_fast.train.run_folder import FREE
-from mmrm_fast.train.trainer import train
+from mmrm_fast.train.run_folder import FREE, config_json, require_same
 
 OPTIONS = {"robust": True, "epochs": 2, "save_every": 2, "keep": 3, "report_to": ()}
 
@@ -226,6 +227,20 @@ def test_a_run_folder_is_neither_overwritten_nor_continued_differently_by_accide
     assert losses(config.run.output_dir) == first and (config.run.output_dir / "final").exists()
     replaced = train(with_options(config, overwrite=True, max_steps=2))
     assert losses(replaced) != first and len(losses(replaced)) == 2
+
+
+def test_a_run_of_another_release_goes_on_where_its_options_mean_the_same(make_config):
+    config = make_config("run", pairs_per_step=4, tokens_per_batch=None)
+    now = config_json(config)
+    before = {**now, "gone": 0.0, "tokens_per_batch": 131_072}
+    del before["clip"]
+    config.run.output_dir.mkdir()
+    write_json(config.run.output_dir / "config.json", before)
+    require_same(config, None)
+    for changed, refusal in (({"gone": 0.5}, "gone 0.5 -> None"), ({"clip": "joint"}, "clip 'joint' -> 'branch'")):
+        write_json(config.run.output_dir / "config.json", before | changed)
+        with pytest.raises(ValueError, match=refusal):
+            require_same(config, None)
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused_at_once(make_config, tmp_path, monkeypatch):

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from mmrm_fast.cli import main
 from mmrm_fast.config_file import with_options
 from mmrm_fast.score.scorer import Scorer
+from mmrm_fast.train.command import train
 from mmrm_fast.train.loss import COUNTS, SUMS, StepTotals
 from mmrm_fast.train.step import lr_factor
-from mmrm_fast.train.trainer import train
 
 
 def test_a_run_leaves_metrics_evaluation_and_a_reward_model(make_config, capsys):
@@ -115,7 +115,9 @@ def test_pairs_of_a_kwise_record_are_one_group_or_samples_of_their_own_or_some(m
 
 
 def test_steps_can_be_a_number_of_pairs(make_config):
-    rows = read(train(make_config("fixed", pairs="expand", pairs_per_step=4, eval=())) / "metrics.jsonl")
+    rows = read(
+        train(make_config("fixed", pairs="expand", pairs_per_step=4, tokens_per_batch=None, eval=())) / "metrics.jsonl"
+    )
     assert [row["pairs"] for row in rows] == [4, 4, 4, 4, 1]
 
 
