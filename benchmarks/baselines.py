@@ -4,7 +4,6 @@ Shapes: R sequences (chosen and rejected in turns), L tokens of the longest, P p
 D hidden size.
 """
 
-import copy
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,32 +39,18 @@ def pad(
     return PaddedBatch(input_ids.to(device), lengths.to(device), torch.cat(list(pixels)).to(device) if pixels else None)
 
 
-def plain_copy(model: InternVLModel) -> InternVLModel:
-    """transformers' own model, SDPA attention, with the weights, dtype and frozen parts of one whose modules differ."""
-    config = copy.deepcopy(model.config)
-    for part in (config, config.text_config, config.vision_config):
-        part._attn_implementation = "sdpa"
-    plain = InternVLModel(config).to(model.dtype)
-    if model.vision_tower is None:
-        plain.vision_tower = plain.multi_modal_projector = None
-    plain.load_state_dict(model.state_dict())
-    for parameter, given in zip(plain.parameters(), model.parameters(), strict=True):
-        parameter.requires_grad_(given.requires_grad)
-    return plain.to(model.device)
-
-
 class PaddedRewardModel(nn.Module):
     """transformers' own `InternVLModel` with SDPA attention, and a score read at each sequence's last token.
 
     Args:
-        model: its weights are copied, nothing of its modules.
+        model: without any module of ours.
         score_weight_1D: copied.
     """
 
     def __init__(self, model: InternVLModel, score_weight_1D: Tensor):
         super().__init__()
-        self.model = plain_copy(model)
-        self.score = nn.Linear(score_weight_1D.shape[1], 1, bias=False, dtype=score_weight_1D.dtype)
+        self.model = model
+        self.score = nn.Linear(score_weight_1D.shape[1], 1, bias=False).to(score_weight_1D)
         self.score.weight.data.copy_(score_weight_1D.detach())
 
     def forward(self, batch: PaddedBatch) -> Tensor:
@@ -85,8 +70,8 @@ class ReferenceRewardModel(PaddedRewardModel):
 
     def __init__(self, model: InternVLModel, score_weight_1D: Tensor):
         super().__init__(model, score_weight_1D)
-        config = model.config.text_config
-        self.vocabulary_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, dtype=model.dtype)
+        config, given = model.config.text_config, {"dtype": model.dtype, "device": model.device}
+        self.vocabulary_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, **given)
 
     def hidden(self, batch: PaddedBatch) -> Tensor:
         hidden_RLD = super().hidden(batch)

@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.baselines import PaddedRewardModel, ReferenceRewardModel
 from benchmarks.flops import counted, work_bound
 from benchmarks.harness import Baseline, Case, Check, Comparison, Options, Row, compare, relative_error
-from benchmarks.models import DTYPES, Records, cast, geometry, make_model, make_records
+from benchmarks.models import DTYPES, Records, cast, geometry, make_backbone, make_model, make_records
 from mmrm_fast.model.reward_model import RewardModel
 
 KINDS = {"padded": (PaddedRewardModel, 8), "reference": (ReferenceRewardModel, 1)}  # sequences of a forward
@@ -78,7 +78,7 @@ def padded_side(
     kind, size = KINDS[name]
     number = sum(len(sample.main.sequences) for sample in records.samples)
     chunks = [range(at, min(at + size, number)) for at in range(0, number, size)]
-    padded = kind(model.model, model.score.weight).eval()
+    padded = kind(make_backbone(records.sizes).to(device, dtype), model.score.weight).eval()
     forwards = [rewards_of(padded, records.padded("main", chunk, dtype, device)) for chunk in chunks]
     return lambda: torch.cat([forward() for forward in forwards])
 

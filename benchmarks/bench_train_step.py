@@ -28,7 +28,7 @@ from torch.nn.functional import logsigmoid
 from benchmarks.baselines import PaddedRewardModel, ReferenceRewardModel, robust_loss
 from benchmarks.flops import Work, counted, work_bound
 from benchmarks.harness import Baseline, Case, Check, Comparison, Options, Row, compare, gradient_error, relative_error
-from benchmarks.models import DTYPES, PROBE, Records, cast, geometry, make_model, make_records
+from benchmarks.models import DTYPES, PROBE, Records, cast, geometry, make_backbone, make_model, make_records
 from mmrm_fast.data.packing import PackedBatch
 from mmrm_fast.model.reward_model import RewardModel
 from mmrm_fast.train.loss import margins, preference_loss
@@ -142,16 +142,14 @@ def make_sides(records: Records, branch: str | None, dtype: torch.dtype, device:
     sides = [our_side(batch, models, "reference" if branch == "white" else "paper")]
     for name, kind, passes, proxy in (
         ("padded", PaddedRewardModel, [both], branch),
-        ("reference", ReferenceRewardModel, [chosen, rejected], "white" if branch else None),
+        ("reference", ReferenceRewardModel, [chosen, rejected], branch and "white"),
     ):
-        padded = [records.padded("main", which, dtype, device) for which in passes]
-        text = [records.padded(proxy, which, dtype, device) for which in passes] if proxy else []
-        proxies = models[1:]
-        if proxy == "white" and branch == "text":
-            name, proxies = name + ANOTHER_PROXY, [cast(make_model(records.sizes, seed=1), dtype, device)]
-        modules = nn.ModuleList(kind(model.model, model.score.weight) for model in [models[0], *proxies])
-        mode = "paper" if branch == "text" and name == "padded" else "reference"
-        sides.append(Side(name, modules, partial(padded_step, modules, [padded, text], mode)))
+        branches = ["main", proxy][: len(models)]
+        batches = [[records.padded(each, which, dtype, device) for which in passes] for each in branches]
+        backbones = [make_backbone(records.sizes, seed=seed).to(device, dtype) for seed in range(len(models))]
+        modules = nn.ModuleList(map(kind, backbones, [model.score.weight for model in models]))
+        step = partial(padded_step, modules, batches, "paper" if proxy == "text" else "reference")
+        sides.append(Side(name if proxy == branch else name + ANOTHER_PROXY, modules, step))
     return sides
 
 
@@ -181,7 +179,7 @@ def our_side(batch: PackedBatch, models: list[RewardModel], mode: str) -> Side:
 def padded_step(modules: Iterable[PaddedRewardModel], batches: list, mode: str) -> Tensor:
     """A baseline's step: every module over its passes, one over all sequences or one a side of the pairs."""
     rewards_BP2 = []
-    for module, passes in zip(modules, batches, strict=False):
+    for module, passes in zip(modules, batches, strict=True):
         parts = [module(batch) for batch in passes]
         rewards_BP2.append(parts[0].view(-1, 2) if len(parts) == 1 else torch.stack(parts, dim=1))
     margins = [rewards_P2[:, 0] - rewards_P2[:, 1] for rewards_P2 in rewards_BP2]

@@ -68,15 +68,20 @@ def model_config(sizes: Geometry) -> InternVLConfig:
     )  # fmt: skip
 
 
-def make_model(sizes: Geometry, *, seed: int = 0) -> RewardModel:
-    """A random model of these sizes, its vision tower frozen."""
+def make_backbone(sizes: Geometry, *, seed: int = 0) -> InternVLModel:
+    """transformers' own model of these sizes with the seed's weights and SDPA attention, its vision tower frozen."""
     torch.manual_seed(seed)
-    model = InternVLModel(model_config(sizes))
+    model = InternVLModel._from_config(model_config(sizes), attn_implementation="sdpa")
     for parameter in model.parameters():  # large enough that attention is not uniform
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
     model.vision_tower.requires_grad_(False)
-    return RewardModel(model, *NORMALIZATION["imagenet"])
+    return model
+
+
+def make_model(sizes: Geometry, *, seed: int = 0) -> RewardModel:
+    """Our model of the same."""
+    return RewardModel(make_backbone(sizes, seed=seed), *NORMALIZATION["imagenet"])
 
 
 def cast(model: RewardModel, dtype: torch.dtype, device: torch.device) -> RewardModel:
