@@ -8,26 +8,32 @@
 | RLHF-V, RLAIF-V | `text` as a JSON string with `question`, `chosen`, `rejected`; or those fields themselves |
 | POVID | `conversations`, `rejected_conversations` of `{from, value}` turns |
 | ms-swift | `messages`, with `rejected_messages` or `rejected_response` |
+| ShareGPT, LLaMA-Factory | `conversations`, the context, with `chosen` and `rejected`: text or one turn |
 
-Message lists of replies may hold the conversation before the reply, `prompt` is not needed then. A message is
-`{role, content}` or `{from, value}`; content is a string, or parts of type `text`, `image`, `image_url`,
-where an image part stands for `<image>` and a newline, as InternVL's own templates write it.
+Message lists of replies may hold the conversation before the reply, `prompt` is not needed then. `system` and `history`
+([user, assistant] each) beside any of them are the turns before. A message is `{role, content}` or `{from, value}`;
+content is a string, or parts of type `text`, `image`, `image_url`, where an image part stands for `<image>` and a
+newline, as InternVL's own templates write it; its picture is its `image`, `url`, `path` or `base64`, or the record's.
 """
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from mmrm_fast.data.fields import is_empty, refuse_unread
 from mmrm_fast.data.types import FieldError, Message, Pairs, Prompt, kind_of, number, some_list, text
 
 CHOSEN_FIELDS = ("chosen", "conversations", "messages")
 REJECTED_FIELDS = ("rejected", "rejected_conversations", "rejected_messages", "rejected_response")
 PROMPT_FIELDS = ("prompt", "question")
 PREFERENCE_FIELDS = {*CHOSEN_FIELDS, *REJECTED_FIELDS, "completions", "scores"}
-FORM_FIELDS = {*PREFERENCE_FIELDS, *PROMPT_FIELDS, "responses", "margin", "text"}
+FORM_FIELDS = {*PREFERENCE_FIELDS, *PROMPT_FIELDS, "responses", "margin", "text", "system", "history"}
+CONTEXTS = ("conversations", "messages")  # beside `chosen`
+PICTURE_KEYS = ("image", "image_url", "url", "path", "base64")
+HARMLESS_KEYS = {"detail", "cache_control"}  # of parts
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 IMAGE_PART = "<image>\n"
 
@@ -51,17 +57,40 @@ class Turns:
     images: tuple[object, ...] = ()
 
 
-def parse_form(fields: dict) -> Form:
-    """Read one record, whichever layout it has. Raises `FieldError`."""
+def parse_form(fields: dict, ignored: Collection[str] = ()) -> Form:
+    """Read one record, whichever layout it has; `ignored` names may be dropped. Raises `FieldError`."""
+    form = parse_layout(fields, ignored)
+    before = turns_before(fields)
+    if not before:
+        return form
+    messages = (Message("user", form.prompt),) if isinstance(form.prompt, str) else form.prompt
+    if before[0].role == "system" and messages[0].role == "system":
+        raise FieldError("system", "the conversation has a system turn of its own; leave one of them out")
+    first = 1 if messages[0].role == "system" else 0
+    return replace(form, prompt=(*messages[:first], *before, *messages[first:]))
+
+
+def parse_layout(fields: dict, ignored: Collection[str]) -> Form:
+    """A record without the turns of its `system` and `history`."""
     if in_text(fields):
         fields = {**fields, **decode_text(fields["text"])}
     name = present(fields, PROMPT_FIELDS)
-    prompt = prompt_turns(fields[name], name) if name in fields else None
+    prompt = prompt_turns(fields[name], name, ignored) if name in fields else None
     if "completions" in fields:
         return kwise_form(require(prompt, name), *parse_completions(fields["completions"]))
     chosen, rejected = present(fields, CHOSEN_FIELDS), present(fields, REJECTED_FIELDS)
+    context = next((name for name in CONTEXTS if chosen == "chosen" and name in fields), None)
+    if context is not None:
+        if prompt is not None:
+            raise FieldError(context, f"there is a `{name}` beside it; leave one of them out")
+        prompt = prompt_turns(fields[context], context, ignored)
+        for side in (chosen, rejected):
+            if side in fields and reply(fields, side, ignored)[0]:
+                raise FieldError(
+                    side, f"goes on with further turns behind `{context}`; a pair answers one conversation"
+                )
     if chosen in fields or rejected in fields:
-        return pairwise_form(fields, prompt, chosen, rejected)
+        return pairwise_form(fields, prompt, chosen, rejected, ignored)
     if "responses" not in fields:
         raise FieldError("", "needs `chosen` and `rejected`, or `completions`, or `responses`")
     prompt = require(prompt, name)
@@ -69,6 +98,18 @@ def parse_form(fields: dict) -> Form:
     if fields.get("scores") is None:
         return Form(plain(prompt), responses, images=prompt.images)
     return kwise_form(prompt, responses, parse_scores(fields["scores"], len(responses)))
+
+
+def turns_before(fields: dict) -> tuple[Message, ...]:
+    """The turns of the columns `system` and `history`."""
+    system, history = fields.get("system"), fields.get("history")
+    turns = [Message("system", text(system, "system"))] if system else []
+    for index, pair in enumerate(history or ()):
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise FieldError(f"history[{index}]", f"expected a question and its answer, got {kind_of(pair)}")
+        for role, said in zip(("user", "assistant"), pair, strict=True):
+            turns.append(Message(role, text(said, f"history[{index}]")))
+    return tuple(turns)
 
 
 def present(fields: dict, names: Sequence[str]) -> str:
@@ -109,9 +150,11 @@ def plain(turns: Turns) -> Prompt:
 # preferences
 
 
-def pairwise_form(fields: dict, prompt: Turns | None, chosen: str, rejected: str) -> Form:
+def pairwise_form(
+    fields: dict, prompt: Turns | None, chosen: str, rejected: str, ignored: Collection[str] = ()
+) -> Form:
     """One preferred and one rejected reply to the same conversation."""
-    (better_turns, better), (worse_turns, worse) = (reply(fields, name) for name in (chosen, rejected))
+    (better_turns, better), (worse_turns, worse) = (reply(fields, name, ignored) for name in (chosen, rejected))
     if better_turns and worse_turns and better_turns != worse_turns:
         raise FieldError(rejected, f"differs from {chosen} before its last turn; a pair shares one prompt")
     context = better_turns or worse_turns
@@ -125,7 +168,7 @@ def pairwise_form(fields: dict, prompt: Turns | None, chosen: str, rejected: str
     return Form(plain(turns), (better, worse), Pairs.of((0, 1, margin)), images=turns.images)
 
 
-def reply(fields: dict, name: str) -> tuple[Turns | None, str]:
+def reply(fields: dict, name: str, ignored: Collection[str] = ()) -> tuple[Turns | None, str]:
     """A reply and, where its message list holds it, the conversation before it."""
     if name not in fields:
         raise FieldError(name, "missing")
@@ -134,7 +177,7 @@ def reply(fields: dict, name: str) -> tuple[Turns | None, str]:
         return None, text(value, name)
     if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
         raise FieldError(name, "expected a string or a list of messages, got a list of strings")
-    turns = parse_messages(value, name)
+    turns = parse_messages(value, name, ignored)
     *context, last = turns.messages
     if last.role != "assistant":
         raise FieldError(name, f"must end with the assistant's message, ends with the {last.role}'s")
@@ -210,11 +253,11 @@ def lone_reply(value: object, name: str) -> str:
     return response
 
 
-def prompt_turns(value: object, name: str) -> Turns:
+def prompt_turns(value: object, name: str, ignored: Collection[str] = ()) -> Turns:
     """A prompt: a string is one user turn."""
     if not isinstance(value, (list, dict)):
         return Turns((Message("user", text(value, name)),))
-    turns = parse_messages(value, name)
+    turns = parse_messages(value, name, ignored)
     check_turns(turns.messages, name)
     return turns
 
@@ -227,15 +270,15 @@ def check_turns(messages: Sequence[Message], name: str) -> None:
         raise FieldError(name, "only the first message may be the system's")
 
 
-def parse_messages(value: list | dict, name: str) -> Turns:
+def parse_messages(value: list | dict, name: str, ignored: Collection[str] = ()) -> Turns:
     """A message list, or one message."""
     items = [value] if isinstance(value, dict) else some_list(value, name, of="messages")
     images: list[object] = []
-    messages = [parse_message(item, f"{name}[{index}]", images) for index, item in enumerate(items)]
+    messages = [parse_message(item, f"{name}[{index}]", images, ignored) for index, item in enumerate(items)]
     return Turns(tuple(messages), tuple(images))
 
 
-def parse_message(item: object, name: str, images: list[object]) -> Message:
+def parse_message(item: object, name: str, images: list[object], ignored: Collection[str] = ()) -> Message:
     """One message; images inside its parts are appended to `images`."""
     if not isinstance(item, dict):
         raise FieldError(name, f"expected a message with role and content, got {kind_of(item)}")
@@ -244,26 +287,37 @@ def parse_message(item: object, name: str, images: list[object]) -> Message:
     role = ROLES.get(given) if isinstance(given, str) else None
     if role is None:
         raise FieldError(f"{name}.{role_field}", "expected system, user or assistant")
+    refuse_unread(item, (role_field, content_field), ignored, name)
     content = item.get(content_field)
     name = f"{name}.{content_field}"
     if not isinstance(content, list):
         return Message(role, text(content, name))
-    parts = [parse_part(part, role, f"{name}[{index}]", images) for index, part in enumerate(content)]
+    parts = [parse_part(part, role, f"{name}[{index}]", images, ignored) for index, part in enumerate(content)]
     return Message(role, "".join(parts))
 
 
-def parse_part(part: object, role: str, name: str, images: list[object]) -> str:
+def parse_part(part: object, role: str, name: str, images: list[object], ignored: Collection[str] = ()) -> str:
     """One part of a message's content as text."""
     kind = part.get("type") if isinstance(part, dict) else None
+    if kind not in ("text", "image", "image_url") or (kind != "text" and role != "user"):
+        raise FieldError(name, f"expected a part of type {'text, image or image_url' if role == 'user' else 'text'}")
+    said = {key: value for key, value in part.items() if not is_empty(value) and key not in {*HARMLESS_KEYS, *ignored}}
+    given = [key for key in PICTURE_KEYS if key in said]
+    others = said.keys() - {"type", *(("text",) if kind == "text" else given)}
+    if others:
+        raise FieldError(f"{name}.{min(others)}", f"is not read in a part of type {kind}")
     if kind == "text":
         return text(part.get("text"), f"{name}.text")
-    if kind not in ("image", "image_url") or role != "user":
-        raise FieldError(name, f"expected a part of type {'text, image or image_url' if role == 'user' else 'text'}")
-    image = part.get(kind)
-    if kind == "image_url":
-        image = image.get("url") if isinstance(image, dict) else image
-    if image is not None:
-        images.append(image)
-    elif kind == "image_url":
+    if len(given) > 1:
+        raise FieldError(name, f"has its picture twice, as {' and '.join(given)}; use one of them")
+    if kind == "image_url" and not given:
         raise FieldError(f"{name}.image_url", "missing its url")
+    images.extend(picture(said[key], key) for key in given)
     return IMAGE_PART
+
+
+def picture(value: object, key: str) -> object:
+    """A part's picture, as one of a record's own field would be written."""
+    if key == "image_url" and isinstance(value, dict):
+        return value.get("url") or value.get("path")
+    return f"data:image/any;base64,{value}" if key == "base64" else value

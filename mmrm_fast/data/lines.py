@@ -14,8 +14,7 @@ import os
 import shutil
 import tempfile
 from array import array
-from collections.abc import Iterable, Iterator
-from collections.abc import Set as AbstractSet
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,7 +33,7 @@ KINDS = (PARQUET, ".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".json", ".jso
 FAILURES = "errors.jsonl"  # beside the shards of a scoring run
 
 
-def open_rows(spec: str | Path, columns: AbstractSet[str]) -> list["Rows"]:
+def open_rows(spec: str | Path, columns: Container[str]) -> list["Rows"]:
     """The files that `spec` names, in the order of their names.
 
     Args:
@@ -56,7 +55,7 @@ def open_rows(spec: str | Path, columns: AbstractSet[str]) -> list["Rows"]:
     return [open_file(path, columns, kept) for path in paths]
 
 
-def open_file(path: Path, columns: AbstractSet[str], kept: dict) -> "Rows":
+def open_file(path: Path, columns: Container[str], kept: dict) -> "Rows":
     """One file, by its suffix and first byte. Raises `ValueError` where it is not what it says it is."""
     if path.name.endswith(PARQUET):
         return RowFile(path, columns, kept)
@@ -192,7 +191,7 @@ def scan_lines(file: BinaryIO) -> tuple[np.ndarray, np.ndarray]:
 class RowFile:
     """A Parquet file read by row group; the last one read is kept, one for all files that share `kept`."""
 
-    def __init__(self, path: Path, columns: AbstractSet[str], kept: dict):
+    def __init__(self, path: Path, columns: Container[str], kept: dict):
         import pyarrow
         from pyarrow import parquet
 

@@ -1,6 +1,6 @@
 """Images of a record: paths, `file://` and `data:` URLs, encoded bytes. Nothing is ever downloaded.
 
-The field is `img_path`, `images`, `image` or `image_path`, the first that is not null: one image or a list. An image
+The field is `img_path`, `images`, `image` or `image_path`, the one that is not empty: one image or a list. An image
 is a path (relative to the image root), a `file://` URL, a base64 `data:image/...` URL, the bytes of an image file
 (Parquet), or an object with `bytes` or `path` as the `datasets` library stores it.
 """
@@ -10,6 +10,7 @@ import binascii
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from mmrm_fast.data.fields import is_empty
 from mmrm_fast.data.types import FieldError, kind_of, text
 
 IMAGE_FIELDS = ("img_path", "images", "image", "image_path")
@@ -25,7 +26,10 @@ def parse_images(
     Raises:
         FieldError: an image that cannot be used, or images in both places.
     """
-    name = next((name for name in IMAGE_FIELDS if fields.get(name) is not None), None)
+    filled = [name for name in IMAGE_FIELDS if not is_empty(fields.get(name))]
+    if any(fields[name] != fields[filled[0]] for name in filled[1:]):
+        raise FieldError(filled[1], f"has other images than `{filled[0]}` beside it; use one of the two")
+    name = filled[0] if filled else None
     written = fields.get(name)
     items = written if isinstance(written, list) else [] if name is None else [written]
     if in_messages:

@@ -5,11 +5,12 @@ asks where a record came from.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from mmrm_fast.data.fields import ReadColumns, refuse_unread
 from mmrm_fast.data.forms import FORM_FIELDS, PREFERENCE_FIELDS, in_text, parse_form
 from mmrm_fast.data.lines import Rows, open_rows
 from mmrm_fast.data.pictures import IMAGE_FIELDS, parse_images
@@ -25,21 +26,31 @@ FIELDS = {*ID_FIELDS, *IMAGE_FIELDS, *FORM_FIELDS, "truth"}
 
 
 def parse_group(
-    fields: object, *, source: str, record: int = 0, image_root: Path | None = None, confined: bool = False
+    fields: object,
+    *,
+    source: str,
+    record: int = 0,
+    image_root: Path | None = None,
+    confined: bool = False,
+    ignored: Collection[str] = (),
 ) -> Group:
     """Turn one decoded record of any form into a `Group`.
 
     Args:
         image_root: where relative image paths start.
         confined: accept only encoded images and paths under `image_root`, for records that strangers send.
+        ignored: names of fields that may be dropped though they may change what the record says.
 
     Raises:
-        RecordError: a field is missing, of the wrong type, not a finite number or over a limit.
+        RecordError: a field is missing, of the wrong type, not a finite number, over a limit, or not read here though
+            it may change what the record says.
     """
     with at(source):
         if not isinstance(fields, dict):
             raise FieldError("", f"a record is a JSON object, this is {kind_of(fields)}")
-        form = parse_form(fields)
+        fields = {name: value for name, value in fields.items() if value is not None}
+        refuse_unread(fields, FIELDS, ignored)
+        form = parse_form(fields, ignored)
         shown, images = parse_images(fields, form.images, image_root, confined)
         truth = parse_truth(fields, len(form.responses))
         return Group(
@@ -81,14 +92,22 @@ class Records:
         specs: each a file (JSONL, also .gz or .zst, Parquet, CSV, a JSON array), every one of a folder, or a glob.
         image_root: folder that relative image paths start from; default each file's own folder.
         need_pairs: refuse records without preferences (training, evaluation).
+        ignored: see `parse_group`.
 
     Raises:
         ValueError: no such file, or not of these kinds.
     """
 
-    def __init__(self, *specs: str | Path, image_root: str | Path | None = None, need_pairs: bool = False):
+    def __init__(
+        self,
+        *specs: str | Path,
+        image_root: str | Path | None = None,
+        need_pairs: bool = False,
+        ignored: Collection[str] = (),
+    ):
         self.need_pairs, self.image_root = need_pairs, Path(image_root) if image_root else None
-        opened = [open_rows(spec, FIELDS) for spec in specs]
+        self.ignored = frozenset(ignored)
+        opened = [open_rows(spec, ReadColumns(FIELDS)) for spec in specs]
         self.files = [file for own in opened for file in own]
         self.edges = np.cumsum([0, *map(len, self.files)])
         self.spec_edges = np.cumsum([0, *(sum(map(len, own)) for own in opened)])  # where the records of each begin
@@ -103,7 +122,7 @@ class Records:
         if self.need_pairs and isinstance(fields, dict) and not (PREFERENCE_FIELDS & fields.keys() or in_text(fields)):
             raise RecordError(source, "chosen", "missing; training and evaluation need chosen/rejected or completions")
         root = self.image_root or file.path.parent
-        return parse_group(fields, source=source, record=int(index), image_root=root)
+        return parse_group(fields, source=source, record=int(index), image_root=root, ignored=self.ignored)
 
     def source(self, index: int) -> str:
         """File and line of record `index`, which is not read."""

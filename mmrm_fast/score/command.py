@@ -117,7 +117,9 @@ def rows_of(scored: Scored, config: ScoreConfig, mean: float = 0.0, std: float =
         margin = scores[best] - scores[worst]
         if best == worst or margin < config.to_pairs:
             return []
-        return [{**shared, "chosen": group.responses[best], "rejected": group.responses[worst], "margin": margin}]
+        return [
+            {**shared, "chosen": group.responses[best], "rejected": group.responses[worst], "reward_margin": margin}
+        ]
     return [
         {
             "id": group.id, "record": group.record, "response_index": i, "prompt": shared["prompt"],

@@ -24,10 +24,11 @@ SAMPLED_BYTES = 1 << 20
 COLUMNS = {
     "id": pyarrow.string(), "record": pyarrow.int64(), "response_index": pyarrow.int64(), "prompt": pyarrow.string(),
     "img_path": pyarrow.string(), "response": pyarrow.string(), "score": pyarrow.float64(),
-    "truncated": pyarrow.bool_(), "chosen": pyarrow.string(), "rejected": pyarrow.string(), "margin": pyarrow.float64(),
+    "truncated": pyarrow.bool_(), "chosen": pyarrow.string(), "rejected": pyarrow.string(),
+    "reward_margin": pyarrow.float64(),
 }  # fmt: skip
 SCORE_COLUMNS = ("id", "record", "response_index", "prompt", "img_path", "response", "score", "truncated")
-PAIR_COLUMNS = ("id", "record", "prompt", "img_path", "chosen", "rejected", "margin")
+PAIR_COLUMNS = ("id", "record", "prompt", "img_path", "chosen", "rejected", "reward_margin")
 
 
 @dataclass(frozen=True)

@@ -39,15 +39,21 @@ def test_an_image_is_a_path_or_the_bytes_of_a_file(kind, field):
     assert (group.images, group.img_path) == (images, shown)
 
 
-def test_the_first_field_that_is_not_null_counts():
-    fields = {
-        "prompt": "p",
-        "responses": ["a"],
-        "img_path": None,
-        "image": {"bytes": CONTENT},
-        "image_path": "elsewhere",
-    }
-    assert parse_group(fields, source="file.jsonl:1").images == (CONTENT,)
+EMPTY = (None, "", [], {}, {"bytes": None, "path": None})
+
+
+@pytest.mark.parametrize("empty", EMPTY, ids=str)
+def test_what_is_empty_is_no_picture_and_another_field_s_picture_counts(empty):
+    fields = {"prompt": "p", "responses": ["a"], "img_path": empty, "images": empty}
+    assert parse_group(fields, source="file.jsonl:1").images == ()
+    assert parse_group({**fields, "image": {"bytes": CONTENT}}, source="file.jsonl:1").images == (CONTENT,)
+
+
+def test_different_pictures_in_two_fields_are_refused_and_the_same_taken_once():
+    fields = {"prompt": "p", "responses": ["a"], "image": "a.png", "image_path": "a.png"}
+    assert parse_group(fields, source="file.jsonl:1").images == ("a.png",)
+    with pytest.raises(RecordError, match="image_path: has other images than `image`"):
+        parse_group({**fields, "image_path": "b.png"}, source="file.jsonl:1")
 
 
 REFUSED = {
@@ -60,7 +66,6 @@ REFUSED = {
     "a file URL without a path": ("file://", "expected file:///path"),
     "a file URL with a NUL": ("file:///a%00b", "expected file:///path"),
     "bytes as text": ({"bytes": "AAAA"}, "write them as a data:image"),
-    "an empty object": ({}, "got null"),
     "a number": (3, "got a number"),
     "a list in a list": ([["a.png"]], "got a list"),
 }

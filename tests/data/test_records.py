@@ -120,7 +120,7 @@ MALFORMED = {
     "no prompt": ('{"chosen": "a", "rejected": "b"}', "prompt", "missing"),
     "no rejected": ('{"prompt": "p", "chosen": "a"}', "rejected", "missing"),
     "no chosen": ('{"prompt": "p", "rejected": "a"}', "chosen", "missing"),
-    "prompt is null": ('{"prompt": null, "responses": ["a"]}', "prompt", "got null"),
+    "prompt is null": ('{"prompt": null, "responses": ["a"]}', "prompt", "missing"),
     "prompt is a number": ('{"prompt": 3, "responses": ["a"]}', "prompt", "got a number"),
     "chosen is a list": ('{"prompt": "p", "chosen": ["a"], "rejected": "b"}', "chosen", "got a list"),
     "no responses": ('{"prompt": "p", "responses": []}', "responses", "got an empty list"),
@@ -132,7 +132,6 @@ MALFORMED = {
     "margin is infinite": ('{"prompt": "p", "chosen": "a", "rejected": "b", "margin": 1e999}', "margin", "finite"),
     "margin is a word": ('{"prompt": "p", "chosen": "a", "rejected": "b", "margin": "big"}', "margin", "finite"),
     "img_path is a number": ('{"prompt": "p", "img_path": 3, "responses": ["a"]}', "img_path", "got a number"),
-    "img_path is empty": ('{"prompt": "p", "img_path": "", "responses": ["a"]}', "img_path", "got an empty string"),
     "img_path in a list is null": ('{"prompt": "p", "img_path": [null], "responses": ["a"]}', "img_path", "got null"),
     "img_path with a NUL": (r'{"prompt": "p", "img_path": "a\u0000", "responses": ["a"]}', "img_path", "expected"),
     "completions is a string": ('{"prompt": "p", "completions": "x"}', "completions", "got a string"),
@@ -198,7 +197,6 @@ IMG_PATHS = {
     "in a folder": ("images/a.png", ["{root}/images/a.png"]),
     "absolute": ("/pictures/a.png", ["/pictures/a.png"]),
     "several": (["a.png", "/b.png"], ["{root}/a.png", "/b.png"]),
-    "an empty list": ([], []),
 }
 
 

@@ -1,0 +1,88 @@
+"""Which fields of records, messages and parts are read, and which of the others may pass.
+
+A field that nobody reads may pass if it is about a record: an id, a source, ratings of another kind. One that would
+change what the record says is refused by its name: `MEANING`, or by its value a picture or a conversation.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+
+from mmrm_fast.data.types import FieldError
+
+MEANING = {
+    "video", "videos", "audio", "audios", "input", "instruction", "tools", "functions", "tool_calls", "function_call",
+    "reasoning_content", "reasoning", "name", "images", "rejected_images", "url", "path", "base64", "image_url",
+}  # fmt: skip
+CONVERSATION_KEYS = ({"role", "content"}, {"from", "value"})
+PICTURE_NAME = re.compile(r"image|img|picture|photo|pixel|video|audio", re.IGNORECASE)
+MEDIA_FILE = re.compile(
+    r"\.(png|jpe?g|jfif|webp|gif|bmp|tiff?|avif|heic|jp2|ppm|svg|mp4|webm|avi|mov|mkv|wav|mp3|flac)$", re.IGNORECASE
+)
+SNIFFED = 300  # characters of a value that are looked at
+
+
+def refuse_unread(fields: Mapping, read: Collection[str], ignored: Collection[str], where: str = "") -> None:
+    """Raise `FieldError` for a field that is not read and would change what is said.
+
+    Args:
+        fields: of a record, a message or a part.
+        read: names that are read.
+        ignored: names that the caller said may be dropped.
+        where: what stands before the field's name in messages, "messages[0]".
+    """
+    for name, value in fields.items():
+        if name in read or name in ignored or is_empty(value) or not says_something(str(name), value):
+            continue
+        raise FieldError(
+            f"{where}.{name}" if where else str(name),
+            "is not read here and may change what the record says; write it in a layout that is read, or drop it with"
+            f" --ignore-fields {name}",
+        )
+
+
+def is_empty(value: object) -> bool:
+    """Whether a value says nothing: null, empty text, an empty list or object, or an object of nothing else."""
+    if isinstance(value, dict):
+        return all(map(is_empty, value.values()))
+    return value is None or (isinstance(value, (str, bytes, list, tuple)) and not len(value))
+
+
+def says_something(name: str, value: object) -> bool:
+    """Whether a field nobody reads may change what is said, by its name or its value."""
+    return name in MEANING or is_media(name, value) or is_conversation(value)
+
+
+def may_say_something(name: str) -> bool:
+    """Whether a column may hold what `says_something` finds, by its name alone."""
+    return name in MEANING or bool(PICTURE_NAME.search(name))
+
+
+def is_media(name: str, value: object) -> bool:
+    """A picture, a film or a sound, or a list of them: encoded, or the name of a file under a name that says so."""
+    if isinstance(value, (list, tuple)):
+        return any(is_media(name, item) for item in value)
+    if isinstance(value, dict):
+        return any(is_media(name, value[key]) for key in ("bytes", "path", "url") if not is_empty(value.get(key)))
+    if isinstance(value, bytes):
+        return True
+    if not isinstance(value, str):
+        return False
+    if value[:11].lower().startswith(("data:image/", "data:video/", "data:audio/")):
+        return True
+    return bool(PICTURE_NAME.search(name) and MEDIA_FILE.search(value[-SNIFFED:].partition("?")[0]))
+
+
+def is_conversation(value: object) -> bool:
+    """A list of messages."""
+    items = value if isinstance(value, (list, tuple)) else ()
+    return any(isinstance(item, dict) and any(keys <= item.keys() for keys in CONVERSATION_KEYS) for item in items)
+
+
+class ReadColumns:
+    """The columns of a file that are read: those of a layout, and any that may have to be refused."""
+
+    def __init__(self, names: Collection[str]):
+        self.names = names
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names or may_say_something(name)
