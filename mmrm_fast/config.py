@@ -19,6 +19,8 @@ class RecordsConfig:
     """JSONL files of preferences, pairwise or K-wise; FILE:WEIGHT for a mixture. Default: a shapes environment."""
     image_root: Path | None = None
     """Folder that relative `img_path`s start from. Default: the folder of the JSONL file."""
+    ignore_fields: tuple[str, ...] = ()
+    """Fields of records, messages or parts to drop though they may change what a record says, which is else an error."""
     environment: Literal["opening", "length", "hedging"] = "opening"
     """Shapes environment to train on when there is no `--data`: opening, length or hedging."""
     pairs: str = "all"
@@ -233,6 +235,8 @@ class ScoreConfig:
     """Records: a JSONL (.gz, .zst) or Parquet file, a folder or a glob; every response of any form is scored."""
     image_root: Path | None = None
     """Folder that relative `img_path`s start from. Default: the folder of the JSONL file."""
+    ignore_fields: tuple[str, ...] = ()
+    """Fields of records, messages or parts to drop though they may change what a record says, which is else an error."""
     out: Path = Path("scores.jsonl")
     """Rows id, record, response_index, prompt, img_path, response, score, truncated.
     A name that ends in .jsonl is one file, any other a folder of shards."""

@@ -30,7 +30,15 @@ CPUS_PER_ACTOR = 2
 CHUNKS_AHEAD = 2  # of an actor: one is read and tokenised while the model runs on the other
 RETRIES = 5
 EXIT_SOME_FAILED = 3
-IDENTITY = ("max_length", "max_tiles", "compat", "best_of", "to_pairs", "normalize")  # what changes the rows
+IDENTITY = (
+    "max_length",
+    "max_tiles",
+    "compat",
+    "best_of",
+    "to_pairs",
+    "normalize",
+    "ignore_fields",
+)  # what changes the rows
 
 
 class ScoringActor:
@@ -39,7 +47,7 @@ class ScoringActor:
     def __init__(self, config: ScoreConfig, shards: Shards, *, num_threads: int):
         torch.set_num_threads(num_threads)
         self.config, self.shards = config, shards
-        self.records = Records(config.data, image_root=config.image_root)
+        self.records = Records(config.data, image_root=config.image_root, ignored=config.ignore_fields)
         self.reading = threading.Lock()
         self.scorer = Scorer.from_pretrained(config.model, **options(config.batch))
         self.scale = reward_scale(config)
@@ -150,7 +158,7 @@ def score(config: ScoreConfig) -> int:
     reward_scale(config)
     if not config.out.parent.is_dir():
         raise ValueError(f"{config.out.parent}: no such folder to write scores into")
-    records = Records(config.data, image_root=config.image_root)
+    records = Records(config.data, image_root=config.image_root, ignored=config.ignore_fields)
     if config.out.resolve() in [source.path.resolve() for source in records.files]:
         raise ValueError(f"{config.out}: is one of the files to be scored; choose another --out")
     shards = open_shards(config, records)
