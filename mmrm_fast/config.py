@@ -20,7 +20,7 @@ class RecordsConfig:
     image_root: Path | None = None
     """Folder that relative `img_path`s start from. Default: the folder of the JSONL file."""
     ignore_fields: tuple[str, ...] = ()
-    """Fields of records, messages or parts to drop though they may change what a record says, which is else an error."""
+    """Fields of records, messages or parts to drop though they may change what is said, which else is an error."""
     environment: Literal["opening", "length", "hedging"] = "opening"
     """Shapes environment to train on when there is no `--data`: opening, length or hedging."""
     pairs: str = "all"
@@ -236,7 +236,7 @@ class ScoreConfig:
     image_root: Path | None = None
     """Folder that relative `img_path`s start from. Default: the folder of the JSONL file."""
     ignore_fields: tuple[str, ...] = ()
-    """Fields of records, messages or parts to drop though they may change what a record says, which is else an error."""
+    """Fields of records, messages or parts to drop though they may change what is said, which else is an error."""
     out: Path = Path("scores.jsonl")
     """Rows id, record, response_index, prompt, img_path, response, score, truncated.
     A name that ends in .jsonl is one file, any other a folder of shards."""

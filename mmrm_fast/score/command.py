@@ -30,7 +30,9 @@ CPUS_PER_ACTOR = 2
 CHUNKS_AHEAD = 2  # of an actor: one is read and tokenised while the model runs on the other
 RETRIES = 5
 EXIT_SOME_FAILED = 3
-IDENTITY = (
+IDENTITY = (  # what changes the rows
+    "max_length", "max_tiles", "compat", "best_of", "to_pairs", "normalize", "ignore_fields"
+)  # fmt: skip
     "max_length",
     "max_tiles",
     "compat",

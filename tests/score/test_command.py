@@ -159,7 +159,7 @@ def test_best_of_is_the_response_with_the_highest_reward():
 
 def test_pairs_are_best_and_worst_where_they_are_far_enough_apart():
     (row,) = rows_of(scored(1.0, 3.0, 2.0), ScoreConfig(to_pairs=2.0))
-    assert (row["chosen"], row["rejected"], row["margin"]) == ("r1", "r0", 2.0)
+    assert (row["chosen"], row["rejected"], row["reward_margin"]) == ("r1", "r0", 2.0)
     assert rows_of(scored(1.0, 3.0, 2.0), ScoreConfig(to_pairs=2.1)) == []
     assert rows_of(scored(1.0), ScoreConfig(to_pairs=0.0)) == []
 

@@ -97,7 +97,7 @@ def test_notes_of_a_run_that_is_not_described_do_not_count(tmp_path):
 def test_a_parquet_shard_without_pairs_has_the_columns_of_one_with_pairs(tmp_path):
     shards = Shards(tmp_path / "out", "parquet", 128, PAIR_COLUMNS)
     shards.open({})
-    pair = dict.fromkeys(PAIR_COLUMNS) | {"record": 1, "chosen": "a", "rejected": "b", "margin": 1.0}
+    pair = dict.fromkeys(PAIR_COLUMNS) | {"record": 1, "chosen": "a", "rejected": "b", "reward_margin": 1.0}
     for chunk, rows in enumerate(([], [pair])):
         shards.write(chunk, rows, {})
     empty, full = (parquet.read_table(shards.shard(chunk)) for chunk in (0, 1))
