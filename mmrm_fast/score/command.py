@@ -30,17 +30,7 @@ CPUS_PER_ACTOR = 2
 CHUNKS_AHEAD = 2  # of an actor: one is read and tokenised while the model runs on the other
 RETRIES = 5
 EXIT_SOME_FAILED = 3
-IDENTITY = (  # what changes the rows
-    "max_length", "max_tiles", "compat", "best_of", "to_pairs", "normalize", "ignore_fields"
-)  # fmt: skip
-    "max_length",
-    "max_tiles",
-    "compat",
-    "best_of",
-    "to_pairs",
-    "normalize",
-    "ignore_fields",
-)  # what changes the rows
+IDENTITY = ("max_length", "max_tiles", "compat", "best_of", "to_pairs", "normalize")  # what changes the rows
 
 
 class ScoringActor:
@@ -185,6 +175,7 @@ def open_shards(config: ScoreConfig, records: Records) -> Shards:
             "model": fingerprint(weights, sampled=True),
             "records": len(records),
             "options": {name: options(config)[name] for name in IDENTITY},
+            "ignored fields": sorted(config.ignore_fields),
             "format": shards.kind,
         }
     )
