@@ -4,39 +4,22 @@ What a training process writes of its steps says how long they took and how long
 (imports, the check of the data, evaluation, writing) is outside of the steps.
 """
 
-import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from benchmarks.harness import Case, Options, Row, lone_row
 from mmrm_fast.data.shapes import cached_environments
+from mmrm_fast.files import json_lines
 from mmrm_fast.train.command import TINY_CHECKPOINT
 
 ROOT = Path(__file__).parents[1]
 STEPS, QUICK_STEPS, SCORED = 40, 10, 500
-
-
-@dataclass(frozen=True)
-class TrainRun:
-    """A training process."""
-
-    seconds: float  # of the whole process
-    steps: list[dict]  # rows of metrics.jsonl
-
-    def mean(self, name: str) -> float:
-        """Of the steps but the first, whose allocations are new."""
-        return sum(step[name] for step in self.steps[1:]) / len(self.steps[1:])
-
-    def share(self, name: str) -> float:
-        """Of the process's time, over all steps."""
-        return sum(step[name] for step in self.steps) / self.seconds
 
 
 def cases(options: Options) -> Iterator[Case]:
@@ -49,19 +32,25 @@ def cases(options: Options) -> Iterator[Case]:
 def train_rows(method: str, options: Options) -> Iterator[Row]:
     """One process."""
     with tempfile.TemporaryDirectory() as folder:
-        run = train_run(Path(folder), options, robust=method == "robust")
+        seconds, steps = train_run(Path(folder), options, robust=method == "robust")
+    later = steps[1:]  # the first one's allocations are new
     details = {
-        "pairs/s": run.mean("pairs") / run.mean("seconds"),
-        "share of steps": run.share("seconds"),
-        "share of data wait, inside of them": run.share("data_wait_seconds"),
+        "pairs/s": total(later, "pairs") / total(later, "seconds"),
+        "share of steps": total(steps, "seconds") / seconds,
+        "share of data wait, inside of them": total(steps, "data_wait_seconds") / seconds,
     }
-    yield lone_row("end-to-end", f"train.py {method}, shapes", [run.seconds], options, details)
+    yield lone_row("end-to-end", f"train.py {method}, shapes", [seconds], options, details)
+
+
+def total(steps: list[dict], name: str) -> float:
+    """Of some steps."""
+    return sum(step[name] for step in steps)
 
 
 def train_run(
     folder: Path, options: Options, *, robust: bool = True, ranks: int = 1, threads: int | None = None
-) -> TrainRun:
-    """Train on shapes into `folder`, without test sets other than the data's own."""
+) -> tuple[float, list[dict]]:
+    """Seconds of training on shapes into `folder`, without test sets other than the data's own, and its steps."""
     data = cached_environments()["opening"]
     arguments = [
         str(ROOT / "scripts" / "train.py"), "--data", str(data / "train.jsonl"), "--model", str(TINY_CHECKPOINT),
@@ -70,7 +59,7 @@ def train_run(
     ]  # fmt: skip
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     seconds = process_seconds([*launcher, *arguments], threads or options.threads)
-    return TrainRun(seconds, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()])
+    return seconds, [step for _, step in json_lines(folder / "metrics.jsonl")]
 
 
 def score_rows(options: Options) -> Iterator[Row]:

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from benchmarks import bench_score
-from benchmarks.bench_end_to_end import train_run
+from benchmarks.bench_end_to_end import total, train_run
 from benchmarks.bench_train_step import our_side
-from benchmarks.harness import Case, Options, Row, interleaved, lone_row
+from benchmarks.harness import MODEL_REPEATS, Case, Options, Row, interleaved, lone_row
 from benchmarks.models import PROBE, cast, geometry, make_model, make_records
 
 RESPONSES, TILES, PAIRS, RANKS = (1, 2, 4, 8, 16, 32, 64), (1, 2, 4, 7, 12), (1, 2, 4, 8, 16, 32), (1, 2)
@@ -42,12 +42,13 @@ def pair_rows(size: int, options: Options) -> Iterator[Row]:
     model = cast(make_model(records.sizes), torch.float32, options.device)
     side = our_side(records.pack().to(options.device), [model], "paper")
     side.step()
-    (samples,) = interleaved([side.step], repeats=options.model_repeats, min_seconds=0)
+    (samples,) = interleaved([side.step], repeats=min(options.repeats, MODEL_REPEATS), min_seconds=0)
     yield lone_row("scale", f"train-step {size} pairs", samples, options, {"axis": "pairs a step", "size": size})
 
 
 def rank_rows(size: int, options: Options) -> Iterator[Row]:
     """Seconds a step of train.py on that many ranks."""
     with tempfile.TemporaryDirectory() as folder:
-        run = train_run(Path(folder), options, ranks=size, threads=1)
-    yield lone_row("scale", f"train {size} ranks", [run.mean("seconds")], options, {"axis": "ranks", "size": size})
+        _, (_, *steps) = train_run(Path(folder), options, ranks=size, threads=1)
+    seconds = total(steps, "seconds") / len(steps)
+    yield lone_row("scale", f"train {size} ranks", [seconds], options, {"axis": "ranks", "size": size})

@@ -10,7 +10,7 @@ Bound: FLOPs that our forward needs at the rate of their matrix products, measur
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import torch
@@ -37,14 +37,7 @@ def cases(options: Options) -> Iterator[Case]:
 
 
 def rows(
-    suite: str,
-    title: str,
-    sets: Sequence,
-    dtype: torch.dtype,
-    options: Options,
-    *,
-    kinds: Sequence[str] = tuple(KINDS),
-    **details,
+    suite: str, title: str, sets: tuple, dtype: torch.dtype, options: Options, *, kinds: Iterable = KINDS, **details
 ) -> Iterator[Row]:
     """Verify, measure memory and time ours against per-response scoring."""
     records, device = make_records(geometry(options), sets), options.device

@@ -1,13 +1,12 @@
 """FLOPs of a forward or a step, counted while it runs, and the rate at which this machine multiplies those shapes.
 
 FLOPs are 2 x rows x inner x columns of every product, and 4 x head size x query heads for every (query, key) pair that
-attention must compute, half again as many products in its backward: what a causal mask hides is not counted.
+attention must compute, two and a half times that in its backward: what a causal mask hides is not counted.
 Element-wise work is not counted either: it is what a bound leaves out.
 """
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -28,28 +27,15 @@ ATTENTION = (
 )
 
 
-class Product(NamedTuple):
-    """[rows, inner] x [inner, columns]."""
-
-    rows: int
-    inner: int
-    columns: int
-
-    @property
-    def flops(self) -> int:
-        return 2 * self.rows * self.inner * self.columns
+Product = tuple[int, int, int]  # [rows, inner] x [inner, columns]
 
 
-@dataclass(frozen=True)
-class Work:
-    """Matrix products, each so many times, and the FLOPs of everything."""
+class Work(NamedTuple):
+    """Matrix products, each so many times, their FLOPs and those of everything."""
 
     products: Counter[Product]
+    linear_flops: int
     flops: float
-
-    @property
-    def linear_flops(self) -> int:
-        return sum(product.flops * count for product, count in self.products.items())
 
 
 def counted(function: Callable[[], object]) -> tuple[object, Work]:
@@ -57,15 +43,21 @@ def counted(function: Callable[[], object]) -> tuple[object, Work]:
     products: Counter[Product] = Counter()
 
     def multiply(left: torch.Size, right: torch.Size, *_, **__) -> int:
-        product = Product(*left, right[1])
+        product = (*left, right[1])
         products[product] += 1
-        return product.flops
+        return product_flops(*product)
 
     formulas = {torch.ops.aten.mm: multiply, torch.ops.aten.addmm: lambda _, *rest, **__: multiply(*rest)}
     formulas |= {op: attention_formula(op) for op in ATTENTION}
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         result = function()
-    return result, Work(products, counter.get_total_flops())
+    linear_flops = sum(product_flops(*product) * count for product, count in products.items())
+    return result, Work(products, linear_flops, counter.get_total_flops())
+
+
+def product_flops(rows: int, inner: int, columns: int) -> int:
+    """A multiplication and an addition each."""
+    return 2 * rows * inner * columns
 
 
 def attention_formula(op: torch._ops.OpOverloadPacket) -> Callable[..., float]:

@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 MIN_SAMPLE_SECONDS = 0.05
+MODEL_REPEATS = 3  # timed samples of each side of a whole model, at most
 SLOW_SECONDS = 20.0  # a call over it is timed twice at most
 CPU = torch.device("cpu")
 Suite = Literal["ops", "preprocess", "plan", "loader", "train-step", "score", "scale", "end-to-end", "serve", "flops"]
@@ -47,11 +48,6 @@ class Options:
     def repeats(self) -> int:
         """Timed samples of each side of an op."""
         return 1 if self.quick else 5
-
-    @property
-    def model_repeats(self) -> int:
-        """Timed samples of each side of a whole model."""
-        return 1 if self.quick else 3
 
     @property
     def device(self) -> torch.device:
@@ -90,16 +86,11 @@ class Row:
     details: dict[str, float | str] = field(default_factory=dict)  # what else the case counts, units in the names
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(NamedTuple):
     """A relative error of our results against a baseline's, and what it may be; NaN fails."""
 
     error: float
     bound: float
-
-    @property
-    def passed(self) -> bool:
-        return self.error <= self.bound
 
 
 @dataclass(frozen=True)
@@ -148,7 +139,7 @@ def compare(comparison: Comparison, options: Options) -> Iterator[Row]:
     bound = comparison.bound and comparison.bound()
     ours, *others = interleaved(
         [*runs, *([bound.run] if bound else [])],
-        repeats=options.model_repeats if comparison.whole_model else options.repeats,
+        repeats=min(options.repeats, MODEL_REPEATS if comparison.whole_model else options.repeats),
         min_seconds=0 if comparison.whole_model else MIN_SAMPLE_SECONDS,
     )
     seconds, fraction, details = median(ours), None, {}
@@ -170,7 +161,7 @@ def verdict(checks: Sequence[Check]) -> tuple[bool | None, float | None]:
     errors = [check.error for check in checks]
     if not errors:
         return None, None
-    return all(check.passed for check in checks), max(errors) if all(map(math.isfinite, errors)) else None
+    return all(error <= bound for error, bound in checks), max(errors) if all(map(math.isfinite, errors)) else None
 
 
 def lone_row(suite: str, case: str, samples: Sequence[float], options: Options, details: dict) -> Row:

@@ -113,22 +113,18 @@ class Records:
         sequences = tuple(sequence[sequence >= 0] for sequence in sample.text.sequences)
         return Encoded(sequences, sample.text.prefix_length - self.sizes.tokens_per_tile, sample.text.truncated)
 
-    def sequences(self, branch: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Every response's whole sequence and its tiles: `main`, `white` (white tiles) or `text` (no image)."""
+    def padded(self, branch: str, which: Sequence[int], dtype: torch.dtype, device: torch.device) -> PaddedBatch:
+        """A baseline's batch of the responses `which`, counted over all records, each with its own pixels.
+
+        `branch` is `main`, `white` (a white tile in place of the image) or `text` (no image).
+        """
         sequences, tiles = [], []
-        white = white_tile(self.sizes.tile_size)
         for sample, (image,) in zip(self.samples, self.images, strict=True):
             encoded = {"main": sample.main, "white": sample.text, "text": self.without_image(sample)}[branch]
             sequences += encoded.sequences
-            tiles += [image if branch == "main" else white] * len(encoded.sequences)
-        return sequences, tiles
-
-    def padded(self, branch: str, which: Sequence[int], dtype: torch.dtype, device: torch.device) -> PaddedBatch:
-        """A baseline's batch of the responses `which`, counted over all records, each with its own pixels."""
-        sequences, tiles = self.sequences(branch)
-        pixels = []
-        if branch != "text":
-            pixels = [normalize(torch.from_numpy(tiles[at]), *NORMALIZATION["imagenet"], dtype) for at in which]
+            tiles += [image if branch == "main" else white_tile(self.sizes.tile_size)] * len(encoded.sequences)
+        seen = [torch.from_numpy(tiles[at]) for at in which if branch != "text"]
+        pixels = [normalize(each, *NORMALIZATION["imagenet"], dtype) for each in seen]
         return pad([sequences[at] for at in which], pixels, IMAGE_TOKEN_ID, device)
 
 

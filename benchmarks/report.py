@@ -1,6 +1,5 @@
 """Rows out: the table, the JSON file that an interrupted run continues, the comparison with an earlier file, plots."""
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from datetime import date
@@ -13,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness import Options, Row
-from mmrm_fast.files import write_text
+from mmrm_fast.files import read_json, write_json
 from mmrm_fast.machine import this_machine
 
 RESULTS = Path(__file__).parent / "results"
@@ -52,8 +51,8 @@ class ResultFile:
         self.rows: list[Row] = []
         self.finished: list[str] = []
         for earlier in [path, *of_all_days(path)] if resume else []:
-            content = json.loads(earlier.read_text()) if earlier.is_file() else {"environment": {}}
-            if undated(content["environment"]) == undated(environment):
+            content = read_json(earlier) if earlier.is_file() else {"environment": {}}
+            if content["environment"] | {"date": None} == environment | {"date": None}:
                 self.path, self.environment = earlier, content["environment"]
                 self.rows, self.finished = read_rows(earlier), content["finished"]
                 break
@@ -64,12 +63,7 @@ class ResultFile:
         self.finished.append(case)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         content = {"environment": self.environment, "finished": self.finished, "rows": list(map(asdict, self.rows))}
-        write_text(self.path, json.dumps(content, indent=2) + "\n")
-
-
-def undated(environment: dict) -> dict:
-    """All but the date."""
-    return {name: value for name, value in environment.items() if name != "date"}
+        write_json(self.path, content)
 
 
 def of_all_days(path: Path) -> list[Path]:
@@ -80,7 +74,7 @@ def of_all_days(path: Path) -> list[Path]:
 
 def read_rows(path: Path) -> list[Row]:
     """The rows of a file."""
-    return [Row(**row) for row in json.loads(path.read_text())["rows"]]
+    return [Row(**row) for row in read_json(path)["rows"]]
 
 
 def regressions(rows: Sequence[Row], earlier: Sequence[Row]) -> list[str]:

@@ -10,6 +10,6 @@ from benchmarks.bench_ops import OPS, checks, prepare
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_op(benchmark, op, side):
     run, baseline = prepare(op), next(iter(op.baselines.values()))
-    assert all(check.passed for check in checks(op, run, baseline))
+    assert all(error <= bound for error, bound in checks(op, run, baseline))
     benchmark.group = op.name
     benchmark(run, op.ours if side == "ours" else baseline)
