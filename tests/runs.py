@@ -54,7 +54,7 @@ def descendants(root, name):
     return found
 
 
-def wait_until(condition, what, *, seconds=120, every=0.05):
+def wait_until(condition, what, *, seconds=300, every=0.05):
     """What `condition` gives as soon as it is true; AssertionError with `what` (called, where it can be) by then."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
