@@ -153,6 +153,14 @@ def test_the_loaders_digest_is_of_every_part_of_a_batch(name):
     assert digests[0] == digests[1] != digests[2]
 
 
+@pytest.mark.parametrize("path", sorted(report.RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_a_file_of_any_day_can_be_compared_with(path):
+    rows = read_rows(path)
+    slower = [replace(row, seconds=10 * row.seconds) for row in rows]
+    assert not regressions(rows, rows)
+    assert len(regressions(slower, rows)) == sum(not row.computed for row in rows)
+
+
 @pytest.mark.parametrize(("seconds", "listed"), [(1.0, 0), (1.09, 0), (1.2, 1)])
 def test_a_row_that_takes_a_tenth_longer_is_a_regression(seconds, listed):
     assert len(regressions([replace(ROW, seconds=seconds)], [ROW])) == listed
