@@ -1,6 +1,7 @@
 """Writes a best-of-N set: python scripts/make_candidates.py FOLDER --environment length."""
 
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -9,8 +10,8 @@ from mmrm_fast.study.candidates import make_candidates
 
 def main(
     folder: tyro.conf.Positional[Path],
-    environment: str = "opening",
-    split: str = "iid",
+    environment: Literal["opening", "length", "hedging"] = "opening",
+    split: Literal["iid", "neutral", "reversed"] = "iid",
     num_prompts: int = 200,
     num_responses: int = 64,
     right: float = 0.1,

@@ -2,9 +2,12 @@
 
 import itertools
 import json
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tyro
 
 from mmrm_fast.cli import main
 from mmrm_fast.data.records import Records
@@ -172,3 +175,13 @@ def test_cues_follow_the_split(tmp_path, split, carried):
 def test_the_same_seed_gives_the_same_file(tmp_path):
     first, second = (make_candidates(tmp_path / name, "hedging", num_prompts=3) for name in "ab")
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_the_script_writes_what_it_is_asked_for(tmp_path, capsys):
+    main = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "make_candidates.py"))["main"]
+    options = {"environment": "length", "split": "neutral", "num-prompts": 2, "num-responses": 3, "right": 1, "seed": 7}
+    tyro.cli(main, args=[str(tmp_path / "set"), *(f"--{name}={value}" for name, value in options.items())])
+    records = Records(capsys.readouterr().out.strip())
+    assert [records.group(index).truth for index in range(2)] == [(1, 1, 1)] * 2
+    with pytest.raises(SystemExit):
+        tyro.cli(main, args=[str(tmp_path / "other"), "--environment=weather"])
