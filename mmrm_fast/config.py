@@ -34,7 +34,7 @@ class RecordsConfig:
     overlong: Literal["skip", "truncate", "error"] = "skip"
     """A response that does not fit: drop its pairs and count them, cut it, or stop."""
     check_records: int = 100_000
-    """Records checked before anything runs (fields, lengths, images, of 10,000 records at most); 0: none."""
+    """Records checked before anything runs, with their images where a file has under 10,000; 0: none."""
     skip_bad: bool = False
     """Skip records that cannot be used, listed in skipped.jsonl, instead of stopping."""
 

@@ -48,9 +48,6 @@ MEANINGLESS = {
     "tf32": "nothing large is computed in float32",
     "remove_unused_columns": "records have no columns",
     "use_data_resampling": "the reference does not use it either",
-    "ddp_find_unused_parameters": "FSDP2 needs no such thing",
-    "ddp_timeout": "ranks wait 10 minutes for each other",
-    **dict.fromkeys(("do_train", "do_eval"), "the command says it"),
     "drop_path_rate": "the vision tower runs without noise",
 }
 ONLY = {  # options of which one value is supported, with the remedy for others

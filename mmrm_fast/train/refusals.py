@@ -24,6 +24,7 @@ NEEDS = {
     "dry_run": ("num_gpus", "gpu_memory"),
     "eval_every": ("best",),
 }
+PROXY_FIGURES = ("proxy_accuracy", "proxy_truth_accuracy", "sfd")
 EITHER = (("overwrite", "resume"), ("tokens_per_batch", "pairs_per_step"))
 
 
@@ -91,6 +92,10 @@ def contradictions(config: TrainConfig, num_ranks: int) -> Iterator[str]:
         (is_file and not path.is_file(), f"--proxy-model {path}: not `full`, `lora`, a folder or a file"),
         (is_file and records.pairs != "all", f"{margins} pair of a whole record, not with --pairs {records.pairs}"),
         (is_file and len(records.data) > 1, f"{margins} record of one file, --data has {len(records.data)}"),
+        (
+            (config.run.best or "").rpartition(".")[2] in PROXY_FIGURES and (is_file or not proxy.robust),
+            f"--best {config.run.best}: no proxy scores the test sets",
+        ),
         (replicas > 0 and num_ranks % replicas, f"--replicas {replicas} does not divide {num_ranks} ranks"),
     ]
     yield from (message for wrong, message in table if wrong)

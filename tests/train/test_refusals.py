@@ -55,6 +55,7 @@ def test_what_can_be_trained_is_not_refused(config):
         ({"best": "iid.accuracy"}, "--best does nothing without --eval-every"),
         ({"best": "nothing.accuracy", "eval_every": 1}, r"--best nothing\.accuracy: expected SET\.FIGURE, of iid or"),
         ({"best": "iid.nothing", "eval_every": 1}, "one of"),
+        ({"best": "iid.sfd", "eval_every": 1}, r"--best iid\.sfd: no proxy scores the test sets"),
         ({"robust": True, "proxy_model": "lora"}, "--llm-lora"),
         ({"robust": True, "proxy_model": "nowhere"}, "nowhere: not `full`, `lora`, a folder or a file"),
         ({"robust": True, "proxy_model": "margins", "pairs": "expand", **DATA}, "not with --pairs expand"),
