@@ -170,7 +170,7 @@ class MemoryConfig:
     dry_run: bool = False
     """Train nothing: print parameters, memory a GPU, tokens and FLOPs a step, and refuse what cannot fit."""
     num_gpus: int | None = None
-    """GPUs that `--dry-run` plans for. Default: the processes that torchrun started."""
+    """GPUs that `--dry-run` counts with. Default: the processes that torchrun started."""
     gpu_memory: float | None = None
     """Memory of a GPU for `--dry-run`, in GiB. Default: that of the first GPU here."""
 

@@ -44,6 +44,11 @@ class Encoded:
     prefix_length: int  # tokens before the responses
     truncated: tuple[bool, ...]  # responses cut to `max_length`
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens with the prefix once."""
+        return sum(map(len, self.sequences)) - self.prefix_length * (len(self.sequences) - 1)
+
 
 def split_images(prompt: Prompt, num_images: int, compat: Compat = None) -> Turns:
     """The prompt's turns, each with the text around its image slots.

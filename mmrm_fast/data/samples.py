@@ -35,9 +35,7 @@ class Sample:
 
     def cost(self, tokens_per_tile: int) -> int:
         """Work in tokens after sharing: tokens + gathered keys / `KEYS_PER_TOKEN` + image tokens encoded."""
-        prefix = self.main.prefix_length
-        tokens = prefix + sum(len(sequence) - prefix for sequence in self.main.sequences)
-        keys = prefix + self.num_tokens_unshared
+        tokens, keys = self.main.num_tokens, self.main.prefix_length + self.num_tokens_unshared
         return tokens + keys // KEYS_PER_TOKEN + sum(self.tiles_per_image) * tokens_per_tile
 
 

@@ -218,7 +218,8 @@ class OwnLengthRope(nn.Module):
         with x.device:
             rope = self.kind(self.config)
         if x.is_meta:  # transformers would look at the positions
-            return (x.new_empty(1, len(positions_T), 2 * len(rope.inv_freq)),) * 2
+            cos = x.new_empty(1, len(positions_T), 2 * len(rope.inv_freq))
+            return cos, cos.clone()
         last = positions_T.new_full((1,), max(regime - 1, 0))  # of a sequence of that length
         cos, sin = rope(x, torch.cat([positions_T, last])[None])
         return cos[:, :-1], sin[:, :-1]

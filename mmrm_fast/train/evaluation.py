@@ -9,7 +9,7 @@ import torch
 from mmrm_fast.data.packing import Packed
 from mmrm_fast.pairs import PairRow, judged_accuracy, pair_rows, summarize
 from mmrm_fast.train import sharding
-from mmrm_fast.train.proxy import Branch, train_mode
+from mmrm_fast.train.branch import Branch, train_mode
 
 
 def evaluate(

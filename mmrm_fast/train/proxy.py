@@ -1,94 +1,172 @@
-"""The two rewards of a training: the model's, and that of the text-only proxy in its several forms."""
+"""The text-only proxy of a training, in its several forms; `parse_proxy` says which, and nothing else asks."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmrm_fast.checkpoint.folder import Checkpoint, CheckpointFolder
-from mmrm_fast.config import ProxyConfig, TrainConfig, WeightsConfig
-from mmrm_fast.data.packing import TokenPlan, white_tile
+from mmrm_fast.config import TrainConfig
+from mmrm_fast.data.images import white_tile
+from mmrm_fast.data.packing import Packed, PackedBatch
 from mmrm_fast.data.samples import Sample
 from mmrm_fast.files import json_lines
-from mmrm_fast.model.lora import MAIN, PROXY, TwoAdapterModel, add_lora, merged
-from mmrm_fast.model.reward_model import RewardModel
+from mmrm_fast.model.lora import MAIN, PROXY, TwoAdapterModel, add_lora
 from mmrm_fast.train import sharding
+from mmrm_fast.train.branch import AdapterBranch, Branch, add_adapters, freeze
+from mmrm_fast.train.loss import margins, preference_loss
+
+Opener = Callable[[CheckpointFolder, bool], Checkpoint]  # (folder, whether its language model alone is wanted)
 
 
-@dataclass(frozen=True)
-class Branch:
-    """One reward that is trained: `main` or `proxy`, as a function of its tokens (and tiles)."""
+class Proxy:
+    """No proxy: a standard training. The kinds below say what differs; nothing is read to make one."""
 
-    name: str
-    root: RewardModel  # both branches' where they are adapters of one model
-    checkpoint: Checkpoint  # whose folder format its weights are saved in
-    lora_scale: float
+    scores_tests = False  # whether it gives rewards to the test sets
 
-    def __call__(self, plan: TokenPlan, tiles_ISSC: Tensor | None = None) -> Tensor:
-        """Rewards [R]."""
-        shared = {"branch": self.name} if isinstance(self.root, TwoAdapterModel) else {}
-        return self.root(plan, tiles_ISSC, **shared)
+    def __init__(self, config: TrainConfig):
+        self.config = config
 
-    def trained(self) -> dict[str, nn.Parameter]:
-        """The parameters that train for this reward, by name."""
-        named = self.root.named_parameters()
-        return {name: p for name, p in named if p.requires_grad and self.owns(name)}
+    @cached_property
+    def model_folder(self) -> CheckpointFolder:
+        """Where the model is."""
+        return CheckpointFolder(self.config.weights.model)
 
-    def owns(self, name: str) -> bool:
-        """Whether a parameter of the root is this branch's."""
-        if not isinstance(self.root, TwoAdapterModel):
-            return True
-        is_proxy = name.startswith("proxy_score.") or f".{PROXY}." in name
-        return is_proxy == (self.name == PROXY)
+    def problems(self) -> Iterator[str]:
+        """Options that contradict the kind."""
+        yield from ()
 
-    def state(self) -> dict[str, Tensor]:
-        """The weights of a plain model, adapters merged, whole on the first rank. Called on every rank."""
-        state = sharding.full_state(self.root)
-        is_shared = isinstance(self.root, TwoAdapterModel)
-        plain = merged(state, self.name if is_shared else MAIN, self.lora_scale)
-        proxy_score = plain.pop("proxy_score.weight", None)
-        if self.name == MAIN or not is_shared or not plain:
-            return plain
-        text_only = {name: value for name, value in plain.items() if name.startswith("model.language_model.")}
-        return {**text_only, "score.weight": proxy_score}
+    def branches(self, open_checkpoint: Opener) -> list[Branch]:
+        """The rewards that train, the model's first: parts frozen, adapters added, not yet sharded."""
+        weights, checkpoint = self.config.weights, open_checkpoint(self.model_folder, False)
+        freeze(checkpoint.model, weights)
+        add_adapters(checkpoint.model, weights)
+        return [Branch(MAIN, checkpoint.model, checkpoint, self.model_folder, weights.lora_alpha / weights.lora_r)]
+
+    def margins(self, branches: list[Branch], packed: Packed, batch: PackedBatch) -> Tensor | None:
+        """The proxy's margins [P], its backward pass done, if there is one; `batch` is `packed.batch` on the device."""
+        return None
 
 
-def make_branches(config: TrainConfig, device: torch.device) -> list[Branch]:
-    """Load, freeze, adapt and shard the models: the main branch and, unless its margins come from a file, the proxy."""
-    main = load(config, config.weights.model)
-    freeze(main.model, config.weights)
-    checkpoints = {MAIN: main}
-    if config.proxy.robust and config.proxy.proxy_model != "lora" and not proxy_file(config.proxy):
-        checkpoints[PROXY] = load_proxy(config, main)
-    for checkpoint in checkpoints.values():
-        adapt(checkpoint.model, config.weights)
-    roots = {name: checkpoint.model for name, checkpoint in checkpoints.items()}
-    if config.proxy.robust and config.proxy.proxy_model == "lora":
-        see_white(main, config)
-        add_lora(main.model.model.language_model, config.weights, PROXY)
-        roots = dict.fromkeys((MAIN, PROXY), TwoAdapterModel(main.model))
-        checkpoints[PROXY] = main
-    for root in dict.fromkeys(roots.values()):
+class TrainedProxy(Proxy):
+    """A proxy that is the second branch."""
+
+    scores_tests = True
+
+    def margins(self, branches: list[Branch], packed: Packed, batch: PackedBatch) -> Tensor:
+        rewards = branches[1](batch.text, batch.text_tiles)
+        preference_loss(rewards, None, batch, label_smoothing=self.config.loss.label_smoothing).main.backward()
+        return margins(rewards.detach(), batch)
+
+    def see_white(self, checkpoint: Checkpoint) -> bool:
+        """Run a frozen vision tower on the proxy's white tile, once for the whole training; whether it can be so."""
+        weights = self.config.weights
+        if self.config.proxy.proxy_image == "none" or not weights.freeze_backbone or weights.vision_lora:
+            return False
+        tile = torch.from_numpy(white_tile(checkpoint.tiling.tile_size))
+        checkpoint.model.keep_only(tile.to(checkpoint.model.score.weight.device))
+        return True
+
+
+class ModelProxy(TrainedProxy):
+    """`full`, or a folder: a model of its own, a copy of the main one's or a smaller one with the same tokenizer."""
+
+    def __init__(self, config: TrainConfig, path: str | Path | None = None):
+        super().__init__(config)
+        self.path = path
+
+    @cached_property
+    def folder(self) -> CheckpointFolder:
+        """Where the proxy is."""
+        return self.model_folder if self.path is None else CheckpointFolder(self.path)
+
+    def branches(self, open_checkpoint: Opener) -> list[Branch]:
+        vocabularies = [own.tokenizer.get_vocab() for own in (self.model_folder, self.folder) if own.has_tokenizer]
+        if vocabularies[1:] and vocabularies[0] != vocabularies[1]:
+            raise ValueError(f"--proxy-model {self.path}: its tokenizer is not that of {self.model_folder.path}")
+        (main,) = super().branches(open_checkpoint)
+        weights, checkpoint = self.config.weights, open_checkpoint(self.folder, self.config.proxy.proxy_image == "none")
+        freeze(checkpoint.model, replace(weights, freeze_llm=False))
+        if self.see_white(checkpoint):
+            checkpoint.model.model.vision_tower = None
+        add_adapters(checkpoint.model, weights)
+        return [main, replace(main, name=PROXY, root=checkpoint.model, checkpoint=checkpoint, folder=self.folder)]
+
+
+class AdapterProxy(TrainedProxy):
+    """`lora`: a second adapter on the model's own frozen weights."""
+
+    def problems(self) -> Iterator[str]:
+        if not self.config.weights.llm_lora:
+            yield "--proxy-model lora: model and proxy are adapters on frozen weights, add --llm-lora"
+
+    def branches(self, open_checkpoint: Opener) -> list[Branch]:
+        (main,) = super().branches(open_checkpoint)
+        self.see_white(main.checkpoint)
+        add_lora(main.root.model.language_model, self.config.weights, PROXY)
+        root = TwoAdapterModel(main.root)
+        return [AdapterBranch(name, root, main.checkpoint, main.folder, main.lora_scale) for name in (MAIN, PROXY)]
+
+
+class FileProxy(Proxy):
+    """A file of margins that were computed before."""
+
+    def __init__(self, config: TrainConfig, path: Path):
+        super().__init__(config)
+        self.path = path
+
+    @cached_property
+    def file(self) -> "ProxyMargins":
+        """What it holds."""
+        return ProxyMargins(self.path)
+
+    def problems(self) -> Iterator[str]:
+        start, records = f"--proxy-model {self.path}: margins are by", self.config.records
+        if records.pairs != "all":
+            yield f"{start} pair of a whole record, not with --pairs {records.pairs}"
+        if len(records.data) > 1:
+            yield f"{start} record of one file, --data has {len(records.data)}"
+
+    def margins(self, branches: list[Branch], packed: Packed, batch: PackedBatch) -> Tensor:
+        return self.file.of(packed.samples).to(batch.chosen_P.device)
+
+
+def parse_proxy(config: TrainConfig) -> Proxy:
+    """What `--robust` and `--proxy-model` ask for. Raises `ValueError`."""
+    name, kinds = config.proxy.proxy_model, {"full": ModelProxy, "lora": AdapterProxy}
+    if not config.proxy.robust:
+        return Proxy(config)
+    if name in kinds:
+        return kinds[name](config)
+    if Path(name).is_dir():
+        return ModelProxy(config, name)
+    if Path(name).is_file():
+        return FileProxy(config, Path(name))
+    raise ValueError(f"--proxy-model {name}: not `full`, `lora`, a folder or a file")
+
+
+def make_branches(proxy: Proxy, device: torch.device) -> list[Branch]:
+    """The rewards that train, the model's first, loaded and sharded."""
+    config = proxy.config
+    own_shards = reads_own_shards(config)
+
+    def open_checkpoint(folder: CheckpointFolder, is_text_only: bool) -> Checkpoint:
+        checkpoint = folder.load(max_length=config.batch.max_length, with_weights=False)
+        if is_text_only:
+            checkpoint.model.drop_vision()
+        if not own_shards:
+            folder.fill(checkpoint.model)
+        return checkpoint.configured(config.batch)
+
+    branches = proxy.branches(open_checkpoint)
+    for root in dict.fromkeys(branch.root for branch in branches):
         sharding.shard(root, device, config.memory)
-    if reads_own_shards(config):
-        for checkpoint, folder in zip(checkpoints.values(), (config.weights.model, proxy_folder(config)), strict=False):
-            own = "cpu" if sharding.offloads(device, config.memory) else device
-            CheckpointFolder(folder).fill(checkpoint.model, own)
-    scale = config.weights.lora_alpha / config.weights.lora_r
-    return [Branch(name, root, checkpoints[name], scale) for name, root in roots.items()]
-
-
-def load(config: TrainConfig, folder: str | Path, *, text_only: bool = False) -> Checkpoint:
-    """Load a checkpoint, or its language model, with this run's limits and options for pictures."""
-    opened = CheckpointFolder(folder)
-    checkpoint = opened.load(max_length=config.batch.max_length, with_weights=False)
-    if text_only:
-        checkpoint.model.drop_vision()
-    if not reads_own_shards(config):
-        opened.fill(checkpoint.model)
-    return checkpoint.configured(config.batch)
+    for branch in branches if own_shards else ():
+        branch.folder.fill(branch.root, "cpu" if sharding.offloads(device, config.memory) else device)
+    return branches
 
 
 def reads_own_shards(config: TrainConfig) -> bool:
@@ -99,62 +177,6 @@ def reads_own_shards(config: TrainConfig) -> bool:
     """
     has_adapters = config.weights.llm_lora or config.weights.vision_lora
     return sharding.num_ranks() > 1 and not has_adapters and config.proxy.proxy_image == "none"
-
-
-def proxy_folder(config: TrainConfig) -> str | Path:
-    """Where the proxy's weights come from."""
-    return config.weights.model if config.proxy.proxy_model == "full" else config.proxy.proxy_model
-
-
-def load_proxy(config: TrainConfig, main: Checkpoint) -> Checkpoint:
-    """The proxy's own model: a copy of the main one's, or a smaller one with the same tokenizer."""
-    proxy = load(config, proxy_folder(config), text_only=config.proxy.proxy_image == "none")
-    if proxy.tokenizer.get_vocab() != main.tokenizer.get_vocab():
-        raise ValueError(f"--proxy-model {proxy_folder(config)}: its tokenizer is not that of {config.weights.model}")
-    freeze(proxy.model, replace(config.weights, freeze_llm=False))
-    see_white(proxy, config)
-    if proxy.model.only_tiles is not None:
-        proxy.model.model.vision_tower = None
-    return proxy
-
-
-def see_white(checkpoint: Checkpoint, config: TrainConfig) -> None:
-    """Run a frozen vision tower on the proxy's white tile, once for the whole training."""
-    if config.proxy.proxy_image == "white" and config.weights.freeze_backbone and not config.weights.vision_lora:
-        checkpoint.model.keep_only(torch.from_numpy(white_tile(checkpoint.tiling.tile_size)))
-
-
-def adapt(model: RewardModel, weights: WeightsConfig) -> None:
-    """Add the adapters that the config asks for."""
-    if weights.llm_lora:
-        add_lora(model.model.language_model, weights, MAIN)
-    if weights.vision_lora and model.model.vision_tower is not None:
-        add_lora(model.model.vision_tower, weights, MAIN)
-
-
-def freeze(model: RewardModel, weights: WeightsConfig) -> None:
-    """Take parts out of the training."""
-    parts = ("language_model", "vision_tower", "multi_modal_projector")
-    for name, frozen in zip(parts, (weights.freeze_llm, weights.freeze_backbone, weights.freeze_mlp), strict=True):
-        part = getattr(model.model, name)
-        if part is not None:
-            part.requires_grad_(not frozen)
-
-
-def train_mode(model: RewardModel) -> None:
-    """Train what is trained; frozen parts stay in evaluation mode, without noise."""
-    model.train()
-    for part in (model.model.language_model, model.model.vision_tower, model.model.multi_modal_projector):
-        if part is not None and not any(parameter.requires_grad for parameter in part.parameters()):
-            part.eval()
-
-
-def proxy_file(config: ProxyConfig) -> Path | None:
-    """The file of precomputed margins, where `proxy_model` is one."""
-    if not config.robust or config.proxy_model in ("full", "lora"):
-        return None
-    path = Path(config.proxy_model)
-    return None if path.is_dir() else path
 
 
 class ProxyMargins:

@@ -1,6 +1,7 @@
 """Figures of a step that come from its time: throughput, memory, utilisation."""
 
 import resource
+from operator import mul
 from typing import Any
 
 import torch
@@ -30,8 +31,7 @@ class Rates:
 
     def __call__(self, row: dict[str, Any], seconds: float) -> dict[str, float]:
         """The figures of a step with the counts of `row`."""
-        tokens = (row["tokens"], row["text_tokens"])
-        flops = sum(number * count for number, count in zip(self.text, tokens, strict=False)) + self.tile * row["tiles"]
+        flops = self.flops(row["tokens"], row["text_tokens"], row["tiles"])
         utilisation = {"mfu": flops / seconds / (self.peak * num_ranks())} if self.peak else {}
         return {
             "seconds": seconds,
@@ -41,6 +41,10 @@ class Rates:
             "peak_memory_bytes": peak_memory_bytes(self.device),
             **utilisation,
         }
+
+    def flops(self, tokens: float, text_tokens: float, tiles: float) -> float:
+        """Operations in all passes of all models over so many tokens, of the proxy's text, and tiles."""
+        return sum(map(mul, self.text, (tokens, text_tokens))) + self.tile * tiles
 
 
 def pass_flops(part: torch.nn.Module) -> int:

@@ -1,13 +1,13 @@
 """What a training cannot do, seen from its options alone: told together, before anything is loaded or written."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from mmrm_fast.config import TrainConfig
 from mmrm_fast.config_file import options
 from mmrm_fast.data.mixture import parse_mixture
 from mmrm_fast.data.shapes import ENVIRONMENTS, TEST_SPLITS
 from mmrm_fast.pairs import FIGURES, named_sets
+from mmrm_fast.train.proxy import parse_proxy
 from mmrm_fast.train.records import HELD_OUT
 
 RANGES = {
@@ -64,10 +64,8 @@ def idle(config: TrainConfig) -> Iterator[str]:
 
 def contradictions(config: TrainConfig, num_ranks: int) -> Iterator[str]:
     """What no training can be."""
-    records, proxy, batch = config.records, config.proxy, config.batch
-    replicas, path = config.memory.replicas, Path(proxy.proxy_model)
-    is_file = proxy.robust and proxy.proxy_model not in ("full", "lora") and not path.is_dir()
-    margins = f"--proxy-model {path}: margins are by"
+    records, batch = config.records, config.batch
+    replicas = config.memory.replicas
     table = [
         (
             config.weights.model and not records.data and not config.memory.dry_run,
@@ -85,20 +83,17 @@ def contradictions(config: TrainConfig, num_ranks: int) -> Iterator[str]:
             config.loss.sfc_mode == "balanced" and config.loss.center_rewards,
             "--center-rewards with --sfc-mode balanced, whose mean weight would rescale it",
         ),
-        (
-            proxy.robust and proxy.proxy_model == "lora" and not config.weights.llm_lora,
-            "--proxy-model lora: model and proxy are adapters on frozen weights, add --llm-lora",
-        ),
-        (is_file and not path.is_file(), f"--proxy-model {path}: not `full`, `lora`, a folder or a file"),
-        (is_file and records.pairs != "all", f"{margins} pair of a whole record, not with --pairs {records.pairs}"),
-        (is_file and len(records.data) > 1, f"{margins} record of one file, --data has {len(records.data)}"),
-        (
-            (config.run.best or "").rpartition(".")[2] in PROXY_FIGURES and (is_file or not proxy.robust),
-            f"--best {config.run.best}: no proxy scores the test sets",
-        ),
         (replicas > 0 and num_ranks % replicas, f"--replicas {replicas} does not divide {num_ranks} ranks"),
     ]
     yield from (message for wrong, message in table if wrong)
+    try:
+        proxy = parse_proxy(config)
+    except ValueError as error:
+        yield str(error)
+        return
+    yield from proxy.problems()
+    if (config.run.best or "").rpartition(".")[2] in PROXY_FIGURES and not proxy.scores_tests:
+        yield f"--best {config.run.best}: no proxy scores the test sets"
 
 
 def wrong_sets(config: TrainConfig) -> Iterator[str]:

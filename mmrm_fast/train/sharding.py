@@ -100,7 +100,7 @@ def shard(model: RewardModel, device: torch.device, config: MemoryConfig) -> Rew
     """
     dtype = compute_dtype(config, device)
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+        parameter.data = parameter.data.to(stored_dtype(parameter, dtype))
     for block in blocks(model):
         if config.compile:
             block.forward = torch.compile(block.forward, dynamic=True)  # every batch has other sizes
@@ -109,7 +109,7 @@ def shard(model: RewardModel, device: torch.device, config: MemoryConfig) -> Rew
     offloaded = offloads(device, config)
     if not offloaded and not next(model.parameters()).is_meta:
         model.to(device)
-    if num_ranks() == 1 and dtype == torch.float32 and not offloaded:
+    if not is_sharded(num_ranks(), dtype, offloaded):
         return model
     options = {"mesh": make_mesh(device, config.replicas), "reshard_after_forward": config.reshard_after_forward}
     if offloaded:
@@ -122,6 +122,16 @@ def shard(model: RewardModel, device: torch.device, config: MemoryConfig) -> Rew
         group.set_gradient_divide_factor(1.0)
         group.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def stored_dtype(parameter: nn.Parameter, dtype: torch.dtype) -> torch.dtype:
+    """What a parameter is kept in where `dtype` is computed in."""
+    return torch.float32 if parameter.requires_grad else dtype
+
+
+def is_sharded(num_ranks: int, dtype: torch.dtype, offloaded: bool) -> bool:
+    """Whether a model becomes FSDP groups."""
+    return num_ranks > 1 or dtype != torch.float32 or offloaded
 
 
 def offloads(device: torch.device, config: MemoryConfig) -> bool:

@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from mmrm_fast.config import OptimizerConfig, TrainConfig
-from mmrm_fast.data.packing import Packed, PackedBatch
+from mmrm_fast.data.packing import Packed
 from mmrm_fast.train import sharding
+from mmrm_fast.train.branch import Branch
 from mmrm_fast.train.loss import StepAccumulator, margins, preference_loss
-from mmrm_fast.train.proxy import Branch, ProxyMargins, proxy_file
+from mmrm_fast.train.proxy import Proxy
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,8 @@ class Outcome:
 class Steps:
     """The branches' optimizer and what of a step is added up so far."""
 
-    def __init__(self, branches: list[Branch], config: TrainConfig, device: torch.device):
-        self.config, self.device = config, device
-        self.main, self.proxy = branches[0], branches[1] if len(branches) > 1 else None
-        file = proxy_file(config.proxy)
-        self.margins = ProxyMargins(file) if file else None
+    def __init__(self, branches: list[Branch], proxy: Proxy, config: TrainConfig, device: torch.device):
+        self.branches, self.proxy, self.config, self.device = branches, proxy, config, device
         self.named = [{f"{branch.name}.{name}": p for name, p in branch.trained().items()} for branch in branches]
         self.parameters = [list(named.values()) for named in self.named]
         together = [parameter for parameters in self.parameters for parameter in parameters]
@@ -56,8 +54,8 @@ class Steps:
         """
         config, batch = self.config.loss, packed.batch.to(self.device)
         self.seed_noise(step)
-        proxy_margin_P = self.proxy_margins(packed, batch)
-        rewards = self.main(batch.main, batch.tiles)
+        proxy_margin_P = self.proxy.margins(self.branches, packed, batch)
+        rewards = self.branches[0](batch.main, batch.tiles)
         loss = preference_loss(
             rewards, proxy_margin_P, batch, sfc_mode=config.sfc_mode, label_smoothing=config.label_smoothing,
             centering=config.center_rewards,
@@ -70,16 +68,6 @@ class Steps:
         """Let dropout depend on seed, step, micro-batch and rank alone, so that no random state has to be kept."""
         place = (self.config.run.seed, step, len(self.sources), sharding.rank())
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]) >> 1)
-
-    def proxy_margins(self, packed: Packed, batch: PackedBatch) -> Tensor | None:
-        """The proxy's margins [P], its backward pass done where it is a model; None without one."""
-        if self.margins:
-            return self.margins.of(packed.samples).to(self.device)
-        if not self.proxy:
-            return None
-        rewards = self.proxy(batch.text, batch.text_tiles)
-        preference_loss(rewards, None, batch, label_smoothing=self.config.loss.label_smoothing).main.backward()
-        return margins(rewards.detach(), batch)
 
     def apply(self, share: float) -> Outcome:
         """Scale, clip and apply the added-up gradients, unless they are not finite; `share` of the training is done."""

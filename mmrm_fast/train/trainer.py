@@ -22,8 +22,9 @@ from mmrm_fast.data.schedule import load
 from mmrm_fast.pairs import EvalSet, PairRow, judged_accuracy, reward_stats
 from mmrm_fast.tables import print_results
 from mmrm_fast.train import sharding
+from mmrm_fast.train.branch import train_mode
 from mmrm_fast.train.evaluation import best_figure, evaluate, figures
-from mmrm_fast.train.proxy import make_branches, train_mode
+from mmrm_fast.train.proxy import make_branches, parse_proxy
 from mmrm_fast.train.rates import Rates
 from mmrm_fast.train.records import MAX_LISTED, InputErrors, open_inputs, training_preparer
 from mmrm_fast.train.resume import Checkpoints, RunState, load_tensors, require_space
@@ -44,14 +45,15 @@ class Trainer:
         self.config, self.device, self.start, self.on_event = config, device, start, on_event
         self.is_main = sharding.rank() == 0
         torch.manual_seed(config.run.seed)
-        self.branches = make_branches(config, device)
+        proxy = parse_proxy(config)
+        self.branches = make_branches(proxy, device)
         unchecked = {"check_records": 0} if start else {}  # they were checked when the run began
         records, main = replace(config.records, **unchecked), self.branches[0].checkpoint
         preparer = training_preparer(config, main, with_text=len(self.branches) > 1)
         self.inputs = open_inputs(records, eval_sets, preparer, self.progress_bar)
         self.kinds = {eval_set.name: eval_set.kind for eval_set in self.inputs.eval_sets}
         self.total = int(config.optimizer.epochs * len(self.inputs.dataset))  # records to train on
-        self.steps = Steps(self.branches, config, device)
+        self.steps = Steps(self.branches, proxy, config, device)
         self.state = RunState(config_json(config))
         self.folder = RunFolder(config.run.output_dir)
         self.rates = Rates([branch.root for branch in self.branches], main.tokens_per_tile, device)

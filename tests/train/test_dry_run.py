@@ -1,7 +1,6 @@
 """The dry run: figures that can be checked by hand, and a refusal of what cannot fit."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +13,9 @@ from mmrm_fast.cli import main
 from mmrm_fast.config import TrainConfig
 from mmrm_fast.config_file import with_options
 from mmrm_fast.model.decoder import use_gated_product
-from mmrm_fast.train.footprint import activations, count, make_models, memory, needed, text_pass
+from mmrm_fast.train import memory
+from mmrm_fast.train.memory import count, needed, run_pass, sized_branches
+from mmrm_fast.train.proxy import parse_proxy
 
 HIDDEN, LAYERS, KV, MLP, VOCABULARY = 3584, 28, 4 * 128, 18944, 151674
 LANGUAGE_MODEL = (
@@ -44,9 +45,19 @@ def eight(tmp_path):
     return with_options(TrainConfig(), model=folder, robust=True, activation_checkpointing="full")
 
 
-def bytes_of(config, name="main", **options):
-    options = {"num_gpus": 8, "tokens": 8192, "tiles": 16, **options}
-    return memory(config, name, make_models(config)[name], **options)
+def make_models(config):
+    """The models by branch; adapters of one are one."""
+    models = dict.fromkeys(branch.root for branch in sized_branches(parse_proxy(config)))
+    return dict(zip(("main", "proxy"), models, strict=False))
+
+
+def activations(config, name, tokens, tiles):
+    return memory.activations(parse_proxy(config), ("main", "proxy").index(name), tokens, tiles)
+
+
+def bytes_of(config, name="main", num_gpus=8, tokens=8192, tiles=16):
+    saved = activations(config, name, tokens, tiles)
+    return memory.memory(config.memory, make_models(config)[name], saved, num_gpus=num_gpus)
 
 
 def test_parameters_of_a_published_size(eight):
@@ -94,8 +105,6 @@ def test_activations_are_what_a_real_pass_saves(make_checkpoint, tmp_path):
     plain = with_options(TrainConfig(), model=tmp_path, robust=True, dtype="float32")
     with torch.device("cpu"):
         real = type(model.model.language_model)(config.text_config)
-    model.model.language_model = real
-    passed = text_pass(model, 100)
     embeds = torch.zeros(1, 100, config.text_config.hidden_size, requires_grad=True)
     ends = torch.tensor([0, 100], dtype=torch.int32)
     places = torch.arange(100)
@@ -105,7 +114,7 @@ def test_activations_are_what_a_real_pass_saves(make_checkpoint, tmp_path):
     )  # fmt: skip
     real.set_attn_implementation("mmrm_trie")
     use_gated_product(real)
-    assert activations(plain, "proxy", 100, 1) == pytest.approx(replace(passed, run=run).saved(), rel=0.02)
+    assert activations(plain, "proxy", 100, 1) == pytest.approx(run_pass(run, real).saved, rel=0.02)
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,21 @@
 """Every way to train is the same on one rank, two and four, and with every way to spend memory."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from ranks import run_ranks
 from runs import losses, margins, mixed_records, read
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from mmrm_fast.checkpoint.folder import save_checkpoint
 from mmrm_fast.model.lora import TwoAdapterModel
 from mmrm_fast.score.scorer import Scorer
 from mmrm_fast.train.command import train
-from mmrm_fast.train.proxy import make_branches
+from mmrm_fast.train.proxy import make_branches, parse_proxy
 from mmrm_fast.train.sharding import ranks
 from mmrm_fast.train.step import lr_factor
 
@@ -106,7 +109,7 @@ def test_final_is_a_plain_checkpoint_with_its_adapter_merged(make_way, pictures,
 
 def test_two_adapters_hold_one_copy_of_the_weights_and_train_apart(make_way):
     with ranks() as device:
-        main, proxy = make_branches(make_way("run", "proxy lora"), device)
+        main, proxy = make_branches(parse_proxy(make_way("run", "proxy lora")), device)
     assert isinstance(main.root, TwoAdapterModel) and main.root is proxy.root
     main_names, proxy_names = set(main.trained()), set(proxy.trained())
     assert not main_names & proxy_names
@@ -119,7 +122,7 @@ def test_two_adapters_hold_one_copy_of_the_weights_and_train_apart(make_way):
 
 def test_the_white_tile_passes_a_frozen_vision_tower_once(make_way):
     with ranks() as device:
-        _, proxy = make_branches(make_way("run", "proxy white"), device)
+        _, proxy = make_branches(parse_proxy(make_way("run", "proxy white")), device)
     assert proxy.root.model.vision_tower is None and proxy.root.only_tiles.shape[0] == 1
 
 
@@ -134,6 +137,23 @@ def test_a_file_of_margins_is_what_an_evaluation_of_the_training_file_wrote(make
 def test_the_proxy_of_a_run_is_a_proxy_for_another(make_way):
     proxy = train(make_way("first", "robust")) / "proxy"
     assert len(losses(train(make_way("second", "robust", proxy_model=str(proxy))))) == 3
+
+
+@pytest.mark.parametrize("other", ["a token more", "the same tokens in another order"])
+def test_a_proxy_with_another_tokenizer_is_refused_by_name_before_anything_is_written(
+    make_way, make_checkpoint, tmp_path, other
+):
+    checkpoint = make_checkpoint()
+    fields = json.loads(checkpoint.tokenizer.backend_tokenizer.to_str())
+    vocab = fields["model"]["vocab"]
+    vocab |= {"more": len(vocab)} if other == "a token more" else {"a": vocab["b"], "b": vocab["a"]}
+    backend = Tokenizer.from_str(json.dumps(fields))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=checkpoint.tokenizer.chat_template)
+    save_checkpoint(tmp_path / "other", replace(checkpoint, tokenizer=tokenizer))
+    config = make_way("run", "robust", proxy_model=str(tmp_path / "other"))
+    with pytest.raises(ValueError, match=r"--proxy-model .*other: its tokenizer is not that of .*model"):
+        train(config)
+    assert not config.run.output_dir.exists()
 
 
 def test_a_margin_that_is_missing_is_named(make_config, tmp_path):
