@@ -1,10 +1,7 @@
-// Tensors come as addresses of device memory, the stream as torch's `cuda_stream`.
-
 #include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -55,51 +52,41 @@ std::pair<int, int> cuda_versions() {
   return {driver, CUDART_VERSION};
 }
 
-void pair_loss_fwd_cuda(const std::string& dtype, Address margin, Address proxy_margin, Address demand, Address weight,
-                        int64_t num_pairs, const std::string& mode, double label_smoothing, Address sums, Address sfc,
-                        Address slope, Address proxy_slope, Address scratch, int device, Address stream) {
-  const DeviceGuard guard(device);
-  with_dtype(dtype, [&](auto element) {
-    using T = mmrm::compute_t<decltype(element)>;
-    if (!std::is_same_v<T, decltype(element)>) throw py::value_error("unsupported dtype " + dtype);
-    const mmrm::PairLossInputs<T> in{at<T>(margin), at<T>(proxy_margin), at<T>(demand), at<T>(weight), num_pairs,
-                                     pair_loss_mode(mode), label_smoothing};
-    const mmrm::PairLossOutputs<T> out{at<T>(sums), at<T>(sfc), at<T>(slope), at<T>(proxy_slope)};
-    check(mmrm::launch_pair_loss_fwd(in, out, at<double>(scratch), at<CUstream_st>(stream)));
-  });
+// torch's `cuda_stream`.
+cudaStream_t stream_of(uintptr_t stream) { return reinterpret_cast<cudaStream_t>(stream); }
+
+template <typename T>
+void pair_loss_fwd_cuda(const Column<T>& margin, const OptionalColumn<T>& proxy_margin, const OptionalColumn<T>& demand,
+                        const OptionalColumn<T>& weight, const std::string& mode, double label_smoothing,
+                        const Column<T>& sums, const Column<T>& sfc, const Column<T>& slope,
+                        const Column<T>& proxy_slope, const Column<double>& scratch, uintptr_t stream) {
+  const DeviceGuard guard(margin.device);
+  const auto in = pair_loss_inputs<T>(margin, proxy_margin, demand, weight, mode, label_smoothing);
+  double* chunk_sums = scratch.at({mmrm::pair_loss_scratch_size(in.num_pairs)});
+  check(mmrm::launch_pair_loss_fwd(in, pair_loss_outputs(in, sums, sfc, slope, proxy_slope), chunk_sums,
+                                   stream_of(stream)));
 }
 
-void pack_image_tokens_fwd_cuda(const std::string& dtype, Address embedding, Address features, Address source,
-                                Address out, int64_t num_tokens, int64_t width, int device, Address stream) {
-  const DeviceGuard guard(device);
-  with_dtype(dtype, [&](auto element) {
-    using Bits = bits_t<sizeof(element)>;
-    const mmrm::PackImageTokensFwd<Bits> args{at<Bits>(embedding), at<Bits>(features), at<int64_t>(source),
-                                              at<Bits>(out),       num_tokens,         width};
-    check(mmrm::launch_pack_image_tokens_fwd(args, at<CUstream_st>(stream)));
-  });
+template <typename T>
+void pack_image_tokens_fwd_cuda(const Rows<T>& embedding, const Rows<T>& features, const Column<int64_t>& source,
+                                const Rows<T>& out, uintptr_t stream) {
+  const DeviceGuard guard(embedding.device);
+  check(mmrm::launch_pack_image_tokens_fwd(pack_fwd(embedding, features, source, out), stream_of(stream)));
 }
 
-// num_embeddings is 0 where the table does not train.
-void pack_image_tokens_bwd_cuda(const std::string& dtype, Address grad, Address order, Address segment_ptr,
-                                Address segment_source, Address grad_embedding, Address grad_features,
-                                int64_t num_segments, int64_t num_embeddings, int64_t num_features, int64_t width,
-                                int device, Address stream) {
-  const DeviceGuard guard(device);
-  with_dtype(dtype, [&](auto element) {
-    using T = decltype(element);
-    const mmrm::PackImageTokensBwd<T> args{at<T>(grad),
-                                           at<int64_t>(order),
-                                           at<int64_t>(segment_ptr),
-                                           at<int64_t>(segment_source),
-                                           at<T>(grad_embedding),
-                                           at<T>(grad_features),
-                                           num_segments,
-                                           num_embeddings,
-                                           num_features,
-                                           width};
-    check(mmrm::launch_pack_image_tokens_bwd(args, at<CUstream_st>(stream)));
-  });
+template <typename T>
+void pack_image_tokens_bwd_cuda(const Rows<T>& grad, const Column<int64_t>& order, const Column<int64_t>& segment_ptr,
+                                const Column<int64_t>& segment_source, const Rows<T>& grad_embedding,
+                                const Rows<T>& grad_features, uintptr_t stream) {
+  const DeviceGuard guard(grad.device);
+  const auto args = pack_bwd(grad, order, segment_ptr, segment_source, grad_embedding, grad_features);
+  check(mmrm::launch_pack_image_tokens_bwd(args, stream_of(stream)));
+}
+
+template <typename T>
+void bind_pack_image_tokens(py::module_& m) {
+  m.def("pack_image_tokens_fwd_cuda", &pack_image_tokens_fwd_cuda<T>);
+  m.def("pack_image_tokens_bwd_cuda", &pack_image_tokens_bwd_cuda<T>);
 }
 
 }  // namespace
@@ -109,15 +96,8 @@ void bind_cuda(py::module_& m) {
   m.def("cuda_devices", &cuda_devices);
   m.def("cuda_versions", &cuda_versions);
   m.def("pair_loss_scratch_size", &mmrm::pair_loss_scratch_size, py::arg("num_pairs"));
-  m.def("pair_loss_fwd_cuda", &pair_loss_fwd_cuda, py::arg("dtype"), py::arg("margin"), py::arg("proxy_margin"),
-        py::arg("demand"), py::arg("weight"), py::arg("num_pairs"), py::arg("mode"), py::arg("label_smoothing"),
-        py::arg("sums"), py::arg("sfc"), py::arg("slope"), py::arg("proxy_slope"), py::arg("scratch"),
-        py::arg("device"), py::arg("stream"));
-  m.def("pack_image_tokens_fwd_cuda", &pack_image_tokens_fwd_cuda, py::arg("dtype"), py::arg("embedding"),
-        py::arg("features"), py::arg("source"), py::arg("out"), py::arg("num_tokens"), py::arg("width"),
-        py::arg("device"), py::arg("stream"));
-  m.def("pack_image_tokens_bwd_cuda", &pack_image_tokens_bwd_cuda, py::arg("dtype"), py::arg("grad"), py::arg("order"),
-        py::arg("segment_ptr"), py::arg("segment_source"), py::arg("grad_embedding"), py::arg("grad_features"),
-        py::arg("num_segments"), py::arg("num_embeddings"), py::arg("num_features"), py::arg("width"),
-        py::arg("device"), py::arg("stream"));
+  m.def("pair_loss_fwd_cuda", &pair_loss_fwd_cuda<float>);
+  m.def("pair_loss_fwd_cuda", &pair_loss_fwd_cuda<double>);
+  bind_pack_image_tokens<float>(m), bind_pack_image_tokens<double>(m);
+  bind_pack_image_tokens<mmrm::bf16_t>(m), bind_pack_image_tokens<mmrm::fp16_t>(m);
 }

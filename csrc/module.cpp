@@ -4,13 +4,10 @@
 
 #include <memory>
 #include <string>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "bindings.h"
-#include "pack_image_tokens.h"
-#include "pair_loss.h"
 #include "plan_trie.h"
 #include "resize_bicubic.h"
 #include "trie_attention.h"
@@ -55,94 +52,95 @@ void resize_bicubic_cpu(const Array<uint8_t>& image, Array<uint8_t>& tiles, int6
   mmrm::resize_bicubic_cpu(args);
 }
 
-void pair_loss_fwd_cpu(const std::string& dtype, Address margin, Address proxy_margin, Address demand, Address weight,
-                       int64_t num_pairs, const std::string& mode, double label_smoothing, Address sums, Address sfc,
-                       Address slope, Address proxy_slope, int num_threads) {
-  with_dtype(dtype, [&](auto element) {
-    using T = mmrm::compute_t<decltype(element)>;
-    if (!std::is_same_v<T, decltype(element)>) throw py::value_error("unsupported dtype " + dtype);
-    mmrm::pair_loss_fwd_cpu<T>({at<T>(margin), at<T>(proxy_margin), at<T>(demand), at<T>(weight), num_pairs,
-                                pair_loss_mode(mode), label_smoothing},
-                               {at<T>(sums), at<T>(sfc), at<T>(slope), at<T>(proxy_slope)}, num_threads);
-  });
-}
-
-void pack_image_tokens_fwd_cpu(const std::string& dtype, Address embedding, Address features, Address source,
-                               Address out, int64_t num_embeddings, int64_t num_features, int64_t num_tokens,
-                               int64_t width, int num_threads) {
-  with_dtype(dtype, [&](auto element) {
-    using Bits = bits_t<sizeof(element)>;
-    mmrm::pack_image_tokens_fwd_cpu<Bits>(
-        {at<Bits>(embedding), at<Bits>(features), at<int64_t>(source), at<Bits>(out), num_tokens, width},
-        num_embeddings, num_features, num_threads);
-  });
-}
-
-// num_embeddings is 0 where the table does not train.
-void pack_image_tokens_bwd_cpu(const std::string& dtype, Address grad, Address order, Address segment_ptr,
-                               Address segment_source, Address grad_embedding, Address grad_features,
-                               int64_t num_segments, int64_t num_embeddings, int64_t num_features, int64_t num_tokens,
-                               int64_t width, int num_threads) {
-  with_dtype(dtype, [&](auto element) {
-    using T = decltype(element);
-    mmrm::pack_image_tokens_bwd_cpu<T>(
-        {at<T>(grad), at<int64_t>(order), at<int64_t>(segment_ptr), at<int64_t>(segment_source), at<T>(grad_embedding),
-         at<T>(grad_features), num_segments, num_embeddings, num_features, width},
-        num_tokens, num_threads);
-  });
-}
-
-using Strides = std::pair<int64_t, int64_t>;  // of tokens and heads
-
 template <typename T>
-mmrm::HeadRows<T> rows_at(Address data, Strides strides) {
-  return {at<T>(data), strides.first, strides.second};
+void pair_loss_fwd_cpu(const Column<T>& margin, const OptionalColumn<T>& proxy_margin, const OptionalColumn<T>& demand,
+                       const OptionalColumn<T>& weight, const std::string& mode, double label_smoothing,
+                       const Column<T>& sums, const Column<T>& sfc, const Column<T>& slope, const Column<T>& proxy_slope,
+                       int num_threads) {
+  const auto in = pair_loss_inputs<T>(margin, proxy_margin, demand, weight, mode, label_smoothing);
+  mmrm::pair_loss_fwd_cpu(in, pair_loss_outputs(in, sums, sfc, slope, proxy_slope), num_threads);
 }
 
 template <typename T>
-mmrm::TrieAttention<T> trie_attention(const std::vector<Address>& plan, const std::vector<int64_t>& sizes, double scale,
-                                      bool causal, const std::vector<Address>& qkv,
-                                      const std::vector<Strides>& strides) {
-  return {{at<int32_t>(plan[0]), at<int64_t>(plan[1]), at<int32_t>(plan[2]), sizes[0], sizes[6]},
-          rows_at<const T>(qkv[0], strides[0]), rows_at<const T>(qkv[1], strides[1]),
-          rows_at<const T>(qkv[2], strides[2]), sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], float(scale), causal};
+void pack_image_tokens_fwd_cpu(const Rows<T>& embedding, const Rows<T>& features, const Column<int64_t>& source,
+                               const Rows<T>& out, int num_threads) {
+  mmrm::pack_image_tokens_fwd_cpu(pack_fwd(embedding, features, source, out), embedding.shape[0], features.shape[0],
+                                  num_threads);
 }
 
-// Of the types that trie_attention takes.
-template <typename F>
-void with_attention_dtype(const std::string& dtype, F f) {
-  if (dtype == "torch.float32") return f(float{});
-  if (dtype == "torch.bfloat16") return f(mmrm::bf16_t{});
-  throw py::value_error("unsupported dtype " + dtype);
+template <typename T>
+void pack_image_tokens_bwd_cpu(const Rows<T>& grad, const Column<int64_t>& order, const Column<int64_t>& segment_ptr,
+                               const Column<int64_t>& segment_source, const Rows<T>& grad_embedding,
+                               const Rows<T>& grad_features, int num_threads) {
+  mmrm::pack_image_tokens_bwd_cpu(
+      pack_bwd(grad, order, segment_ptr, segment_source, grad_embedding, grad_features), grad.shape[0], num_threads);
 }
 
-// plan: cu_seqlens_q, kv_index, cu_seqlens_k; sizes: N, T, H, G, E, S, K; out and its lse are contiguous.
-void trie_attention_fwd_cpu(const std::string& dtype, const std::vector<Address>& plan,
-                            const std::vector<int64_t>& sizes, double scale, bool causal,
-                            const std::vector<Address>& qkv, const std::vector<Strides>& strides, Address out,
-                            Address lse, int num_threads) {
-  with_attention_dtype(dtype, [&](auto element) {
-    using T = decltype(element);
-    const Strides dense{sizes[2] * sizes[4], sizes[4]};
-    mmrm::trie_attention_fwd_cpu<T>(trie_attention<T>(plan, sizes, scale, causal, qkv, strides), rows_at<T>(out, dense),
-                                    at<float>(lse), num_threads);
-  });
+template <typename T>
+using Heads = Tensor<T, 3>;
+
+template <typename T>
+mmrm::HeadRows<T> head_rows(const Heads<T>& x, const Heads<T>& like) {
+  if (x.shape != like.shape) throw std::invalid_argument("heads of different shapes");
+  if (x.shape[2] > 1 && x.strides[2] != 1) throw std::invalid_argument("a head's values are not contiguous");
+  return {x.data, x.strides[0], x.strides[1]};
 }
 
-// grad and out come after q, k and v in `inputs`; dq, dk and dv are contiguous.
-void trie_attention_bwd_cpu(const std::string& dtype, const std::vector<Address>& plan,
-                            const std::vector<int64_t>& sizes, double scale, bool causal,
-                            const std::vector<Address>& inputs, const std::vector<Strides>& strides, Address lse,
-                            Address dq, Address dk, Address dv, int num_threads) {
-  with_attention_dtype(dtype, [&](auto element) {
-    using T = decltype(element);
-    const Strides dense{sizes[2] * sizes[4], sizes[4]};
-    mmrm::trie_attention_bwd_cpu<T>(
-        trie_attention<T>(plan, sizes, scale, causal, inputs, strides),
-        {rows_at<const T>(inputs[3], strides[3]), rows_at<const T>(inputs[4], strides[4]), at<float>(lse),
-         rows_at<T>(dq, dense), at<float>(dk), at<float>(dv)},
-        num_threads);
-  });
+template <typename T>
+mmrm::HeadRows<const T> const_rows(const Heads<T>& x, const Heads<T>& like) {
+  const auto rows = head_rows(x, like);
+  return {rows.data, rows.token_stride, rows.head_stride};
+}
+
+template <typename T>
+mmrm::TrieAttention<T> trie_attention(const Heads<T>& q, const Heads<T>& k, const Heads<T>& v,
+                                      const Column<int32_t>& cu_seqlens_q, const Column<int64_t>& kv_index,
+                                      const Column<int32_t>& cu_seqlens_k, double scale, bool causal) {
+  const int64_t num_edges = cu_seqlens_q.shape[0], num_keys = kv_index.shape[0];
+  if (q.shape[2] != k.shape[2]) throw std::invalid_argument("queries and keys of different sizes");
+  return {{cu_seqlens_q.at({num_edges}), kv_index.at({num_keys}), cu_seqlens_k.at({num_edges}), num_edges - 1, num_keys},
+          const_rows(q, q), const_rows(k, k), const_rows(v, k),
+          q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[0], float(scale), causal};
+}
+
+template <typename T>
+void trie_attention_fwd_cpu(const Heads<T>& q, const Heads<T>& k, const Heads<T>& v,
+                            const Column<int32_t>& cu_seqlens_q, const Column<int64_t>& kv_index,
+                            const Column<int32_t>& cu_seqlens_k, double scale, bool causal, const Heads<T>& out,
+                            const Rows<float>& lse, int num_threads) {
+  mmrm::trie_attention_fwd_cpu(trie_attention(q, k, v, cu_seqlens_q, kv_index, cu_seqlens_k, scale, causal),
+                               head_rows(out, q), lse.at({q.shape[1], q.shape[0]}), num_threads);
+}
+
+template <typename T>
+void trie_attention_bwd_cpu(const Heads<T>& grad, const Heads<T>& q, const Heads<T>& k, const Heads<T>& v,
+                            const Heads<T>& out, const Rows<float>& lse, const Column<int32_t>& cu_seqlens_q,
+                            const Column<int64_t>& kv_index, const Column<int32_t>& cu_seqlens_k, double scale,
+                            bool causal, const Heads<T>& dq, const Heads<float>& dk, const Heads<float>& dv,
+                            int num_threads) {
+  const mmrm::TrieAttentionGrads<T> grads{const_rows(grad, q), const_rows(out, q), lse.at({q.shape[1], q.shape[0]}),
+                                          head_rows(dq, q),    dk.at(k.shape),     dv.at(k.shape)};
+  mmrm::trie_attention_bwd_cpu(trie_attention(q, k, v, cu_seqlens_q, kv_index, cu_seqlens_k, scale, causal), grads,
+                               num_threads);
+}
+
+const py::call_guard<py::gil_scoped_release> without_gil;
+
+template <typename T>
+void bind_pair_loss(py::module_& m) {
+  m.def("pair_loss_fwd_cpu", &pair_loss_fwd_cpu<T>, without_gil);
+}
+
+template <typename T>
+void bind_pack_image_tokens(py::module_& m) {
+  m.def("pack_image_tokens_fwd_cpu", &pack_image_tokens_fwd_cpu<T>, without_gil);
+  m.def("pack_image_tokens_bwd_cpu", &pack_image_tokens_bwd_cpu<T>, without_gil);
+}
+
+template <typename T>
+void bind_trie_attention(py::module_& m) {
+  m.def("trie_attention_fwd_cpu", &trie_attention_fwd_cpu<T>, without_gil);
+  m.def("trie_attention_bwd_cpu", &trie_attention_bwd_cpu<T>, without_gil);
 }
 
 }  // namespace
@@ -158,11 +156,9 @@ PYBIND11_MODULE(_native, m) {
 #ifdef MMRM_CUDA_ARCHITECTURES
   bind_cuda(m);
 #endif
-  const py::call_guard<py::gil_scoped_release> without_gil;
-  m.def("pack_image_tokens_fwd_cpu", &pack_image_tokens_fwd_cpu, without_gil);
-  m.def("pack_image_tokens_bwd_cpu", &pack_image_tokens_bwd_cpu, without_gil);
-  m.def("pair_loss_fwd_cpu", &pair_loss_fwd_cpu, without_gil);
   m.def("has_trie_attention_cpu", &mmrm::has_trie_attention_cpu);
-  m.def("trie_attention_fwd_cpu", &trie_attention_fwd_cpu, without_gil);
-  m.def("trie_attention_bwd_cpu", &trie_attention_bwd_cpu, without_gil);
+  bind_pair_loss<float>(m), bind_pair_loss<double>(m);
+  bind_pack_image_tokens<float>(m), bind_pack_image_tokens<double>(m);
+  bind_pack_image_tokens<mmrm::bf16_t>(m), bind_pack_image_tokens<mmrm::fp16_t>(m);
+  bind_trie_attention<float>(m), bind_trie_attention<mmrm::bf16_t>(m);
 }

@@ -8,7 +8,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 
@@ -44,16 +43,16 @@ def takes(driver: int, runtime: int) -> bool:
     return driver // 1000 >= runtime // 1000
 
 
-def addresses(*tensors: Tensor | None, device: torch.device) -> list[int]:
-    """Where the tensors' memory on this device begins, 0 for none."""
-    elsewhere = {t.device for t in tensors if t is not None} - {device}
-    if elsewhere:
-        raise ValueError(f"every tensor must be on {device}, got one on {elsewhere.pop()}")
-    return [0 if t is None else t.data_ptr() for t in tensors]
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors of one device as the native module reads them; None stays."""
+    devices = {t.device for t in tensors if t is not None}
+    if len(devices) > 1:
+        raise ValueError(f"every tensor must be on one device, got some on {' and '.join(sorted(map(str, devices)))}")
+    return [None if t is None else t.contiguous() for t in tensors]
 
 
-def device_and_stream(tensor: Tensor) -> tuple[int, int]:
-    """Where a kernel on this tensor is launched: its device and the caller's stream there."""
+def stream_of(tensor: Tensor) -> int:
+    """The caller's stream on a tensor's device."""
     import torch
 
-    return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
+    return torch.cuda.current_stream(tensor.device).cuda_stream

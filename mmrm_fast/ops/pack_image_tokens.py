@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmrm_fast.ops.native import addresses, cuda_native, device_and_stream, native
+from mmrm_fast.ops.native import contiguous, cuda_native, native, stream_of
 from mmrm_fast.ops.triton import use_triton
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -73,42 +73,31 @@ library.impl("pack_image_tokens", pack_image_tokens_composite, "CompositeExplici
 
 def pack_image_tokens_fwd_cpu(embedding, features, source):
     """`pack_image_tokens_ref` in C++."""
-    inputs, out = [t.contiguous() for t in (embedding, features, source)], _empty_stream(embedding, source)
-    native().pack_image_tokens_fwd_cpu(
-        str(embedding.dtype), *addresses(*inputs, out, device=embedding.device), embedding.shape[0],
-        features.shape[0], *out.shape, torch.get_num_threads(),
-    )  # fmt: skip
+    out = _empty_stream(embedding, source)
+    native().pack_image_tokens_fwd_cpu(*contiguous(embedding, features, source), out, torch.get_num_threads())
     return out
 
 
 def pack_image_tokens_bwd_cpu(grad, order, segment_ptr, segment_source, num_embeddings, num_features, need_embedding):
     """`pack_image_tokens_bwd_ref` in C++."""
-    inputs = [t.contiguous() for t in (grad, order, segment_ptr, segment_source)]
+    inputs = contiguous(grad, order, segment_ptr, segment_source)
     outputs = _empty_grads(grad, num_embeddings, num_features, need_embedding)
-    native().pack_image_tokens_bwd_cpu(
-        str(grad.dtype), *addresses(*inputs, *outputs, device=grad.device), segment_source.shape[0],
-        *(t.shape[0] for t in outputs), *grad.shape, torch.get_num_threads(),
-    )  # fmt: skip
+    native().pack_image_tokens_bwd_cpu(*inputs, *outputs, torch.get_num_threads())
     return outputs
 
 
 def pack_image_tokens_fwd_cuda(embedding, features, source):
     """`pack_image_tokens_ref` in CUDA C++."""
-    inputs, out = [t.contiguous() for t in (embedding, features, source)], _empty_stream(embedding, source)
-    native().pack_image_tokens_fwd_cuda(
-        str(embedding.dtype), *addresses(*inputs, out, device=embedding.device), *out.shape, *device_and_stream(out)
-    )
+    out = _empty_stream(embedding, source)
+    native().pack_image_tokens_fwd_cuda(*contiguous(embedding, features, source), out, stream_of(out))
     return out
 
 
 def pack_image_tokens_bwd_cuda(grad, order, segment_ptr, segment_source, num_embeddings, num_features, need_embedding):
     """`pack_image_tokens_bwd_ref` in CUDA C++."""
-    inputs = [t.contiguous() for t in (grad, order, segment_ptr, segment_source)]
+    inputs = contiguous(grad, order, segment_ptr, segment_source)
     outputs = _empty_grads(grad, num_embeddings, num_features, need_embedding)
-    native().pack_image_tokens_bwd_cuda(
-        str(grad.dtype), *addresses(*inputs, *outputs, device=grad.device), segment_source.shape[0],
-        *(t.shape[0] for t in outputs), grad.shape[1], *device_and_stream(grad),
-    )  # fmt: skip
+    native().pack_image_tokens_bwd_cuda(*inputs, *outputs, stream_of(grad))
     return outputs
 
 

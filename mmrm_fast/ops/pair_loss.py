@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from mmrm_fast.ops.native import addresses, cuda_native, device_and_stream, native
+from mmrm_fast.ops.native import contiguous, cuda_native, native, stream_of
 from mmrm_fast.ops.triton import use_triton
 
 MODES = ("standard", "paper", "reference", "balanced")
@@ -78,24 +78,16 @@ library.impl("pair_loss_fwd", pair_loss_ref, "CompositeExplicitAutograd")
 
 def pair_loss_fwd_cpu(margin, proxy_margin, demand, weight, mode, label_smoothing):
     """`pair_loss_ref` in C++."""
-    inputs = [None if t is None else t.contiguous() for t in (margin, proxy_margin, demand, weight)]
-    outputs = _empty_outputs(margin, proxy_margin)
-    native().pair_loss_fwd_cpu(
-        str(margin.dtype), *addresses(*inputs, device=margin.device), len(margin), mode, label_smoothing,
-        *addresses(*outputs, device=margin.device), torch.get_num_threads(),
-    )  # fmt: skip
+    inputs, outputs = contiguous(margin, proxy_margin, demand, weight), _empty_outputs(margin, proxy_margin)
+    native().pair_loss_fwd_cpu(*inputs, mode, label_smoothing, *outputs, torch.get_num_threads())
     return outputs
 
 
 def pair_loss_fwd_cuda(margin, proxy_margin, demand, weight, mode, label_smoothing):
     """`pair_loss_ref` in CUDA C++."""
-    inputs = [None if t is None else t.detach().contiguous() for t in (margin, proxy_margin, demand, weight)]
-    outputs = _empty_outputs(margin, proxy_margin)
+    inputs, outputs = contiguous(margin, proxy_margin, demand, weight), _empty_outputs(margin, proxy_margin)
     scratch = margin.new_empty(native().pair_loss_scratch_size(len(margin)), dtype=torch.float64)
-    native().pair_loss_fwd_cuda(
-        str(margin.dtype), *addresses(*inputs, device=margin.device), len(margin), mode, label_smoothing,
-        *addresses(*outputs, scratch, device=margin.device), *device_and_stream(margin),
-    )  # fmt: skip
+    native().pair_loss_fwd_cuda(*inputs, mode, label_smoothing, *outputs, scratch, stream_of(margin))
     return outputs
 
 

@@ -18,7 +18,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from mmrm_fast.ops.native import addresses, native
+from mmrm_fast.ops.native import contiguous, native
 
 library = torch.library.Library("mmrm_fast", "FRAGMENT")
 PLAN = (
@@ -88,7 +88,8 @@ def trie_attention_fwd_cpu(
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=exact_dtype(q.dtype))
     plan = (cu_seqlens_q, kv_index, cu_seqlens_k)
     if has_native(q.dtype, q.shape[2]):
-        run_native(native().trie_attention_fwd_cpu, (q, k, v), plan, scale, causal, out, lse)
+        inputs = (*heads_contiguous(q, k, v), *contiguous(*plan))
+        native().trie_attention_fwd_cpu(*inputs, scale, causal, out, lse, torch.get_num_threads())
         return out, lse
     for rows, index in nodes(*plan):
         is_causal, mask = causal_mask(rows.stop - rows.start, len(index), causal, q.dtype)
@@ -108,7 +109,8 @@ def trie_attention_bwd_cpu(
     dk, dv = (torch.zeros(x.shape, dtype=lse.dtype) for x in (k, v))
     plan = (cu_seqlens_q, kv_index, cu_seqlens_k)
     if has_native(q.dtype, q.shape[2]):
-        run_native(native().trie_attention_bwd_cpu, (q, k, v, grad, out), plan, scale, causal, lse, dq, dk, dv)
+        inputs = (*heads_contiguous(grad, q, k, v, out), *contiguous(lse, *plan))
+        native().trie_attention_bwd_cpu(*inputs, scale, causal, dq, dk, dv, torch.get_num_threads())
         return dq, dk.to(k.dtype), dv.to(v.dtype)
     for rows, index in nodes(*plan):
         is_causal, mask = causal_mask(rows.stop - rows.start, len(index), causal, q.dtype)
@@ -122,18 +124,9 @@ def trie_attention_bwd_cpu(
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-def run_native(function, inputs, plan, scale: float, causal: bool, *outputs: Tensor) -> None:
-    """Call a C++ kernel on `inputs` (q, k, v, ...: [tokens, heads, E] each) and a plan; `outputs` are contiguous."""
-    plan = [x.contiguous() for x in plan]
-    inputs = [x if x.stride(2) == 1 else x.contiguous() for x in inputs]
-    num_tokens, num_heads, size = inputs[0].shape
-    sizes = [len(plan[0]) - 1, num_tokens, num_heads, inputs[1].shape[1], size, len(inputs[1]), len(plan[1])]
-    pointers = addresses(*plan, *inputs, *outputs, device=inputs[0].device)
-    first, second = len(plan), len(plan) + len(inputs)
-    function(
-        str(inputs[0].dtype), pointers[:first], sizes, scale, causal, pointers[first:second],
-        [x.stride()[:2] for x in inputs], *pointers[second:], torch.get_num_threads(),
-    )  # fmt: skip
+def heads_contiguous(*tensors: Tensor) -> list[Tensor]:
+    """Tensors [tokens, heads, E] whose heads' values lie one after another."""
+    return [x if x.stride(2) == 1 else x.contiguous() for x in tensors]
 
 
 def causal_mask(num_queries: int, num_keys: int, causal: bool, dtype: torch.dtype) -> tuple[bool, Tensor | None]:

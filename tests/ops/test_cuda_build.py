@@ -86,7 +86,7 @@ def test_cuda_errors_are_raised_with_their_message(monkeypatch):
         (pack_image_tokens, "pack_image_tokens_bwd_cuda", (rows[:2], *segments(source), 3, 3, True)),
     ]
     for module, name, arguments in calls:
-        monkeypatch.setattr(module, "device_and_stream", lambda tensor: (0, 0))
+        monkeypatch.setattr(module, "stream_of", lambda tensor: 0)
         with pytest.raises(RuntimeError, match=r"CUDA: .*(driver|device)"):
             getattr(module, name)(*arguments)
     assert native().cuda_devices() == []
