@@ -10,15 +10,9 @@ from torch import Tensor, nn
 from transformers import InternVLConfig, InternVLModel
 
 from mmrm_fast.data.packing import TokenPlan
-from mmrm_fast.model.decoder import (
-    packed_hidden,
-    read_last_tokens,
-    use_gated_product,
-    use_own_length_rope,
-    use_trie_attention,
-)
-from mmrm_fast.model.self_check import what_is_exact
-from mmrm_fast.model.vision import OURS, check_vision, use_tile_attention
+from mmrm_fast.model.decoder import packed_hidden
+from mmrm_fast.model.self_check import prepare
+from mmrm_fast.model.vision import check_vision, project, tower_output
 from mmrm_fast.ops.pack_image_tokens import pack_image_tokens
 
 
@@ -39,15 +33,7 @@ class RewardModel(nn.Module):
         self.pixel_mean, self.pixel_std = pixel_mean, pixel_std
         self.is_transposed = original_facts(model.config).get("ps_version") == "v1"
         self.register_buffer("only_tiles", None, persistent=False)  # the vision tower's output, see `keep_only`
-        exact = what_is_exact(model)
-        self.vision = exact.vision
-        if self.vision is OURS:
-            use_tile_attention(model.vision_tower)
-        use_trie_attention(model.language_model)
-        use_own_length_rope(model.language_model)
-        if exact.gated_product:
-            use_gated_product(model.language_model)
-        self.reads_last_tokens = exact.last_tokens and read_last_tokens(model.language_model)
+        self.reads_last_tokens = prepare(model)
 
     def forward(self, plan: TokenPlan, tiles_ISSC: Tensor | None = None) -> Tensor:
         """Rewards [R] of the plan's responses, in fp32 (float64 for float64 models).
@@ -76,12 +62,12 @@ class RewardModel(nn.Module):
 
     def tower_output(self, tiles_ISSC: Tensor) -> Tensor:
         """The vision tower's hidden states [I, 1 + patches, vision hidden] of the layer that the config picks."""
-        return self.vision.tower_output(self.model, tiles_ISSC, self.pixel_mean, self.pixel_std)
+        return tower_output(self.model, tiles_ISSC, self.pixel_mean, self.pixel_std)
 
     def project(self, hidden_ITC: Tensor) -> Tensor:
         """Image tokens [I * tokens_per_tile, D] of the vision tower's output."""
         hidden_ITC = hidden_ITC.to(self.model.multi_modal_projector.layer_norm.weight.dtype)
-        features = self.vision.project(self.model, hidden_ITC)
+        features = project(self.model, hidden_ITC)
         if self.is_transposed:
             side = math.isqrt(len(features) // len(hidden_ITC))
             features = features.unflatten(0, (-1, side, side)).transpose(1, 2).flatten(0, 2)

@@ -1,15 +1,13 @@
-"""Tiles to image tokens: transformers' vision tower and projector, without what nothing reads, or by their own forward.
+"""Tiles to image tokens: transformers' vision tower and projector, with a faster attention and an exact norm.
 
 Shapes: I tiles, S pixels a tile side, T the class token and the patches of a tile, C vision hidden size, D hidden size.
 """
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, InternVLConfig, InternVLModel, PreTrainedModel
+from transformers import AttentionInterface, InternVLConfig, InternVLModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mmrm_fast.ops.trie_attention import has_native, trie_attention
@@ -17,54 +15,23 @@ from mmrm_fast.ops.trie_attention import has_native, trie_attention
 NAME = "mmrm_tiles"
 
 
-class VisionPath(NamedTuple):
-    """A way to compute image tokens, over a transformers model."""
-
-    tower_output: Callable[..., Tensor]  # (model, tiles [I, S, S, 3] uint8, mean, std) -> [I, T, C], CLS first
-    project: Callable[[InternVLModel, Tensor], Tensor]  # (model, [I, T, C]) -> [I * tokens_per_tile, D]
-
-
 def tower_output(model: InternVLModel, tiles_ISSC: Tensor, mean: tuple, std: tuple) -> Tensor:
-    """The vision tower's hidden states of the layer that the config picks; those behind it are not run."""
-    tower = model.vision_tower
-    hidden = tower.embeddings(normalized(tiles_ISSC, mean, std, tower.dtype))
-    for layer in tower.encoder.layer[: num_layers(model.config)]:
-        hidden = layer(hidden)
-    return tower.layernorm(hidden) if model.config.vision_feature_layer == -1 else hidden
+    """Hidden states [I, T, C], CLS first, of the vision layer that the config picks; none behind it runs."""
+    tower, layer = model.vision_tower, model.config.vision_feature_layer
+    pixels = normalized(tiles_ISSC, mean, std, tower.dtype)
+    if layer == -1:
+        return tower(pixels).last_hidden_state
+    hidden = tower.embeddings(pixels)
+    for block in tower.encoder.layer[: layer + 1 + len(tower.encoder.layer) if layer < 0 else layer]:
+        hidden = block(hidden)
+    return hidden
 
 
 def project(model: InternVLModel, hidden_ITC: Tensor) -> Tensor:
-    """Image tokens of the vision tower's output."""
-    projector = model.multi_modal_projector
-    rows = exact_layer_norm(projector.layer_norm, shuffled(model, hidden_ITC))
-    return projector.linear_2(projector.act(projector.linear_1(rows)))
-
-
-def exact_layer_norm(norm: nn.LayerNorm, rows: Tensor) -> Tensor:
-    """`norm(rows)` in float32 at least: a CPU sums a bfloat16 weight's gradient in bfloat16, wrong by per cents."""
-    exact = torch.promote_types(rows.dtype, torch.float32)
-    statistics = (norm.normalized_shape, norm.weight.to(exact), norm.bias.to(exact), norm.eps)
-    return nn.functional.layer_norm(rows.to(exact), *statistics).to(rows.dtype)
-
-
-def shuffled(model: InternVLModel, hidden_ITC: Tensor) -> Tensor:
-    """The patches of the vision tower's output, folded: [I * tokens_per_tile, C / ratio^2]."""
+    """Image tokens [I * tokens_per_tile, D] of the vision tower's output."""
     side = math.isqrt(hidden_ITC.shape[1] - 1)
     grid = hidden_ITC[:, 1:].unflatten(1, (side, side))
-    return model.pixel_shuffle(grid, model.config.downsample_ratio).flatten(0, 2)
-
-
-def plain_tower_output(model: InternVLModel, tiles_ISSC: Tensor, mean: tuple, std: tuple) -> Tensor:
-    """`tower_output` by transformers' own forward."""
-    layer = model.config.vision_feature_layer
-    pixels = normalized(tiles_ISSC, mean, std, model.vision_tower.dtype)
-    outputs = model.vision_tower(pixels, output_hidden_states=layer != -1)
-    return outputs.last_hidden_state if layer == -1 else outputs.hidden_states[layer]
-
-
-def plain_project(model: InternVLModel, hidden_ITC: Tensor) -> Tensor:
-    """`project` by transformers' own forward."""
-    return model.multi_modal_projector(shuffled(model, hidden_ITC))
+    return model.multi_modal_projector(model.pixel_shuffle(grid, model.config.downsample_ratio).flatten(0, 2))
 
 
 def normalized(tiles_ISSC: Tensor, mean: tuple, std: tuple, dtype: torch.dtype) -> Tensor:
@@ -76,13 +43,29 @@ def normalized(tiles_ISSC: Tensor, mean: tuple, std: tuple, dtype: torch.dtype) 
     return ((tiles_ISSC.to(exact) / 255 - mean_C) / std_C).permute(0, 3, 1, 2).to(dtype)
 
 
-OURS, PLAIN = VisionPath(tower_output, project), VisionPath(plain_tower_output, plain_project)
+class ExactLayerNorm(nn.LayerNorm):
+    """In float32 at least: a CPU sums a bfloat16 weight's gradient in bfloat16, wrong by per cents."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        exact = torch.promote_types(rows.dtype, torch.float32)
+        statistics = (self.normalized_shape, self.weight.to(exact), self.bias.to(exact), self.eps)
+        return nn.functional.layer_norm(rows.to(exact), *statistics).to(rows.dtype)
 
 
-def use_tile_attention(vision_tower: PreTrainedModel) -> None:
-    """Let a transformers vision tower attend by `tile_attention_forward`."""
+def use_exact_norm(model: InternVLModel) -> bool:
+    """Let the projector's norm be `ExactLayerNorm`; False where it is another norm."""
+    norm = model.multi_modal_projector.layer_norm
+    if not isinstance(norm, nn.LayerNorm):
+        return False
+    norm.__class__ = ExactLayerNorm
+    return True
+
+
+def use_tile_attention(model: InternVLModel) -> bool:
+    """Let the vision tower attend by `tile_attention_forward`."""
     AttentionInterface.register(NAME, tile_attention_forward)
-    vision_tower.set_attn_implementation(NAME)
+    model.vision_tower.set_attn_implementation(NAME)
+    return True
 
 
 def tile_attention_forward(
@@ -107,12 +90,6 @@ def tile_attention_forward(
         causal=False,
     )
     return out.unflatten(0, (num_tiles, length)), None
-
-
-def num_layers(config: InternVLConfig) -> int:
-    """Vision layers that run: those before the hidden state that `vision_feature_layer` picks."""
-    layer, depth = config.vision_feature_layer, config.vision_config.num_hidden_layers
-    return layer + 1 + depth if layer < 0 else layer
 
 
 def check_vision(config: InternVLConfig) -> None:

@@ -5,10 +5,8 @@ import copy
 import pytest
 import torch
 from transformers import GptOssConfig, InternVLModel
-from transformers.models.internvl.modeling_internvl import (
-    InternVLMultiModalProjector,
-    InternVLVisionEncoder,
-)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.internvl import modeling_internvl
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2MLP
 
 from benchmarks.baselines import normalize
@@ -19,7 +17,7 @@ from mmrm_fast.data.samples import Preparer
 from mmrm_fast.model.decoder import GatedMLP
 from mmrm_fast.model.reward_model import RewardModel
 from mmrm_fast.model.self_check import compare
-from mmrm_fast.model.vision import OURS
+from mmrm_fast.model.vision import NAME
 
 RECORD = {"prompt": "What is this?", "chosen": "two red circles", "rejected": "I think so."}
 
@@ -70,37 +68,77 @@ def plain_rewards(model, backbone, sample, tiles):
     return torch.stack(rewards)
 
 
-def everything_is_used(model):
+def what_is_used(model):
+    """Whether tile attention, the gated product and a last layer of last tokens are."""
+    attention = model.model.vision_tower.config._attn_implementation
     mlps = [type(layer.mlp) is GatedMLP for layer in model.model.language_model.layers]
-    return model.vision is OURS, all(mlps), model.reads_last_tokens
+    return attention == NAME, all(mlps), model.reads_last_tokens
+
+
+def check_rewards(checkpoint, pristine, picture):
+    """Rewards are those of transformers' own modules, as this release has them."""
+    with torch.no_grad():
+        rewards, sample, tiles = packed_rewards(checkpoint, picture)
+        expected = plain_rewards(checkpoint.model, pristine(checkpoint.model.model), sample, tiles)
+    torch.testing.assert_close(rewards, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_with_the_release_that_is_here_everything_is_used(make_checkpoint, recwarn):
-    assert everything_is_used(make_checkpoint().model) == (True, True, True)
+    assert what_is_used(make_checkpoint().model) == (True, True, True)
     assert not [warning for warning in recwarn if "computes otherwise" in str(warning.message)]
 
 
-@pytest.mark.parametrize(
-    ("kind", "used"),
-    [
-        (Qwen2DecoderLayer, (True, True, False)),
-        (Qwen2MLP, (True, False, True)),
-        (InternVLVisionEncoder, (False, True, True)),
-        (InternVLMultiModalProjector, (False, True, True)),
-    ],
-    ids=lambda value: getattr(value, "__name__", None),
-)
+@pytest.mark.parametrize(("kind", "used"), [(Qwen2DecoderLayer, (True, True, False)), (Qwen2MLP, (True, False, True))])
 def test_a_layer_that_computes_otherwise_stays_transformers_own(
     make_checkpoint, pristine, pictures, release, kind, used
 ):
     release(kind, tilted)
     with pytest.warns(UserWarning, match="computes otherwise with .* its own modules stay"):
         checkpoint = make_checkpoint()
-    assert everything_is_used(checkpoint.model) == used
-    with torch.no_grad():
-        rewards, sample, tiles = packed_rewards(checkpoint, pictures["photo"])
-        expected = plain_rewards(checkpoint.model, pristine(checkpoint.model.model), sample, tiles)
-    torch.testing.assert_close(rewards, expected, rtol=1e-5, atol=1e-6)
+    assert what_is_used(checkpoint.model) == used
+    check_rewards(checkpoint, pristine, pictures["photo"])
+
+
+def test_tiles_that_attend_otherwise_keep_transformers_own_attention(make_checkpoint, pristine, pictures, monkeypatch):
+    class Causal:
+        """A release in which patches attend to those before them."""
+
+        @staticmethod
+        def get_interface(name, default):
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, default)
+            return lambda *args, **options: attend(*args, **{**options, "is_causal": True})
+
+    monkeypatch.setattr(modeling_internvl, "ALL_ATTENTION_FUNCTIONS", Causal)
+    with pytest.warns(UserWarning, match="computes otherwise with use_tile_attention"):
+        checkpoint = make_checkpoint()
+    assert what_is_used(checkpoint.model) == (False, True, True)
+    check_rewards(checkpoint, pristine, pictures["photo"])
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        modeling_internvl.InternVLVisionPatchEmbeddings,
+        modeling_internvl.InternVLVisionEncoder,
+        modeling_internvl.InternVLMultiModalProjector,
+    ],
+)
+def test_the_rest_of_the_vision_part_is_transformers_own(make_checkpoint, pristine, pictures, release, kind):
+    release(kind, tilted)
+    check_rewards(make_checkpoint(), pristine, pictures["photo"])
+
+
+def test_image_tokens_that_come_about_in_another_way_are_refused(make_checkpoint, monkeypatch):
+    features = InternVLModel.get_image_features
+
+    def doubled(self, pixels, **options):
+        outputs = features(self, pixels, **options)
+        outputs.pooler_output = 2 * outputs.pooler_output
+        return outputs
+
+    monkeypatch.setattr(InternVLModel, "get_image_features", doubled)
+    with pytest.raises(ValueError, match="InternVLModel computes more than"):
+        make_checkpoint()
 
 
 def test_a_layer_whose_parts_have_other_names_stays_transformers_own(make_checkpoint, monkeypatch):
@@ -117,7 +155,7 @@ def test_a_layer_whose_parts_have_other_names_stays_transformers_own(make_checkp
     monkeypatch.setattr(Qwen2Attention, "forward", scaled_there)
     with pytest.warns(UserWarning, match="computes otherwise with read_last_tokens"):
         model = make_checkpoint().model
-    assert everything_is_used(model) == (True, True, False)
+    assert what_is_used(model) == (True, True, False)
 
 
 def test_a_decoder_that_computes_more_than_attention_is_refused(make_checkpoint):
@@ -127,7 +165,9 @@ def test_a_decoder_that_computes_more_than_attention_is_refused(make_checkpoint)
         vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
         intermediate_size=48, num_local_experts=4, num_experts_per_tok=2, pad_token_id=None,
     )  # fmt: skip
-    with pytest.raises(ValueError, match="GptOssModel computes more than attention over its tokens: not supported"):
+    with pytest.raises(
+        ValueError, match="GptOssModel computes more than attention over its tiles or tokens: not supported"
+    ):
         RewardModel(InternVLModel(config), *NORMALIZATION["imagenet"])
 
 
