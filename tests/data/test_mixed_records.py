@@ -58,8 +58,9 @@ def kinds(images):
     encoded = "data:image/png;base64," + base64.b64encode(b"not a picture").decode()
     good = [{**record, "img_path": name} for name in good_images]
     good += [{**record, "responses": [text, "a"]} for name, text in GOOD_TEXTS.items() if name != "long"]
-    good += [{**record, "images": good_images[:3]}, {**record, "img_path": None}, {**record, "prompt": ""}]
-    bad = [{**record, "img_path": name} for name in [*bad_images, encoded, "http://host/a.png", 3, ""]]
+    good += [{**record, "images": good_images[:3]}, {**record, "prompt": ""}]
+    good += [{**record, "img_path": nothing} for nothing in (None, "", [])]
+    bad = [{**record, "img_path": name} for name in [*bad_images, encoded, "http://host/a.png", 3]]
     bad += [{**record, "responses": value} for value in ([], None, "text", [1], [{"role": "user", "content": "a"}])]
     bad += [
         {"responses": ["a"]},
