@@ -205,7 +205,12 @@ def test_a_picture_is_what_pillow_shows_upright_and_its_size_is_told_without_dec
     exif = Image.Exif()
     exif[images.EXIF_ORIENTATION] = orientation
     path = save(picture(mode), f"picture.{kind}", **({"exif": exif} if kind in TURNED and orientation > 1 else {}))
-    expected = by_pillow(path)
+    try:
+        expected = by_pillow(path)
+    except OSError:  # before 13 Pillow cannot read the YCbCr TIFFs that it writes
+        with pytest.raises(ImageError):
+            load_image(path)
+        return
     assert expected.size == ((60, 30) if orientation < 5 else (30, 60))
     for source in (path, path.read_bytes()):
         assert image_size(source) == expected.size
