@@ -1,12 +1,13 @@
 """Accuracy of rewards on preference pairs, of the main model and of the text-only proxy, and what ties them."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from mmrm_fast.data.types import Group
+from mmrm_fast.data.types import Group, RewardError
 from mmrm_fast.files import json_lines, write_json_lines
 
 SFC_EPSILON, LEAST_WEIGHT = 1e-7, 0.05  # of `ops.pair_loss`
@@ -62,6 +63,16 @@ def pair_rows(group: Group, rewards: list[float], proxy_rewards: list[float] | N
             None if truth is None else truth[chosen] - truth[rejected],
             rewards[chosen],
         )
+
+
+def without_numbers(rows: Iterable[PairRow]) -> dict[PairRow, RewardError]:
+    """The rows whose rewards are not all finite, and the error of each."""
+    errors = {}
+    for row in rows:
+        for name, margin in (("reward", row.margin), ("reward of the proxy", row.proxy_margin or 0.0)):
+            if not math.isfinite(margin):
+                errors[row] = RewardError.of(row.source, f"responses {row.chosen} and {row.rejected}, {name}", margin)
+    return errors
 
 
 def credit(margins: np.ndarray) -> np.ndarray:

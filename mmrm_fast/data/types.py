@@ -25,7 +25,16 @@ class RecordError(ValueError):
         self.source, self.field, self.reason = source, field, reason
 
     def __reduce__(self):
-        return RecordError, (self.source, self.field, self.reason)
+        return type(self), (self.source, self.field, self.reason)
+
+
+class RewardError(RecordError):
+    """A record that got no reward: what the model gave it is NaN or infinite."""
+
+    @classmethod
+    def of(cls, source: str, field: str, reward: float) -> "RewardError":
+        """Of the response or pair that `field` names."""
+        return cls(source, field, f"the model's reward is {reward}, not a finite number; check its weights and dtype")
 
 
 @contextmanager

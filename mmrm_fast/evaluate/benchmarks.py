@@ -47,9 +47,6 @@ MULTIMODAL_SPLITS = {"safety": ("pairs", "bias", "toxicity"), "reasoning": ("mat
 class MissingImage(RecordError):
     """An item whose image is not there: it cannot be scored, and that is neither right nor wrong."""
 
-    def __reduce__(self):
-        return MissingImage, (self.source, self.field, self.reason)
-
 
 @dataclass(frozen=True)
 class Item:

@@ -19,6 +19,7 @@ from mmrm_fast.data.packing import Packed, pack_items
 from mmrm_fast.data.records import Group, Pairs, RecordError, parse_group
 from mmrm_fast.data.samples import Preparer, Sample
 from mmrm_fast.data.schedule import balance, cut
+from mmrm_fast.data.types import RewardError
 
 TOKENS_PER_MICRO_BATCH = 16_384
 BUDGETS_A_RECORD = 4  # micro-batches' work that one record may be: cut, its parts would each compute the prefix again
@@ -219,13 +220,17 @@ def take_responses(sample: Sample, chosen: slice) -> Sample:
 
 
 def join(group: Group, parts: Sequence[Scored | RecordError]) -> Scored | RecordError:
-    """The outcome of a group that was scored in parts."""
+    """The outcome of a group that was scored in parts; an error where one of its rewards is no number."""
     for part in parts:
         if isinstance(part, RecordError):
             return part
+    rewards = tuple(reward for part in parts for reward in part.rewards)
+    for response, reward in enumerate(rewards):
+        if not math.isfinite(reward):
+            return RewardError.of(group.source, f"response {response}", reward)
     return Scored(
         group,
-        tuple(reward for part in parts for reward in part.rewards),
+        rewards,
         tuple(cut for part in parts for cut in part.truncated),
         sum(part.num_tokens for part in parts),
         sum(part.num_tokens_unshared for part in parts),

@@ -83,7 +83,7 @@ class Shards:
             if self.kind == "parquet":
                 parquet.write_table(table(rows, self.columns), file)
             else:
-                file.writelines((json.dumps(row, ensure_ascii=False) + "\n").encode() for row in rows)
+                file.writelines((json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode() for row in rows)
         write_text(self.note(chunk), json.dumps(note))
 
     def notes(self) -> Iterator[dict]:

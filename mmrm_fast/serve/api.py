@@ -1,6 +1,7 @@
 """The HTTP API around one scorer: OpenRLHF's and vLLM's reward endpoints, a page, health and metrics."""
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from mmrm_fast import __version__
 from mmrm_fast.data.images import ImageError, image_size
 from mmrm_fast.data.records import Group, RecordError, parse_group
 from mmrm_fast.data.samples import Sample
-from mmrm_fast.data.types import FieldError
+from mmrm_fast.data.types import FieldError, RewardError
 from mmrm_fast.score.scorer import Scorer, join
 from mmrm_fast.serve import protocols
 from mmrm_fast.serve.batcher import Batcher
@@ -31,7 +32,7 @@ PAGE_POLICY = (
 REFUSALS = {status: {"description": reason} for status, reason in {
     400: "Not JSON.", 401: "No token, or a wrong one.", 413: "The body is too large.",
     422: "A field is missing, of the wrong type, or over a limit.", 429: "Too many requests.",
-    503: "No replica answered.", 504: "Too slow.",
+    500: "The model failed, or gave no number.", 503: "No replica answered.", 504: "Too slow.",
 }.items()}  # fmt: skip
 
 
@@ -52,6 +53,7 @@ class RewardService:
         self.scorer, self.name, self.limits, self.image_root = scorer, name, limits, image_root
         self.reader = ConversationReader(scorer.checkpoint.prompt_encoder().chat, scorer.checkpoint.tokenizer)
         self.metrics = Metrics()
+        self.has_told = False  # of a reward that is no number
         self.batcher = Batcher(scorer, max_delay=max_delay, on_batch=self.metrics.count_batch)
 
     async def score(self, records: Sequence[dict]) -> Answer:
@@ -85,6 +87,13 @@ class RewardService:
         samples = [self.scorer.encode(group) for group in groups]
         require(sum(map(self.scorer.cost, samples)), limits.tokens, "tokens of work")
         return samples
+
+    async def no_reward(self, request: Request, error: RewardError) -> JSONResponse:
+        """500 for a reward that is no number; the first one is logged, a broken model would fill the log."""
+        if not self.has_told:
+            logging.getLogger(__name__).error("%s: %s; more of these are not logged", request.url.path, error)
+        self.has_told = True
+        return refusal(500, str(error), error.field)
 
 
 def require(number: int, limit: int, what: str) -> None:
@@ -121,6 +130,7 @@ def make_app(service: RewardService, token: str | None = None) -> FastAPI:
     app.add_exception_handler(HTTPException, http_error)
     for kind in (RecordError, FieldError):
         app.add_exception_handler(kind, invalid_record)
+    app.add_exception_handler(RewardError, service.no_reward)
     paths = frozenset(route.path for route in app.routes)
     app.add_middleware(Guard, limits=service.limits, metrics=service.metrics, token=token, paths=paths)
     return app

@@ -7,15 +7,18 @@ import numpy as np
 import torch
 
 from mmrm_fast.data.packing import Packed
-from mmrm_fast.pairs import PairRow, judged_accuracy, pair_rows, summarize
+from mmrm_fast.data.types import RewardError
+from mmrm_fast.pairs import PairRow, judged_accuracy, pair_rows, summarize, without_numbers
 from mmrm_fast.train import sharding
 from mmrm_fast.train.branch import Branch, train_mode
 
 
 def evaluate(
     branches: list[Branch], batches: dict[str, Iterable[Packed]], device: torch.device
-) -> dict[str, list[PairRow]]:
-    """Every pair of every test set by the set's name, on every rank, in the order of its file.
+) -> tuple[dict[str, list[PairRow]], list[RewardError]]:
+    """Every pair of every test set by the set's name, on every rank, in the order of its file; and those left out.
+
+    A pair is left out where a reward of it is no number, which is neither right nor wrong.
 
     Args:
         branches: the model and, where it is one, the proxy; in training again when this returns.
@@ -23,13 +26,16 @@ def evaluate(
     """
     for branch in branches:
         branch.root.eval()
-    rows = {}
+    rows, errors = {}, []
     for name, packed in batches.items():
         everyones = sharding.gather_lists([row for batch in packed for row in batch_rows(branches, batch, device)])
-        rows[name] = sorted(everyones, key=lambda row: (row.record, row.chosen, row.rejected))
+        in_order = sorted(everyones, key=lambda row: (row.record, row.chosen, row.rejected))
+        bad = without_numbers(in_order)
+        rows[name] = [row for row in in_order if row not in bad]
+        errors += bad.values()
     for branch in branches:
         train_mode(branch.root)
-    return rows
+    return rows, errors
 
 
 @torch.no_grad()  # not inference_mode: sharded weights must stay trainable
@@ -60,4 +66,5 @@ def best_figure(results: dict[str, dict], name: str | None) -> float | None:
         value = results[test_set][figure]
         return None if math.isnan(value) else -value if figure == "sfd" else value
     judged = [own for own in results.values() if own["kind"] == "ood"] or list(results.values())
-    return float(np.mean([judged_accuracy(own) for own in judged])) if judged else None
+    value = float(np.mean([judged_accuracy(own) for own in judged])) if judged else math.nan
+    return None if math.isnan(value) else value

@@ -20,7 +20,7 @@ from mmrm_fast.data.records import RecordError
 from mmrm_fast.data.samples import Notes
 from mmrm_fast.data.schedule import load
 from mmrm_fast.pairs import EvalSet, PairRow, judged_accuracy, reward_stats
-from mmrm_fast.tables import print_results
+from mmrm_fast.tables import percent, print_results
 from mmrm_fast.train import sharding
 from mmrm_fast.train.branch import train_mode
 from mmrm_fast.train.evaluation import best_figure, evaluate, figures
@@ -28,7 +28,7 @@ from mmrm_fast.train.proxy import make_branches, parse_proxy
 from mmrm_fast.train.rates import Rates
 from mmrm_fast.train.records import MAX_LISTED, InputErrors, open_inputs, training_preparer
 from mmrm_fast.train.resume import Checkpoints, RunState, load_tensors, require_space
-from mmrm_fast.train.run_folder import BEST, FINAL, PROXY, RunFolder, config_json
+from mmrm_fast.train.run_folder import BEST, FINAL, PROXY, SKIPPED, RunFolder, config_json
 from mmrm_fast.train.step import Outcome, Steps
 
 EVALUATED_TOGETHER = 16  # micro-batches a rank that are balanced together in evaluation
@@ -171,8 +171,8 @@ class Trainer:
         results = figures(self.evaluate(), self.kinds)
         if self.is_main:
             self.folder.log_evaluation(state.step, results)
-            judged = (f"{name} {judged_accuracy(own):.1%}" for name, own in results.items())
-            self.bar.write(f"step {state.step}: " + ", ".join(judged))
+            judged = (f"{name} {percent(judged_accuracy(own))}" for name, own in results.items())
+            self.bar.write(f"step {state.step}, accuracy (%): " + ", ".join(judged))
         value = best_figure(results, self.config.run.best)
         if value is not None and (state.best is None or value > state.best):
             state.best = value
@@ -183,8 +183,11 @@ class Trainer:
         """Every pair of every test set, by its name."""
         sets = zip(self.inputs.eval_sets, self.inputs.eval_datasets, strict=True)
         batches = {eval_set.name: self.evaluation_batches(dataset, eval_set.name) for eval_set, dataset in sets}
-        rows = evaluate(self.branches, batches, self.device)
+        rows, errors = evaluate(self.branches, batches, self.device)
         self.note_undecoded()
+        self.state.skip(errors)
+        if errors:
+            self.say(f"warning: {len(errors)} pairs are not in the figures, see {SKIPPED}; the first: {errors[0]}")
         return rows
 
     def save(self) -> None:
