@@ -40,7 +40,7 @@ class PairRow:
 
     record: int  # position of its record in the file
     source: str  # file and line
-    chosen: int
+    chosen: int  # by its place in the record
     rejected: int
     margin: float
     proxy_margin: float | None
@@ -56,8 +56,8 @@ def pair_rows(group: Group, rewards: list[float], proxy_rewards: list[float] | N
         yield PairRow(
             group.record,
             group.source,
-            chosen,
-            rejected,
+            group.places[chosen],
+            group.places[rejected],
             rewards[chosen] - rewards[rejected],
             None if proxy_rewards is None else proxy_rewards[chosen] - proxy_rewards[rejected],
             None if truth is None else truth[chosen] - truth[rejected],

@@ -26,7 +26,6 @@ class Sample:
     main: Encoded
     text: Encoded | None = None  # the same group as the text-only proxy sees it
     dropped: tuple[RecordError, ...] = ()  # one note a response whose pairs were left out
-    places: tuple[int, ...] | None = None  # of its responses among all that pairs name, where some were left out
 
     @property
     def num_tokens_unshared(self) -> int:
@@ -174,17 +173,12 @@ class Preparer:
             raise notes[0]
         group = replace(group, pairs=group.pairs[~np.array(cut)[group.pairs.ends].any(axis=1)])
         fitting = self.encode(only_paired(group), sample.tiles_per_image)
-        return replace(fitting, dropped=notes, places=paired(group))
-
-
-def paired(group: Group) -> tuple[int, ...]:
-    """The responses that pairs name."""
-    return tuple(np.unique(group.pairs.ends).tolist())
+        return replace(fitting, dropped=notes)
 
 
 def only_paired(group: Group) -> Group:
     """The group without the responses that no pair names."""
-    kept = paired(group)
+    kept = np.unique(group.pairs.ends).tolist()
     if len(kept) == len(group.responses):
         return group
     return replace(
@@ -192,4 +186,5 @@ def only_paired(group: Group) -> Group:
         responses=tuple(group.responses[index] for index in kept),
         pairs=Pairs(np.searchsorted(kept, group.pairs.ends).astype(np.int32), group.pairs.margins),
         truth=None if group.truth is None else tuple(group.truth[index] for index in kept),
+        kept=tuple(group.places[index] for index in kept),
     )

@@ -1,7 +1,7 @@
 """What a record is once read: a group of responses to one prompt; and what a value may be, else a `FieldError`."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -120,6 +120,12 @@ class Group:
     pairs: Pairs = field(default_factory=Pairs.of)
     truth: tuple[float, ...] | None = None  # true quality of each response, where the data knows it
     num_unrated: int = 0  # responses whose rating is not a finite number
+    kept: tuple[int, ...] | None = None  # which of the record's responses these are, where some were left out
+
+    @property
+    def places(self) -> Sequence[int]:
+        """Each response's place in the record, by which all files number them."""
+        return range(len(self.responses)) if self.kept is None else self.kept
 
 
 def text(value: object, name: str) -> str:

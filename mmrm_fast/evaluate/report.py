@@ -12,7 +12,6 @@ import numpy as np
 from mmrm_fast.config import ReportConfig
 from mmrm_fast.data.images import load_image
 from mmrm_fast.data.records import Group, Records, prompt_json
-from mmrm_fast.data.samples import only_paired
 from mmrm_fast.evaluate import plots
 from mmrm_fast.evaluate.page import write_page
 from mmrm_fast.evaluate.reliability import calibration
@@ -211,7 +210,7 @@ class Files:
         card |= {"set": row["set"], "source": row["source"], "prompt": "", "chosen": "", "rejected": ""}
         card |= {"images": [], "problem": ""}
         try:
-            group = only_paired(self.group(row["source"], row["record"]))
+            group = self.group(row["source"], row["record"])
             card["prompt"] = shortened(text_of(group))
             card |= {key: shortened(group.responses[row[key]]) for key in ("chosen", "rejected")}
             card["images"] = [thumbnail(image) for image in group.images]

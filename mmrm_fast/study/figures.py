@@ -14,7 +14,6 @@ import numpy as np
 from scipy.stats import permutation_test
 
 from mmrm_fast.data.records import Group, Records, iter_groups
-from mmrm_fast.data.samples import only_paired
 from mmrm_fast.evaluate.reliability import credit, mean_interval, text_controls
 from mmrm_fast.files import json_lines
 from mmrm_fast.pairs import PairRow, accuracy, read_rows, shortcut_failure_degradation, truth_sign
@@ -212,9 +211,8 @@ def ood_credits(method: str, runs: Runs) -> dict[tuple[str, int], list[float]]:
 
 
 def paired_groups(test: Path) -> dict[int, Group]:
-    """The records of a test file by their position, with the responses that evaluated rows count."""
-    groups = (group for group in iter_groups(Records(test)) if isinstance(group, Group))
-    return {group.record: only_paired(group) for group in groups}
+    """The records of a test file by their position."""
+    return {group.record: group for group in iter_groups(Records(test)) if isinstance(group, Group)}
 
 
 def rules(environment: str, runs: Runs) -> dict[str, float]:

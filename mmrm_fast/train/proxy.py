@@ -205,7 +205,7 @@ class ProxyMargins:
 
 
 def pair_keys(sample: Sample) -> Iterator[tuple[int, int, int]]:
-    """(record, chosen, rejected) of a sample's pairs as evaluation numbers them, which leaves no response out."""
-    places = sample.places or range(len(sample.group.responses))
+    """(record, chosen, rejected) of a sample's pairs, by the responses' places in the record."""
+    places = sample.group.places
     for pair in sample.group.pairs:
         yield sample.group.record, places[pair.chosen], places[pair.rejected]

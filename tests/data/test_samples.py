@@ -46,6 +46,7 @@ def test_responses_without_a_pair_are_left_out():
     assert kept.responses == ("b", "d")
     assert kept.pairs == Pairs.of((1, 0, 0.5), (0, 1))
     assert kept.truth == (1, 3)
+    assert kept.places == (1, 3) and only_paired(replace(kept, pairs=Pairs.of((1, 1)))).places == (3,)
 
 
 def test_a_group_whose_responses_are_all_paired_stays_as_it_is():

@@ -40,7 +40,7 @@ def make_way(make_config, make_checkpoint, tmp_path):
     rows = [
         {"record": record, "chosen": chosen, "rejected": rejected, "proxy_margin": (record - 5) / 4 + chosen - rejected}
         for record in range(11)
-        for chosen, rejected in [(0, 1), (0, 2), (1, 2)]
+        for chosen, rejected in [(0, 1), (0, 3), (1, 3)]
     ]
     (tmp_path / "margins.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
