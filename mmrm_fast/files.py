@@ -5,13 +5,15 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-UNFINISHED, REMOVED = ".unfinished", ".removed"
+UNFINISHED, REPLACED = ".unfinished", ".replaced"
 
+CHUNK_BYTES = 1 << 24
 LFS_POINTER = b"version https://git-lfs.github.com/spec"
 
 
@@ -60,15 +62,15 @@ def whole_folder(path: Path, *, replace: bool = False, synced: bool = True) -> I
 
 
 def replace_folder(path: Path, aside: Path) -> None:
-    """Let a complete folder take the place of `path`, which is whole at every moment but between two renames."""
-    removed = path.with_name(path.name + REMOVED)
-    shutil.rmtree(removed, ignore_errors=True)  # of a process that was killed here
+    """Let a complete folder take the place of `path`; killed between the two renames, `recover` undoes the first."""
+    replaced = path.with_name(f".{path.name}{REPLACED}")
     sync(aside)
     if path.exists():
-        os.replace(path, removed)
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.replace(path, replaced)
     os.replace(aside, path)
     sync(path.parent)
-    shutil.rmtree(removed, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def aside_of(path: Path, owner: object) -> Path:
@@ -76,13 +78,38 @@ def aside_of(path: Path, owner: object) -> Path:
     return path.with_name(f".{path.name}.{owner}{UNFINISHED}")
 
 
-def remove_unfinished(folder: Path, name: str = "") -> None:
-    """Remove what killed processes left in a folder of one file or folder, or of all; nobody writes there now."""
+def recover(folder: Path, name: str = "", is_whole: Callable[[Path], bool] = lambda aside: False) -> None:
+    """Undo what killed processes left half done of a folder's files and folders; nobody writes there now.
+
+    Args:
+        folder: what was replaced comes back where nothing took its place, what is unfinished goes.
+        name: look at names that begin so; all of them.
+        is_whole: whether what looks unfinished lacks its name alone, which it then gets.
+    """
+    for left in folder.glob(f".{glob.escape(name)}*{REPLACED}"):
+        restore(left, left.name[1 : -len(REPLACED)])
     for left in folder.glob(f".{glob.escape(name)}*{UNFINISHED}"):
-        if left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
+        if is_whole(left):
+            restore(left, left.name[1 : -len(UNFINISHED)].rpartition(".")[0])
         else:
-            left.unlink(missing_ok=True)
+            remove(left)
+
+
+def restore(left: Path, name: str) -> None:
+    """Give a file or folder its name, or remove it where something has that."""
+    if left.with_name(name).exists():
+        remove(left)
+    else:
+        os.replace(left, left.with_name(name))
+        sync(left.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder with all that is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -92,6 +119,15 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def file_sum(path: Path) -> list[int]:
+    """Size in bytes and CRC-32 of a file."""
+    size, crc = 0, 0
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+    return [size, crc]
 
 
 def read_json(path: Path) -> Any:
@@ -110,26 +146,28 @@ def refuse_pointer(path: Path) -> None:
             raise ValueError(f"{path}: a git-lfs pointer, not the file itself: run `git lfs pull` where it was cloned")
 
 
-def json_lines(path: Path, *, skip_broken: bool = False) -> Iterator[tuple[str, dict]]:
+def json_lines(path: Path, *, left_out: Callable[[str], object] | None = None) -> Iterator[tuple[str, dict]]:
     """The objects of a JSON lines file of our own, with where they stand, "file:12"; blank lines are none.
 
     Args:
-        skip_broken: leave out lines that are not JSON, such as one that a killed process has not finished.
+        left_out: told of each line that is no object, such as one that a killed process has not finished, and why.
 
     Raises:
-        ValueError: a line that is not JSON, or no object.
+        ValueError: such a line, where nobody is told.
     """
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for source, line in ((f"{path}:{number}", line) for number, line in enumerate(file, 1) if line.strip()):
             try:
                 row = json.loads(line)
-            except ValueError as error:
-                if skip_broken:
-                    continue
-                raise ValueError(f"{source}: not valid JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{source}: a row is a JSON object")
-            yield source, row
+                problem = None if isinstance(row, dict) else "a row is a JSON object"
+            except (ValueError, RecursionError) as error:
+                problem = f"not valid JSON ({error})"
+            if problem is None:
+                yield source, row
+            elif left_out is None:
+                raise ValueError(f"{source}: {problem}")
+            else:
+                left_out(f"{source}: {problem}")
 
 
 def write_json(path: Path, value: object) -> None:

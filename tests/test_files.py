@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from mmrm_fast.files import json_lines, read_json, remove_unfinished, whole_file, whole_folder, write_json
+from mmrm_fast.files import json_lines, read_json, recover, whole_file, whole_folder, write_json
 
 
 def test_a_file_takes_the_place_of_the_one_before_only_when_it_is_whole(tmp_path):
@@ -62,11 +62,37 @@ def test_what_a_killed_writer_leaves_is_hidden_and_can_be_removed(tmp_path):
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
     assert len(list(tmp_path.iterdir())) == 2 and all(left.name.startswith(".") for left in tmp_path.iterdir())
-    remove_unfinished(tmp_path, "a.txt")
+    recover(tmp_path, "a.txt")
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(".run.")
-    remove_unfinished(tmp_path)
+    recover(tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+def replace_and_die(path, rename):
+    renames, rename_now = iter(range(rename)), os.replace
+
+    def replace(*paths):
+        if next(renames, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename_now(*paths)
+
+    os.replace = replace
+    with whole_folder(path, replace=True) as folder:
+        (folder / "new").write_text("")
+
+
+@pytest.mark.parametrize("rename", [0, 1], ids=["before both renames", "between them"])
+def test_a_folder_that_is_being_replaced_by_a_process_that_is_killed_comes_back(tmp_path, rename):
+    path = tmp_path / "run"
+    path.mkdir()
+    (path / "old").write_text("")
+    process = multiprocessing.get_context("fork").Process(target=replace_and_die, args=(path, rename))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL and path.exists() == (rename == 0)
+    recover(tmp_path)
+    assert [inside.name for inside in path.iterdir()] == ["old"] and list(tmp_path.iterdir()) == [path]
 
 
 def test_json_has_no_number_that_json_does_not_have(tmp_path):
@@ -89,10 +115,11 @@ def test_a_line_that_is_no_object_is_named(tmp_path, line, reason):
         list(json_lines(path))
 
 
-def test_a_line_that_a_killed_process_has_not_finished_can_be_left_out(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"a": 1}\n{"a": ')
-    assert [row for _, row in json_lines(path, skip_broken=True)] == [{"a": 1}]
+def test_lines_that_a_killed_process_or_a_disk_has_broken_are_left_out_and_told_of(tmp_path):
+    path, told = tmp_path / "rows.jsonl", []
+    path.write_bytes(b'{"a": 1}\n{"a": "\xff"}\n{"a": 2}\n\0\0\0\n{"a": ')
+    assert [row for _, row in json_lines(path, left_out=told.append)] == [{"a": 1}, {"a": 2}]
+    assert [line.removeprefix(f"{path}:")[0] for line in told] == ["2", "4", "5"]
 
 
 def test_a_file_that_is_not_json_is_named(tmp_path):

@@ -86,7 +86,7 @@ def read_run(folder: Path) -> Run:
 
 def read_rows(path: Path) -> list[dict]:
     """JSON lines, without those that a running or killed process has left unfinished; empty where there is no file."""
-    return [row for _, row in json_lines(path, skip_broken=True)] if path.is_file() else []
+    return [row for _, row in json_lines(path, left_out=lambda line: None)] if path.is_file() else []
 
 
 def section(run: Run) -> dict:

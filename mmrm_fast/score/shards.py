@@ -17,7 +17,7 @@ from pathlib import Path
 import pyarrow
 from pyarrow import parquet
 
-from mmrm_fast.files import read_json, remove_unfinished, whole_file, write_json, write_text
+from mmrm_fast.files import aside_of, read_json, recover, whole_file, write_json, write_text
 
 RECORDS_PER_CHUNK = 64
 SAMPLED_BYTES = 1 << 20
@@ -69,7 +69,7 @@ class Shards:
         else:
             shutil.rmtree(description.parent, ignore_errors=True)  # notes of nobody knows what
         description.parent.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(self.folder)
+        recover(self.folder)
         write_json(description, identity)
 
     def todo(self) -> list[int]:
@@ -94,13 +94,12 @@ class Shards:
 
     def join(self, path: Path) -> None:
         """Put JSONL shards together in one file and remove the folder, all of it at once."""
-        remove_unfinished(path.parent, path.name)
+        recover(path.parent, path.name)
         with whole_file(path, "wb") as whole:
             for chunk in range(self.num_chunks):
                 with open(self.shard(chunk), "rb") as shard:
                     shutil.copyfileobj(shard, whole)
-        removed = self.folder.with_name(self.folder.name + ".removed")
-        shutil.rmtree(removed, ignore_errors=True)  # of a run that was killed in the last line
+        removed = aside_of(self.folder, "removed")
         os.replace(self.folder, removed)
         shutil.rmtree(removed)
 

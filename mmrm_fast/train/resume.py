@@ -1,7 +1,7 @@
 """Resumable states of a run, RUN/checkpoints/step-N: written aside by every rank, sealed, renamed; found, checked.
 
-A folder holds torch.distributed.checkpoint's files and `checkpoint.json`: the run's state, and size and CRC-32 of each
-file. It is renamed to its name when all of that is on the disk, so what has the name is whole.
+A folder holds torch.distributed.checkpoint's files and `checkpoint.json`: the run's state, size and CRC-32 of each
+file, and a CRC-32 of itself. It is renamed to its name when all of that is on the disk, so what has the name is whole.
 """
 
 import json
@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -19,11 +20,10 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
 
 from mmrm_fast.data.records import RecordError
-from mmrm_fast.files import aside_of, read_json, remove_unfinished, replace_folder, write_text
+from mmrm_fast.files import aside_of, file_sum, read_json, recover, replace_folder, write_text
 from mmrm_fast.train import sharding
 
 SEAL = "checkpoint.json"
-CHUNK_BYTES = 1 << 24
 
 
 @dataclass
@@ -52,13 +52,8 @@ class RunState:
     @classmethod
     def read(cls, path: Path) -> "RunState":
         """The state in a checkpoint. Raises `ValueError` where there is none, or a field is not what it must be."""
-        if not (path / SEAL).is_file():
-            raise ValueError(f"{path}: not a checkpoint: expected a folder such as RUN/checkpoints/step-00000100")
-        try:
-            saved = read_json(path / SEAL)["state"]
-            odd = saved.keys() ^ {own.name for own in fields(cls)}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path / SEAL}: damaged: {error!r}") from None
+        saved = read_seal(path)["state"]
+        odd = saved.keys() ^ {own.name for own in fields(cls)}
         odd |= {own.name for own in fields(cls) if not isinstance(saved.get(own.name), own.type)}
         if odd:
             raise ValueError(f"{path / SEAL}: not the state of a run of this version: {', '.join(sorted(odd))}")
@@ -73,8 +68,6 @@ class Checkpoints:
         self.group = dist.new_group(backend="gloo")  # of its own: a step's collectives overlap with a save's
         self.saving: Future | None = None
         self.saving_step = 0
-        if sharding.rank() == 0:
-            remove_unfinished(folder)
 
     def save(self, state: RunState, tensors: dict[str, Tensor], on_seal: Callable[[], None]) -> str | None:
         """Start to write a checkpoint; returns why the one before could not be written, None where it could.
@@ -86,24 +79,33 @@ class Checkpoints:
         """
         problem = self.wait()
         writer = SealingWriter(self.folder / f"step-{state.step:08d}", asdict(state), self.keep, on_seal)
-        self.saving_step = state.step
-        self.saving = dcp.async_save(tensors, storage_writer=writer, process_group=self.group)
+        self.saving, self.saving_step = Future(), state.step
+        write = dcp.async_save(tensors, storage_writer=writer, process_group=self.group)
+        write.add_done_callback(partial(end_write, Path(writer.path), self.saving))
         return problem
 
     def wait(self) -> str | None:
         """Wait for the write that is under way; returns why it failed, None where it did not."""
         saving, self.saving = self.saving, None
-        try:
-            if saving is not None:
-                saving.result()
-        except (CheckpointException, OSError, RuntimeError) as error:
-            return f"the checkpoint of step {self.saving_step} could not be written: {first_cause(error)}"
-        return None
+        error = saving.result() if saving is not None else None
+        if error is None:
+            return None
+        if not isinstance(error, (CheckpointException, OSError, RuntimeError)):
+            raise error
+        return f"the checkpoint of step {self.saving_step} could not be written: {first_cause(error)}"
 
     def close(self) -> None:
         """Leave the group, with all ranks, when nothing is under way any more."""
         dist.barrier()
         dist.destroy_process_group(self.group)
+
+
+def end_write(aside: Path, saving: Future, write: Future) -> None:
+    """Give `saving` what a write failed of, if it did, when nothing is left of it on the disk."""
+    error = write.exception()
+    if error is not None and sharding.rank() == 0:  # every rank has stopped writing when one learns of a failure
+        shutil.rmtree(aside, ignore_errors=True)
+    saving.set_result(error)
 
 
 def first_cause(error: BaseException) -> str:
@@ -136,19 +138,36 @@ class SealingWriter(FileSystemWriter):
             sums.update(read_json(part))
             part.unlink()
         sums[".metadata"] = file_sum(path / ".metadata")
-        write_text(path / SEAL, json.dumps({"state": self.state, "files": sums}))
+        write_text(path / SEAL, sealed({"state": self.state, "files": sums}))
         replace_folder(self.folder, path)
         for path in not_kept(self.folder, self.keep):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def file_sum(path: Path) -> list[int]:
-    """Size in bytes and CRC-32 of a file."""
-    size, crc = 0, 0
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
-    return [size, crc]
+def sealed(content: dict) -> str:
+    """Content as `checkpoint.json` has it, with its own checksum."""
+    return json.dumps({**content, "sum": content_sum(content)})
+
+
+def content_sum(content: dict) -> int:
+    """CRC-32 of a value that JSON can hold."""
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def read_seal(path: Path) -> dict:
+    """`state` and `files` of a checkpoint. Raises `ValueError` where there is none, or it is not as it was written."""
+    if not (path / SEAL).is_file():
+        raise ValueError(f"{path}: not a checkpoint: expected a folder such as RUN/checkpoints/step-00000100")
+    content = read_json(path / SEAL)
+    given = content.pop("sum", None) if isinstance(content, dict) else None
+    if given is None or given != content_sum(content):
+        raise ValueError(f"{path / SEAL}: damaged: it is not what its checksum was made of")
+    return content
+
+
+def complete(folder: Path) -> None:
+    """Let what a killed run had sealed have its name, and remove what it had not. On one rank, before others look."""
+    recover(folder, is_whole=lambda aside: (aside / SEAL).is_file())
 
 
 def found(folder: Path) -> list[Path]:
@@ -183,10 +202,10 @@ def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
 def damage_of(path: Path) -> str | None:
     """What is wrong with a checkpoint, None where all is as it was written. The files are divided over the ranks."""
     try:
-        files = read_json(path / SEAL)["files"]
+        files = read_seal(path)["files"]
         mine = sorted(files)[sharding.rank() :: sharding.num_ranks()]
         problems = [f"{path / name}: damaged" for name in mine if file_sum(path / name) != files[name]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         problems = [f"{path}: damaged: {error}"]
     problems = sharding.gather_lists(problems)
     return problems[0] if problems else None

@@ -2,8 +2,8 @@
 
 import json
 import os
-import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from mmrm_fast.files import (
     finite,
     json_lines,
     read_json,
-    remove_unfinished,
+    recover,
+    remove,
     whole_folder,
     write_json,
     write_json_lines,
@@ -26,7 +27,7 @@ from mmrm_fast.files import (
 from mmrm_fast.machine import this_machine
 from mmrm_fast.pairs import PairRow, write_rows
 from mmrm_fast.train import sharding
-from mmrm_fast.train.resume import RunState, damage_of, newest_good
+from mmrm_fast.train.resume import RunState, complete, damage_of, newest_good
 from mmrm_fast.train.tracking import start_trackers, track
 
 CONFIG, ENVIRONMENT, CHECKPOINTS = "config.json", "environment.json", "checkpoints"
@@ -54,8 +55,8 @@ class RunFolder:
         """Make the folder; remove the run in it where that is to be replaced, and what a killed one left unfinished."""
         self.path.mkdir(parents=True, exist_ok=True)
         for found in [found for name in WRITTEN for found in self.path.glob(name)] if replace else ():
-            shutil.rmtree(found) if found.is_dir() else found.unlink()
-        remove_unfinished(self.path)
+            remove(found)
+        recover(self.path)
 
     def begin(self, state: RunState, report_to: tuple[str, ...]) -> None:
         """Write what the run is and what it runs on; go on after the state's step."""
@@ -104,9 +105,10 @@ def append_json(path: Path, row: dict) -> None:
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Drop the rows after `step`, and one that was cut short; no row is left of a file for step 0."""
+    """Drop the rows after `step`, and what is no row, which is said; no row is left of a file for step 0."""
     if path.exists():
-        write_json_lines(path, [row for _, row in json_lines(path, skip_broken=True) if row["step"] <= step])
+        rows = [row for _, row in json_lines(path, left_out=partial(print, "left out:", file=sys.stderr))]
+        write_json_lines(path, [row for row in rows if row["step"] <= step])
 
 
 def config_json(config: TrainConfig) -> dict:
@@ -127,6 +129,7 @@ def open_run(config: TrainConfig) -> Path | None:
     if config.run.resume is None:
         sharding.on_first_rank(lambda: require_free(folder, config.run.overwrite))  # emptied when all is checked
         return None
+    sharding.on_first_rank(lambda: complete(folder / CHECKPOINTS))
     if config.run.resume == "auto":
         path, problems = newest_good(folder / CHECKPOINTS)
         if problems and sharding.rank() == 0:

@@ -64,7 +64,7 @@ def dying(function, calls):
 
 @pytest.mark.parametrize(
     ("module", "name", "calls"),
-    [(shutil, "copyfileobj", 2), (os, "replace", 1), (os, "replace", 2), (shutil, "rmtree", 2)],
+    [(shutil, "copyfileobj", 2), (os, "replace", 1), (os, "replace", 2), (shutil, "rmtree", 1)],
 )
 def test_a_run_killed_while_its_shards_are_joined_ends_when_it_is_started_again(
     tmp_path, monkeypatch, module, name, calls

@@ -19,8 +19,8 @@ from mmrm_fast.config import TrainConfig
 from mmrm_fast.config_file import options, with_options
 from mmrm_fast.files import write_json
 from mmrm_fast.train.command import train
-from mmrm_fast.train.resume import RunState, not_kept
-from mmrm_fast.train.run_folder import FREE, config_json, require_same
+from mmrm_fast.train.resume import RunState, not_kept, sealed
+from mmrm_fast.train.run_folder import FREE, config_json, keep_until, require_same
 
 OPTIONS = {"robust": True, "epochs": 2, "save_every": 2, "keep": 3, "report_to": ()}
 
@@ -76,6 +76,41 @@ def test_killed_runs_resume_to_bitwise_the_same_end(make_config):
     assert len(names) == 3 and not any("unfinished" in name for name in names)
 
 
+def die_before_a_rename(config, number):
+    """SIGTERM after step 2, which is saved already, so that it is saved again; die before its so-manyth rename."""
+    renames, rename_now = iter(range(number)), os.replace
+
+    def replace(source, target):
+        if os.path.basename(target) == "step-00000002" and next(renames, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename_now(source, target)
+
+    def terminating(event, trainer):
+        if (event, trainer.state.step) == ("micro-batch", 2):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    os.replace = replace
+    train(config, terminating)
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["the first checkpoint", "one that is written again"])
+def test_what_is_sealed_is_not_lost_to_a_kill_before_it_has_its_name(make_config, capsys, number):
+    options = {**OPTIONS, "keep": 1, "epochs": 1, "eval": ()}
+    whole, config = train(make_config("whole", **options)), make_config("run", **options)
+    assert in_child(die_before_a_rename, config, number) == -signal.SIGKILL
+    assert not (config.run.output_dir / "checkpoints" / "step-00000002").exists()
+    same_runs(whole, train(with_options(config, resume="auto")))
+    assert "resuming after step 2" in capsys.readouterr().err
+
+
+def test_a_broken_end_of_the_metrics_is_cut_and_told(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st\xff')
+    keep_until(path, 2)
+    assert read(path) == [{"step": 1}, {"step": 2}]
+    assert "left out: " in (said := capsys.readouterr().err) and "metrics.jsonl:4: not valid JSON" in said
+
+
 def terminate_one(config):
     """SIGTERM to the last rank: in the third step, or in the evaluation after the fourth."""
     moment = ("evaluation", 4) if config.run.resume else ("micro-batch", 2)
@@ -103,14 +138,28 @@ def test_sigterm_to_one_rank_saves_on_all_and_another_number_of_ranks_goes_on(ma
     )
 
 
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(make_config, capsys):
-    config = make_config("run", **OPTIONS)
-    whole = train(make_config("whole", **OPTIONS))
-    *_, before, newest = sorted((train(config) / "checkpoints").iterdir())
+def flip_a_bit(newest):
     part = newest / "__0_0.distcp"
     data = bytearray(part.read_bytes())
     data[len(data) // 2] ^= 1
     part.write_bytes(data)
+    return part
+
+
+def alter_the_state(newest):
+    seal = newest / "checkpoint.json"
+    content = json.loads(seal.read_text())
+    content["state"]["consumed"] += 1
+    seal.write_text(json.dumps(content))
+    return seal
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, alter_the_state])
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(make_config, capsys, damage):
+    config = make_config("run", **OPTIONS)
+    whole = train(make_config("whole", **OPTIONS))
+    *_, before, newest = sorted((train(config) / "checkpoints").iterdir())
+    part = damage(newest)
     same_runs(whole, train(with_options(config, resume="auto")))
     said = capsys.readouterr().err
     assert f"{part}: damaged" in said and f"from {before}" in said
@@ -171,12 +220,12 @@ def test_one_ranks_clock_makes_all_ranks_save(make_config):
 )
 def test_a_state_that_is_not_one_is_refused_by_the_name_of_its_field(tmp_path, change, reason):
     path = tmp_path / "checkpoint.json"
-    path.write_text(json.dumps({"state": asdict(RunState({}, step=4, consumed=9, best=0.5)), "files": {}}))
+    path.write_text(sealed({"state": asdict(RunState({}, step=4, consumed=9, best=0.5)), "files": {}}))
     assert RunState.read(tmp_path) == RunState({}, step=4, consumed=9, best=0.5)
-    path.write_text(json.dumps({"state": asdict(RunState({})) | change, "files": {}}))
+    path.write_text(sealed({"state": asdict(RunState({})) | change, "files": {}}))
     with pytest.raises(ValueError, match=rf"checkpoint\.json: not the state of a run of this version: {reason}"):
         RunState.read(tmp_path)
-    for broken in ("null", '{"state": null}', "{}", "{"):
+    for broken in ("null", "[]", '{"state": null}', "{}", "{", '{"state": {}, "files": {}, "sum": "x"}'):
         path.write_text(broken)
         with pytest.raises(ValueError, match=r"checkpoint\.json"):
             RunState.read(tmp_path)
@@ -263,7 +312,7 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_is_a_warning_and_training_go
     size = (whole / "final" / "model.safetensors").stat().st_size
     assert in_child(train_with_small_files, config, size + 1000) == 0
     assert "warning: the checkpoint of step 2 could not be written: " in capfd.readouterr().err
-    assert not list((config.run.output_dir / "checkpoints").glob("step-????????"))
+    assert not any((config.run.output_dir / "checkpoints").iterdir())
     same_runs(whole, config.run.output_dir)
 
 
