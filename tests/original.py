@@ -44,8 +44,14 @@ LLM = {
     },
     "Llama": {"architectures": ["LlamaForCausalLM"], "rope_theta": 500000.0},
     "Qwen2": {"architectures": ["Qwen2ForCausalLM"], "rope_theta": 1000000.0},
+    "Qwen3": {"architectures": ["Qwen3ForCausalLM"], "rope_theta": 1000000.0, "head_dim": 12},
+    "Qwen3Moe": {
+        "architectures": ["Qwen3MoeForCausalLM"], "rope_theta": 1000000.0, "head_dim": 12, "num_experts": 8,
+        "num_experts_per_tok": 3, "moe_intermediate_size": 20, "norm_topk_prob": True, "mlp_only_layers": [],
+        "decoder_sparse_step": 1,
+    },
 }  # fmt: skip
-TEMPLATE = {"InternLM2": "internlm2-chat", "Phi3": "phi3-chat", "Llama": "Hermes-2", "Qwen2": "Hermes-2"}
+TEMPLATE = {"InternLM2": "internlm2-chat", "Phi3": "phi3-chat"}
 
 
 def original_config(llm: str, vision: str, vocab_size: int, **changes) -> dict:
@@ -60,8 +66,9 @@ def original_config(llm: str, vision: str, vocab_size: int, **changes) -> dict:
         "patch_size": 14, "layer_norm_eps": 1e-6, "hidden_act": "gelu", "model_type": "intern_vit_6b", **VISION[vision],
     }  # fmt: skip
     return {
-        "model_type": "internvl_chat", "architectures": ["InternVLRewardModel"], "template": TEMPLATE[llm.split()[0]],
-        "downsample_ratio": 0.5, "dynamic_image_size": True, "force_image_size": 56, "max_dynamic_patch": 6,
+        "model_type": "internvl_chat", "architectures": ["InternVLRewardModel"],
+        "template": TEMPLATE.get(llm.split()[0], "Hermes-2"), "downsample_ratio": 0.5,
+        "dynamic_image_size": True, "force_image_size": 56, "max_dynamic_patch": 6,
         "min_dynamic_patch": 1, "use_thumbnail": True, "ps_version": "v2", "select_layer": -1,
         "llm_config": llm_config, "vision_config": vision_config, **changes,
     }  # fmt: skip
@@ -80,7 +87,7 @@ def write_tokenizer(folder: Path, config: dict) -> None:
     """A published tokenizer's file layout for the LLM's kind."""
     folder.mkdir(parents=True, exist_ok=True)
     kind = config["llm_config"]["architectures"][0].removesuffix("ForCausalLM")
-    source = GOLDEN / ("Qwen2ForCausalLM" if kind == "Qwen2" else "InternLM2ForCausalLM") / "checkpoint"
+    source = GOLDEN / ("Qwen2ForCausalLM" if kind.startswith("Qwen") else "InternLM2ForCausalLM") / "checkpoint"
     for path in source.iterdir():
         if path.suffix != ".safetensors" and path.name != "config.json":
             shutil.copy(path, folder)
@@ -104,8 +111,12 @@ def shapes(config: dict) -> dict[str, tuple[int, ...]]:
         "score.weight": (1, llm["hidden_size"]),
     }  # fmt: skip
     all_shapes |= {f"vision_model.{name}": shape for name, shape in vision_shapes(vision).items()}
-    all_shapes |= {f"language_model.{name}": shape for name, shape in LLM_SHAPES[kind](llm).items()}
-    return all_shapes
+    llm_shapes = internlm2_shapes if kind == "InternLM2" else llama_shapes
+    return all_shapes | {f"language_model.{name}": shape for name, shape in llm_shapes(llm).items()}
+
+
+def head_size(llm: dict) -> int:
+    return llm.get("head_dim") or llm["hidden_size"] // llm["num_attention_heads"]
 
 
 def vision_shapes(vision: dict) -> dict[str, tuple[int, ...]]:
@@ -151,29 +162,52 @@ def internlm2_shapes(llm: dict) -> dict[str, tuple[int, ...]]:
 
 
 def llama_shapes(llm: dict) -> dict[str, tuple[int, ...]]:
+    """Of every architecture whose names are Llama's."""
     hidden, mlp, table = llm["hidden_size"], llm["intermediate_size"], (llm["vocab_size"], llm["hidden_size"])
-    small = llm["num_key_value_heads"] * (hidden // llm["num_attention_heads"])
-    kind = llm["architectures"][0]
+    kind, size = llm["architectures"][0].removesuffix("ForCausalLM"), head_size(llm)
+    heads, small = (llm[f"num_{name}_heads"] * size for name in ("attention", "key_value"))
     found = {"model.embed_tokens.weight": table, "lm_head.weight": table, "model.norm.weight": (hidden,)}
     for i in range(llm["num_hidden_layers"]):
         layer = f"model.layers.{i}."
         found |= {layer + name + ".weight": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
-        found |= {layer + "self_attn.o_proj.weight": (hidden, hidden), layer + "mlp.down_proj.weight": (hidden, mlp)}
-        if kind == "Phi3ForCausalLM":
+        found[layer + "self_attn.o_proj.weight"] = (hidden, heads)
+        if kind == "Phi3":
             found |= {
-                layer + "self_attn.qkv_proj.weight": (hidden + 2 * small, hidden),
-                layer + "mlp.gate_up_proj.weight": (2 * mlp, hidden),
-            }
+                layer + "self_attn.qkv_proj.weight": (heads + 2 * small, hidden),
+                layer + "mlp.gate_up_proj.weight": (2 * mlp, hidden), layer + "mlp.down_proj.weight": (hidden, mlp),
+            }  # fmt: skip
             continue
-        for name, rows in (("q_proj", hidden), ("k_proj", small), ("v_proj", small)):
+        for name, rows in (("q_proj", heads), ("k_proj", small), ("v_proj", small)):
             found[f"{layer}self_attn.{name}.weight"] = (rows, hidden)
-            if kind == "Qwen2ForCausalLM":
+            if kind in ("Qwen2", "GptOss"):
                 found[f"{layer}self_attn.{name}.bias"] = (rows,)
-        found |= {layer + f"mlp.{name}.weight": (mlp, hidden) for name in ("gate_proj", "up_proj")}
+        if kind in ("Qwen3", "Qwen3Moe"):
+            found |= {f"{layer}self_attn.{name}.weight": (size,) for name in ("q_norm", "k_norm")}
+        if kind == "GptOss":
+            found |= {layer + name: shape for name, shape in gpt_oss_shapes(llm).items()}
+        elif kind == "Qwen3Moe":
+            found[layer + "mlp.gate.weight"] = (llm["num_experts"], hidden)
+            for expert in range(llm["num_experts"]):
+                found |= gated_shapes(f"{layer}mlp.experts.{expert}.", hidden, llm["moe_intermediate_size"])
+        else:
+            found |= gated_shapes(layer + "mlp.", hidden, mlp)
     return found
 
 
-LLM_SHAPES = {"InternLM2": internlm2_shapes, "Phi3": llama_shapes, "Llama": llama_shapes, "Qwen2": llama_shapes}
+def gated_shapes(prefix: str, hidden: int, mlp: int) -> dict[str, tuple[int, ...]]:
+    shapes = {"gate": (mlp, hidden), "up": (mlp, hidden), "down": (hidden, mlp)}
+    return {f"{prefix}{name}_proj.weight": shape for name, shape in shapes.items()}
+
+
+def gpt_oss_shapes(llm: dict) -> dict[str, tuple[int, ...]]:
+    """Of a layer of GPT-OSS, what is not Llama's: sinks, a bias wherever there is a weight, experts in one."""
+    hidden, mlp, experts = llm["hidden_size"], llm["intermediate_size"], llm["num_local_experts"]
+    return {
+        "self_attn.sinks": (llm["num_attention_heads"],), "self_attn.o_proj.bias": (hidden,),
+        "mlp.router.weight": (experts, hidden), "mlp.router.bias": (experts,),
+        "mlp.experts.gate_up_proj": (experts, hidden, 2 * mlp), "mlp.experts.gate_up_proj_bias": (experts, 2 * mlp),
+        "mlp.experts.down_proj": (experts, mlp, hidden), "mlp.experts.down_proj_bias": (experts, hidden),
+    }  # fmt: skip
 
 
 def random_state(config: dict) -> dict[str, torch.Tensor]:
@@ -253,7 +287,7 @@ def vision_layer(x, weights, vision):
 
 def rotary(llm, length):
     """cos, sin [T, E] of one sequence of its own length."""
-    size = llm["hidden_size"] // llm["num_attention_heads"]
+    size = head_size(llm)
     base, scaling, factor = llm["rope_theta"], llm.get("rope_scaling") or {}, 1.0
     exponents, stretch = torch.arange(0, size, 2) / size, torch.ones(size // 2)
     longest = llm["max_position_embeddings"]
@@ -277,8 +311,7 @@ def rotated(x_HTE, cos, sin):
 def projections(x, weights, llm):
     """q [H, T, E], k and v [G, T, E] before RoPE."""
     heads, kv = llm["num_attention_heads"], llm["num_key_value_heads"]
-    size = llm["hidden_size"] // heads
-    kind = llm["architectures"][0]
+    size, kind = head_size(llm), llm["architectures"][0]
     if kind == "InternLM2ForCausalLM":
         packed = weights.linear(x, "attention.wqkv").reshape(len(x), kv, heads // kv + 2, size)
         q, k, v = packed[:, :, :-2].flatten(1, 2), packed[:, :, -2], packed[:, :, -1]
@@ -287,7 +320,25 @@ def projections(x, weights, llm):
         q, k, v = packed.split([heads, kv, kv], 1)
     else:
         q, k, v = (weights.linear(x, f"self_attn.{name}_proj").unflatten(-1, (-1, size)) for name in "qkv")
+    if kind.startswith("Qwen3"):
+        q = rms_norm(q, weights["self_attn.q_norm.weight"], llm["rms_norm_eps"])
+        k = rms_norm(k, weights["self_attn.k_norm.weight"], llm["rms_norm_eps"])
     return (part.transpose(0, 1) for part in (q, k, v))
+
+
+def mixture(x, weights, llm):
+    """Each token [D] through the experts that its router likes most, by the renormalised probabilities."""
+    probabilities = weights.linear(x, "gate").softmax(-1)
+    rows = []
+    for token, shares in zip(x, probabilities, strict=True):
+        shares, chosen = shares.topk(llm["num_experts_per_tok"])
+        outputs = [gated(token, weights.under(f"experts.{expert}.")) for expert in chosen]
+        rows.append(torch.stack(outputs, 1) @ (shares / shares.sum()))
+    return torch.stack(rows)
+
+
+def gated(x, weights):
+    return weights.linear(silu(weights.linear(x, "gate_proj")) * weights.linear(x, "up_proj"), "down_proj")
 
 
 def decoder_layer(x, weights, llm, cos, sin):
@@ -307,8 +358,10 @@ def decoder_layer(x, weights, llm, cos, sin):
         gate, up, down = weights.linear(y, "feed_forward.w1"), weights.linear(y, "feed_forward.w3"), "feed_forward.w2"
     elif llm["architectures"][0] == "Phi3ForCausalLM":
         (gate, up), down = weights.linear(y, "mlp.gate_up_proj").chunk(2, -1), "mlp.down_proj"
+    elif llm["architectures"][0] == "Qwen3MoeForCausalLM":
+        return x + mixture(y, weights.under("mlp."), llm)
     else:
-        gate, up, down = weights.linear(y, "mlp.gate_proj"), weights.linear(y, "mlp.up_proj"), "mlp.down_proj"
+        return x + gated(y, weights.under("mlp."))
     return x + weights.linear(silu(gate) * up, down)
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from mmrm_fast.checkpoint import internvl_chat
 from mmrm_fast.checkpoint.folder import PROXY, Checkpoint, CheckpointFolder, rewrite_json, save_settings, save_tokenizer
 from mmrm_fast.checkpoint.internvl_chat import LM_HEAD, SCORE, Source
-from mmrm_fast.checkpoint.tensors import stored_names, write_tensors
+from mmrm_fast.checkpoint.tensors import as_stored, stored_names, write_tensors
 from mmrm_fast.checkpoint.tokenizer import SPACE
 from mmrm_fast.files import read_json
 from mmrm_fast.model.reward_model import original_facts
@@ -41,12 +41,14 @@ def write_weights(
         if where is not None:
             groups.setdefault(where.name, []).append((where, name))
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for theirs, own in progress(groups.items()):
-            yield theirs, internvl_chat.packed([(where.spans, native.value(name)) for where, name in own])
+    def tensors(groups: Iterable, value: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        placed = ((theirs, [(where.spans, value(name)) for where, name in own]) for theirs, own in groups)
+        return as_stored(((theirs, internvl_chat.packed(parts)) for theirs, parts in placed), text_model)
 
+    text_model = folder.config.text_config.model_type
+    sizes = {name: value.nbytes for name, value in tensors(groups.items(), native.size)}
     target.mkdir(parents=True, exist_ok=True)
-    write_tensors(target, tensors(), {name: sum(native.nbytes(n) for _, n in own) for name, own in groups.items()})
+    write_tensors(target, tensors(progress(groups.items()), native.value), sizes)
 
 
 def convert_folder(source: Path, target: Path, *, progress: Progress = iter) -> None:

@@ -4,7 +4,6 @@ import math
 import re
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -82,7 +81,7 @@ class NativeTensors:
     def check_all_used(self, *, has_vision: bool) -> None:
         """Raise `ValueError` for a tensor that is no parameter's, but for the vocabulary head and such."""
         known = {where.name for where in self.sources.values()}
-        left = [name for name in self.tensors.places if name not in known and not UNUSED.search(name)]
+        left = [name for name in self.tensors.names() if name not in known and not UNUSED.search(name)]
         left = [name for name in left if has_vision or not name.startswith(VISION_PARTS)]
         if left:
             folder = self.tensors.folder
@@ -92,9 +91,9 @@ class NativeTensors:
         """The dtype that a tensor is stored in."""
         return self.tensors.dtype(self.sources[name].name)
 
-    def nbytes(self, name: str) -> int:
-        """Bytes of a tensor."""
-        return int(np.prod(self.shape(name))) * self.dtype(name).itemsize
+    def size(self, name: str) -> Tensor:
+        """A tensor of the shape and dtype of the stored one, without values."""
+        return torch.empty(self.shape(name), dtype=self.dtype(name), device="meta")
 
     def value(self, name: str) -> Tensor:
         """A tensor as it is stored."""

@@ -19,7 +19,7 @@ from mmrm_fast.checkpoint import internvl_chat
 from mmrm_fast.checkpoint.fill import NativeTensors, fill_model, native_name
 from mmrm_fast.checkpoint.internvl_chat import LM_HEAD, SCORE
 from mmrm_fast.checkpoint.processor import PLAIN, Processor, settings_of, stored_settings
-from mmrm_fast.checkpoint.tensors import TensorFolder, write_tensors
+from mmrm_fast.checkpoint.tensors import TensorFolder, as_stored, write_tensors
 from mmrm_fast.checkpoint.tokenizer import load_tokenizer
 from mmrm_fast.config import TrainBatchConfig
 from mmrm_fast.data.images import NORMALIZATION, Compat, Tiling, mean_colour
@@ -256,9 +256,10 @@ def save_checkpoint(folder: str | Path, checkpoint: Checkpoint, state: dict[str,
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = state or checkpoint.model.state_dict()
-    state = {native_name(name): value for name, value in state.items()}
-    write_tensors(folder, state.items(), {name: value.nbytes for name, value in state.items()})
     config = checkpoint.model.model.config
+    state = {native_name(name): value for name, value in state.items()}
+    stored = dict(as_stored(state.items(), config.text_config.model_type))
+    write_tensors(folder, stored.items(), {name: value.nbytes for name, value in stored.items()})
     for part in (config, config.text_config, config.vision_config):
         part.dtype = state[TEXT_NORM].dtype  # what plain transformers loads the weights in
     save_settings(folder, checkpoint)

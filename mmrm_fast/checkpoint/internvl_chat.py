@@ -8,7 +8,16 @@ import math
 from dataclasses import dataclass
 
 from torch import Tensor
-from transformers import InternVLConfig, InternVLVisionConfig, LlamaConfig, Phi3Config, Qwen2Config, Qwen3Config
+from transformers import (
+    GptOssConfig,
+    InternVLConfig,
+    InternVLVisionConfig,
+    LlamaConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from mmrm_fast.data.images import NORMALIZATION, Tiling
 from mmrm_fast.model.reward_model import original_facts
@@ -19,12 +28,17 @@ TEXT_CONFIGS = {
     "Phi3ForCausalLM": Phi3Config,
     "Qwen2ForCausalLM": Qwen2Config,
     "Qwen3ForCausalLM": Qwen3Config,
+    "Qwen3MoeForCausalLM": Qwen3MoeConfig,
+    "GptOssForCausalLM": GptOssConfig,
 }
+ARCHITECTURES = {kind.model_type: name for name, kind in TEXT_CONFIGS.items()}  # a `llama` is a Llama
 TEXT_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
     "attention_bias", "mlp_bias", "sliding_window", "use_sliding_window", "max_window_layers",
-    "original_max_position_embeddings", "initializer_range",
+    "original_max_position_embeddings", "initializer_range", "layer_types", "num_experts", "num_local_experts",
+    "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step", "mlp_only_layers", "norm_topk_prob",
+    "router_aux_loss_coef", "swiglu_limit",
 )  # fmt: skip
 TEXT_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # absent is none, not the class's default
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -154,7 +168,7 @@ def text_config(llm: dict, vocab_size: int) -> LlamaConfig:
     if missing:
         raise ValueError(f"llm_config lacks {', '.join(missing)}")
     config_type = TEXT_CONFIGS[architecture]
-    known = config_type.__dataclass_fields__
+    known = {*config_type.__dataclass_fields__, *config_type.attribute_map, "head_dim"}
     fields = {name: llm[name] for name in TEXT_FIELDS if name in llm and name in known}
     if architecture == "InternLM2ForCausalLM":
         fields["attention_bias"] = llm.get("bias", True)
@@ -277,7 +291,7 @@ def original_config(config: InternVLConfig, tiling: Tiling) -> dict:
 def original_text_config(config: InternVLConfig) -> dict:
     """`llm_config` of the original layout, with RoPE settings as transformers 4 had them."""
     text = config.text_config
-    architecture = original_facts(config).get("architecture") or text.model_type.capitalize() + "ForCausalLM"
+    architecture = original_facts(config).get("architecture") or ARCHITECTURES.get(text.model_type)
     if architecture not in TEXT_CONFIGS:
         raise ValueError(
             f"text_config.model_type {text.model_type!r} has no original layout: {', '.join(TEXT_CONFIGS)}"
@@ -288,6 +302,7 @@ def original_text_config(config: InternVLConfig) -> dict:
     fields |= {"architectures": [architecture], "model_type": text.model_type, "rope_theta": rope.pop("rope_theta")}
     if architecture == "InternLM2ForCausalLM":
         fields |= {"model_type": "internlm2", "bias": fields.pop("attention_bias")}
-    kept = {name: rope[name] for name in ("factor", "short_factor", "long_factor") if name in rope}
-    su = {"longrope": "yarn" if "attention_factor" in rope else "su"}.get(kind, kind)
-    return fields | {"rope_scaling": None if kind == "default" else {"type": su, **kept}}
+    if kind == "longrope":
+        kind = "yarn" if "attention_factor" in rope else "su"
+        rope = {name: rope[name] for name in ("factor", "short_factor", "long_factor") if name in rope}
+    return fields | {"rope_scaling": None if kind == "default" else {"type": kind, **rope}}

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -22,12 +22,16 @@ PICKLE_REMEDY = (
 )
 SHARD_BYTES = 5 * 10**9
 LORA = re.compile(r"\.lora_([AB])(?:\.\w+)?\.weight$")
+EXPERT = re.compile(r"^(.+\.experts)\.(\d+)\.(?:gate|up|down)_proj\.weight$")
+STACKED = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}  # the weights of all experts of a layer
+EXPERTS_APART = ("qwen2_moe", "qwen3_moe")  # text models whose experts transformers stores one by one
 
 
 class TensorFolder:
     """The tensors of a folder's safetensors files, under the names that `rename` gives them.
 
     LoRA adapters of peft (`lora_A`, `lora_B` beside `base_layer`) are added to the weights they adapt as rows are read.
+    A layer's experts that are stored one by one are a tensor of all, with one of them a row, as transformers computes.
 
     Args:
         folder: a local folder.
@@ -35,7 +39,7 @@ class TensorFolder:
         lora_scale: alpha / rank of adapters.
 
     Raises:
-        ValueError: no safetensors, or an index that names a file outside of the folder.
+        ValueError: no safetensors, an index that names a file outside of the folder, or an expert without its weights.
     """
 
     def __init__(
@@ -53,20 +57,39 @@ class TensorFolder:
                 self.adapters.setdefault(name, {})[adapter[1]] = (file, stored)
             else:
                 self.places[name] = (file, stored)
+        self.stacks = expert_stacks(self.places)  # name: each expert's parts
+        missing = [
+            part for stack in self.stacks.values() for parts in stack for part in parts if part not in self.places
+        ]
+        if missing:
+            raise ValueError(f"{folder}: no tensor {missing[0]}")
 
     def __contains__(self, name: str) -> bool:
-        return name in self.places
+        return name in self.places or name in self.stacks
+
+    def names(self) -> list[str]:
+        """The names of all tensors."""
+        return [*self.stacks, *(name for name in self.places if not EXPERT.match(name))]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape, without reading it."""
-        return tuple(self.slice(*self.places[name]).get_shape())
+        """A tensor's shape, without reading it. Raises `ValueError` for experts of different shapes."""
+        if name not in self.stacks:
+            return tuple(self.slice(*self.places[name]).get_shape())
+        shapes = {tuple(map(self.shape, parts)): parts for parts in self.stacks[name][::-1]}
+        if len(shapes) > 1:
+            raise ValueError(f"{self.folder}: {' and '.join(parts[0] for parts in shapes.values())} differ in shape")
+        (parts,) = shapes
+        return len(self.stacks[name]), sum(rows for rows, _ in parts), parts[0][1]
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype a tensor is stored in."""
-        return self.slice(*self.places[name])[:0].dtype
+        first = self.stacks[name][0][0] if name in self.stacks else name
+        return self.slice(*self.places[first])[:0].dtype
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows `start` to `stop` of a tensor, adapters added in fp32."""
+        if name in self.stacks:
+            return torch.stack([torch.cat(list(map(self.whole, parts))) for parts in self.stacks[name][start:stop]])
         rows = self.slice(*self.places[name])[start:stop]
         adapter = self.adapters.get(name)
         if adapter is None:
@@ -83,6 +106,30 @@ class TensorFolder:
         if file not in self.files:
             self.files[file] = open_tensors(self.folder / file)
         return self.files[file].get_slice(stored)
+
+
+def expert_stacks(names: Iterable[str]) -> dict[str, list[list[str]]]:
+    """The names of each expert's parts, by the name of all experts' weights of a layer."""
+    counts: dict[str, int] = {}
+    for layer, number in (found.groups() for found in map(EXPERT.match, names) if found):
+        counts[layer] = max(counts.get(layer, 0), int(number) + 1)
+    return {
+        f"{layer}.{name}": [[f"{layer}.{number}.{part}_proj.weight" for part in parts] for number in range(count)]
+        for layer, count in counts.items()
+        for name, parts in STACKED.items()
+    }
+
+
+def as_stored(tensors: Iterable[tuple[str, Tensor]], text_model: str) -> Iterator[tuple[str, Tensor]]:
+    """A model's tensors as transformers stores them: experts one by one where its `text_model` has them so."""
+    for name, value in tensors:
+        layer, _, own = name.rpartition(".")
+        if text_model not in EXPERTS_APART or own not in STACKED or not layer.endswith(".experts"):
+            yield name, value
+            continue
+        for number, expert in enumerate(value):
+            for part, rows in zip(STACKED[own], expert.chunk(len(STACKED[own])), strict=True):
+                yield f"{layer}.{number}.{part}_proj.weight", rows
 
 
 def open_tensors(path: Path):

@@ -53,12 +53,14 @@ def test_large_weights_are_written_in_shards_and_read_back(tmp_path, pictures, m
     assert rewards(tmp_path / "native", pictures) == rewards(tmp_path / "first", pictures)
 
 
-def test_a_saved_model_runs_in_plain_transformers(tmp_path, pictures):
-    write_checkpoint(tmp_path / "first", original_config("Qwen2", "300M", 578))
+@pytest.mark.parametrize("llm", ["Qwen2", "Qwen3Moe"])
+def test_a_saved_model_runs_in_plain_transformers(tmp_path, pictures, llm):
+    write_checkpoint(tmp_path / "first", original_config(llm, "300M", 578))
     checkpoint = CheckpointFolder(tmp_path / "first").load()
     checkpoint.model.model.config.dtype = torch.bfloat16  # as its folder had it; these weights are fp32
     save_checkpoint(tmp_path / "final", checkpoint)
-    model = InternVLModel.from_pretrained(tmp_path / "final")
+    model, loading = InternVLModel.from_pretrained(tmp_path / "final", output_loading_info=True)
+    assert not loading["missing_keys"] and loading["unexpected_keys"] == {"score.weight"}
     score = load_file(tmp_path / "final" / "model.safetensors")["score.weight"]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "final")
     messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "the red circle"}]
@@ -71,8 +73,9 @@ def test_a_saved_model_runs_in_plain_transformers(tmp_path, pictures):
     assert model.config.problem_type == "regression"
 
 
-def test_the_vllm_layout_has_one_bias_free_score_under_the_names_of_the_whole_model(tmp_path):
-    write_checkpoint(tmp_path / "first", original_config("Qwen2", "300M", 578))
+@pytest.mark.parametrize("llm", ["Qwen2", "Qwen3Moe"])
+def test_the_vllm_layout_has_one_bias_free_score_under_the_names_of_the_whole_model(tmp_path, llm):
+    write_checkpoint(tmp_path / "first", original_config(llm, "300M", 578))
     export_vllm(tmp_path / "first", tmp_path / "vllm")
     names = load_file(tmp_path / "vllm" / "model.safetensors").keys()
     assert {name.split(".")[1] for name in names if name.startswith("model.")} == {
@@ -83,6 +86,8 @@ def test_the_vllm_layout_has_one_bias_free_score_under_the_names_of_the_whole_mo
     assert config["architectures"] == ["InternVLForSequenceClassification"]
     assert config["problem_type"] == "regression" and len(config["id2label"]) == 1
     assert len(config["text_config"]["id2label"]) == 1
+    expert = "model.language_model.layers.0.mlp.experts.7.gate_proj.weight"
+    assert (expert in names) == (llm == "Qwen3Moe")
     CheckpointFolder(tmp_path / "vllm").load()
 
 

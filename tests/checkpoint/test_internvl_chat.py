@@ -47,6 +47,9 @@ class NamedShapes:
     def shape(self, name):
         return self.places[name]
 
+    def names(self):
+        return list(self.places)
+
 
 def published_config(name):
     tower, llm, hidden, layers, heads, kv_heads, mlp, vocab = PUBLISHED[name]
@@ -126,7 +129,7 @@ def test_a_norm_that_transformers_would_compute_otherwise_is_refused():
 
 
 @pytest.mark.parametrize("tower", VISION)
-@pytest.mark.parametrize("llm", ["InternLM2 dynamic", "Phi3 su", "Phi3 yarn", "Llama", "Qwen2"])
+@pytest.mark.parametrize("llm", ["InternLM2 dynamic", "Phi3 su", "Phi3 yarn", "Llama", "Qwen2", "Qwen3", "Qwen3Moe"])
 def test_configs_go_there_and_back(llm, tower):
     config = original_config(llm, tower, 569, select_layer=-2, ps_version="v1", pad2square=False)
     native = internvl_chat.native_config(config, vocab_size=569, image_token_id=1)
