@@ -25,6 +25,8 @@ class RecordsConfig:
     """Shapes environment to train on when there is no `--data`: opening, length or hedging."""
     pairs: str = "all"
     """Pairs of a K-wise record: `all` in one group, `expand`ed to a sample each, or a number of them at random."""
+    max_pairs: int = 2048
+    """Most pairs of a record, in training and evaluation: of more so many are drawn, and the others counted."""
     eval: tuple[str, ...] = ()
     """Test sets from the training distribution, NAME=FILE."""
     eval_ood: tuple[str, ...] = ()
@@ -269,6 +271,8 @@ class EvaluateConfig:
     """Parquet, JSONL, JSON or CSV file, or the folder that holds it."""
     images: Path | None = None
     """Folder that image file names start from. Default: the folder of the file."""
+    max_pairs: int = 2048
+    """Most pairs of a record: of more so many are drawn, and the others counted."""
     model: Path = Path("runs/robust/final")
     """Folder of the reward model, such as runs/NAME/final."""
     output_dir: Path = Path("runs/evaluate")

@@ -45,7 +45,7 @@ class Form:
     prompt: Prompt
     responses: tuple[str, ...]
     pairs: Pairs = field(default_factory=Pairs.of)
-    num_unrated: int = 0
+    ratings: np.ndarray | None = None  # of the responses, float; NaN for one that has none
     images: tuple[object, ...] = ()
 
 
@@ -194,9 +194,8 @@ def check_same_prompt(prompt: Turns | None, context: Turns) -> None:
 
 
 def kwise_form(prompt: Turns, responses: tuple[str, ...], ratings: Sequence[float]) -> Form:
-    """Every two responses with different ratings make a pair; one whose rating is NaN is in none."""
-    pairs = Pairs.ranked(np.array(ratings, float))
-    return Form(plain(prompt), responses, pairs, sum(map(math.isnan, ratings)), prompt.images)
+    """Responses with ratings."""
+    return Form(plain(prompt), responses, ratings=np.array(ratings, float), images=prompt.images)
 
 
 def parse_completions(completions: object) -> tuple[tuple[str, ...], list[float]]:

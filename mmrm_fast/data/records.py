@@ -4,6 +4,7 @@ Every layout of `forms` and every file of `lines` becomes one type, `Group`, so 
 asks where a record came from.
 """
 
+import hashlib
 import math
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -11,10 +12,23 @@ from pathlib import Path
 import numpy as np
 
 from mmrm_fast.data.fields import ReadColumns, refuse_unread
-from mmrm_fast.data.forms import FORM_FIELDS, PREFERENCE_FIELDS, in_text, parse_form
+from mmrm_fast.data.forms import FORM_FIELDS, PREFERENCE_FIELDS, Form, in_text, parse_form
 from mmrm_fast.data.lines import Rows, open_rows
 from mmrm_fast.data.pictures import IMAGE_FIELDS, parse_images
-from mmrm_fast.data.types import FieldError, Group, Message, Pair, Pairs, Prompt, RecordError, at, kind_of, number, text
+from mmrm_fast.data.types import (
+    FieldError,
+    Group,
+    Message,
+    Pair,
+    Pairs,
+    Prompt,
+    RecordError,
+    at,
+    kind_of,
+    num_ranked,
+    number,
+    text,
+)
 
 __all__ = [
     "Group", "Message", "Pair", "Pairs", "Prompt", "RecordError", "Records", "iter_groups", "parse_group",
@@ -22,6 +36,7 @@ __all__ = [
 ]  # fmt: skip
 
 ID_FIELDS = ("id", "idx")
+MAX_PAIRS = 2048  # of a record: all of 64 responses
 FIELDS = {*ID_FIELDS, *IMAGE_FIELDS, *FORM_FIELDS, "truth"}
 
 
@@ -33,6 +48,7 @@ def parse_group(
     image_root: Path | None = None,
     confined: bool = False,
     ignored: Collection[str] = (),
+    max_pairs: int = MAX_PAIRS,
 ) -> Group:
     """Turn one decoded record of any form into a `Group`.
 
@@ -40,6 +56,7 @@ def parse_group(
         image_root: where relative image paths start.
         confined: accept only encoded images and paths under `image_root`, for records that strangers send.
         ignored: names of fields that may be dropped though they may change what the record says.
+        max_pairs: of more pairs so many are drawn, of equal responses with equal ratings always the same.
 
     Raises:
         RecordError: a field is missing, of the wrong type, not a finite number, over a limit, or not read here though
@@ -54,9 +71,19 @@ def parse_group(
         shown, images = parse_images(fields, form.images, image_root, confined)
         truth = parse_truth(fields, len(form.responses))
         return Group(
-            source, record, parse_id(fields), form.prompt, shown, images, form.responses, form.pairs, truth,
-            form.num_unrated,
+            source, record, parse_id(fields), form.prompt, shown, images, form.responses, truth=truth,
+            **preferences(form, max_pairs),
         )  # fmt: skip
+
+
+def preferences(form: Form, most: int) -> dict:
+    """A group's pairs, and how many more there are: every two responses with different ratings make one."""
+    if form.ratings is None:
+        return {"pairs": form.pairs}
+    digest = hashlib.blake2b("\0".join(form.responses).encode(), digest_size=8).digest()
+    pairs = Pairs.ranked(form.ratings, most, seed=int.from_bytes(digest, "little"))
+    unrated = int(np.isnan(form.ratings).sum())
+    return {"pairs": pairs, "num_unrated": unrated, "num_undrawn": num_ranked(form.ratings) - len(pairs)}
 
 
 def parse_id(fields: dict) -> str | None:
@@ -92,7 +119,7 @@ class Records:
         specs: each a file (JSONL, also .gz or .zst, Parquet, CSV, a JSON array), every one of a folder, or a glob.
         image_root: folder that relative image paths start from; default each file's own folder.
         need_pairs: refuse records without preferences (training, evaluation).
-        ignored: see `parse_group`.
+        ignored, max_pairs: see `parse_group`.
 
     Raises:
         ValueError: no such file, or not of these kinds.
@@ -104,9 +131,10 @@ class Records:
         image_root: str | Path | None = None,
         need_pairs: bool = False,
         ignored: Collection[str] = (),
+        max_pairs: int = MAX_PAIRS,
     ):
         self.need_pairs, self.image_root = need_pairs, Path(image_root) if image_root else None
-        self.ignored = frozenset(ignored)
+        self.options = {"ignored": frozenset(ignored), "max_pairs": max_pairs}
         opened = [open_rows(spec, ReadColumns(FIELDS)) for spec in specs]
         self.files = [file for own in opened for file in own]
         self.edges = np.cumsum([0, *map(len, self.files)])
@@ -122,7 +150,7 @@ class Records:
         if self.need_pairs and isinstance(fields, dict) and not (PREFERENCE_FIELDS & fields.keys() or in_text(fields)):
             raise RecordError(source, "chosen", "missing; training and evaluation need chosen/rejected or completions")
         root = self.image_root or file.path.parent
-        return parse_group(fields, source=source, record=int(index), image_root=root, ignored=self.ignored)
+        return parse_group(fields, source=source, record=int(index), image_root=root, **self.options)
 
     def source(self, index: int) -> str:
         """File and line of record `index`, which is not read."""

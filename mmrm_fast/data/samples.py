@@ -8,7 +8,7 @@ import numpy as np
 
 from mmrm_fast.data.images import Tiling, image_size, load_tiles, opened, white_tile
 from mmrm_fast.data.prompt import Encoded, PromptEncoder
-from mmrm_fast.data.types import Group, Pairs, Prompt, RecordError, at
+from mmrm_fast.data.types import Group, Pairs, Prompt, RecordError, at, drawn
 
 Overlong = Literal["skip", "truncate", "error"]
 ProxyImage = Literal["none", "white"]
@@ -45,6 +45,7 @@ class Notes:
     errors: tuple[RecordError, ...] = ()  # records that cannot be used
     dropped: tuple[RecordError, ...] = ()  # responses whose pairs were left out
     unrated: int = 0  # responses whose rating is not a finite number
+    undrawn: int = 0  # pairs over the most that a record may have
     unpaired: int = 0  # records without a preference
 
     def __add__(self, other: "Notes") -> "Notes":
@@ -99,11 +100,10 @@ class Preparer:
             return group
         if self.pairs == "expand":
             pairs = pairs[number : number + 1]
-        elif self.pairs != "all" and self.pairs < len(pairs):
-            random = np.random.default_rng((self.seed, group.record))
-            pairs = pairs[np.sort(random.choice(len(pairs), self.pairs, replace=False))]
-        unrated = 0 if number else group.num_unrated  # counted once a record
-        return only_paired(replace(group, pairs=pairs, num_unrated=unrated))
+        elif self.pairs != "all":
+            pairs = pairs[drawn(len(pairs), self.pairs, (self.seed, group.record))]
+        counts = {"num_unrated": 0, "num_undrawn": 0} if number else {}  # once a record
+        return only_paired(replace(group, pairs=pairs, **counts))
 
     def sample(self, group: Group) -> Sample:
         """Encode one group. Raises `RecordError` naming the field that cannot be encoded."""
@@ -139,8 +139,8 @@ class Preparer:
 
     def size(self, sample: Sample) -> Size:
         """The size of a sample."""
-        pairs = len(sample.group.pairs)
-        found = Notes(dropped=sample.dropped, unrated=sample.group.num_unrated, unpaired=int(not pairs))
+        group, pairs = sample.group, len(sample.group.pairs)
+        found = Notes((), sample.dropped, group.num_unrated, group.num_undrawn, int(not pairs))
         notes = None if found == Notes() else found
         if not sample.main.sequences:
             return Size(notes=notes)
@@ -172,8 +172,7 @@ class Preparer:
         if self.overlong == "error":
             raise notes[0]
         group = replace(group, pairs=group.pairs[~np.array(cut)[group.pairs.ends].any(axis=1)])
-        fitting = self.encode(only_paired(group), sample.tiles_per_image)
-        return replace(fitting, dropped=notes)
+        return replace(self.encode(only_paired(group), sample.tiles_per_image), dropped=notes)
 
 
 def only_paired(group: Group) -> Group:

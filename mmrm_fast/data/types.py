@@ -72,12 +72,18 @@ class Pairs:
         return cls(ends, np.array([pair.margin for pair in whole], float))
 
     @classmethod
-    def ranked(cls, ratings: np.ndarray) -> "Pairs":
-        """Every two responses whose ratings differ, in the order of the responses; a rating of NaN is in no pair."""
-        first, second = np.triu_indices(len(ratings), 1)
-        better, worse = ratings[first] > ratings[second], ratings[first] < ratings[second]
-        ends = np.stack([np.where(better, first, second), np.where(better, second, first)], axis=1)
-        ends = ends[better | worse].astype(np.int32)
+    def ranked(cls, ratings: np.ndarray, most: int | None = None, seed: int = 0) -> "Pairs":
+        """Every two responses whose ratings differ, in the order of the responses; a rating of NaN is in no pair.
+
+        Where there are more than `most`, so many of them are drawn, without making the others.
+        """
+        order = np.argsort(-ratings, kind="stable")[: np.isfinite(ratings).sum()]  # from the best, without NaN
+        worse = np.searchsorted(-ratings[order], -ratings[order], side="right")  # where those rated lower begin
+        edges = np.cumsum(len(order) - worse)  # of the pairs that each is the better of
+        numbers = drawn(num_ranked(ratings), most, seed)
+        better = np.searchsorted(edges, numbers, side="right")
+        ends = order[np.stack([better, len(order) - edges[better] + numbers], axis=1)]
+        ends = ends[np.lexsort((ends.max(axis=1), ends.min(axis=1)))].astype(np.int32)
         return cls(ends, np.zeros(len(ends)))
 
     def __len__(self) -> int:
@@ -93,6 +99,19 @@ class Pairs:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Pairs) and list(self) == list(other)
+
+
+def num_ranked(ratings: np.ndarray) -> int:
+    """How many pairs of two responses there are whose ratings differ."""
+    _, equal = np.unique(ratings[np.isfinite(ratings)], return_counts=True)
+    return int(equal.sum() ** 2 - (equal**2).sum()) // 2
+
+
+def drawn(count: int, most: int | None, seed: int | tuple[int, ...]) -> np.ndarray:
+    """`most` of the numbers below `count`, increasing, int64; all of them where there are no more."""
+    if most is None or count <= most:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(seed).choice(count, most, replace=False))
 
 
 @dataclass(frozen=True)
@@ -120,6 +139,7 @@ class Group:
     pairs: Pairs = field(default_factory=Pairs.of)
     truth: tuple[float, ...] | None = None  # true quality of each response, where the data knows it
     num_unrated: int = 0  # responses whose rating is not a finite number
+    num_undrawn: int = 0  # pairs over the most that a record may have, which are not among `pairs`
     kept: tuple[int, ...] | None = None  # which of the record's responses these are, where some were left out
 
     @property

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from mmrm_fast.data.lines import CSV, KINDS, open_rows
 from mmrm_fast.data.pictures import resolve_image
-from mmrm_fast.data.records import Group, Records, iter_groups, parse_group
+from mmrm_fast.data.records import MAX_PAIRS, Group, Records, iter_groups, parse_group
 from mmrm_fast.data.types import FieldError, Pairs, RecordError, at, kind_of
 
 TEST_SPLITS = ("test", "filtered")  # of published splits, the ones that leaderboards report
@@ -69,27 +69,28 @@ class Unread:
     error: RecordError
 
 
-def read_items(bench: str, data: Path, images: Path | None) -> Iterator[Item | Unread]:
+def read_items(bench: str, data: Path, images: Path | None, *, max_pairs: int = MAX_PAIRS) -> Iterator[Item | Unread]:
     """Every item of a benchmark in the order of its files, an `Unread` in the place of each that cannot be used.
 
     Args:
         bench: `pairs` or a name in `LAYOUTS`.
         data: a file, or a folder with published files.
         images: folder that image file names start from; default the folder of the file.
+        max_pairs: see `records.parse_group`.
 
     Raises:
         ValueError: no such file, or one that is not of its format.
     """
     for path in data_files(data):
         if bench == "pairs":
-            yield from read_pairs(path, images)
+            yield from read_pairs(Records(path, image_root=images, need_pairs=True, max_pairs=max_pairs))
         else:
             yield from read_layout(LAYOUTS[bench], path, images or path.parent)
 
 
-def read_pairs(path: Path, images: Path | None) -> Iterator[Item | Unread]:
-    """Items of a preference file in any record form, one a record."""
-    for index, group in enumerate(iter_groups(Records(path, image_root=images, need_pairs=True))):
+def read_pairs(records: Records) -> Iterator[Item | Unread]:
+    """Items of preference records in any form, one a record."""
+    for index, group in enumerate(iter_groups(records)):
         if isinstance(group, RecordError):
             yield Unread(str(index), "all", group)
             continue

@@ -71,7 +71,7 @@ class ScoredPair:
 def evaluate(config: EvaluateConfig) -> int:
     """Score a benchmark, write results.json and plots; returns the exit status, 3 when any item was not scored."""
     scorer = Scorer.from_pretrained(config.model, **options(config.batch))
-    items = list(read_items(config.bench, config.data, config.images))
+    items = list(read_items(config.bench, config.data, config.images, max_pairs=config.max_pairs))
     if not items:
         raise ValueError(f"{config.data}: no items")
     pairs, unscored = score_items(scorer, items)
@@ -86,6 +86,7 @@ def evaluate(config: EvaluateConfig) -> int:
         "reliability": reliability(pairs) | {"repeatability": repeatability(scorer, readable)},
         "controls": controls(pairs, ordered=all(item.ordered for item in readable)),
         "unscored": [unscored_row(item) for item in unscored],
+        "pairs_over_max_pairs": sum(item.record.num_undrawn for item in readable),
         "items": [pair.row() for pair in pairs],
     }
     write_results(config.output_dir, results, pairs)
@@ -247,6 +248,8 @@ def report(config: EvaluateConfig, results: dict) -> None:
         f"repeatability: {repeated['rewards']} rewards differ by at most {repeated['largest']:.1e}"
         f" over batches of {', '.join(map(str, BATCH_SIZES))} records"
     )
+    if results["pairs_over_max_pairs"]:
+        print(f"{results['pairs_over_max_pairs']} pairs over --max-pairs {config.max_pairs} of a record were not drawn")
     if results["unscored"]:
         print(f"{figures['unscored']} items were not scored, {figures['missing_images']} for a missing image:")
         for row in results["unscored"][:MAX_LISTED]:

@@ -182,8 +182,8 @@ def reads_own_shards(config: TrainConfig) -> bool:
 class ProxyMargins:
     """Text-only margins r(chosen) - r(rejected) from a JSONL file, one row a pair: what a proxy would compute.
 
-    Rows hold `record` (position in the training file), `chosen` and `rejected` (among the responses that are in any
-    pair) and `proxy_margin`: `eval-NAME.jsonl` of a robust run that had the training file as a test set.
+    Rows hold `record` (position in the training file), `chosen` and `rejected` (positions in the record) and
+    `proxy_margin`: `eval-NAME.jsonl` of a robust run that had the training file as a test set.
     """
 
     def __init__(self, path: Path):

@@ -99,7 +99,8 @@ def open_inputs(config: RecordsConfig, eval_sets: list[EvalSet], preparer: Prepa
 
 def open_records(config: RecordsConfig, *paths: str | Path) -> Records:
     """The preferences of some files, of which there must be some."""
-    records = Records(*paths, image_root=config.image_root, need_pairs=True, ignored=config.ignore_fields)
+    options = {"image_root": config.image_root, "ignored": config.ignore_fields, "max_pairs": config.max_pairs}
+    records = Records(*paths, need_pairs=True, **options)
     if not len(records):
         raise ValueError(f"{', '.join(map(str, paths))}: no records")
     return records

@@ -17,7 +17,7 @@ RANGES = {
     "(0, inf)": "epochs lr max_grad_norm lora_alpha gpu_memory",
     "[0, inf)": "weight_decay center_rewards save_minutes check_records num_workers seed",
     "[1, inf)": "max_steps max_bad_steps tokens_per_batch tokens_per_micro_batch pairs_per_step max_length min_tiles "
-    "max_tiles lora_r replicas num_gpus save_every keep eval_every",
+    "max_tiles max_pairs lora_r replicas num_gpus save_every keep eval_every",
 }
 NEEDS = {
     "robust": ("proxy_model", "proxy_image", "sfc_mode"),

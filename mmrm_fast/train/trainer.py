@@ -265,6 +265,7 @@ class Trainer:
             self.state.skip(notes.dropped)
             self.state.count("responses without a numeric rating", notes.unrated)
             self.state.count("records without a preference", notes.unpaired)
+            self.state.count("pairs over --max-pairs", notes.undrawn)
 
     def note_undecoded(self) -> None:
         """Keep account of images that could not be decoded, on any rank."""

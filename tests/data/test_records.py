@@ -2,8 +2,10 @@
 
 import json
 import pickle
+from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mmrm_fast.data.records import Group, Pairs, RecordError, Records, iter_groups, parse_group
@@ -210,7 +212,29 @@ def test_relative_images_start_from_the_root_or_the_folder_of_the_file(tmp_path,
     assert group.img_path == img_path
 
 
-def test_pairs_of_thousands_of_ratings_are_arrays():
-    pairs = parse({"prompt": "p", "responses": ["r"] * 4000, "scores": [*range(3999), None]}).pairs
-    assert pairs.ends.shape == (3999 * 3998 // 2, 2)
-    assert (pairs.ends[:, 0] > pairs.ends[:, 1]).all()
+# many responses
+
+RATED = {"prompt": "p", "responses": [str(i) for i in range(4000)], "scores": [*range(3998), 0, None]}
+
+
+def test_of_millions_of_pairs_so_many_are_drawn_and_the_others_counted():
+    group = parse_group(RATED, source="file.jsonl:1", max_pairs=1000)
+    scores, ends = np.array(RATED["scores"], float), group.pairs.ends
+    assert (scores[ends[:, 0]] > scores[ends[:, 1]]).all()
+    assert len(np.unique(ends, axis=0)) == len(group.pairs) == 1000
+    assert group.num_undrawn == 3999 * 3998 // 2 - 1 - 1000
+    assert np.bincount(ends[:, 0] // 1000)[1:].argmax() == 2  # the better of a pair is mostly among the best
+
+
+def test_what_is_drawn_depends_on_responses_and_ratings_alone():
+    first, second = (parse_group(RATED, source=f"file.jsonl:{i}", record=i, max_pairs=10) for i in range(2))
+    other = parse_group({**RATED, "responses": ["x", *RATED["responses"][1:]]}, source="f", max_pairs=10)
+    assert first.pairs == second.pairs != other.pairs
+
+
+@pytest.mark.parametrize("scores", [[3, 1, 2], [1, 1, 1], [2, None, 2, 5], [None], [1.5, 3, 1.5, 3, 0]])
+def test_pairs_are_those_of_every_two_ratings_that_differ_in_the_order_of_the_responses(scores):
+    group = parse({"prompt": "p", "responses": ["r"] * len(scores), "scores": scores})
+    rated = [i for i, score in enumerate(scores) if score is not None]
+    both = [(i, j) if scores[i] > scores[j] else (j, i) for i, j in combinations(rated, 2) if scores[i] != scores[j]]
+    assert (chosen_rejected(group), group.num_undrawn) == (both, 0)

@@ -120,6 +120,14 @@ def test_position_is_a_rule_only_where_an_order_was_published(folder, tmp_path, 
     assert "first wins" not in results["controls"]["rules"]
 
 
+def test_pairs_over_the_most_of_a_record_are_counted(folder, tmp_path, capsys):
+    row = {"prompt": "What?", "responses": list("abcde"), "scores": [1, 2, 3, 4, 5]}
+    path = write_json_lines(tmp_path / "pairs.jsonl", [row, {**row, "scores": [1, 1, 1, 1, 2]}])
+    _, results = run(folder, "pairs", path, "--max-pairs", "5")
+    assert (len(results["items"]), results["pairs_over_max_pairs"]) == (9, 5)
+    assert "5 pairs over --max-pairs 5 of a record were not drawn" in capsys.readouterr().out
+
+
 def test_where_nothing_can_be_scored_the_first_reason_is_the_error(folder, tmp_path, capsys):
     path = write_json_lines(tmp_path / "data.jsonl", [vl_item(image="absent.png")])
     assert main(["evaluate", "--bench", "vl-rewardbench", "--data", str(path), "--model", str(folder)]) == 2

@@ -213,6 +213,12 @@ def test_figures_that_no_pair_defines_are_null(make_config, write_jsonl):
     assert json.loads((folder / "results.json").read_text(), parse_constant=pytest.fail)["ties"]["sfd"] is None
 
 
+def test_pairs_over_the_most_of_a_record_are_counted(make_config, capsys):
+    folder = train(make_config("most", max_pairs=2))
+    assert sum(row["pairs"] for row in read(folder / "metrics.jsonl")) == 8 + 3 * 2
+    assert "3 pairs over --max-pairs" in capsys.readouterr().out
+
+
 def test_ratings_that_are_not_numbers_are_counted(make_config, capsys):
     train(make_config("unrated", max_steps=100))
     assert "3 responses without a numeric rating" in capsys.readouterr().out
