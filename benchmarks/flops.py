@@ -79,12 +79,15 @@ def visible_pairs(given: dict) -> float:
     """(query, key) pairs of an attention's arguments, causal ones aligned bottom-right."""
     if "q" in given:
         queries, keys = given["cu_seqlens_q"].diff().double(), given["cu_seqlens_k"].diff().double()
-        is_causal, number = given.get("causal", True), 1
+        is_causal, number, window = given.get("causal", True), 1, given.get("window")
     else:
         number = given["query"].shape[0]
         queries, keys = (torch.tensor(float(given[name].shape[2])) for name in ("query", "key"))
-        is_causal = given.get("is_causal", False)
+        is_causal, window = given.get("is_causal", False), None
     hidden = queries * (queries - 1) / 2 if is_causal else 0
+    if window is not None:  # the last query does not see the first keys - window, the one before it one less
+        unseen = [(count - window).clamp(min=0) for count in (keys, keys - queries)]
+        hidden = hidden + (unseen[0] * (unseen[0] + 1) - unseen[1] * (unseen[1] + 1)) / 2
     return number * float((queries * keys - hidden).sum())
 
 

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -95,20 +96,23 @@ mmrm::HeadRows<const T> const_rows(const Heads<T>& x, const Heads<T>& like) {
 template <typename T>
 mmrm::TrieAttention<T> trie_attention(const Heads<T>& q, const Heads<T>& k, const Heads<T>& v,
                                       const Column<int32_t>& cu_seqlens_q, const Column<int64_t>& kv_index,
-                                      const Column<int32_t>& cu_seqlens_k, double scale, bool causal) {
+                                      const Column<int32_t>& cu_seqlens_k, double scale, bool causal,
+                                      std::optional<int64_t> window) {
   const int64_t num_edges = cu_seqlens_q.shape[0], num_keys = kv_index.shape[0];
   if (q.shape[2] != k.shape[2]) throw std::invalid_argument("queries and keys of different sizes");
   return {{cu_seqlens_q.at({num_edges}), kv_index.at({num_keys}), cu_seqlens_k.at({num_edges}), num_edges - 1, num_keys},
           const_rows(q, q), const_rows(k, k), const_rows(v, k),
-          q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[0], float(scale), causal};
+          q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[0], float(scale), causal,
+          window.value_or(INT64_MAX)};
 }
 
 template <typename T>
 void trie_attention_fwd_cpu(const Heads<T>& q, const Heads<T>& k, const Heads<T>& v,
                             const Column<int32_t>& cu_seqlens_q, const Column<int64_t>& kv_index,
-                            const Column<int32_t>& cu_seqlens_k, double scale, bool causal, const Heads<T>& out,
-                            const Rows<float>& lse, int num_threads) {
-  mmrm::trie_attention_fwd_cpu(trie_attention(q, k, v, cu_seqlens_q, kv_index, cu_seqlens_k, scale, causal),
+                            const Column<int32_t>& cu_seqlens_k, double scale, bool causal,
+                            std::optional<int64_t> window, const Heads<T>& out, const Rows<float>& lse,
+                            int num_threads) {
+  mmrm::trie_attention_fwd_cpu(trie_attention(q, k, v, cu_seqlens_q, kv_index, cu_seqlens_k, scale, causal, window),
                                head_rows(out, q), lse.at({q.shape[1], q.shape[0]}), num_threads);
 }
 
@@ -116,12 +120,12 @@ template <typename T>
 void trie_attention_bwd_cpu(const Heads<T>& grad, const Heads<T>& q, const Heads<T>& k, const Heads<T>& v,
                             const Heads<T>& out, const Rows<float>& lse, const Column<int32_t>& cu_seqlens_q,
                             const Column<int64_t>& kv_index, const Column<int32_t>& cu_seqlens_k, double scale,
-                            bool causal, const Heads<T>& dq, const Heads<float>& dk, const Heads<float>& dv,
-                            int num_threads) {
+                            bool causal, std::optional<int64_t> window, const Heads<T>& dq, const Heads<float>& dk,
+                            const Heads<float>& dv, int num_threads) {
   const mmrm::TrieAttentionGrads<T> grads{const_rows(grad, q), const_rows(out, q), lse.at({q.shape[1], q.shape[0]}),
                                           head_rows(dq, q),    dk.at(k.shape),     dv.at(k.shape)};
-  mmrm::trie_attention_bwd_cpu(trie_attention(q, k, v, cu_seqlens_q, kv_index, cu_seqlens_k, scale, causal), grads,
-                               num_threads);
+  mmrm::trie_attention_bwd_cpu(trie_attention(q, k, v, cu_seqlens_q, kv_index, cu_seqlens_k, scale, causal, window),
+                               grads, num_threads);
 }
 
 const py::call_guard<py::gil_scoped_release> without_gil;
@@ -146,6 +150,7 @@ void bind_trie_attention(py::module_& m) {
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
+  m.attr("sources") = MMRM_SOURCES;
   m.def("plan_trie_cpu", &plan_trie_cpu, py::arg("keys").noconvert(), py::arg("cu_seqlens").noconvert(),
         py::arg("min_shared"));
   m.def("resize_bicubic_cpu", &resize_bicubic_cpu, py::arg("image").noconvert(), py::arg("tiles").noconvert(),

@@ -33,14 +33,15 @@ struct ForwardScratch {
   Scratch<float> scores, out;
 };
 
-// Softmax over keys as they come: running maxima (of scores times log2(e)) and sums of each lane.
+// Softmax over keys as they come: running maxima (of scores times log2(e)) and sums of each lane. Maxima begin finite,
+// so that a block of keys that a lane does not see leaves it as it is.
 template <int NV>
 struct Softmax {
   __m512 max[NV], sum[NV];
 
   Softmax() {
     for (int n = 0; n < NV; ++n) {
-      max[n] = _mm512_set1_ps(-INFINITY);
+      max[n] = _mm512_set1_ps(-3e38f);
       sum[n] = _mm512_setzero_ps();
     }
   }
@@ -94,8 +95,8 @@ void fwd_block(const Node<T>& node, int64_t row, int64_t count, const T* keys, c
   pack_lanes(node, node.in.q, row, count, lanes, queries);
   std::memset(sums, 0, width * lanes * sizeof(float));
   Softmax<NV> softmax;
-  for (int64_t key = 0; key < visible.any; key += kKeys) {
-    const int64_t num_keys = std::min(kKeys, visible.any - key);
+  for (int64_t key = visible.first; key < visible.end; key += kKeys) {
+    const int64_t num_keys = std::min(kKeys, visible.end - key);
     const int64_t steps = (num_keys + Word<T>::kValues - 1) / Word<T>::kValues;
     multiply<T, 8, NV, false>({as_words(keys + key * width), words, 1}, {as_words(queries), lanes}, num_keys, words,
                               scores, lanes);
@@ -120,7 +121,7 @@ void fwd_block(const Node<T>& node, int64_t row, int64_t count, const T* keys, c
 template <typename T>
 void fwd_item(const Node<T>& node, int64_t begin, int64_t end, ForwardScratch<T>& scratch, const HeadRows<T>& out,
               float* lse) {
-  const int64_t num_keys = node.visible(end - 1), size = round_up(num_keys, kPadKeys) * node.width();
+  const int64_t num_keys = node.end_key(end - 1), size = round_up(num_keys, kPadKeys) * node.width();
   T *keys = scratch.keys.get(size), *values = scratch.values.get(size);
   gather(node, node.in.k, num_keys, keys);
   gather(node, node.in.v, num_keys, values);
@@ -219,8 +220,8 @@ void bwd_block(const Node<T>& node, int64_t row, int64_t count, const NodeKeys<T
   float *scores = scratch.scores.get(kKeys * lanes), *weight_grads = scratch.weight_grads.get(kKeys * lanes);
   float* dq = scratch.dq.get(width * lanes);
   std::memset(dq, 0, width * lanes * sizeof(float));
-  for (int64_t key = 0; key < visible.any; key += kKeys) {
-    const int64_t num_keys = std::min(kKeys, visible.any - key), row_words = lanes / Word<T>::kValues;
+  for (int64_t key = visible.first; key < visible.end; key += kKeys) {
+    const int64_t num_keys = std::min(kKeys, visible.end - key), row_words = lanes / Word<T>::kValues;
     const int64_t steps = (num_keys + Word<T>::kValues - 1) / Word<T>::kValues;
     multiply<T, 8, NV, false>({as_words(path.keys + key * width), words, 1}, {as_words(queries), lanes}, num_keys,
                               words, scores, lanes);

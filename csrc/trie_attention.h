@@ -28,8 +28,9 @@ struct TrieAttention {
   TriePlanView plan;
   HeadRows<const T> q, k, v;
   int64_t num_tokens, num_heads, num_kv_heads, head_size, num_key_tokens;
-  float scale;  // positive
-  bool causal;  // bottom-right; otherwise every query of a node sees all of its keys
+  float scale;     // positive
+  bool causal;     // bottom-right; otherwise every query of a node sees all of its keys
+  int64_t window;  // keys that a query sees at most, the last of those that it could
 };
 
 template <typename T>

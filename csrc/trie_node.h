@@ -73,10 +73,11 @@ struct Node {
   U* at(const HeadRows<U>& x, int64_t row) const {
     return x.row(token(row), head(row));
   }
-  // How many keys the row sees.
-  int64_t visible(int64_t row) const {
+  // The row sees keys [first_key, end_key).
+  int64_t end_key(int64_t row) const {
     return in.causal ? num_keys - num_tokens + row / heads_per_group() + 1 : num_keys;
   }
+  int64_t first_key(int64_t row) const { return std::max<int64_t>(0, end_key(row) - in.window); }
   int64_t width() const { return round_up(in.head_size, kVector); }
   int64_t words() const { return width() / Word<T>::kValues; }
 };
@@ -139,32 +140,49 @@ void write_row(const float* in, int64_t lane, int64_t lanes, int64_t size, float
   for (int64_t e = 0; e < size; ++e) out[e] = convert<T>(in[e * lanes + lane] * scale);
 }
 
-// What a block of rows sees of its keys: all lanes see the first `all`, the lanes of `limits` more, none over `any`.
+// What a block of rows sees of its keys: no lane any outside of [first, end), all lanes those in [all_first, all_end).
 struct Visible {
-  int64_t all, any;
-  __m512i limits[kRowVectors];
+  int64_t first, all_first, all_end, end;
+  __m512i firsts[kRowVectors], ends[kRowVectors];
 
   template <typename T>
   Visible(const Node<T>& node, int64_t row, int64_t count) {
-    all = node.visible(row);
-    any = node.visible(row + count - 1);
-    alignas(64) int32_t lanes[kRows];
-    for (int64_t lane = 0; lane < kRows; ++lane) lanes[lane] = int32_t(node.visible(row + std::min(lane, count - 1)));
-    for (int n = 0; n < kRowVectors; ++n) limits[n] = _mm512_load_si512(lanes + n * kVector);
+    first = node.first_key(row) / kKeys * kKeys;  // the same blocks of keys for every row of a path
+    all_first = node.first_key(row + count - 1);
+    all_end = node.end_key(row);
+    end = node.end_key(row + count - 1);
+    alignas(64) int32_t lanes[2][kRows];
+    for (int64_t lane = 0; lane < kRows; ++lane) {
+      const int64_t own = row + std::min(lane, count - 1);
+      lanes[0][lane] = int32_t(node.first_key(own));
+      lanes[1][lane] = int32_t(node.end_key(own));
+    }
+    for (int n = 0; n < kRowVectors; ++n) {
+      firsts[n] = _mm512_load_si512(lanes[0] + n * kVector);
+      ends[n] = _mm512_load_si512(lanes[1] + n * kVector);
+    }
   }
 
-  __mmask16 lanes(int n, int64_t key) const { return _mm512_cmpgt_epi32_mask(limits[n], _mm512_set1_epi32(int(key))); }
+  __mmask16 lanes(int n, int64_t key) const {
+    const __m512i keys = _mm512_set1_epi32(int(key));
+    return _mm512_mask_cmple_epi32_mask(_mm512_cmpgt_epi32_mask(ends[n], keys), firsts[n], keys);
+  }
 };
 
 // Sets scores of keys that a lane does not see to -infinity; scores are those of keys first_key, first_key + 1, ...
 template <int NV>
 MMRM_INLINE void mask(const Visible& visible, int64_t first_key, int64_t count, float* scores) {
-  for (int64_t key = std::max(visible.all, first_key); key < first_key + count; ++key) {
-    for (int n = 0; n < NV; ++n) {
-      float* lanes = scores + (key - first_key) * NV * kVector + n * kVector;
-      _mm512_mask_storeu_ps(lanes, _knot_mask16(visible.lanes(n, key)), _mm512_set1_ps(-INFINITY));
+  const auto mask_keys = [&](int64_t begin, int64_t end) {
+    for (int64_t key = begin; key < end; ++key) {
+      for (int n = 0; n < NV; ++n) {
+        float* lanes = scores + (key - first_key) * NV * kVector + n * kVector;
+        _mm512_mask_storeu_ps(lanes, _knot_mask16(visible.lanes(n, key)), _mm512_set1_ps(-INFINITY));
+      }
     }
-  }
+  };
+  const int64_t all_end = std::max(visible.all_end, first_key), end = first_key + count;
+  mask_keys(first_key, std::min({visible.all_first, all_end, end}));
+  mask_keys(all_end, end);
 }
 
 // Calls f with the number of vectors that `count` rows fill, as a constant.

@@ -124,26 +124,35 @@ def harmless(
 ) -> list[Change]:
     """The changes under which a twin still computes what is expected. Raises `ValueError` where it never does."""
     name = type(twin).__name__
-    if not agrees(compute, twin, expected):
-        raise ValueError(f"{name} computes more than attention over its tiles or tokens: not supported")
+    if cause := deviation(compute, twin, expected):
+        raise ValueError(f"{name} computes more than attention over its tiles or tokens: {text(cause)}") from cause
     found = []
     for change in changes:
         changed = copy.deepcopy(twin)
-        if not change(changed) or agrees(compute, changed, expected):
+        cause = deviation(compute, changed, expected) if change(changed) else None
+        if cause is None:
             found.append(change)
             continue
         warnings.warn(
             f"{name} of transformers {transformers.__version__} computes otherwise with {change.__name__}: its own "
-            "modules stay, which take more time or memory",
+            f"modules stay, which take more time or memory; {text(cause)}",
             stacklevel=2,
         )
     return found
 
 
-def agrees(compute: Callable[[nn.Module], Tensor], twin: nn.Module, expected: Tensor) -> bool:
-    """Whether a twin computes the expected values, to rounding; a failure of any kind is a difference."""
+def deviation(compute: Callable[[nn.Module], Tensor], twin: nn.Module, expected: Tensor) -> Exception | None:
+    """Why a twin does not compute the expected values, to rounding; None where it does."""
     try:
         actual = compute(twin)
-    except Exception:  # a release may have renamed or moved whatever our code reads
-        return False
-    return actual.shape == expected.shape and bool((actual - expected).abs().max() <= BOUND * expected.abs().max())
+        error = float((actual - expected).abs().max() / expected.abs().max())
+    except Exception as failure:  # a release may have renamed or moved whatever our code reads
+        return failure
+    if actual.shape == expected.shape and error <= BOUND:
+        return None
+    return ValueError(f"results {list(actual.shape)} in place of {list(expected.shape)} differ by {error:.1e}")
+
+
+def text(cause: Exception) -> str:
+    """An exception in a message."""
+    return str(cause) if isinstance(cause, ValueError) else f"{type(cause).__name__}: {cause}"

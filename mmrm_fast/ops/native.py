@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import warnings
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -11,15 +13,28 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+SOURCES = Path(__file__).parents[2] / "csrc"  # only in a source tree
+
+
 @functools.cache
 def native() -> ModuleType | None:
     """Return the compiled module; without it, warn once and return None, so that callers use their reference."""
     try:
         from mmrm_fast import _native
+
+        check_sources(_native)
     except ImportError as error:
         warnings.warn(f"mmrm_fast runs its slower references, the native module did not load: {error}", stacklevel=2)
         return None
     return _native
+
+
+def check_sources(module: ModuleType) -> None:
+    """Raise `ImportError` unless a compiled module is of the sources beside it, where they are, as CMake read them."""
+    files = sorted(path for suffix in ("*.h", "*.cpp", "*.cu") for path in SOURCES.glob(suffix))
+    digests = "".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in files)
+    if files and getattr(module, "sources", None) != hashlib.sha256(digests.encode()).hexdigest():
+        raise ImportError(f"it was compiled from other sources than {SOURCES}: run `pip install -e .` again")
 
 
 @functools.cache

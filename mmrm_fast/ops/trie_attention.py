@@ -2,15 +2,17 @@
 
 Each node's queries are its own tokens, its keys its ancestors' tokens and its own, gathered by `kv_index`.
 One op with its own backward, so that gathered keys and values are never kept: only q, k, v, out and the
-log-sum-exp are. On CUDA it is flash-attn's variable-length kernel with `cu_seqlens_q != cu_seqlens_k`, and node by node
-in plain torch what that does not take; on a CPU with AVX-512 and its BF16 instructions it is C++
-(csrc/trie_attention.cpp), on others torch's CPU flash kernel, node by node.
+log-sum-exp are. A sink is one more logit a head in the softmax, that has no value: it scales a kernel's output and adds
+to its log-sum-exp, given which the kernel's own backward is exact. On CUDA it is flash-attn's variable-length kernel
+with `cu_seqlens_q != cu_seqlens_k`, and node by node in plain torch what that does not take; on a CPU with AVX-512 and
+its BF16 instructions it is C++ (csrc/trie_attention.cpp), on others torch's CPU flash kernel, node by node.
 
 Shapes: T queries, S tokens with a key (the same where each is a query), K gathered keys, N nodes, H query heads,
 G key/value heads, E head size.
 """
 
 import warnings
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -23,9 +25,9 @@ from mmrm_fast.ops.native import contiguous, native
 library = torch.library.Library("mmrm_fast", "FRAGMENT")
 PLAN = (
     "Tensor cu_seqlens_q, Tensor kv_index, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, float scale,"
-    " bool causal=True"
+    " bool causal=True, SymInt? window=None"
 )
-library.define(f"trie_attention_fwd(Tensor q, Tensor k, Tensor v, {PLAN}) -> (Tensor, Tensor)")
+library.define(f"trie_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? sink, {PLAN}) -> (Tensor, Tensor)")
 library.define(
     f"trie_attention_bwd(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {PLAN})"
     " -> (Tensor, Tensor, Tensor)"
@@ -36,7 +38,16 @@ MAX_HEAD_SIZE = 256  # of the C++ kernel and of flash-attn
 
 
 def trie_attention_ref(
-    q_THE: Tensor, k_SGE: Tensor, v_SGE: Tensor, cu_seqlens_q, kv_index, cu_seqlens_k, scale, causal: bool = True
+    q_THE: Tensor,
+    k_SGE: Tensor,
+    v_SGE: Tensor,
+    cu_seqlens_q: Tensor,
+    kv_index: Tensor,
+    cu_seqlens_k: Tensor,
+    scale: float,
+    causal: bool = True,
+    window: int | None = None,
+    sink_H: Tensor | None = None,
 ) -> Tensor:
     """What the op means: softmax attention per node, masked bottom-right, in plain differentiable torch."""
     outputs = [q_THE[:0]]
@@ -45,16 +56,23 @@ def trie_attention_ref(
         q = q_THE[rows]
         k, v = (x[index].repeat_interleave(repeat, dim=1) for x in (k_SGE, v_SGE))
         scores = torch.einsum("qhe,khe->hqk", q, k) * scale
-        weights = (masked(scores) if causal else scores).softmax(-1)
-        outputs.append(torch.einsum("hqk,khe->qhe", weights, v))
+        scores = masked(scores, window) if causal else scores
+        if sink_H is not None:
+            scores = torch.cat([scores, sink_H[:, None, None].expand(-1, len(q), 1)], dim=-1)
+        outputs.append(torch.einsum("hqk,khe->qhe", scores.softmax(-1)[..., : len(k)], v))
     return torch.cat(outputs)
 
 
-def masked(scores_Hqk: Tensor) -> Tensor:
-    """A node's scores, -inf where a key comes after the query; the last key is the last query's own."""
-    num_queries, num_keys = scores_Hqk.shape[1:]
-    visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=scores_Hqk.device)
-    return scores_Hqk.masked_fill(~visible.tril(num_keys - num_queries), float("-inf"))
+def masked(scores_Hqk: Tensor, window: int | None) -> Tensor:
+    """A node's scores, -inf for the keys that a query does not see."""
+    visible = visible_keys(*scores_Hqk.shape[1:], window, scores_Hqk.device)
+    return scores_Hqk.masked_fill(~visible, float("-inf"))
+
+
+def visible_keys(num_queries: int, num_keys: int, window: int | None, device: torch.device | None = None) -> Tensor:
+    """Which keys [queries, keys] each query sees: the last query all, but for those before the last `window`."""
+    visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
+    return visible if window is None else visible.triu(num_keys - num_queries - window + 1)
 
 
 def nodes(cu_seqlens_q: Tensor, kv_index: Tensor, cu_seqlens_k: Tensor):
@@ -81,7 +99,7 @@ def is_built() -> bool:
 
 
 def trie_attention_fwd_cpu(
-    q, k, v, cu_seqlens_q, kv_index, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal=True
+    q, k, v, cu_seqlens_q, kv_index, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal=True, window=None
 ):
     """Output [T, H, E] and log-sum-exp [H, T] (fp32; float64 for float64)."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -89,10 +107,10 @@ def trie_attention_fwd_cpu(
     plan = (cu_seqlens_q, kv_index, cu_seqlens_k)
     if has_native(q.dtype, q.shape[2]):
         inputs = (*heads_contiguous(q, k, v), *contiguous(*plan))
-        native().trie_attention_fwd_cpu(*inputs, scale, causal, out, lse, torch.get_num_threads())
+        native().trie_attention_fwd_cpu(*inputs, scale, causal, window, out, lse, torch.get_num_threads())
         return out, lse
     for rows, index in nodes(*plan):
-        is_causal, mask = causal_mask(rows.stop - rows.start, len(index), causal, q.dtype)
+        is_causal, mask = causal_mask(rows.stop - rows.start, len(index), causal, window, q.dtype)
         node_out, node_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *map(heads_first, (q[rows], k[index], v[index])), 0.0, is_causal, attn_mask=mask, scale=scale
         )
@@ -102,18 +120,19 @@ def trie_attention_fwd_cpu(
 
 
 def trie_attention_bwd_cpu(
-    grad, q, k, v, out, lse, cu_seqlens_q, kv_index, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal=True
-):
+    grad, q, k, v, out, lse, cu_seqlens_q, kv_index, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal=True,
+    window=None,
+):  # fmt: skip
     """dq, dk, dv; gradients of shared keys and values are summed over nodes in fp32 (float64 for float64)."""
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk, dv = (torch.zeros(x.shape, dtype=lse.dtype) for x in (k, v))
     plan = (cu_seqlens_q, kv_index, cu_seqlens_k)
     if has_native(q.dtype, q.shape[2]):
         inputs = (*heads_contiguous(grad, q, k, v, out), *contiguous(lse, *plan))
-        native().trie_attention_bwd_cpu(*inputs, scale, causal, dq, dk, dv, torch.get_num_threads())
+        native().trie_attention_bwd_cpu(*inputs, scale, causal, window, dq, dk, dv, torch.get_num_threads())
         return dq, dk.to(k.dtype), dv.to(v.dtype)
     for rows, index in nodes(*plan):
-        is_causal, mask = causal_mask(rows.stop - rows.start, len(index), causal, q.dtype)
+        is_causal, mask = causal_mask(rows.stop - rows.start, len(index), causal, window, q.dtype)
         node_dq, node_dk, node_dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *map(heads_first, (grad[rows], q[rows], k[index], v[index], out[rows])),
             lse[None, :, rows].contiguous(), 0.0, is_causal, attn_mask=mask, scale=scale,
@@ -129,11 +148,13 @@ def heads_contiguous(*tensors: Tensor) -> list[Tensor]:
     return [x if x.stride(2) == 1 else x.contiguous() for x in tensors]
 
 
-def causal_mask(num_queries: int, num_keys: int, causal: bool, dtype: torch.dtype) -> tuple[bool, Tensor | None]:
+def causal_mask(
+    num_queries: int, num_keys: int, causal: bool, window: int | None, dtype: torch.dtype
+) -> tuple[bool, Tensor | None]:
     """torch's `is_causal` (aligned top-left) where it says it all, and otherwise an additive mask [queries, keys]."""
-    if not causal or num_queries == num_keys:
+    if not causal or (num_queries == num_keys and (window is None or window >= num_keys)):
         return causal, None
-    hidden = torch.ones(num_queries, num_keys, dtype=torch.bool).triu(num_keys - num_queries + 1)
+    hidden = ~visible_keys(num_queries, num_keys, window)
     return False, torch.zeros(num_queries, num_keys, dtype=dtype).masked_fill_(hidden, float("-inf"))
 
 
@@ -142,23 +163,25 @@ def heads_first(x: Tensor) -> Tensor:
     return x.transpose(0, 1).unsqueeze(0)
 
 
-def trie_attention_fwd_nodes(q, k, v, cu_seqlens_q, kv_index, cu_seqlens_k, scale, causal=True):
+def trie_attention_fwd_nodes(q, k, v, cu_seqlens_q, kv_index, cu_seqlens_k, scale, causal=True, window=None):
     """Output [T, H, E] and log-sum-exp [H, T] on any device, node by node in plain torch."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=exact_dtype(q.dtype))
     for rows, index in nodes(cu_seqlens_q, kv_index, cu_seqlens_k):
-        scores, _, _, values = node_scores(q[rows], k[index], v[index], scale, causal)
+        scores, _, _, values = node_scores(q[rows], k[index], v[index], scale, causal, window)
         lse[:, rows] = scores.logsumexp(-1)
         out[rows] = torch.einsum("hqk,khe->qhe", scores.softmax(-1), values).to(q.dtype)
     return out, lse
 
 
-def trie_attention_bwd_nodes(grad, q, k, v, out, lse, cu_seqlens_q, kv_index, cu_seqlens_k, scale, causal=True):
+def trie_attention_bwd_nodes(
+    grad, q, k, v, out, lse, cu_seqlens_q, kv_index, cu_seqlens_k, scale, causal=True, window=None
+):
     """dq, dk, dv on any device: each node's weights again from its log-sum-exp, sums over nodes in `exact_dtype`."""
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (k, v))
     for rows, index in nodes(cu_seqlens_q, kv_index, cu_seqlens_k):
-        scores, queries, keys, values = node_scores(q[rows], k[index], v[index], scale, causal)
+        scores, queries, keys, values = node_scores(q[rows], k[index], v[index], scale, causal, window)
         weights, node_grad = (scores - lse[:, rows, None]).exp(), grad[rows].to(lse.dtype)
         delta = (node_grad * out[rows]).sum(-1).T.unsqueeze(-1)  # [H, queries, 1]
         slopes = weights * (torch.einsum("qhe,khe->hqk", node_grad, values) - delta) * scale
@@ -169,47 +192,58 @@ def trie_attention_bwd_nodes(grad, q, k, v, out, lse, cu_seqlens_q, kv_index, cu
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-def node_scores(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def node_scores(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A node's masked scores [H, queries, keys], and q, k, v with H heads each, all in `exact_dtype`."""
     q, k, v = (x.to(exact_dtype(q.dtype)) for x in (q, k, v))
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scores = torch.einsum("qhe,khe->hqk", q, k) * scale
-    return masked(scores) if causal else scores, q, k, v
+    return masked(scores, window) if causal else scores, q, k, v
 
 
 def trie_attention_fwd_cuda(
-    q, k, v, cu_seqlens_q, kv_index, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal=True
+    q, k, v, cu_seqlens_q, kv_index, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal=True, window=None
 ):
     """flash-attn's variable-length forward on gathered keys and values, or node by node."""
     flash = flash_attn(q.dtype, q.shape[2])
     if flash is None:
-        return trie_attention_fwd_nodes(q, k, v, cu_seqlens_q, kv_index, cu_seqlens_k, scale, causal)
+        return trie_attention_fwd_nodes(q, k, v, cu_seqlens_q, kv_index, cu_seqlens_k, scale, causal, window)
     out, lse, *_ = flash._flash_attn_varlen_forward(
         q.contiguous(), k[kv_index], v[kv_index], cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-        dropout_p=0.0, softmax_scale=scale, causal=causal,
+        dropout_p=0.0, softmax_scale=scale, causal=causal, **flash_window(window),
     )  # fmt: skip
     return out, lse
 
 
 def trie_attention_bwd_cuda(
-    grad, q, k, v, out, lse, cu_seqlens_q, kv_index, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal=True
-):
+    grad, q, k, v, out, lse, cu_seqlens_q, kv_index, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal=True,
+    window=None,
+):  # fmt: skip
     """flash-attn's variable-length backward and an fp32 sum of each key's gradients over nodes, or node by node."""
     flash = flash_attn(q.dtype, q.shape[2])
     if flash is None:
-        return trie_attention_bwd_nodes(grad, q, k, v, out, lse, cu_seqlens_q, kv_index, cu_seqlens_k, scale, causal)
+        plan = (cu_seqlens_q, kv_index, cu_seqlens_k)
+        return trie_attention_bwd_nodes(grad, q, k, v, out, lse, *plan, scale, causal, window)
     q, gathered_k, gathered_v = q.contiguous(), k[kv_index], v[kv_index]
     dq, node_dk, node_dv = torch.empty_like(q), torch.empty_like(gathered_k), torch.empty_like(gathered_v)
     flash._flash_attn_varlen_backward(
         grad.contiguous(), q, gathered_k, gathered_v, out, lse, dq, node_dk, node_dv,
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=scale, causal=causal,
-        window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None,
+        **flash_window(window), softcap=0.0, alibi_slopes=None,
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
     dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
     dk.index_add_(0, kv_index, node_dk.float())
     dv.index_add_(0, kv_index, node_dv.float())
     return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def flash_window(window: int | None) -> dict[str, int]:
+    """flash-attn's window: how many keys a query sees to either side of its own, -1 for all."""
+    if window is None:
+        return {"window_size_left": -1, "window_size_right": -1}
+    return {"window_size_left": window - 1, "window_size_right": 0}
 
 
 @cache
@@ -226,34 +260,55 @@ def flash_attn(dtype: torch.dtype, head_size: int) -> ModuleType | None:
     return flash_attn_interface
 
 
+def with_sink(attend: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A forward with one more logit a head in its softmax, `sink` [H], that has no value; None is no sink."""
+
+    def forward(q, k, v, sink, *plan):
+        out, lse = attend(q, k, v, *plan)
+        if sink is None:
+            return out, lse
+        logit = sink.to(lse.dtype).unsqueeze(1)
+        share = (lse - logit).sigmoid()  # [H, T], of the keys
+        return (out * share.T.unsqueeze(-1)).to(out.dtype), torch.logaddexp(lse, logit)
+
+    return forward
+
+
 for name, device, function in (
-    ("trie_attention_fwd", "CPU", trie_attention_fwd_cpu),
+    ("trie_attention_fwd", "CPU", with_sink(trie_attention_fwd_cpu)),
     ("trie_attention_bwd", "CPU", trie_attention_bwd_cpu),
-    ("trie_attention_fwd", "CUDA", trie_attention_fwd_cuda),
+    ("trie_attention_fwd", "CUDA", with_sink(trie_attention_fwd_cuda)),
     ("trie_attention_bwd", "CUDA", trie_attention_bwd_cuda),
 ):
     library.impl(name, function, device)
 
 
 @torch.library.register_fake("mmrm_fast::trie_attention_fwd", lib=library)
-def _(q, k, v, cu_seqlens_q, kv_index, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal=True):
+def _(q, k, v, sink, *plan):
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=exact_dtype(q.dtype))
 
 
 @torch.library.register_fake("mmrm_fast::trie_attention_bwd", lib=library)
-def _(grad, q, k, v, out, lse, cu_seqlens_q, kv_index, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal=True):
+def _(grad, q, k, v, *rest):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def save_for_backward(ctx, inputs, output):
-    q, k, v, cu_seqlens_q, kv_index, cu_seqlens_k, *ctx.scalars = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, kv_index, cu_seqlens_k)
+    q, k, v, sink, cu_seqlens_q, kv_index, cu_seqlens_k, *ctx.scalars = inputs
+    ctx.save_for_backward(q, k, v, sink, *output, cu_seqlens_q, kv_index, cu_seqlens_k)
     ctx.mark_non_differentiable(output[1])
 
 
 def backward(ctx, grad, _):
-    grads = torch.ops.mmrm_fast.trie_attention_bwd(grad, *ctx.saved_tensors, *ctx.scalars)
-    return *grads, *[None] * 7
+    q, k, v, sink, out, lse, *plan = ctx.saved_tensors
+    grads = torch.ops.mmrm_fast.trie_attention_bwd(grad, q, k, v, out, lse, *plan, *ctx.scalars)
+    return *grads, sink_grad(grad, sink, out, lse) if ctx.needs_input_grad[3] else None, *[None] * 8
+
+
+def sink_grad(grad: Tensor, sink: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+    """The gradient [H] of a sink: its weight times what it takes from every query's output."""
+    weights = (sink.to(lse.dtype).unsqueeze(1) - lse).exp()
+    return -(weights * (grad.to(lse.dtype) * out).sum(-1).T).sum(1).to(sink.dtype)
 
 
 torch.library.register_autograd("mmrm_fast::trie_attention_fwd", backward, setup_context=save_for_backward, lib=library)
@@ -271,6 +326,8 @@ def trie_attention(
     max_seqlen_k: int,
     scale: float,
     causal: bool = True,
+    window: int | None = None,
+    sink_H: Tensor | None = None,
 ) -> Tensor:
     """Attention of every packed token over its ancestors in the trie and itself.
 
@@ -282,12 +339,14 @@ def trie_attention(
         max_seqlen_q, max_seqlen_k: longest node in queries and in keys.
         scale: positive factor on the dot products, usually E ** -0.5.
         causal: False lets every query of a node see all of the node's keys, as the patches of a tile do.
+        window: how many keys a causal query sees at most, the last of its path, its own among them; None is all.
+        sink_H: one more logit a head in every softmax, without a value (GPT-OSS), of any dtype.
 
     Returns:
         [T, H, E] in q's dtype; softmax and the sums of shared gradients in fp32 (float64 for float64).
 
     Raises:
-        ValueError: a shape or dtype that differs from the above.
+        ValueError: a shape, dtype or number that differs from the above.
         IndexError: on the CPU, a key outside S; in C++ also edges that do not increase from 0 to T and K, or a causal
             node with fewer keys than queries.
     """
@@ -297,9 +356,12 @@ def trie_attention(
         raise ValueError(f"{q_THE.shape[1]} query heads are not a multiple of {k_SGE.shape[1]} key/value heads")
     if scale <= 0:
         raise ValueError(f"scale must be positive, got {scale}")
-    out, _ = torch.ops.mmrm_fast.trie_attention_fwd(
-        q_THE, k_SGE, v_SGE, cu_seqlens_q, kv_index, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal
-    )
+    if window is not None and (window < 1 or not causal):
+        raise ValueError(f"a window must be of causal queries and a key or more, got {window} and causal={causal}")
+    if sink_H is not None and sink_H.shape != q_THE.shape[1:2]:
+        raise ValueError(f"sinks must be [{q_THE.shape[1]}], one a query head, got {list(sink_H.shape)}")
+    plan = (cu_seqlens_q, kv_index, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    out, _ = torch.ops.mmrm_fast.trie_attention_fwd(q_THE, k_SGE, v_SGE, sink_H, *plan, scale, causal, window)
     return out
 
 

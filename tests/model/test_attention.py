@@ -1,5 +1,7 @@
 """Trie attention: what plain causal attention gives each sequence, its gradients, and one graph under torch.compile."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -43,14 +45,16 @@ def keywords(plan):
     }
 
 
-def inputs(plan, dtype=torch.float64, *, kv_heads=KV_HEADS, size=SIZE):
+def inputs(plan, dtype=torch.float64, *, kv_heads=KV_HEADS, size=SIZE, has_sink=False):
+    """q, k, v and, where asked for, a sink a head."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(len(plan.token_index), heads, size) for heads in (HEADS, kv_heads, kv_heads)]
+    shapes += [(HEADS,)] if has_sink else []
     return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
 
 
 def with_gradients(attention, tensors):
-    """Output and gradients of q, k, v for a fixed random gradient of the output, all float64."""
+    """Output and gradients of q, k, v and sinks for a fixed random gradient of the output, all float64."""
     out = attention(*tensors)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
     return [x.detach().double() for x in (out, *torch.autograd.grad(out, tensors, grad))]
@@ -71,11 +75,19 @@ def backend(request, monkeypatch):
 
 def assert_errors_at_most_twice_those_of_plain_torch(plan, tensors, scale=SCALE, **options):
     wide = [x.detach().double().requires_grad_() for x in tensors]
-    exact = with_gradients(lambda *x: trie_attention_ref(*x, *edges_of(plan), scale, **options), wide)
-    plain = with_gradients(lambda *x: trie_attention_ref(*x, *edges_of(plan), scale, **options), tensors)
-    ours = with_gradients(lambda *x: trie_attention(*x, **keywords(plan), scale=scale, **options), tensors)
-    for name, value, other, truth in zip(("out", "dq", "dk", "dv"), ours, plain, exact, strict=True):
-        assert relative_error(value, truth) <= 2 * relative_error(other, truth) + FLOORS[tensors[0].dtype], name
+
+    def reference(q, k, v, sink_H=None):
+        return trie_attention_ref(q, k, v, *edges_of(plan), scale, sink_H=sink_H, **options)
+
+    def op(q, k, v, sink_H=None):
+        return trie_attention(q, k, v, **keywords(plan), scale=scale, sink_H=sink_H, **options)
+
+    exact, plain = with_gradients(reference, wide), with_gradients(reference, tensors)
+    ours = with_gradients(op, tensors)
+    names, dtype = ("out", "dq", "dk", "dv", "dsink")[: 1 + len(tensors)], tensors[0].dtype
+    floor = FLOORS[dtype] + (torch.finfo(dtype).eps / 2 if len(tensors) > 3 else 0)  # the output is rounded twice
+    for name, value, other, truth in zip(names, ours, plain, exact, strict=True):
+        assert relative_error(value, truth) <= 2 * relative_error(other, truth) + floor, name
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
@@ -99,9 +111,19 @@ def test_without_a_mask_every_query_sees_all_keys_of_its_node(backend, dtype):
     assert_errors_at_most_twice_those_of_plain_torch(plan, inputs(plan, dtype), causal=False)
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("kv_heads", [4, 1])
+@pytest.mark.parametrize(("window", "has_sink"), [(None, True), (2, False), (17, True), (17, False), (300, True)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_windows_that_cross_nodes_and_blocks_and_sinks(backend, dtype, window, has_sink, kv_heads):
+    """Paths are up to 600 tokens of two nodes, a window of 17 leaves out whole blocks of the C++ kernel."""
+    plan = forest(0, num_groups=2, num_responses=2, longest=300)
+    tensors = inputs(plan, dtype, kv_heads=kv_heads, has_sink=has_sink)
+    assert_errors_at_most_twice_those_of_plain_torch(plan, tensors, window=window)
+
+
+@pytest.mark.parametrize(("kv_heads", "window"), [(4, None), (2, None), (1, None), (2, 20)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_last_tokens_alone_attend_as_they_do_among_all(backend, dtype, kv_heads):
+def test_last_tokens_alone_attend_as_they_do_among_all(backend, dtype, kv_heads, window):
     """Values, and the gradients of queries, keys and values; one last token is inside a node, others share theirs."""
     plan = forest(0, longest=300)
     index, tensors = np.unique(plan.last_index), inputs(plan, dtype, kv_heads=kv_heads)
@@ -114,19 +136,22 @@ def test_last_tokens_alone_attend_as_they_do_among_all(backend, dtype, kv_heads)
         "max_seqlen_q": 1,
         "max_seqlen_k": max(lengths),
     }
-    alone = with_gradients(lambda q, k, v: trie_attention(q[index], k, v, **read, scale=SCALE), tensors)
-    among = with_gradients(lambda *x: trie_attention(*x, **keywords(plan), scale=SCALE)[index], tensors)
+    options = {"scale": SCALE, "window": window}
+    alone = with_gradients(lambda q, k, v: trie_attention(q[index], k, v, **read, **options), tensors)
+    among = with_gradients(lambda *x: trie_attention(*x, **keywords(plan), **options)[index], tensors)
     for name, value, expected in zip(("out", "dq", "dk", "dv"), alone, among, strict=True):
         assert relative_error(value, expected) <= 4 * FLOORS[dtype], name
 
 
+@pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_bits_do_not_depend_on_the_number_of_threads(dtype):
+def test_the_bits_do_not_depend_on_the_number_of_threads(dtype, window):
     plan = forest(0, longest=300)
     tensors, threads, results = inputs(plan, dtype), torch.get_num_threads(), []
     for number in (1, 3):
         torch.set_num_threads(number)
-        results.append(with_gradients(lambda *x: trie_attention(*x, **keywords(plan), scale=SCALE), tensors))
+        attend = partial(trie_attention, **keywords(plan), scale=SCALE, window=window)
+        results.append(with_gradients(attend, tensors))
     torch.set_num_threads(threads)
     assert all(map(torch.equal, *results))
 
@@ -233,8 +258,10 @@ def test_every_token_sees_its_own_sequence_and_nothing_else(seed):
 
 def test_gradients_agree_with_finite_differences():
     plan = forest(0, num_groups=2, num_responses=3, longest=4)
-    tensors = inputs(plan, size=2)
-    assert torch.autograd.gradcheck(lambda *x: trie_attention(*x, **keywords(plan), scale=0.5), tensors)
+    *tensors, sink = inputs(plan, size=2, has_sink=True)
+    attend = partial(trie_attention, **keywords(plan), scale=0.5)
+    assert torch.autograd.gradcheck(attend, tensors)
+    assert torch.autograd.gradcheck(lambda *x: attend(*x[:3], window=3, sink_H=x[3]), [*tensors, sink])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -262,28 +289,29 @@ def transposed(x):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_the_forward_passes_opcheck(dtype, layout):
     plan = forest(0, num_groups=2, num_responses=2, longest=6)
-    tensors = [layout(x) for x in inputs(plan, dtype)]
-    opcheck(torch.ops.mmrm_fast.trie_attention_fwd.default, (*tensors, *keywords(plan).values(), SCALE))
+    *tensors, sink = inputs(plan, dtype, has_sink=True)
+    arguments = (*map(layout, tensors), sink, *keywords(plan).values(), SCALE, True, 3)
+    opcheck(torch.ops.mmrm_fast.trie_attention_fwd.default, arguments)
 
 
 @pytest.mark.parametrize("layout", [dense, transposed])
 def test_the_backward_passes_opcheck(layout):
     plan = forest(0, num_groups=2, num_responses=2, longest=6)
     tensors = [layout(x).detach() for x in inputs(plan, torch.float32)]
-    arguments = (*keywords(plan).values(), SCALE)
-    out, lse = torch.ops.mmrm_fast.trie_attention_fwd(*tensors, *arguments)
+    arguments = (*keywords(plan).values(), SCALE, True, 3)
+    out, lse = torch.ops.mmrm_fast.trie_attention_fwd(*tensors, None, *arguments)
     grad = layout(torch.ones_like(out)).detach()
     opcheck(torch.ops.mmrm_fast.trie_attention_bwd.default, (grad, *tensors, out, lse, *arguments))
 
 
 def test_it_compiles_to_one_graph():
-    def layer(q, k, v, plan):
-        return trie_attention(q * 2, k, v, **plan, scale=SCALE).square()
+    def layer(q, k, v, sink, plan):
+        return trie_attention(q * 2, k, v, **plan, scale=SCALE, window=7, sink_H=sink).square()
 
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
     for seed in range(2):
         plan = forest(seed)
-        tensors = inputs(plan)
+        tensors = inputs(plan, has_sink=True)
         expected = with_gradients(lambda *x, plan=plan: layer(*x, keywords(plan)), tensors)
         for value, wanted in zip(
             with_gradients(lambda *x, plan=plan: compiled(*x, keywords(plan)), tensors), expected, strict=True
@@ -333,6 +361,19 @@ def test_attention_dropout_is_refused():
 def test_a_scale_that_is_not_positive_is_refused():
     with pytest.raises(ValueError, match=r"scale must be positive, got 0\.0"):
         trie_attention(*inputs(forest(0)), **keywords(forest(0)), scale=0.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": 0}, "a window must be of causal queries and a key or more, got 0"),
+        ({"window": 3, "causal": False}, "got 3 and causal=False"),
+        ({"sink_H": torch.zeros(3)}, r"sinks must be \[4\], one a query head, got \[3\]"),
+    ],
+)
+def test_windows_and_sinks_that_mean_nothing_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        trie_attention(*inputs(forest(0)), **keywords(forest(0)), scale=SCALE, **options)
 
 
 def test_heads_that_cannot_be_grouped_are_refused():

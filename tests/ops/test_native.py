@@ -1,10 +1,12 @@
 """What the native module is given: tensors whose dtype, shape and layout it reads, and no others."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from ops.test_pair_loss import op_args
 
-from mmrm_fast.ops.native import contiguous, native
+from mmrm_fast.ops.native import SOURCES, check_sources, contiguous, native
 from mmrm_fast.ops.pair_loss import pair_loss_fwd_cpu
 
 
@@ -47,3 +49,10 @@ def test_tensors_of_two_devices_are_refused():
     assert contiguous(torch.ones(2, 2).T, None)[0].is_contiguous()
     with pytest.raises(ValueError, match="on one device, got some on cpu and meta"):
         contiguous(torch.ones(2), torch.ones(2, device="meta"))
+
+
+def test_a_module_of_other_sources_than_those_beside_it_is_not_loaded(monkeypatch, tmp_path):
+    with pytest.raises(ImportError, match=f"from other sources than {SOURCES}: run `pip install -e .` again"):
+        check_sources(SimpleNamespace(sources=native().sources[::-1]))
+    monkeypatch.setattr("mmrm_fast.ops.native.SOURCES", tmp_path)
+    check_sources(SimpleNamespace())  # an installed wheel has no sources

@@ -18,7 +18,7 @@ from mmrm_fast.ops.plan_trie import plan_trie_ref
 HEADS, KV_HEADS, HEAD_SIZE, SCALE = 4, 2, 8, 0.3
 
 
-def attend(q, k, v, cu_seqlens_q, cu_seqlens_k, scale):
+def attend(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, left):
     """Output [T, H, E] and log-sum-exp [H, T] of each sequence's queries over its keys."""
     outputs, sums = [], []
     for n in range(len(cu_seqlens_q) - 1):
@@ -27,7 +27,8 @@ def attend(q, k, v, cu_seqlens_q, cu_seqlens_k, scale):
             x[cu_seqlens_k[n] : cu_seqlens_k[n + 1]].repeat_interleave(HEADS // KV_HEADS, 1) for x in (k, v)
         )
         scores = torch.einsum("qhe,khe->hqk", own_q, keys) * scale
-        hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(len(keys) - len(own_q) + 1)
+        last = torch.arange(len(keys) - len(own_q), len(keys))[:, None]
+        hidden = (torch.arange(len(keys)) > last) | ((torch.arange(len(keys)) < last - left) & (left >= 0))
         scores = scores.masked_fill(hidden, float("-inf"))
         outputs.append(torch.einsum("hqk,khe->qhe", scores.softmax(-1), values))
         sums.append(scores.logsumexp(-1))
@@ -40,7 +41,8 @@ def varlen_forward(
     leftpad_k=None, seqused_k=None, zero_tensors=False,
 ):  # fmt: skip
     check(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, causal)
-    return *attend(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale), None, None
+    assert (window_size_left < 0) == (window_size_right < 0) and window_size_right <= 0
+    return *attend(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, window_size_left), None, None
 
 
 def varlen_backward(
@@ -49,10 +51,11 @@ def varlen_backward(
     zero_tensors=False,
 ):  # fmt: skip
     check(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, causal)
-    assert (window_size_left, window_size_right, softcap, alibi_slopes) == (-1, -1, 0.0, None)
+    assert (window_size_left < 0) == (window_size_right < 0) and window_size_right <= 0
+    assert (softcap, alibi_slopes) == (0.0, None)
     with torch.enable_grad():
         inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-        expected, lse = attend(*inputs, cu_seqlens_q, cu_seqlens_k, softmax_scale)
+        expected, lse = attend(*inputs, cu_seqlens_q, cu_seqlens_k, softmax_scale, window_size_left)
     torch.testing.assert_close((out, softmax_lse), (expected.detach(), lse.detach()))
     for place, gradient in zip((dq, dk, dv), torch.autograd.grad(expected, inputs, dout), strict=True):
         place.copy_(gradient)
@@ -83,22 +86,25 @@ def forest():
     return q, k, v, index, longest
 
 
-def test_the_flash_path_equals_the_reference(forest, monkeypatch):
+@pytest.mark.parametrize("window", [None, 1, 4])
+def test_the_flash_path_equals_the_reference(forest, monkeypatch, window):
     monkeypatch.setattr(op, "flash_attn", lambda dtype, head_size: EMULATED)
     q, k, v, index, longest = forest
     inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-    expected = op.trie_attention_ref(*inputs, *index, SCALE)
+    expected = op.trie_attention_ref(*inputs, *index, SCALE, window=window)
     grad = torch.randn_like(expected)
-    out, lse = op.trie_attention_fwd_cuda(q, k, v, *index, *longest, SCALE)
+    out, lse = op.trie_attention_fwd_cuda(q, k, v, *index, *longest, SCALE, True, window)
     torch.testing.assert_close(out, expected.detach())
-    grads = op.trie_attention_bwd_cuda(grad, q, k, v, out, lse, *index, *longest, SCALE)
+    grads = op.trie_attention_bwd_cuda(grad, q, k, v, out, lse, *index, *longest, SCALE, True, window)
     torch.testing.assert_close(grads, torch.autograd.grad(expected, inputs, grad))
 
 
-def test_both_paths_keep_the_same_log_sum_exp(forest, monkeypatch):
+@pytest.mark.parametrize("window", [None, 4])
+def test_both_paths_keep_the_same_log_sum_exp(forest, monkeypatch, window):
     monkeypatch.setattr(op, "flash_attn", lambda dtype, head_size: EMULATED)
     q, k, v, index, longest = forest
-    results = [f(q, k, v, *index, *longest, SCALE) for f in (op.trie_attention_fwd_cpu, op.trie_attention_fwd_cuda)]
+    functions = (op.trie_attention_fwd_cpu, op.trie_attention_fwd_cuda)
+    results = [f(q, k, v, *index, *longest, SCALE, True, window) for f in functions]
     torch.testing.assert_close(*results)
 
 
@@ -119,17 +125,17 @@ def test_what_flash_attn_does_not_take_goes_node_by_node(dtype, head_size):
 
 @pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash-attn is installed")
 @pytest.mark.filterwarnings("ignore:attention on CUDA is slow")
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("mask", [(True, None), (True, 4), (False, None)], ids=["causal", "window", "all"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_the_path_of_cuda_without_flash_attn_is_exact(forest, dtype, causal):
+def test_the_path_of_cuda_without_flash_attn_is_exact(forest, dtype, mask):
     """Values and the gradients of queries, keys and values, against float64."""
     q, k, v, index, longest = forest
     tensors = [x.to(dtype) for x in (q, k, v)]
     wide = [x.double().requires_grad_() for x in tensors]
-    expected = op.trie_attention_ref(*wide, *index, SCALE, causal)
+    expected = op.trie_attention_ref(*wide, *index, SCALE, *mask)
     grad = torch.randn(expected.shape).to(dtype)
-    out, lse = op.trie_attention_fwd_cuda(*tensors, *index, *longest, SCALE, causal)
-    grads = op.trie_attention_bwd_cuda(grad, *tensors, out, lse, *index, *longest, SCALE, causal)
+    out, lse = op.trie_attention_fwd_cuda(*tensors, *index, *longest, SCALE, *mask)
+    grads = op.trie_attention_bwd_cuda(grad, *tensors, out, lse, *index, *longest, SCALE, *mask)
     exact = [expected.detach(), *torch.autograd.grad(expected, wide, grad.double())]
     for value, truth in zip((out, *grads), exact, strict=True):
         assert value.dtype == dtype
