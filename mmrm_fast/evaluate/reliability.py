@@ -7,11 +7,11 @@ Bradley-Terry gives to the label.
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.optimize import minimize_scalar
-from scipy.special import expit, log_expit
+from scipy.special import expit
 from scipy.stats import spearmanr
 
 from mmrm_fast.pairs import accuracy, credit
+from mmrm_fast.shortcuts.calibration import best_temperature, log_loss
 
 BINS = 10
 RESAMPLES = 1000
@@ -47,17 +47,6 @@ def calibration(margins: np.ndarray) -> dict:
             if counts[i]
         ],
     }
-
-
-def log_loss(margins: np.ndarray) -> float:
-    """Mean of -log sigmoid(margin)."""
-    return float(-np.mean(log_expit(margins)))
-
-
-def best_temperature(margins: np.ndarray) -> float:
-    """The temperature of least log-loss, between 1/100 and 100."""
-    found = minimize_scalar(lambda log_t: log_loss(margins / np.exp(log_t)), bounds=(-np.log(100), np.log(100)))
-    return float(np.exp(found.x))
 
 
 def bootstrap(

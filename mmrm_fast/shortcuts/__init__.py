@@ -1,0 +1,1 @@
+"""What text alone can tell of a preference."""

@@ -1,0 +1,177 @@
+"""Records to margins of text alone, over any number of ranks, in memory that does not grow with the records.
+
+The records are read twice. First their features, of which a sample is kept that fits into `limit` bytes: the records
+whose hashed key begins with enough zeros, so that the same ones are kept in whatever order they come and on whatever
+rank; `fit.cross_fit` fits on it. Then every response's score, by the regression that did not see its fold. Folds and
+sample go by the key of image and prompt: all records of one prompt and image are in one fold.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from scipy.sparse import issparse, vstack
+
+from mmrm_fast.data.types import Group, RecordError
+from mmrm_fast.shortcuts.features import mixed
+from mmrm_fast.shortcuts.fit import FOLDS, Fitted, Matrix, cross_fit
+
+CHUNK = 16  # records that are read at a time
+WINDOW = 64  # chunks of a rank between two exchanges
+LEVELS = 64
+
+
+class Ranks(NamedTuple):
+    """Who reads which records; alone by default."""
+
+    rank: int = 0
+    number: int = 1
+    gather: Callable[[list], list] = list  # everyone's items on every rank
+    first: Callable = lambda function: function()  # the first rank's result on every rank
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Records that can be used, with the features of all their responses, and what is wrong with others."""
+
+    groups: tuple[Group, ...]  # with the responses that pairs name, without pictures
+    key_N: np.ndarray  # uint64, of image and prompt
+    features_RF: Matrix
+    errors: tuple[RecordError, ...] = ()
+
+    @property
+    def ends_P2(self) -> np.ndarray:
+        """Chosen and rejected response of every pair, int64."""
+        first_N = np.cumsum([0, *(len(group.responses) for group in self.groups)])
+        ends = [group.pairs.ends + first for group, first in zip(self.groups, first_N, strict=False)]
+        return np.concatenate([np.zeros((0, 2), np.int64), *ends])
+
+    @property
+    def place_P(self) -> np.ndarray:
+        """Every pair's record among the chunk's."""
+        return np.repeat(np.arange(len(self.groups)), [len(group.pairs) for group in self.groups])
+
+    @property
+    def differences_PF(self) -> Matrix:
+        """Features of chosen minus rejected."""
+        return self.features_RF[self.ends_P2[:, 0]] - self.features_RF[self.ends_P2[:, 1]]
+
+
+class Features(Protocol):
+    """What makes chunks of records."""
+
+    limit: int  # bytes of features that are fitted on
+
+    def read(self, chunks: Sequence[np.ndarray]) -> Iterator[Chunk]:
+        """A chunk for each lot of record numbers, in order; on every rank as many."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Pairs that may be fitted on."""
+
+    record_P: np.ndarray
+    level_P: np.ndarray  # zeros that the hashed key begins with
+    fold_P: np.ndarray
+    differences_PF: Matrix
+
+    @classmethod
+    def of(cls, chunk: Chunk, seed: int) -> "Part":
+        """All pairs of a chunk."""
+        record_N = np.array([group.record for group in chunk.groups], np.int64)
+        place_P, level_N = chunk.place_P, level_of(chunk.key_N, seed)
+        fold_P = fold_of(chunk.key_N, seed)[place_P]
+        return cls(record_N[place_P], level_N[place_P], fold_P, chunk.differences_PF)
+
+    def above(self, level: int) -> "Part":
+        """The pairs of a level and more."""
+        kept = self.level_P >= level
+        return Part(self.record_P[kept], self.level_P[kept], self.fold_P[kept], self.differences_PF[kept])
+
+    def bytes_L(self) -> np.ndarray:
+        """The bytes of each level's features."""
+        differences = self.differences_PF
+        if issparse(differences):
+            row_bytes = 8 * np.diff(differences.indptr)
+        else:
+            row_bytes = np.full(len(differences), 4 * differences.shape[1])
+        return np.bincount(self.level_P, row_bytes, LEVELS)
+
+
+def fold_of(keys: np.ndarray, seed: int) -> np.ndarray:
+    """The fold of each key."""
+    return (mixed(keys, np.uint64(2 * seed)) % np.uint64(FOLDS)).astype(np.int64)
+
+
+def level_of(keys: np.ndarray, seed: int) -> np.ndarray:
+    """How many zeros each hashed key begins with, under `LEVELS`."""
+    hashed = mixed(keys, np.uint64(2 * seed + 1)) >> np.uint64(1)  # so that a float64 holds its size
+    return LEVELS - 1 - np.frexp(hashed.astype(float))[1].astype(np.int64)
+
+
+def windows(features: Features, records: np.ndarray, ranks: Ranks, progress: Callable) -> Iterator[list[Chunk]]:
+    """This rank's chunks of consecutive windows of the records; every rank has as many windows and chunks."""
+    total = -(-len(records) // (CHUNK * ranks.number)) * ranks.number
+    chunks = [records[at * CHUNK : (at + 1) * CHUNK] for at in range(total)][ranks.rank :: ranks.number]
+    read = iter(progress(features.read(chunks), total=len(chunks)))
+    while window := list(islice(read, WINDOW)):
+        yield window
+
+
+def fit(features: Features, records: np.ndarray, *, seed: int, ranks: Ranks, progress: Callable) -> Fitted:
+    """The regressions of these records, the same on every rank."""
+    parts: list[Part] = []
+    bytes_L, level = np.zeros(LEVELS), 0
+    for window in windows(features, records, ranks, progress):
+        found = [Part.of(chunk, seed) for chunk in window]
+        bytes_L += sum(ranks.gather([sum(part.bytes_L() for part in found)]))
+        parts += [part.above(level) for part in found]
+        while bytes_L[level:].sum() > features.limit:
+            level += 1
+            parts = [part.above(level) for part in parts]
+    everyones = ranks.gather(parts)
+    return ranks.first(lambda: fit_parts(everyones))
+
+
+def fit_parts(parts: Sequence[Part]) -> Fitted:
+    """The regressions of what was kept, in the order of the records."""
+    record_P = np.concatenate([part.record_P for part in parts])
+    order = np.argsort(record_P, kind="stable")
+    stack = vstack if issparse(parts[0].differences_PF) else np.concatenate
+    differences_PF = stack([part.differences_PF for part in parts])
+    if issparse(differences_PF):
+        differences_PF = differences_PF.tocsr()
+    return cross_fit(differences_PF[order], np.concatenate([part.fold_P for part in parts])[order])
+
+
+class Margins(NamedTuple):
+    """Margins of pairs, by their record and the places of their responses in it."""
+
+    record_P: np.ndarray
+    ends_P2: np.ndarray
+    margin_P: np.ndarray
+
+
+def margins(
+    features: Features, fitted: Fitted, records: np.ndarray, *, seed: int | None, ranks: Ranks, progress: Callable
+) -> Iterator[Margins]:
+    """The margins of all pairs, everyone's on every rank, in some order.
+
+    Args:
+        seed: of the folds that the records were fitted in; None for other records, which all regressions may judge.
+    """
+    for window in windows(features, records, ranks, progress):
+        yield from ranks.gather([chunk_margins(chunk, fitted, seed) for chunk in window])
+
+
+def chunk_margins(chunk: Chunk, fitted: Fitted, seed: int | None) -> Margins:
+    """The margins of a chunk's pairs."""
+    scores_RK = np.asarray(chunk.features_RF @ fitted.weights_FK)
+    place_P, ends_P2 = chunk.place_P, chunk.ends_P2
+    fold_P = np.full(len(place_P), FOLDS) if seed is None else fold_of(chunk.key_N, seed)[place_P]
+    margin_P = scores_RK[ends_P2[:, 0], fold_P] - scores_RK[ends_P2[:, 1], fold_P]
+    records = np.array([group.record for group in chunk.groups], np.int64)
+    ends = [np.array(group.places, np.int64)[group.pairs.ends] for group in chunk.groups]
+    return Margins(records[place_P], np.concatenate([np.zeros((0, 2), np.int64), *ends]), margin_P)

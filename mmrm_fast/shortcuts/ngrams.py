@@ -1,0 +1,50 @@
+"""Chunks of records with the features of `features`, read by worker processes where they are many."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from mmrm_fast.data.images import opened
+from mmrm_fast.data.mixture import record_key
+from mmrm_fast.data.records import Records
+from mmrm_fast.data.samples import only_paired
+from mmrm_fast.data.types import Group, RecordError
+from mmrm_fast.data.workers import idle_workers, in_order
+from mmrm_fast.shortcuts.crossfit import CHUNK, Chunk
+from mmrm_fast.shortcuts.features import response_features
+
+WORTH_WORKERS = 2_000 // CHUNK  # chunks; fewer are done before worker processes have started
+
+
+@dataclass(frozen=True)
+class NgramFeatures:
+    """Words, two words in a row, lengths, form, and how they go with the prompt."""
+
+    records: Records
+    limit: int = 200_000_000
+
+    def read(self, chunks: Sequence[np.ndarray]) -> Iterator[Chunk]:
+        """A chunk for each lot of record numbers, in order."""
+        num_workers = idle_workers() if len(chunks) > WORTH_WORKERS else 0
+        return in_order(lambda place: self.chunk(chunks[place]), [range(len(chunks))], num_workers=num_workers, ahead=0)
+
+    def chunk(self, numbers: np.ndarray) -> Chunk:
+        """One lot of records."""
+        groups, keys, errors = usable(self.records, numbers)
+        return Chunk(groups, keys, response_features(groups), errors)
+
+
+def usable(records: Records, numbers: np.ndarray) -> tuple[tuple[Group, ...], np.ndarray, tuple[RecordError, ...]]:
+    """Groups with what their pairs name, their keys, and the errors of what cannot be read."""
+    groups, keys, errors = [], [], []
+    for number in numbers:
+        try:
+            group = records.group(int(number))
+        except RecordError as error:
+            errors.append(error)
+            continue
+        with opened(group.images) as images:
+            keys.append(record_key(replace(group, images=images)))
+        groups.append(replace(only_paired(group), images=()))
+    return tuple(groups), np.array(keys, np.uint64), tuple(errors)
