@@ -189,6 +189,8 @@ class RunConfig:
     """Replace the run that is in the run folder already."""
     resume: str | None = None
     """Go on from a checkpoint, RUN/checkpoints/step-N; `auto`: from the newest good one, or the start."""
+    accept_changed_data: bool = False
+    """Go on though the data are not those that the run began with, which else is an error."""
     save_every: int | None = None
     """Write a checkpoint to resume from every so many steps. On SIGTERM one is written in any case."""
     save_minutes: float = 30.0

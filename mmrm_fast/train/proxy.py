@@ -11,6 +11,7 @@ from torch import Tensor
 from mmrm_fast.checkpoint.folder import Checkpoint, CheckpointFolder
 from mmrm_fast.config import TrainConfig
 from mmrm_fast.data.images import white_tile
+from mmrm_fast.data.lines import Rows, open_rows
 from mmrm_fast.data.packing import Packed, PackedBatch
 from mmrm_fast.data.samples import Sample
 from mmrm_fast.files import json_lines
@@ -45,6 +46,10 @@ class Proxy:
         freeze(checkpoint.model, weights)
         add_adapters(checkpoint.model, weights)
         return [Branch(MAIN, checkpoint.model, checkpoint, self.model_folder, weights.lora_alpha / weights.lora_r)]
+
+    def files(self) -> list[Rows]:
+        """Files that it reads beside the records."""
+        return []
 
     def margins(self, branches: list[Branch], packed: Packed, batch: PackedBatch) -> Tensor | None:
         """The proxy's margins [P], its backward pass done, if there is one; `batch` is `packed.batch` on the device."""
@@ -129,6 +134,9 @@ class FileProxy(Proxy):
             yield f"{start} pair of a whole record, not with --pairs {records.pairs}"
         if len(records.data) > 1:
             yield f"{start} record of one file, --data has {len(records.data)}"
+
+    def files(self) -> list[Rows]:
+        return open_rows(self.path, ())
 
     def margins(self, branches: list[Branch], packed: Packed, batch: PackedBatch) -> Tensor:
         return self.file.of(packed.samples).to(batch.chosen_P.device)

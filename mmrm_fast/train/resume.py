@@ -31,6 +31,7 @@ class RunState:
     """All of a run's state but its tensors; the same on every rank, and what a checkpoint holds of it."""
 
     config: dict
+    data: dict = field(default_factory=dict)  # `fingerprints` of the files that it is trained on
     step: int = 0
     consumed: int = 0  # records of the order
     skipped: list = field(default_factory=list)  # rows of skipped.jsonl

@@ -37,10 +37,10 @@ WORK = (METRICS, CHECKPOINTS, BEST, FINAL)  # what a run folder without progress
 WRITTEN = (*WORK, CONFIG, ENVIRONMENT, EVALUATIONS, "tensorboard", PROXY, RESULTS, SKIPPED, "eval-*.jsonl")
 # What may differ when a run goes on: none of it changes which records make a step or what is computed from them.
 FREE = {
-    "resume", "overwrite", "output_dir", "save_every", "save_minutes", "keep", "num_workers", "eval", "eval_ood",
-    "eval_every", "best", "report_to", "check_records", "skip_bad", "tokens_per_micro_batch", "compile",
-    "activation_checkpointing", "reshard_after_forward", "replicas", "cpu_offload", "max_bad_steps", "config",
-    "num_gpus", "gpu_memory", "dry_run",
+    "resume", "overwrite", "accept_changed_data", "output_dir", "save_every", "save_minutes", "keep", "num_workers",
+    "eval", "eval_ood", "eval_every", "best", "report_to", "check_records", "skip_bad", "tokens_per_micro_batch",
+    "compile", "activation_checkpointing", "reshard_after_forward", "replicas", "cpu_offload", "max_bad_steps",
+    "config", "num_gpus", "gpu_memory", "dry_run",
 }  # fmt: skip
 
 

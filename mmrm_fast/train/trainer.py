@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from mmrm_fast.config import TrainConfig
+from mmrm_fast.data.fingerprint import differences, fingerprints
 from mmrm_fast.data.mixture import PreferenceDataset
 from mmrm_fast.data.packing import Packed, Step
 from mmrm_fast.data.records import RecordError
@@ -54,18 +55,33 @@ class Trainer:
         self.kinds = {eval_set.name: eval_set.kind for eval_set in self.inputs.eval_sets}
         self.total = int(config.optimizer.epochs * len(self.inputs.dataset))  # records to train on
         self.steps = Steps(self.branches, proxy, config, device)
-        self.state = RunState(config_json(config))
+        self.state = self.begun()
         self.folder = RunFolder(config.run.output_dir)
         self.rates = Rates([branch.root for branch in self.branches], main.tokens_per_tile, device)
         self.undecoded: list[RecordError] = []  # on this rank, since all ranks noted them
         self.waited = 0.0  # seconds of a step without data
         self.received: list[int] = []  # signals
 
+    def begun(self) -> RunState:
+        """The state that the run starts from. Raises `ValueError` where its data are not what they were."""
+        files = [*self.inputs.dataset.records.files, *self.steps.proxy.files()]
+        if self.start is None:
+            data = sharding.on_first_rank(lambda: fingerprints(files))
+            return RunState(config_json(self.config), data)
+        state = RunState.read(self.start)
+        changes = sharding.on_first_rank(lambda: differences(state.data, files))
+        if changes and not self.config.run.accept_changed_data:
+            remedy = "restore what the run began with, or pass --accept-changed-data to go on with what is there"
+            raise ValueError("\n".join(["the data have changed since the checkpoint:", *changes, remedy]))
+        data = sharding.on_first_rank(lambda: fingerprints(files)) if changes else state.data
+        for change in changes:
+            self.say(f"going on with changed data: {change}")
+        return replace(state, config=config_json(self.config), data=data)
+
     def run(self) -> Path:
         """The whole run, from where it starts to its end or to a SIGTERM."""
         if self.start is not None:
             load_tensors(self.start, self.steps.tensors())
-            self.state = replace(RunState.read(self.start), config=self.state.config)
             self.say(f"resuming after step {self.state.step} from {self.start}")
         sharding.on_first_rank(self.open_folder)
         self.checkpoints = Checkpoints(self.folder.checkpoints, keep=self.config.run.keep)

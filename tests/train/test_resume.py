@@ -8,6 +8,7 @@ import resource
 import signal
 import weakref
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -168,6 +169,19 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(make_co
         (path / "checkpoint.json").write_text("{")
     with pytest.raises(ValueError, match="no good checkpoint"):
         train(with_options(config, resume="auto"))
+
+
+def test_data_that_have_changed_since_the_checkpoint_are_named_and_taken_where_that_is_asked_for(make_config, capsys):
+    config = make_config("run", **OPTIONS)
+    oldest = sorted((train(config) / "checkpoints").iterdir())[0]
+    again, data = with_options(config, resume=str(oldest)), Path(config.records.data[0])
+    lines = data.read_text().splitlines(keepends=True)
+    data.write_text("".join([lines[0].replace("two red circles", "three red circles"), *lines[1:]]))
+    with pytest.raises(ValueError, match=r"train\.jsonl: changed, 11 records where 11 were\n.*--accept-changed-data"):
+        train(again)
+    train(with_options(again, accept_changed_data=True))
+    assert "going on with changed data: " in capsys.readouterr().err
+    train(with_options(config, resume="auto"))  # what was accepted is what the run is trained on
 
 
 def kill_at_once(config):
