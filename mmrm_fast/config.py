@@ -16,7 +16,8 @@ class RecordsConfig:
     """What is trained and tested on."""
 
     data: tuple[str, ...] = ()
-    """JSONL files of preferences, pairwise or K-wise; FILE:WEIGHT for a mixture. Default: a shapes environment."""
+    """JSONL files of preferences, pairwise or K-wise; FILE:WEIGHT for a mixture. Default: a shapes environment.
+    Of a folder whose files are splits the training one is taken, for `--eval` the test one, else validation."""
     image_root: Path | None = None
     """Folder that relative `img_path`s start from. Default: the folder of the JSONL file."""
     ignore_fields: tuple[str, ...] = ()
@@ -270,7 +271,7 @@ class EvaluateConfig:
     bench: Literal["vl-rewardbench", "multimodal-rewardbench", "mm-rlhf-rewardbench", "rewardbench", "pairs"] = "pairs"
     """Layout, groups and metrics: a benchmark as published, or `pairs` for any preference records."""
     data: Path = Path("pairs.jsonl")
-    """Parquet, JSONL, JSON or CSV file, or the folder that holds it."""
+    """Parquet, JSONL, JSON or CSV file, or the folder that holds it; of splits the test one, else validation."""
     images: Path | None = None
     """Folder that image file names start from. Default: the folder of the file."""
     max_pairs: int = 2048

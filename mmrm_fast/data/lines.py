@@ -7,7 +7,6 @@ workers.
 """
 
 import csv
-import glob
 import gzip
 import json
 import os
@@ -20,6 +19,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from mmrm_fast.data.splits import CSV
 from mmrm_fast.data.types import RecordError
 
 SCAN_BYTES = 1 << 24
@@ -28,29 +28,11 @@ MAX_UNPACKED_BYTES = 1 << 36
 MAX_LIST_BYTES = 1 << 30
 MAX_CELL_CHARS = 1 << 27  # of a CSV file, such as an inline image
 MAX_ROW_GROUP_BYTES = 1 << 30
-PARQUET, CSV = ".parquet", ".csv"
-KINDS = (PARQUET, ".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".json", ".json.gz")
-FAILURES = "errors.jsonl"  # beside the shards of a scoring run
+PARQUET = ".parquet"
 
 
-def open_rows(spec: str | Path, columns: Container[str]) -> list["Rows"]:
-    """The files that `spec` names, in the order of their names.
-
-    Args:
-        spec: a file, a folder (all files in it with a known suffix but a scoring run's `errors.jsonl`) or a glob.
-        columns: what a record can hold; other Parquet columns are not read.
-    """
-    path = Path(spec)
-    if path.is_dir():
-        files = (item for item in path.iterdir() if item.name.endswith(KINDS) and item.is_file())
-        paths = sorted(item for item in files if item.name != FAILURES)
-    elif path.is_file():
-        paths = [path]
-    else:
-        paths = sorted(Path(name) for name in glob.glob(str(spec), recursive=True) if Path(name).is_file())
-    if not paths:
-        what = "no record files in this folder" if path.is_dir() else "no such file"
-        raise ValueError(f"{spec}: {what}; expected {', '.join(KINDS)}, a folder or a glob of them")
+def open_rows(paths: Iterable[Path], columns: Container[str]) -> list["Rows"]:
+    """Open files; `columns` are what a record can hold, other Parquet columns are not read."""
     kept: dict = {}
     return [open_file(path, columns, kept) for path in paths]
 

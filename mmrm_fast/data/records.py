@@ -15,6 +15,7 @@ from mmrm_fast.data.fields import ReadColumns, refuse_unread
 from mmrm_fast.data.forms import FORM_FIELDS, PREFERENCE_FIELDS, Form, in_text, parse_form
 from mmrm_fast.data.lines import Rows, open_rows
 from mmrm_fast.data.pictures import IMAGE_FIELDS, parse_images
+from mmrm_fast.data.splits import Split, record_files
 from mmrm_fast.data.types import (
     FieldError,
     Group,
@@ -117,6 +118,7 @@ class Records:
 
     Args:
         specs: each a file (JSONL, also .gz or .zst, Parquet, CSV, a JSON array), every one of a folder, or a glob.
+        split: of a folder whose files are splits, the one that is meant, see `splits.record_files`.
         image_root: folder that relative image paths start from; default each file's own folder.
         need_pairs: refuse records without preferences (training, evaluation).
         ignored, max_pairs: see `parse_group`.
@@ -128,6 +130,7 @@ class Records:
     def __init__(
         self,
         *specs: str | Path,
+        split: Split | None = None,
         image_root: str | Path | None = None,
         need_pairs: bool = False,
         ignored: Collection[str] = (),
@@ -135,7 +138,9 @@ class Records:
     ):
         self.need_pairs, self.image_root = need_pairs, Path(image_root) if image_root else None
         self.options = {"ignored": frozenset(ignored), "max_pairs": max_pairs}
-        opened = [open_rows(spec, ReadColumns(FIELDS)) for spec in specs]
+        found = [record_files(spec, split) for spec in specs]
+        self.left = [file for _, left in found for file in left]  # of other splits
+        opened = [open_rows(taken, ReadColumns(FIELDS)) for taken, _ in found]
         self.files = [file for own in opened for file in own]
         self.edges = np.cumsum([0, *map(len, self.files)])
         self.spec_edges = np.cumsum([0, *(sum(map(len, own)) for own in opened)])  # where the records of each begin

@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mmrm_fast.data.lines import CSV, KINDS, open_rows
+from mmrm_fast.data.lines import Rows, open_rows
 from mmrm_fast.data.pictures import resolve_image
 from mmrm_fast.data.records import MAX_PAIRS, Group, Records, iter_groups, parse_group
+from mmrm_fast.data.splits import record_files, said_left
 from mmrm_fast.data.types import FieldError, Pairs, RecordError, at, kind_of
 
-TEST_SPLITS = ("test", "filtered")  # of published splits, the ones that leaderboards report
 IMAGE_FIELDS = ("image", "Image", "image_path", "images", "img_path")
 COLUMNS = {  # of Parquet files; others are not read
     "id", "ID", "query", "response", "human_ranking", "ranking", "query_source", "Text", "Output1", "Output2", "Better",
@@ -74,18 +74,21 @@ def read_items(bench: str, data: Path, images: Path | None, *, max_pairs: int = 
 
     Args:
         bench: `pairs` or a name in `LAYOUTS`.
-        data: a file, or a folder with published files.
+        data: a file, or a folder with published files, of whose splits the tested one is read.
         images: folder that image file names start from; default the folder of the file.
         max_pairs: see `records.parse_group`.
 
     Raises:
         ValueError: no such file, or one that is not of its format.
     """
-    for path in data_files(data):
-        if bench == "pairs":
-            yield from read_pairs(Records(path, image_root=images, need_pairs=True, max_pairs=max_pairs))
-        else:
-            yield from read_layout(LAYOUTS[bench], path, images or path.parent)
+    taken, left = record_files(data, "test")
+    if left:
+        print(said_left(taken, left))
+    if bench == "pairs":
+        yield from read_pairs(Records(*taken, image_root=images, need_pairs=True, max_pairs=max_pairs))
+        return
+    for file in open_rows(taken, COLUMNS):
+        yield from read_layout(LAYOUTS[bench], file, images or file.path.parent)
 
 
 def read_pairs(records: Records) -> Iterator[Item | Unread]:
@@ -102,9 +105,8 @@ def read_pairs(records: Records) -> Iterator[Item | Unread]:
             yield Item(identity, group, ordered=len(group.responses) > 2)
 
 
-def read_layout(layout: Callable[[dict, str], Item], path: Path, images: Path) -> Iterator[Item | Unread]:
+def read_layout(layout: Callable[[dict, str], Item], file: Rows, images: Path) -> Iterator[Item | Unread]:
     """Items of one file in a benchmark's own layout."""
-    (file,) = open_rows(path, COLUMNS)
     for index in range(len(file)):
         identity, group, source = str(index), "unknown", file.source(index)
         try:
@@ -213,18 +215,3 @@ def find_image(value: object, source: str, field: str, root: Path) -> str | byte
     if not shorter.is_file():
         raise MissingImage(source, field, f"{image}: no such image file")
     return str(shorter)
-
-
-def data_files(data: Path) -> list[Path]:
-    """The files of a benchmark: `data` itself, or those in it; where there are splits, the tested one."""
-    if data.is_file():
-        return [data]
-    if not data.is_dir():
-        raise ValueError(f"{data}: no such file or folder")
-    for folder in (data, data / "data"):
-        for suffix in (*KINDS, CSV):
-            files = sorted(folder.glob("*" + suffix))
-            tested = [path for path in files if path.name.startswith(TEST_SPLITS)]
-            if files:
-                return tested or files
-    raise ValueError(f"{data}: no {', '.join((*KINDS, CSV))} file in it or in its folder data/")

@@ -19,8 +19,8 @@ from tqdm import tqdm
 from mmrm_fast.checkpoint.folder import CheckpointFolder
 from mmrm_fast.config import ScoreConfig
 from mmrm_fast.config_file import options
-from mmrm_fast.data.lines import FAILURES
 from mmrm_fast.data.records import Group, RecordError, Records, iter_groups, prompt_json
+from mmrm_fast.data.splits import FAILURES
 from mmrm_fast.files import read_json, write_json_lines
 from mmrm_fast.score.cluster import gpus_each, ray_cluster
 from mmrm_fast.score.scorer import Scored, Scorer

@@ -212,7 +212,7 @@ def ood_credits(method: str, runs: Runs) -> dict[tuple[str, int], list[float]]:
 
 def paired_groups(test: Path) -> dict[int, Group]:
     """The records of a test file by their position."""
-    return {group.record: group for group in iter_groups(Records(test)) if isinstance(group, Group)}
+    return {group.record: group for group in iter_groups(Records(test, split="test")) if isinstance(group, Group)}
 
 
 def rules(environment: str, runs: Runs) -> dict[str, float]:

@@ -100,7 +100,7 @@ def measure(proxy: Proxy) -> Work | None:
         return None
     checkpoint = folder.load(max_length=config.batch.max_length, with_weights=False).configured(config.batch)
     preparer = training_preparer(config, checkpoint, with_text=config.proxy.robust)
-    records = open_records(config.records, *parse_mixture(config.records.data).paths)
+    records = open_records(config.records, "train", *parse_mixture(config.records.data).paths)
     places = np.linspace(0, len(records) - 1, min(SAMPLED, len(records))).astype(int)
     samples = [sample for place in places for sample in usable_samples(records, preparer, int(place))]
     if not samples:

@@ -20,6 +20,7 @@ from mmrm_fast.data.mixture import (
 )
 from mmrm_fast.data.records import RecordError, Records
 from mmrm_fast.data.samples import Preparer
+from mmrm_fast.data.splits import Split, said_left
 from mmrm_fast.data.workers import idle_workers, in_order
 from mmrm_fast.pairs import EvalSet
 from mmrm_fast.train import sharding
@@ -77,7 +78,8 @@ def open_inputs(config: RecordsConfig, eval_sets: list[EvalSet], preparer: Prepa
     """
     fraction = config.eval_fraction or 0.0
     mixture, testing = parse_mixture(config.data), replace(preparer, pairs="all", overlong="truncate")
-    train, *tests = (open_records(config, *paths) for paths in (mixture.paths, *((own.path,) for own in eval_sets)))
+    train = open_records(config, "train", *mixture.paths)
+    tests = [open_records(config, "test", own.path) for own in eval_sets]
     first = config.check_records
     all_or_first = len(train) if fraction or config.pairs == "expand" else first  # what is a sample depends on all
     table = survey(Look(train, preparer, testing, fraction, is_decoded(train, config)), all_or_first, progress)
@@ -97,12 +99,14 @@ def open_inputs(config: RecordsConfig, eval_sets: list[EvalSet], preparer: Prepa
     return Inputs(dataset, mixture.weights, eval_sets, datasets)
 
 
-def open_records(config: RecordsConfig, *paths: str | Path) -> Records:
-    """The preferences of some files, of which there must be some."""
+def open_records(config: RecordsConfig, split: Split, *paths: str | Path) -> Records:
+    """The preferences of some files, of folders those of a split, of which there must be some."""
     options = {"image_root": config.image_root, "ignored": config.ignore_fields, "max_pairs": config.max_pairs}
-    records = Records(*paths, need_pairs=True, **options)
+    records = Records(*paths, split=split, need_pairs=True, **options)
     if not len(records):
         raise ValueError(f"{', '.join(map(str, paths))}: no records")
+    if records.left and sharding.rank() == 0:
+        print(said_left([file.path for file in records.files], records.left))
     return records
 
 

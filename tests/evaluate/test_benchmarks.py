@@ -190,12 +190,15 @@ def test_what_is_wrong_is_named_by_the_field_of_the_layout(tmp_path, picture, fi
     assert item.error.source.endswith("data.jsonl:1")
 
 
-def test_of_a_folder_with_splits_the_tested_one_is_read(tmp_path):
+def test_of_a_folder_with_splits_the_tested_one_is_read(tmp_path, capsys):
     (tmp_path / "data").mkdir()
     row = {"prompt": "Hi", "rejected": "Yes.", "subset": "donotanswer"}
     for name in ("raw", "filtered"):
         write_json_lines(tmp_path / "data" / f"{name}-00000.jsonl", [{**row, "id": name, "chosen": "No."}])
     assert [item.id for item in read("rewardbench", tmp_path)] == ["filtered"]
+    assert [item.id for item in read("pairs", tmp_path)] == ["filtered"]
+    said = "filtered-00000.jsonl; left, of other splits: raw-00000.jsonl"
+    assert capsys.readouterr().out.count(said) == 2
 
 
 @pytest.mark.parametrize("name", ["absent.jsonl", "empty"])

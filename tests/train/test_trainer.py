@@ -114,6 +114,20 @@ def test_pairs_of_a_kwise_record_are_one_group_or_samples_of_their_own_or_some(m
     assert (sum(row["records"] for row in rows), sum(row["pairs"] for row in rows)) == (records, count)
 
 
+def test_of_a_folder_of_splits_the_right_one_is_trained_and_tested_on(make_config, write_jsonl, tmp_path, capsys):
+    (tmp_path / "hub").mkdir()
+    for name, count in (("train_prefs-0", 5), ("train_sft-0", 5), ("test_prefs-0", 2), ("test_sft-0", 2)):
+        records = [{"prompt": f"What? {i}", "chosen": "a", "rejected": f"b {name[:4]}"} for i in range(count)]
+        write_jsonl(records, f"hub/{name}.jsonl")
+    folder = train(make_config("split", data=(str(tmp_path / "hub"),), eval=(f"own={tmp_path / 'hub'}",)))
+    assert sum(row["pairs"] for row in read(folder / "metrics.jsonl")) == 5
+    assert json.loads((folder / "results.json").read_text())["own"]["pairs"] == 2
+    taken, tested = (line for line in capsys.readouterr().out.splitlines() if line.startswith("taken: "))
+    left = "left, of other splits: test_prefs-0.jsonl, test_sft-0.jsonl, train_sft-0.jsonl"
+    assert taken == f"taken: {tmp_path / 'hub' / 'train_prefs-0.jsonl'}; {left}"
+    assert tested.startswith(f"taken: {tmp_path / 'hub' / 'test_prefs-0.jsonl'}; left")
+
+
 def test_steps_can_be_a_number_of_pairs(make_config):
     rows = read(
         train(make_config("fixed", pairs="expand", pairs_per_step=4, tokens_per_batch=None, eval=())) / "metrics.jsonl"

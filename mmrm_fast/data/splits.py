@@ -1,0 +1,70 @@
+"""Which files a name stands for: a file, a glob's, a folder's; of a folder whose files are splits, those of one."""
+
+import glob
+import re
+from pathlib import Path
+from typing import Literal
+
+KINDS = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".json", ".json.gz")
+CSV = ".csv"  # in a folder, where there is nothing else
+FAILURES = "errors.jsonl"  # beside the shards of a scoring run
+NO_RECORDS = (FAILURES, "dataset_infos.json", "dataset_dict.json")
+
+Split = Literal["train", "test"]
+SPLITS = {  # by how the names of their files begin
+    "train": re.compile(r"train(ing)?(?![a-z])", re.IGNORECASE),
+    "test": re.compile(r"(test(ing)?|filtered)(?![a-z])", re.IGNORECASE),  # RewardBench has `raw` and `filtered`
+    "validation": re.compile(r"(val(id(ation)?)?|dev|eval)(?![a-z])", re.IGNORECASE),
+}
+WANTED = {"train": ("train", None), "test": ("test", "validation", None)}  # the first that is there; None: of no split
+PREFERENCES = "_prefs"  # a hub's `train_sft` holds the same records as its `train_prefs`, without preferences
+
+
+def record_files(spec: str | Path, split: Split | None = None) -> tuple[list[Path], list[Path]]:
+    """The files that `spec` names, in the order of their names, and those of its folder that are left.
+
+    Args:
+        spec: a file, a folder (all files in it or in its `data` that can hold records), or a glob.
+        split: of a folder whose files are splits, the one that is meant; None for all files.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = Path(spec)
+    if path.is_dir():
+        found = next(filter(None, map(in_folder, (path, path / "data"))), [])
+        taken = of_split(found, split)
+    else:
+        names = [str(path)] if path.is_file() else glob.glob(str(spec), recursive=True)
+        taken = found = sorted(Path(name) for name in names if Path(name).is_file())
+    if not taken:
+        what = "no record files in this folder" if path.is_dir() else "no such file"
+        raise ValueError(f"{spec}: {what}; expected {', '.join(KINDS)}, a folder or a glob of them")
+    return taken, [file for file in found if file not in taken]
+
+
+def said_left(taken: list[Path], left: list[Path]) -> str | None:
+    """Which files of folders were taken and which left, None where there was nothing to choose."""
+    folders = {file.parent for file in left}
+    chosen = ", ".join(str(file) for file in taken if file.parent in folders)
+    return f"taken: {chosen}; left, of other splits: {', '.join(file.name for file in left)}" if left else None
+
+
+def in_folder(folder: Path) -> list[Path]:
+    """The files of a folder that can hold records."""
+    files = sorted(file for file in folder.glob("*") if file.is_file() and file.name not in NO_RECORDS)
+    kinds = [file for file in files if file.name.endswith(KINDS)]
+    return kinds or [file for file in files if file.suffix == CSV]
+
+
+def of_split(files: list[Path], split: Split | None) -> list[Path]:
+    """Those that belong to a split; all of them where none of them does."""
+    for wanted in WANTED[split] if split else ():
+        if own := [file for file in files if split_of(file) == wanted]:
+            return [file for file in own if PREFERENCES in file.name] or own
+    return files
+
+
+def split_of(file: Path) -> str | None:
+    """The split that a file's name begins with."""
+    return next((split for split, name in SPLITS.items() if name.match(file.name)), None)
