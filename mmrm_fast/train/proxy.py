@@ -136,7 +136,7 @@ class FileProxy(Proxy):
             yield f"{start} record of one file, --data has {len(records.data)}"
 
     def files(self) -> list[Rows]:
-        return open_rows(self.path, ())
+        return open_rows([self.path], ())
 
     def margins(self, branches: list[Branch], packed: Packed, batch: PackedBatch) -> Tensor:
         return self.file.of(packed.samples).to(batch.chosen_P.device)
