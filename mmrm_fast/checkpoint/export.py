@@ -9,15 +9,28 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mmrm_fast.checkpoint import internvl_chat
-from mmrm_fast.checkpoint.folder import PROXY, Checkpoint, CheckpointFolder, rewrite_json, save_settings, save_tokenizer
+from mmrm_fast.checkpoint.folder import (
+    CLASSIFIER,
+    PROXY,
+    Checkpoint,
+    CheckpointFolder,
+    rewrite_json,
+    save_settings,
+    save_tokenizer,
+)
 from mmrm_fast.checkpoint.internvl_chat import LM_HEAD, SCORE, Source
 from mmrm_fast.checkpoint.tensors import as_stored, stored_names, write_tensors
 from mmrm_fast.checkpoint.tokenizer import SPACE
 from mmrm_fast.files import read_json
 from mmrm_fast.model.reward_model import original_facts
 
+READ_AT = {"end": "token that ends the response", "last": "last token of the chat template"}
 Progress = Callable[[Iterable], Iterable]
-VLLM_ARCHITECTURE = "InternVLForSequenceClassification"
+# A conversation up to the token that a reward is read at: vLLM reads the last one of what its template renders.
+ENDED = (
+    "{%- set whole %}{{ '' }}TEMPLATE{{ '' }}{% endset -%}"  # so that neither tag trims the template
+    "{{- whole[:-BEHIND] if messages[-1].role == 'assistant' and not add_generation_prompt else whole -}}"
+)
 
 
 def write_weights(
@@ -76,12 +89,19 @@ def export_vllm(source: Path, target: Path, *, progress: Progress = iter) -> Non
     checkpoint = folder.load(with_weights=False)
     write_weights(folder, checkpoint, target, vllm_place, progress)
     save_settings(target, checkpoint)
-    rewrite_json(target / "config.json", {"architectures": [VLLM_ARCHITECTURE]})
+    rewrite_json(target / "config.json", {"architectures": [CLASSIFIER]})
+    behind = checkpoint.prompt_encoder().chat.behind_end if checkpoint.reward_token == "end" else ""
+    if behind:
+        whole = checkpoint.tokenizer.chat_template.removesuffix("\n")  # which jinja does not render
+        template = ENDED.replace("BEHIND", str(len(behind))).replace("TEMPLATE", whole)
+        (target / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def vllm_place(name: str) -> Source | None:
     """A native tensor's name below transformers' `InternVLForConditionalGeneration`; there is no vocabulary head."""
-    return None if name == LM_HEAD else Source(name if name == SCORE else "model." + name)
+    if name == LM_HEAD:
+        return None
+    return Source(("language_model." if name == SCORE else "model.") + name)
 
 
 def export_original(source: Path, target: Path, *, progress: Progress = iter) -> None:
@@ -144,6 +164,8 @@ def inspect(folder: Path) -> dict[str, str]:
         f"{checkpoint.tokens_per_tile} tokens a tile",
         "max_length": f"{checkpoint.max_length:,} tokens",
         "adapters": f"LoRA on {len(adapters)} weights, merged when loaded" if adapters else "none",
-        "reward model": "yes" if SCORE in native else "no: a new score head would be drawn",
+        "reward model": f"yes, read at the {READ_AT[checkpoint.reward_token]}"
+        if SCORE in native
+        else "no: a new score head would be drawn",
         "text-only proxy": proxy,
     }

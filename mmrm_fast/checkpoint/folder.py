@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -18,13 +19,21 @@ from transformers import InternVLConfig, InternVLModel, PreTrainedTokenizerBase
 from mmrm_fast.checkpoint import internvl_chat
 from mmrm_fast.checkpoint.fill import NativeTensors, fill_model, native_name
 from mmrm_fast.checkpoint.internvl_chat import LM_HEAD, SCORE
-from mmrm_fast.checkpoint.processor import PLAIN, Processor, settings_of, stored_settings
+from mmrm_fast.checkpoint.processor import (
+    NESTED,
+    PLAIN,
+    PROCESSOR,
+    Processor,
+    processor_tokens,
+    settings_of,
+    stored_settings,
+)
 from mmrm_fast.checkpoint.tensors import TensorFolder, as_stored, write_tensors
 from mmrm_fast.checkpoint.tokenizer import load_tokenizer
 from mmrm_fast.config import TrainBatchConfig
 from mmrm_fast.data.images import NORMALIZATION, Compat, Tiling, mean_colour
-from mmrm_fast.data.prompt import PromptEncoder
-from mmrm_fast.files import read_json
+from mmrm_fast.data.prompt import PromptEncoder, RewardToken
+from mmrm_fast.files import read_json, write_json
 from mmrm_fast.model.decoder import rope_regime
 from mmrm_fast.model.reward_model import RewardModel
 
@@ -32,6 +41,8 @@ NATIVE, ORIGINAL = "internvl", "internvl_chat"
 PROXY = "bias_reward_model."  # before the names of the text-only branch that the reference implementation saves
 MAX_LENGTH = 4096
 TEXT_NORM = "language_model.norm.weight"
+CLASSIFIER = "InternVLForSequenceClassification"  # what vLLM and ms-swift call a reward model
+REWARD_TOKEN = "reward_token"  # key of config.json
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,7 @@ class Checkpoint:
     tiling: Tiling
     tokens_per_tile: int
     max_length: int
+    reward_token: RewardToken = "end"
 
     @property
     def compat(self) -> Compat:
@@ -56,6 +68,7 @@ class Checkpoint:
             tokens_per_tile=self.tokens_per_tile,
             max_length=self.max_length,
             compat=self.compat,
+            reward_token=self.reward_token,
             rope_regime=rope_regime(self.model.model.config.text_config),
         )
 
@@ -148,6 +161,15 @@ class CheckpointFolder:
         return Processor(*stored_settings(self.path), image_size)
 
     @cached_property
+    def reward_token(self) -> RewardToken:
+        """Where rewards are read; of a sequence classifier that does not say so, where such are: at the last token."""
+        is_classifier = not self.is_original and CLASSIFIER in self.settings.get("architectures", ())
+        found = self.settings.get(REWARD_TOKEN, "last" if is_classifier else "end")
+        if found not in get_args(RewardToken):
+            raise ValueError(f"{self.path}/config.json: {REWARD_TOKEN} is {found!r}; expected end or last")
+        return found
+
+    @cached_property
     def tensors(self) -> TensorFolder:
         """The stored tensors of the branch, under the names of `internvl_chat` or of `InternVLModel`."""
         if not self.is_original:
@@ -208,6 +230,7 @@ class CheckpointFolder:
             tiling=tiling,
             tokens_per_tile=int((tiling.tile_size // patch_size) ** 2 * self.config.downsample_ratio**2),
             max_length=min(length, window or length),
+            reward_token=self.reward_token,
         )
 
     def native(self, model: RewardModel) -> NativeTensors:
@@ -268,14 +291,17 @@ def save_checkpoint(folder: str | Path, checkpoint: Checkpoint, state: dict[str,
 def save_settings(folder: Path, checkpoint: Checkpoint) -> None:
     """Write everything of a native folder but the weights."""
     config = checkpoint.model.model.config
-    config.num_labels = config.text_config.num_labels = 1
-    config.problem_type = "regression"
+    for part in (config, config.text_config):  # vLLM reads the text part's
+        part.num_labels, part.problem_type = 1, "regression"
+    setattr(config, REWARD_TOKEN, checkpoint.reward_token)
     config.save_pretrained(folder)
     checkpoint.tokenizer.model_max_length = checkpoint.max_length
     save_tokenizer(folder, checkpoint.tokenizer)
+    rewrite_json(folder / "tokenizer_config.json", {"extra_special_tokens": processor_tokens(checkpoint.tokenizer)})
     model = checkpoint.model
     settings = settings_of(checkpoint.tiling, model.pixel_mean, model.pixel_std, checkpoint.max_length)
-    (folder / PLAIN).write_text(json.dumps(settings, indent=2) + "\n")
+    write_json(folder / PLAIN, settings)
+    write_json(folder / NESTED, {"processor_class": PROCESSOR, "image_seq_length": checkpoint.tokens_per_tile})
 
 
 def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:

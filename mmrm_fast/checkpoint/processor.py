@@ -3,9 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from mmrm_fast.data.images import NORMALIZATION, Compat, Tiling
+from mmrm_fast.data.prompt import IMAGE_TOKENS
 from mmrm_fast.files import read_json
 
+PROCESSOR = "InternVLProcessor"  # transformers' class of image processor and tokenizer together
+PROCESSOR_TOKENS = ("start_image_token", "context_image_token", "end_image_token")  # its names for `IMAGE_TOKENS`
+VIDEO_TOKENS = ("<video>", "<quad>")
 NESTED, PLAIN = "processor_config.json", "preprocessor_config.json"
 MAX_PATCHES, MAX_SIDE = 256, 1 << 12
 CLIP_MEAN, CLIP_STD = NORMALIZATION["clip"]  # transformers' defaults
@@ -121,7 +127,7 @@ def settings_of(tiling: Tiling, mean: tuple[float, ...], std: tuple[float, ...],
         "max_length": max_length,
         **({"compat": tiling.compat} if tiling.compat else {}),
         "image_processor_type": "GotOcr2ImageProcessor",
-        "processor_class": "InternVLProcessor",
+        "processor_class": PROCESSOR,
         "crop_to_patches": True,
         "min_patches": tiling.min_tiles,
         "max_patches": tiling.max_tiles,
@@ -131,3 +137,10 @@ def settings_of(tiling: Tiling, mean: tuple[float, ...], std: tuple[float, ...],
         "use_thumbnail": tiling.thumbnail,
         "pad2square": tiling.pad2square,
     }
+
+
+def processor_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """The tokens that transformers' processor asks its tokenizer for; for video one that no conversation has."""
+    unused = (*VIDEO_TOKENS, tokenizer.pad_token)
+    video = next(token for token in unused if token in tokenizer.get_vocab())
+    return {**dict(zip(PROCESSOR_TOKENS, IMAGE_TOKENS, strict=True)), "video_token": video}

@@ -48,11 +48,11 @@ class Hidden:
 
 @dataclass(frozen=True)
 class Rendered:
-    """One prompt rendered with its responses; items up to and including the token that ends a response."""
+    """One prompt rendered with its responses; items up to and including the token that is read."""
 
     prefix: list[Item]  # what stands before the response's run
     opening: str  # that run's text before the response
-    end: int  # the token that ends the response
+    closing: list[Item]  # what ends every response: its end token and, where that is read, what is behind it
     responses: tuple[list[Item], ...]  # the whole of each
 
 
@@ -63,13 +63,16 @@ class ChatTemplate:
         tokenizer: with a chat template.
         hidden: tokens that are ordinary text where a text has them: all special ones and those of images.
         marks: the tokens that open and close an image.
+        whole: render responses to the end of the template instead of to their end token.
 
     Raises:
         ValueError: the template drops a text, or puts no special token after a response.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, hidden: Sequence[str], marks: tuple[int, int]):
-        self.tokenizer, self.marks = tokenizer, marks
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, hidden: Sequence[str], marks: tuple[int, int], *, whole: bool = False
+    ):
+        self.tokenizer, self.marks, self.whole = tokenizer, marks, whole
         added = tokenizer.added_tokens_decoder
         self.specials = {token.content: id for id, token in added.items() if token.special}
         self.pattern = re.compile("|".join([*escaped(hidden), PRIVATE]))
@@ -77,7 +80,10 @@ class ChatTemplate:
         probe = self.texts([[("user", ["?" + IMAGE]), ("assistant", [SLOT])]])[0]
         if IMAGE not in probe or SLOT not in probe:
             raise ValueError("the chat template does not render the text of user, assistant as given")
-        self.end_of(self.items(probe.partition(SLOT)[2], Hidden(self.pattern), iter((0,))))
+        behind = probe.partition(SLOT)[2]
+        items = self.items(behind, Hidden(self.pattern), iter((0,)))
+        end = self.end_of(items)
+        self.behind_end = behind[len(items[0][1] + self.tokenizer.convert_ids_to_tokens(end)) :]
 
     def render(self, turns: Turns, responses: Sequence[str], tiles_per_image: tuple[int, ...]) -> Rendered:
         """A prompt with each of its responses. Raises `FieldError` where the template does not take them."""
@@ -91,12 +97,12 @@ class ChatTemplate:
         self.check_images(slot, tiles_per_image)
         *prefix, (_, opening) = self.items(before, hidden, iter(tiles_per_image))
         tail = self.items(after, hidden, iter(()))
-        end = self.end_of(tail)
-        whole = [self.answered(text, hidden, prefix, tail, tiles_per_image) for text in texts]
-        return Rendered(prefix, opening, end, tuple(whole))
+        closing = [("id", self.end_of(tail)), *(tail[2:] if self.whole else ())]
+        answered = [self.answered(text, hidden, prefix, tail, tiles_per_image) for text in texts]
+        return Rendered(prefix, opening, closing, tuple(answered))
 
     def answered(self, text: str, hidden: Hidden, prefix, tail, tiles_per_image: tuple[int, ...]) -> list[Item]:
-        """The items of a rendered prompt and response up to its end token, what is behind it being `tail`."""
+        """The items of a rendered prompt and response up to what is read, `tail` being all behind the response."""
         self.check_images(text, tiles_per_image)
         items = self.items(text, hidden, iter(tiles_per_image))
         end = len(items) - len(tail) + 1
@@ -104,7 +110,7 @@ class ChatTemplate:
             raise FieldError("response", "the chat template ends it otherwise than other responses")
         if end <= len(prefix):
             raise FieldError("response", "the chat template drops it")
-        return items[: end + 1]
+        return items if self.whole else items[: end + 1]
 
     def unanswered(self, turns: Turns, tiles_per_image: tuple[int, ...]) -> list[Item]:
         """A prompt up to where generation would begin."""

@@ -1,7 +1,8 @@
 """Prompt, images and responses to token keys, by the checkpoint's own chat template.
 
-A sequence is `template(system, user: images + prompt, assistant: response)` up to and including the token that ends the
-response; a conversation has more turns before the response. A system message replaces the template's own. Image
+A sequence is `template(system, user: images + prompt, assistant: response)` up to and including the token that a reward
+is read at, the one that ends the response or the template's last (`RewardToken`); a conversation has more turns before
+the response. A system message replaces the template's own. Image
 placeholder tokens become negative keys, -1 - row, `row` counting the image tokens of the record.
 
 `compat="reference"` takes over the habits of the public reference implementation (for pictures see `images`):
@@ -23,6 +24,7 @@ import json
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -33,7 +35,10 @@ from mmrm_fast.data.images import Compat
 from mmrm_fast.data.types import FieldError, Message, Prompt
 
 IMAGE = "<image>"
+IMAGE_TOKENS = ("<img>", "<IMG_CONTEXT>", "</img>")  # what opens an image, stands for it and closes it
 SPACE = "\u2581"  # what sentencepiece writes for a space
+
+RewardToken = Literal["end", "last"]  # the token that ends the response, or the last of the rendered conversation
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,7 @@ class PromptEncoder:
         max_length: tokens of prefix plus one response; the prefix is never cut.
         image_tokens: the tokens that open an image, stand for it and close it.
         compat: `reference` takes over the habits of the reference implementation (table above).
+        reward_token: which token the sequences end in, for a reward to be read there.
         rope_regime: which RoPE frequencies a sequence of so many tokens has (`decoder.RopeRegime`).
     """
 
@@ -97,8 +103,9 @@ class PromptEncoder:
         *,
         tokens_per_tile: int,
         max_length: int,
-        image_tokens: tuple[str, str, str] = ("<img>", "<IMG_CONTEXT>", "</img>"),
+        image_tokens: tuple[str, str, str] = IMAGE_TOKENS,
         compat: Compat = None,
+        reward_token: RewardToken = "end",
         rope_regime: Callable[[int], int] | None = None,
     ):
         self.tokenizer, self.tokens_per_tile, self.max_length = tokenizer, tokens_per_tile, max_length
@@ -117,7 +124,7 @@ class PromptEncoder:
         self.swallows_right = {id for id, token in added.items() if token.special and token.rstrip}
         self.swallows_left = {id for id, token in added.items() if token.special and token.lstrip}
         hidden = {*image_tokens, *(token.content for token in added.values() if token.special)}
-        self.chat = ChatTemplate(tokenizer, hidden, (start, end))
+        self.chat = ChatTemplate(tokenizer, hidden, (start, end), whole=reward_token == "last")
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__ |= state
@@ -151,7 +158,7 @@ class PromptEncoder:
             empty = self.encode_items(self.chat.unanswered(turns, tiles_per_image)) if "" in responses else []
             sequences = [keys if text else empty for text, keys in zip(responses, sequences, strict=True)]
             return cut_right(sequences, shared, self.max_length)
-        return self.cut_responses(sequences, rendered.end, shared)
+        return self.cut_responses(sequences, self.encode_items([("text", ""), *rendered.closing]), shared)
 
     def sequences(self, rendered: Rendered, prefix: list[int], opened: list[int]) -> tuple[list[list[int]], int]:
         """Token keys of every response behind the prompt, and how many of them come before all responses.
@@ -177,13 +184,13 @@ class PromptEncoder:
         before = items[place - 1][1] if place else None
         return self.swallow(items[place][1], before, items[place + 1][1])
 
-    def cut_responses(self, sequences: list[list[int]], end: int, prefix_length: int) -> Encoded:
-        """Sequences of at most `max_length`, each with its end token."""
-        if prefix_length + 1 >= self.max_length:
+    def cut_responses(self, sequences: list[list[int]], closing: list[int], prefix_length: int) -> Encoded:
+        """Sequences of at most `max_length`, each with its `closing` keys: its end token and what follows it."""
+        if prefix_length + len(closing) >= self.max_length:
             raise FieldError("prompt", f"is {prefix_length} tokens with its images; --max-length is {self.max_length}")
         cut = [len(keys) > self.max_length for keys in sequences]
         kept = [
-            np.array([*keys[: self.max_length - 1], end] if is_cut else keys, np.int64)
+            np.array(keys[: self.max_length - len(closing)] + closing if is_cut else keys, np.int64)
             for keys, is_cut in zip(sequences, cut, strict=True)
         ]
         return Encoded(tuple(kept), prefix_length, tuple(cut))

@@ -1,6 +1,7 @@
 """Checkpoints there and back: identical tensors, identical rewards, and what plain transformers makes of them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,9 +10,12 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, InternVLModel
 
 from mmrm_fast.checkpoint.export import convert_folder, export_original, export_vllm, inspect
-from mmrm_fast.checkpoint.folder import CheckpointFolder, save_checkpoint
+from mmrm_fast.checkpoint.folder import CheckpointFolder, rewrite_json, save_checkpoint
+from mmrm_fast.checkpoint.tokenizer import named_template
 from mmrm_fast.cli import main
+from mmrm_fast.data.types import Message
 from mmrm_fast.score.scorer import Scorer
+from mmrm_fast.train.command import TINY_CHECKPOINT
 
 RESPONSES = ["the red circle", "", "left of the blue image"]
 
@@ -73,6 +77,76 @@ def test_a_saved_model_runs_in_plain_transformers(tmp_path, pictures, llm):
     assert model.config.problem_type == "regression"
 
 
+CONVERSATIONS = [  # each ends with the response
+    ["What?", "the red circle"],
+    ["What?", ""],
+    ["What?", "left", "And?", "of the blue image"],
+]
+
+
+def turns(texts):
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+@pytest.mark.parametrize("template", ["internvl2_5", "phi3-chat", "internlm2-chat", "Hermes-2", "internvl_zh"])
+@pytest.mark.parametrize("reward_token", ["end", "last"])
+def test_what_the_vllm_folder_renders_ends_in_the_token_that_is_read(tmp_path, template, reward_token):
+    checkpoint = CheckpointFolder(TINY_CHECKPOINT).load()
+    text = named_template(template)
+    for end in ("<|end|>", "</s>"):  # of other vocabularies than the tiny one's
+        text = text.replace(end, "<|im_end|>")
+    checkpoint.tokenizer.chat_template = text
+    save_checkpoint(tmp_path / "final", replace(checkpoint, reward_token=reward_token))
+    export_vllm(tmp_path / "final", tmp_path / "vllm")
+    encoder = CheckpointFolder(tmp_path / "vllm").load(with_weights=False).prompt_encoder()
+    exported, own = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("vllm", "final"))
+    for conversation in CONVERSATIONS:
+        prompt = tuple(Message(turn["role"], turn["content"]) for turn in turns(conversation[:-1]))
+        (keys,) = encoder.encode(prompt, (conversation[-1],)).sequences
+        ids = exported.apply_chat_template(turns(conversation), return_dict=True)["input_ids"]
+        assert keys.tolist() == ids
+        asked = {"conversation": turns(conversation[:-1]), "tokenize": False, "add_generation_prompt": True}
+        assert exported.apply_chat_template(**asked) == own.apply_chat_template(**asked)
+
+
+def test_a_sequence_classifier_of_another_program_is_read_at_the_last_token(tmp_path):
+    checkpoint = CheckpointFolder(TINY_CHECKPOINT).load()
+    checkpoint.tokenizer.chat_template = named_template("internvl2_5")
+    save_checkpoint(tmp_path / "final", checkpoint)
+    asked = {"prompt": "What?", "responses": ["the red circle", "left " * 300]}
+    read_at_end = Scorer.from_pretrained(tmp_path / "final", device="cpu", max_length=240).score([asked])
+    rewrite_json(tmp_path / "final" / "config.json", {"architectures": ["InternVLForSequenceClassification"]})
+    assert Scorer.from_pretrained(tmp_path / "final", device="cpu", max_length=240).score([asked]) == read_at_end
+    settings = json.loads((tmp_path / "final" / "config.json").read_text())
+    del settings["reward_token"]  # which no other program writes
+    (tmp_path / "final" / "config.json").write_text(json.dumps(settings))
+    folder = CheckpointFolder(tmp_path / "final")
+    newline = folder.tokenizer.encode("\n", add_special_tokens=False)
+    encoded = folder.load(max_length=240).prompt_encoder().encode("What?", ("the red circle", "left " * 300))
+    end = folder.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert [keys[-2:].tolist() for keys in encoded.sequences] == [[end, *newline]] * 2
+    assert encoded.truncated == (False, True) and len(encoded.sequences[1]) == 240
+    assert Scorer.from_pretrained(tmp_path / "final", device="cpu", max_length=240).score([asked]) != read_at_end
+    assert inspect(tmp_path / "final")["reward model"] == "yes, read at the last token of the chat template"
+
+
+def test_an_unknown_place_of_the_reward_is_refused(tmp_path):
+    save_checkpoint(tmp_path / "final", CheckpointFolder(TINY_CHECKPOINT).load())
+    rewrite_json(tmp_path / "final" / "config.json", {"reward_token": "mean"})
+    with pytest.raises(ValueError, match=r"final/config.json: reward_token is 'mean'; expected end or last"):
+        CheckpointFolder(tmp_path / "final").load()
+
+
+def test_a_saved_folder_names_what_transformers_processor_asks_for(tmp_path):
+    save_checkpoint(tmp_path / "final", CheckpointFolder(TINY_CHECKPOINT).load())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "final")
+    names = ("start_image_token", "context_image_token", "end_image_token", "video_token")
+    assert [getattr(tokenizer, name) for name in names] == ["<img>", "<IMG_CONTEXT>", "</img>", "<|endoftext|>"]
+    assert json.loads((tmp_path / "final" / "processor_config.json").read_text()) == {
+        "processor_class": "InternVLProcessor", "image_seq_length": 4,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("llm", ["Qwen2", "Qwen3Moe"])
 def test_the_vllm_layout_has_one_bias_free_score_under_the_names_of_the_whole_model(tmp_path, llm):
     write_checkpoint(tmp_path / "first", original_config(llm, "300M", 578))
@@ -81,11 +155,11 @@ def test_the_vllm_layout_has_one_bias_free_score_under_the_names_of_the_whole_mo
     assert {name.split(".")[1] for name in names if name.startswith("model.")} == {
         "vision_tower", "multi_modal_projector", "language_model",
     }  # fmt: skip
-    assert [name for name in names if not name.startswith("model.")] == ["score.weight"]
+    assert [name for name in names if not name.startswith("model.")] == ["language_model.score.weight"]
     config = json.loads((tmp_path / "vllm" / "config.json").read_text())
     assert config["architectures"] == ["InternVLForSequenceClassification"]
-    assert config["problem_type"] == "regression" and len(config["id2label"]) == 1
-    assert len(config["text_config"]["id2label"]) == 1
+    for part in (config, config["text_config"]):
+        assert part["problem_type"] == "regression" and len(part["id2label"]) == 1
     expert = "model.language_model.layers.0.mlp.experts.7.gate_proj.weight"
     assert (expert in names) == (llm == "Qwen3Moe")
     CheckpointFolder(tmp_path / "vllm").load()
