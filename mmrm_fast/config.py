@@ -12,16 +12,23 @@ import tyro
 
 
 @dataclass(frozen=True)
-class RecordsConfig:
+class ReadConfig:
+    """How records are read."""
+
+    image_root: tuple[str, ...] = ()
+    """Folder that relative image paths start from; FILE=FOLDER or NAME=FOLDER for one file or test set.
+    Default: the file's own; one for all files must not hold another picture under a name that stands there too."""
+    ignore_fields: tuple[str, ...] = ()
+    """Fields of records, messages or parts to drop though they may change what is said, which else is an error."""
+
+
+@dataclass(frozen=True)
+class RecordsConfig(ReadConfig):
     """What is trained and tested on."""
 
     data: tuple[str, ...] = ()
     """JSONL files of preferences, pairwise or K-wise; FILE:WEIGHT for a mixture. Default: a shapes environment.
     Of a folder whose files are splits the training one is taken, for `--eval` the test one, else validation."""
-    image_root: Path | None = None
-    """Folder that relative `img_path`s start from. Default: the folder of the JSONL file."""
-    ignore_fields: tuple[str, ...] = ()
-    """Fields of records, messages or parts to drop though they may change what is said, which else is an error."""
     environment: Literal["opening", "length", "hedging"] = "opening"
     """Shapes environment to train on when there is no `--data`: opening, length or hedging."""
     pairs: str = "all"
@@ -228,7 +235,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class ScoreConfig:
+class ScoreConfig(ReadConfig):
     """Score every response of a data set with a trained reward model, on Ray actors, in input order.
 
     Interrupted at any moment and started again, it goes on where it stopped.
@@ -238,13 +245,8 @@ class ScoreConfig:
     """Folder of the reward model, such as runs/NAME/final."""
     data: Path = Path("records.jsonl")
     """Records: a JSONL (.gz, .zst) or Parquet file, a folder or a glob; every response of any form is scored."""
-    image_root: Path | None = None
-    """Folder that relative `img_path`s start from. Default: the folder of the JSONL file."""
-    ignore_fields: tuple[str, ...] = ()
-    """Fields of records, messages or parts to drop though they may change what is said, which else is an error."""
     out: Path = Path("scores.jsonl")
-    """Rows id, record, response_index, prompt, img_path, response, score, truncated.
-    A name that ends in .jsonl is one file, any other a folder of shards."""
+    """Rows id, record, response_index, prompt, img_path, response, score, truncated: a .jsonl file or a folder."""
     format: Literal["jsonl", "parquet"] = "jsonl"
     """Of the shards in a folder."""
     best_of: bool = False
@@ -265,15 +267,13 @@ class ScoreConfig:
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(ReadConfig):
     """Score a benchmark of the field, or any preference file, and say how far its numbers can be trusted."""
 
     bench: Literal["vl-rewardbench", "multimodal-rewardbench", "mm-rlhf-rewardbench", "rewardbench", "pairs"] = "pairs"
     """Layout, groups and metrics: a benchmark as published, or `pairs` for any preference records."""
     data: Path = Path("pairs.jsonl")
     """Parquet, JSONL, JSON or CSV file, or the folder that holds it; of splits the test one, else validation."""
-    images: Path | None = None
-    """Folder that image file names start from. Default: the folder of the file."""
     max_pairs: int = 2048
     """Most pairs of a record: of more so many are drawn, and the others counted."""
     model: Path = Path("runs/robust/final")

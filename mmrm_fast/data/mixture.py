@@ -80,7 +80,7 @@ class Look:
     def __call__(self, record: int) -> list[tuple]:
         key = 0
         try:
-            group = self.records.group(record)
+            group = self.records.group(record, compare=True)
         except RecordError as error:
             sizes = [Size.of_error(error)]
         else:

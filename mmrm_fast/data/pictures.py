@@ -7,6 +7,10 @@ is a path (relative to the image root), a `file://` URL, a base64 `data:image/..
 
 import base64
 import binascii
+import filecmp
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -18,8 +22,60 @@ MAX_IMAGE_BYTES = 1 << 26  # of an encoded image inside a record
 SHOWN_URL = 40
 
 
+@dataclass(frozen=True)
+class ImageRoots:
+    """Where relative image paths start: a folder for all files, or one for a file or a test set by its name.
+
+    Under a folder for all, a name that stands beside its own file too, with other content, is an error: it has to be
+    said which of the two is meant, by a folder for that very file.
+    """
+
+    common: Path | None = None
+    own: tuple[tuple[str, Path], ...] = ()
+
+    @classmethod
+    def parse(cls, options: Sequence[str]) -> "ImageRoots":
+        """FOLDER, NAME=FOLDER or FILE=FOLDER each. Raises `ValueError`."""
+        common, own = [], {}
+        for option in options:
+            name, found, folder = option.rpartition("=") if not Path(option).is_dir() else ("", "", option)
+            if not Path(folder).is_dir() or (found and not name):
+                raise ValueError(f"--image-root {option}: no such folder; expected FOLDER, NAME=FOLDER or FILE=FOLDER")
+            if name in own or (not name and common):
+                raise ValueError(f"--image-root {option}: there is another for {name or 'all files'}")
+            if name:
+                own[name] = Path(folder).absolute()
+            else:
+                common = [Path(folder).absolute()]
+        return cls(next(iter(common), None), tuple(own.items()))
+
+    def options(self) -> tuple[str, ...]:
+        """The same with absolute paths, for `parse`."""
+        common = [str(self.common)] if self.common else []
+        return (*common, *(f"{Path(name).absolute()}={folder}" for name, folder in self.own))
+
+    def of(self, file: Path, *names: str) -> tuple[Path, Path | None]:
+        """The folder of a file that goes by these names too, and where a picture of the same name must be the same."""
+        for name, folder in self.own:
+            if name in names or Path(name).absolute() in (file.absolute(), *(Path(own).absolute() for own in names)):
+                return folder, None
+        return (self.common, file.parent) if self.common else (file.parent, None)
+
+    def refuse_unused(self, known: Iterable[tuple[Path, ...]]) -> None:
+        """Raise `ValueError` where the name of a folder is of no file that is read, by what those go by."""
+        known = list(known)
+        for name, folder in self.own:
+            alone = ImageRoots(own=((name, folder),))
+            if not any(alone.of(*names)[0] is folder for names in known):
+                raise ValueError(f"--image-root {name}={folder}: no file or test set of this name is read")
+
+
 def parse_images(
-    fields: dict, in_messages: tuple[object, ...], image_root: Path | None, confined: bool
+    fields: dict,
+    in_messages: tuple[object, ...],
+    image_root: Path | None,
+    confined: bool = False,
+    beside: Path | None = None,
 ) -> tuple[str | list | None, tuple[str | bytes, ...]]:
     """A record's images, of its own field or of its messages: as written, and as paths or encoded bytes.
 
@@ -37,15 +93,18 @@ def parse_images(
             raise FieldError(name, "there are images in the messages as well; use one of the two")
         name, written = "image", list(in_messages)
         items = written
-    return shown_images(written), tuple(resolve_image(item, name, image_root, confined) for item in items)
+    return shown_images(written), tuple(resolve_image(item, name, image_root, confined, beside) for item in items)
 
 
-def resolve_image(item: object, name: str, image_root: Path | None = None, confined: bool = False) -> str | bytes:
+def resolve_image(
+    item: object, name: str, image_root: Path | None = None, confined: bool = False, beside: Path | None = None
+) -> str | bytes:
     """One image as a path or as encoded bytes.
 
     Args:
         image_root: where relative paths start.
         confined: accept only paths that lie under `image_root`, symbolic links followed; without a root, none.
+        beside: where a file of the same relative path must have the same content.
 
     Raises:
         FieldError: not an image reference, outside of the root, or over `MAX_IMAGE_BYTES`.
@@ -67,9 +126,24 @@ def resolve_image(item: object, name: str, image_root: Path | None = None, confi
     if scheme.startswith(("http://", "https://")):
         raise FieldError(name, "images are not downloaded; save it and give its path")
     path = file_url_path(item, name) if scheme.startswith("file://") else text(item, name)
+    if beside and not Path(path).is_absolute() and not same_content(image_root / path, beside / path):
+        raise FieldError(
+            name,
+            f"{path} is one picture under --image-root {image_root} and another one beside the file, in {beside}; say"
+            f" which with --image-root FILE={image_root} or FILE={beside}",
+        )
     if confined:
         return confined_path(path, name, image_root)
     return str(image_root / path if image_root else Path(path))
+
+
+@lru_cache(maxsize=1 << 16)
+def same_content(first: Path, second: Path) -> bool:
+    """Whether two files are alike, sizes compared before bytes; true where one of them is not there."""
+    try:
+        return first.samefile(second) or filecmp.cmp(first, second, shallow=False)
+    except OSError:
+        return True
 
 
 def decode_data_url(url: str, name: str) -> bytes:

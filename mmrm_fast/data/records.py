@@ -13,8 +13,8 @@ import numpy as np
 
 from mmrm_fast.data.fields import ReadColumns, refuse_unread
 from mmrm_fast.data.forms import FORM_FIELDS, PREFERENCE_FIELDS, Form, in_text, parse_form
-from mmrm_fast.data.lines import Rows, open_rows
-from mmrm_fast.data.pictures import IMAGE_FIELDS, parse_images
+from mmrm_fast.data.lines import open_rows
+from mmrm_fast.data.pictures import IMAGE_FIELDS, ImageRoots, parse_images
 from mmrm_fast.data.splits import Split, record_files
 from mmrm_fast.data.types import (
     FieldError,
@@ -48,6 +48,7 @@ def parse_group(
     record: int = 0,
     image_root: Path | None = None,
     confined: bool = False,
+    beside: Path | None = None,
     ignored: Collection[str] = (),
     max_pairs: int = MAX_PAIRS,
 ) -> Group:
@@ -56,6 +57,7 @@ def parse_group(
     Args:
         image_root: where relative image paths start.
         confined: accept only encoded images and paths under `image_root`, for records that strangers send.
+        beside: where a picture of the same relative path must be the same.
         ignored: names of fields that may be dropped though they may change what the record says.
         max_pairs: of more pairs so many are drawn, of equal responses with equal ratings always the same.
 
@@ -69,7 +71,7 @@ def parse_group(
         fields = {name: value for name, value in fields.items() if value is not None}
         refuse_unread(fields, FIELDS, ignored)
         form = parse_form(fields, ignored)
-        shown, images = parse_images(fields, form.images, image_root, confined)
+        shown, images = parse_images(fields, form.images, image_root, confined, beside)
         truth = parse_truth(fields, len(form.responses))
         return Group(
             source, record, parse_id(fields), form.prompt, shown, images, form.responses, truth=truth,
@@ -119,7 +121,8 @@ class Records:
     Args:
         specs: each a file (JSONL, also .gz or .zst, Parquet, CSV, a JSON array), every one of a folder, or a glob.
         split: of a folder whose files are splits, the one that is meant, see `splits.record_files`.
-        image_root: folder that relative image paths start from; default each file's own folder.
+        image_root: folder that relative image paths start from, or one for some files; default each file's own folder.
+        name: of the test set that the files are, for its own image root.
         need_pairs: refuse records without preferences (training, evaluation).
         ignored, max_pairs: see `parse_group`.
 
@@ -131,47 +134,56 @@ class Records:
         self,
         *specs: str | Path,
         split: Split | None = None,
-        image_root: str | Path | None = None,
+        image_root: str | Path | ImageRoots | None = None,
+        name: str | None = None,
         need_pairs: bool = False,
         ignored: Collection[str] = (),
         max_pairs: int = MAX_PAIRS,
     ):
-        self.need_pairs, self.image_root = need_pairs, Path(image_root) if image_root else None
-        self.options = {"ignored": frozenset(ignored), "max_pairs": max_pairs}
+        self.need_pairs, self.options = need_pairs, {"ignored": frozenset(ignored), "max_pairs": max_pairs}
+        roots = image_root if isinstance(image_root, ImageRoots) else ImageRoots(image_root and Path(image_root))
         found = [record_files(spec, split) for spec in specs]
         self.left = [file for _, left in found for file in left]  # of other splits
         opened = [open_rows(taken, ReadColumns(FIELDS)) for taken, _ in found]
         self.files = [file for own in opened for file in own]
+        called = [str(spec) for spec, own in zip(specs, opened, strict=True) for _ in own]
+        self.names = [(file.path, *filter(None, (name, spec))) for file, spec in zip(self.files, called, strict=True)]
+        self.roots = [roots.of(*names) for names in self.names]  # and where the same names must be the same pictures
         self.edges = np.cumsum([0, *map(len, self.files)])
         self.spec_edges = np.cumsum([0, *(sum(map(len, own)) for own in opened)])  # where the records of each begin
 
     def __len__(self) -> int:
         return int(self.edges[-1])
 
-    def group(self, index: int) -> Group:
-        """Parse record `index`. Raises `RecordError` naming file, line and field."""
-        file, row = self.place(index)
+    def group(self, index: int, *, compare: bool = False) -> Group:
+        """Parse record `index`. Raises `RecordError` naming file, line and field.
+
+        Args:
+            compare: where pictures come from a folder for all files, refuse one that is another one beside its file.
+        """
+        number, row = self.place(index)
+        file, (root, beside) = self.files[number], self.roots[number]
         source, fields = file.source(row), file.fields(row)
         if self.need_pairs and isinstance(fields, dict) and not (PREFERENCE_FIELDS & fields.keys() or in_text(fields)):
             raise RecordError(source, "chosen", "missing; training and evaluation need chosen/rejected or completions")
-        root = self.image_root or file.path.parent
-        return parse_group(fields, source=source, record=int(index), image_root=root, **self.options)
+        compared = beside if compare else None
+        return parse_group(fields, source=source, record=int(index), image_root=root, beside=compared, **self.options)
 
     def source(self, index: int) -> str:
         """File and line of record `index`, which is not read."""
-        file, row = self.place(index)
-        return file.source(row)
+        number, row = self.place(index)
+        return self.files[number].source(row)
 
-    def place(self, index: int) -> tuple[Rows, int]:
-        """Record `index` as a file and its row."""
+    def place(self, index: int) -> tuple[int, int]:
+        """Record `index` as the number of its file and its row."""
         number = int(np.searchsorted(self.edges, index, side="right")) - 1
-        return self.files[number], int(index - self.edges[number])
+        return number, int(index - self.edges[number])
 
 
 def iter_groups(records: Records, indices: Sequence[int] | None = None) -> Iterator[Group | RecordError]:
     """The groups in order, a `RecordError` in the place of each one that cannot be parsed."""
     for index in range(len(records)) if indices is None else indices:
         try:
-            yield records.group(index)
+            yield records.group(index, compare=True)
         except RecordError as error:
             yield error

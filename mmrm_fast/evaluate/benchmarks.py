@@ -6,23 +6,24 @@
     rewardbench             prompt, chosen, rejected, subset, id                           arXiv 2403.13787
     pairs                   any record form with preferences
 
-Files are Parquet, JSON lines, a JSON list or CSV. An image is a file name under the images folder (with or without the
+Files are Parquet, JSON lines, a JSON list or CSV. An image is a file name under the image root (with or without the
 first folder of its name), a data URL, bytes, or the `{"bytes", "path"}` object of Parquet files.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mmrm_fast.data.fields import ReadColumns, refuse_unread
 from mmrm_fast.data.lines import Rows, open_rows
-from mmrm_fast.data.pictures import resolve_image
+from mmrm_fast.data.pictures import ImageRoots, resolve_image
 from mmrm_fast.data.records import MAX_PAIRS, Group, Records, iter_groups, parse_group
 from mmrm_fast.data.splits import record_files, said_left
 from mmrm_fast.data.types import FieldError, Pairs, RecordError, at, kind_of
 
 IMAGE_FIELDS = ("image", "Image", "image_path", "images", "img_path")
-COLUMNS = {  # of Parquet files; others are not read
+COLUMNS = {  # that are read; others may say nothing that changes an item
     "id", "ID", "query", "response", "human_ranking", "ranking", "query_source", "Text", "Output1", "Output2", "Better",
     "Category", "prompt", "chosen", "rejected", "subset", *IMAGE_FIELDS,
 }  # fmt: skip
@@ -69,13 +70,21 @@ class Unread:
     error: RecordError
 
 
-def read_items(bench: str, data: Path, images: Path | None, *, max_pairs: int = MAX_PAIRS) -> Iterator[Item | Unread]:
+def read_items(
+    bench: str,
+    data: Path,
+    image_root: Sequence[str] = (),
+    *,
+    ignored: Collection[str] = (),
+    max_pairs: int = MAX_PAIRS,
+) -> Iterator[Item | Unread]:
     """Every item of a benchmark in the order of its files, an `Unread` in the place of each that cannot be used.
 
     Args:
         bench: `pairs` or a name in `LAYOUTS`.
         data: a file, or a folder with published files, of whose splits the tested one is read.
-        images: folder that image file names start from; default the folder of the file.
+        image_root: folders that image file names start from, see `ImageRoots`; default the folder of the file.
+        ignored: names of fields that may be dropped though they may change what an item says.
         max_pairs: see `records.parse_group`.
 
     Raises:
@@ -84,11 +93,14 @@ def read_items(bench: str, data: Path, images: Path | None, *, max_pairs: int = 
     taken, left = record_files(data, "test")
     if left:
         print(said_left(taken, left))
+    roots = ImageRoots.parse(image_root)
+    roots.refuse_unused((path, str(data)) for path in taken)
     if bench == "pairs":
-        yield from read_pairs(Records(*taken, image_root=images, need_pairs=True, max_pairs=max_pairs))
+        options = {"need_pairs": True, "ignored": ignored, "max_pairs": max_pairs}
+        yield from read_pairs(Records(*taken, image_root=roots, name=str(data), **options))
         return
-    for file in open_rows(taken, COLUMNS):
-        yield from read_layout(LAYOUTS[bench], file, images or file.path.parent)
+    for file in open_rows(taken, ReadColumns(COLUMNS)):
+        yield from read_layout(LAYOUTS[bench], file, roots.of(file.path, str(data)), ignored)
 
 
 def read_pairs(records: Records) -> Iterator[Item | Unread]:
@@ -105,8 +117,10 @@ def read_pairs(records: Records) -> Iterator[Item | Unread]:
             yield Item(identity, group, ordered=len(group.responses) > 2)
 
 
-def read_layout(layout: Callable[[dict, str], Item], file: Rows, images: Path) -> Iterator[Item | Unread]:
-    """Items of one file in a benchmark's own layout."""
+def read_layout(
+    layout: Callable[[dict, str], Item], file: Rows, root: tuple[Path, Path | None], ignored: Collection[str]
+) -> Iterator[Item | Unread]:
+    """Items of one file in a benchmark's own layout; `root` as `ImageRoots.of` gives it."""
     for index in range(len(file)):
         identity, group, source = str(index), "unknown", file.source(index)
         try:
@@ -115,9 +129,10 @@ def read_layout(layout: Callable[[dict, str], Item], file: Rows, images: Path) -
                 if not isinstance(fields, dict):
                     raise FieldError("", f"an item is a JSON object, this is {kind_of(fields)}")
                 identity = str(fields.get("id", fields.get("ID", index)))
+                refuse_unread(fields, COLUMNS, ignored)
                 item = layout(fields, source)
                 group = item.group
-                found = find_images(fields, source, images, required=layout is not rewardbench)
+                found = find_images(fields, source, *root, required=layout is not rewardbench)
         except RecordError as error:
             yield Unread(identity, group, error)
         else:
@@ -195,7 +210,9 @@ def chosen_rejected(fields: dict, source: str) -> Group:
     return parse_group({name: fields.get(name) for name in ("prompt", "chosen", "rejected")}, source=source)
 
 
-def find_images(fields: dict, source: str, root: Path, *, required: bool) -> tuple[str | bytes, ...]:
+def find_images(
+    fields: dict, source: str, root: Path, beside: Path | None, *, required: bool
+) -> tuple[str | bytes, ...]:
     """The images of an item, as paths or encoded bytes."""
     field = next((name for name in IMAGE_FIELDS if fields.get(name)), None)
     if field is None:
@@ -203,12 +220,12 @@ def find_images(fields: dict, source: str, root: Path, *, required: bool) -> tup
             raise MissingImage(source, "image", "the item has no image")
         return ()
     values = fields[field] if isinstance(fields[field], list) else [fields[field]]
-    return tuple(find_image(value, source, field, root) for value in values)
+    return tuple(find_image(value, source, field, root, beside) for value in values)
 
 
-def find_image(value: object, source: str, field: str, root: Path) -> str | bytes:
+def find_image(value: object, source: str, field: str, root: Path, beside: Path | None) -> str | bytes:
     """One image as a path below `root` or as encoded bytes."""
-    image = resolve_image(value, field, root, confined=True)
+    image = resolve_image(value, field, root, confined=True, beside=beside)
     if isinstance(image, bytes) or Path(image).is_file():
         return image
     shorter = root.joinpath(*Path(image).relative_to(root.resolve()).parts[1:])

@@ -71,7 +71,8 @@ class ScoredPair:
 def evaluate(config: EvaluateConfig) -> int:
     """Score a benchmark, write results.json and plots; returns the exit status, 3 when any item was not scored."""
     scorer = Scorer.from_pretrained(config.model, **options(config.batch))
-    items = list(read_items(config.bench, config.data, config.images, max_pairs=config.max_pairs))
+    reading = {"ignored": config.ignore_fields, "max_pairs": config.max_pairs}
+    items = list(read_items(config.bench, config.data, config.image_root, **reading))
     if not items:
         raise ValueError(f"{config.data}: no items")
     pairs, unscored = score_items(scorer, items)

@@ -11,6 +11,7 @@ import numpy as np
 
 from mmrm_fast.config import ReportConfig
 from mmrm_fast.data.images import load_image
+from mmrm_fast.data.pictures import ImageRoots
 from mmrm_fast.data.records import Group, Records, prompt_json
 from mmrm_fast.evaluate import plots
 from mmrm_fast.evaluate.page import write_page
@@ -188,7 +189,8 @@ def galleries(run: Run) -> list[dict]:
         ("Most up-weighted pairs", note, sorted(weighted, key=lambda row: -row["weight"])),
         ("Worst pairs", "The evaluated pairs with the lowest margin.", sorted(rows, key=lambda row: row["margin"])),
     ]
-    files = Files(run.config.get("image_root"))
+    roots = run.config.get("image_root") or []
+    files = Files([roots] if isinstance(roots, str) else roots)  # one, in earlier releases
     return [
         {"heading": heading, "note": note, "pairs": [files.card(row) for row in pairs[:SHOWN_PAIRS]]}
         for heading, note, pairs in found
@@ -199,9 +201,9 @@ def galleries(run: Run) -> list[dict]:
 class Files:
     """The record files that evaluated pairs come from, each opened once."""
 
-    def __init__(self, image_root: str | None):
+    def __init__(self, image_root: Sequence[str]):
         self.image_root = image_root
-        self.opened: dict[str, Records] = {}
+        self.opened: dict[tuple[str, str], Records] = {}
 
     def card(self, row: dict) -> dict:
         """What is shown of a pair: its figures, and as much of its record as can be read."""
@@ -210,7 +212,7 @@ class Files:
         card |= {"set": row["set"], "source": row["source"], "prompt": "", "chosen": "", "rejected": ""}
         card |= {"images": [], "problem": ""}
         try:
-            group = self.group(row["source"], row["record"])
+            group = self.group(row["source"], row["record"], row["set"])
             card["prompt"] = shortened(text_of(group))
             card |= {key: shortened(group.responses[row[key]]) for key in ("chosen", "rejected")}
             card["images"] = [thumbnail(image) for image in group.images]
@@ -218,12 +220,12 @@ class Files:
             card["problem"] = str(error)
         return card
 
-    def group(self, source: str, record: int) -> Group:
+    def group(self, source: str, record: int, name: str) -> Group:
         """The record that stands at `source`, "FILE:LINE" or "FILE[PLACE]", and was number `record` of its set."""
         path = re.sub(r"(:\d+|\[\d+\])$", "", source)
-        if path not in self.opened:
-            self.opened[path] = Records(path, image_root=self.image_root)
-        file = self.opened[path]
+        if (path, name) not in self.opened:
+            self.opened[path, name] = Records(path, image_root=ImageRoots.parse(self.image_root), name=name)
+        file = self.opened[path, name]
         for place in (record, *range(len(file))):
             if place < len(file) and file.source(place) == source:
                 return file.group(place)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from mmrm_fast.checkpoint.folder import CheckpointFolder
 from mmrm_fast.config import ScoreConfig
 from mmrm_fast.config_file import options
+from mmrm_fast.data.pictures import ImageRoots
 from mmrm_fast.data.records import Group, RecordError, Records, iter_groups, prompt_json
 from mmrm_fast.data.splits import FAILURES
 from mmrm_fast.files import read_json, write_json_lines
@@ -39,7 +40,7 @@ class ScoringActor:
     def __init__(self, config: ScoreConfig, shards: Shards, *, num_threads: int):
         torch.set_num_threads(num_threads)
         self.config, self.shards = config, shards
-        self.records = Records(config.data, image_root=config.image_root, ignored=config.ignore_fields)
+        self.records = open_records(config)
         self.reading = threading.Lock()
         self.scorer = Scorer.from_pretrained(config.model, **options(config.batch))
         self.scale = reward_scale(config)
@@ -140,7 +141,7 @@ def score(config: ScoreConfig) -> int:
         model=config.model.resolve(),
         data=config.data.absolute(),
         out=config.out.absolute(),
-        image_root=config.image_root and config.image_root.absolute(),
+        image_root=ImageRoots.parse(config.image_root).options(),
     )
     if config.best_of and config.to_pairs is not None:
         raise ValueError("--best-of and --to-pairs write different rows; choose one")
@@ -150,13 +151,21 @@ def score(config: ScoreConfig) -> int:
     reward_scale(config)
     if not config.out.parent.is_dir():
         raise ValueError(f"{config.out.parent}: no such folder to write scores into")
-    records = Records(config.data, image_root=config.image_root, ignored=config.ignore_fields)
+    records = open_records(config)
     if config.out.resolve() in [source.path.resolve() for source in records.files]:
         raise ValueError(f"{config.out}: is one of the files to be scored; choose another --out")
     shards = open_shards(config, records)
     tally = run(config, shards)
     errors = [error for note in shards.notes() for error in note["errors"]]
     return finish(config, shards, tally, errors)
+
+
+def open_records(config: ScoreConfig) -> Records:
+    """What is to be scored."""
+    roots = ImageRoots.parse(config.image_root)
+    records = Records(config.data, image_root=roots, ignored=config.ignore_fields)
+    roots.refuse_unused(records.names)
+    return records
 
 
 def open_shards(config: ScoreConfig, records: Records) -> Shards:
@@ -171,7 +180,7 @@ def open_shards(config: ScoreConfig, records: Records) -> Shards:
     shards.open(
         {
             "data": fingerprint(source.path for source in records.files),
-            "image root": str(config.image_root),
+            "image root": list(config.image_root),
             "model": fingerprint(weights, sampled=True),
             "records": len(records),
             "options": {name: options(config)[name] for name in IDENTITY},

@@ -18,6 +18,7 @@ from mmrm_fast.data.mixture import (
     record_order,
     unknown_samples,
 )
+from mmrm_fast.data.pictures import ImageRoots
 from mmrm_fast.data.records import RecordError, Records
 from mmrm_fast.data.samples import Preparer
 from mmrm_fast.data.splits import Split, said_left
@@ -78,8 +79,10 @@ def open_inputs(config: RecordsConfig, eval_sets: list[EvalSet], preparer: Prepa
     """
     fraction = config.eval_fraction or 0.0
     mixture, testing = parse_mixture(config.data), replace(preparer, pairs="all", overlong="truncate")
-    train = open_records(config, "train", *mixture.paths)
-    tests = [open_records(config, "test", own.path) for own in eval_sets]
+    roots = ImageRoots.parse(config.image_root)
+    train = open_records(config, "train", roots, *mixture.paths)
+    tests = [open_records(config, "test", roots, own.path, name=own.name) for own in eval_sets]
+    roots.refuse_unused(names for records in (train, *tests) for names in records.names)
     first = config.check_records
     all_or_first = len(train) if fraction or config.pairs == "expand" else first  # what is a sample depends on all
     table = survey(Look(train, preparer, testing, fraction, is_decoded(train, config)), all_or_first, progress)
@@ -99,9 +102,15 @@ def open_inputs(config: RecordsConfig, eval_sets: list[EvalSet], preparer: Prepa
     return Inputs(dataset, mixture.weights, eval_sets, datasets)
 
 
-def open_records(config: RecordsConfig, split: Split, *paths: str | Path) -> Records:
-    """The preferences of some files, of folders those of a split, of which there must be some."""
-    options = {"image_root": config.image_root, "ignored": config.ignore_fields, "max_pairs": config.max_pairs}
+def open_records(
+    config: RecordsConfig, split: Split, roots: ImageRoots, *paths: str | Path, name: str | None = None
+) -> Records:
+    """The preferences of some files, of folders those of a split, of which there must be some.
+
+    Args:
+        roots, name: of their pictures, and the test set that they are.
+    """
+    options = {"image_root": roots, "name": name, "ignored": config.ignore_fields, "max_pairs": config.max_pairs}
     records = Records(*paths, split=split, need_pairs=True, **options)
     if not len(records):
         raise ValueError(f"{', '.join(map(str, paths))}: no records")

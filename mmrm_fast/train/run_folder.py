@@ -172,6 +172,8 @@ def require_same(config: TrainConfig, checkpoint: Path | None) -> None:
     else:
         return
     now, before = config_json(config), config_json(TrainConfig()) | before  # an option that is new had its default
+    if not isinstance(before["image_root"], list):  # one folder, in earlier releases
+        before["image_root"] = [before["image_root"]] if before["image_root"] else []
     unused = {"tokens_per_batch"} if now["pairs_per_step"] else set()
     gone = {name for name in before.keys() - now if not before[name]}  # and was not set
     changed = [name for name in sorted(before.keys() - FREE - unused - gone) if before[name] != now.get(name)]

@@ -36,7 +36,7 @@ def write_json_lines(path, rows):
 
 
 def read(bench, path, images=None):
-    return list(read_items(bench, path, images))
+    return list(read_items(bench, path, [str(images)] if images else []))
 
 
 @pytest.fixture
