@@ -114,9 +114,9 @@ class ProxyConfig:
     robust: bool = False
     """Train a text-only proxy beside the model and up-weight the pairs on which it fails."""
     proxy_model: str = "full"
-    """`full`: a copy of the model's language model.
-    A folder: the (smaller) checkpoint there, with the same tokenizer.
+    """`full`: a copy of the model's language model; a folder: the (smaller) checkpoint there, of the same tokenizer.
     `lora`: a second adapter on the model's own frozen weights, with `--llm-lora`.
+    `ngrams`: no model, but regressions on words, lengths and form, cross-fitted in seconds before the first step.
     A JSONL file: margins computed before, such as the eval-NAME.jsonl of a robust run tested on its training file."""
     proxy_image: Literal["none", "white"] = "none"
     """What the proxy has in place of an image: nothing, or a white tile as in the reference implementation."""

@@ -48,10 +48,10 @@ class PairRow:
     reward: float | None = None  # of chosen
 
 
-def pair_rows(group: Group, rewards: list[float], proxy_rewards: list[float] | None) -> Iterable[PairRow]:
-    """The rows of one group, from the rewards of its responses."""
+def pair_rows(group: Group, rewards: list[float], proxy_margins: list[float] | None) -> Iterable[PairRow]:
+    """The rows of one group, from the rewards of its responses and the proxy's margins of its pairs."""
     truth = group.truth
-    for pair in group.pairs:
+    for place, pair in enumerate(group.pairs):
         chosen, rejected = pair.chosen, pair.rejected
         yield PairRow(
             group.record,
@@ -59,7 +59,7 @@ def pair_rows(group: Group, rewards: list[float], proxy_rewards: list[float] | N
             group.places[chosen],
             group.places[rejected],
             rewards[chosen] - rewards[rejected],
-            None if proxy_rewards is None else proxy_rewards[chosen] - proxy_rewards[rejected],
+            None if proxy_margins is None else proxy_margins[place],
             None if truth is None else truth[chosen] - truth[rejected],
             rewards[chosen],
         )

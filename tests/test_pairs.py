@@ -127,7 +127,7 @@ def group(*pairs, truth=None):
 
 
 def test_a_row_holds_the_margins_of_its_pair():
-    rows = list(pair_rows(group(Pair(2, 0), Pair(0, 1), truth=(5.0, 1.0, 2.0)), [1.0, 2.0, 4.0], [0.5, 0.25, 0.0]))
+    rows = list(pair_rows(group(Pair(2, 0), Pair(0, 1), truth=(5.0, 1.0, 2.0)), [1.0, 2.0, 4.0], [-0.5, 0.25]))
     assert rows == [
         PairRow(3, "file.jsonl:4", 2, 0, 3.0, -0.5, -3.0, 4.0),
         PairRow(3, "file.jsonl:4", 0, 1, -1.0, 0.25, 4.0, 1.0),

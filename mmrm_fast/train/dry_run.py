@@ -7,13 +7,14 @@ import numpy as np
 import torch
 
 from mmrm_fast.config import TrainConfig
+from mmrm_fast.config_file import with_options
 from mmrm_fast.data.mixture import parse_mixture
 from mmrm_fast.data.records import RecordError, Records
 from mmrm_fast.data.samples import Preparer, Sample
 from mmrm_fast.model.reward_model import RewardModel
 from mmrm_fast.tables import print_table
 from mmrm_fast.train.memory import Memory, activations, count, memory, needed, sized_branches
-from mmrm_fast.train.proxy import Proxy, parse_proxy
+from mmrm_fast.train.proxy import Proxy, ShortcutProxy, parse_proxy
 from mmrm_fast.train.rates import Rates
 from mmrm_fast.train.records import open_records, training_preparer
 
@@ -48,7 +49,23 @@ def dry_run(config: TrainConfig, *, num_gpus: int) -> None:
     title = f"{config.weights.model.name}, GPUs: {num_gpus}"
     print_table(title, heads, [*parameter_rows(apart), *memory_rows(memories)])
     print("\n".join(work_lines(config, models, work)))
+    if isinstance(proxy, ShortcutProxy):
+        print(saved_line(config, num_gpus, work))
     refuse(config, needed(memories) + WORKSPACE)
+
+
+def saved_line(config: TrainConfig, num_gpus: int, work: Work | None) -> str:
+    """What a run spares that would train the paper's full proxy instead."""
+    branches = sized_branches(parse_proxy(with_options(config, proxy_model="full")))
+    models = [branch.root for branch in branches]
+    spared = memory(config.memory, models[1], 0, num_gpus=num_gpus)
+    parts = ", ".join(f"{name} {getattr(spared, name) / GIB:.2f}" for name in ("weights", "gradients", "optimizer"))
+    line = f"a full proxy would take {spared.total / GIB:.2f} GiB a GPU more before activations ({parts})"
+    if work is None:
+        return line
+    rates = Rates(models, work.tokens_per_tile, torch.device("cpu"))
+    share = rates.flops(0, work.text_tokens, 0) / rates.flops(work.tokens, 0, work.tiles)
+    return f"{line} and {share:.0%} more FLOPs a step"
 
 
 def full_micro_batch(config: TrainConfig, number: int, work: Work | None) -> tuple[int, int]:

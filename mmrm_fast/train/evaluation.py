@@ -1,7 +1,8 @@
 """Test sets through the model and the proxy of a training, and the figures that come of them."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import numpy as np
 import torch
@@ -11,10 +12,11 @@ from mmrm_fast.data.types import RewardError
 from mmrm_fast.pairs import PairRow, judged_accuracy, pair_rows, summarize, without_numbers
 from mmrm_fast.train import sharding
 from mmrm_fast.train.branch import Branch, train_mode
+from mmrm_fast.train.proxy import Proxy
 
 
 def evaluate(
-    branches: list[Branch], batches: dict[str, Iterable[Packed]], device: torch.device
+    branches: list[Branch], proxy: Proxy, batches: dict[str, Iterable[Packed]], device: torch.device
 ) -> tuple[dict[str, list[PairRow]], list[RewardError]]:
     """Every pair of every test set by the set's name, on every rank, in the order of its file; and those left out.
 
@@ -22,13 +24,15 @@ def evaluate(
 
     Args:
         branches: the model and, where it is one, the proxy; in training again when this returns.
+        proxy: what gives the proxy's margins.
         batches: this rank's, by the name of the test set.
     """
     for branch in branches:
         branch.root.eval()
     rows, errors = {}, []
     for name, packed in batches.items():
-        everyones = sharding.gather_lists([row for batch in packed for row in batch_rows(branches, batch, device)])
+        own = [row for batch in packed for row in batch_rows(name, branches, proxy, batch, device)]
+        everyones = sharding.gather_lists(own)
         in_order = sorted(everyones, key=lambda row: (row.record, row.chosen, row.rejected))
         bad = without_numbers(in_order)
         rows[name] = [row for row in in_order if row not in bad]
@@ -39,17 +43,17 @@ def evaluate(
 
 
 @torch.no_grad()  # not inference_mode: sharded weights must stay trainable
-def batch_rows(branches: list[Branch], packed: Packed, device: torch.device) -> list[PairRow]:
-    """The rows of one packed batch."""
-    (main, *proxies), batch = branches, packed.batch.to(device)
-    sizes = batch.num_responses
-    rewards = main(batch.main, batch.tiles)[: sum(sizes)].cpu().split(sizes)
-    proxy_rewards = [proxy(batch.text, batch.text_tiles)[: sum(sizes)].cpu().split(sizes) for proxy in proxies]
-    rows = []
-    for place, sample in enumerate(packed.samples):
-        of_proxy = proxy_rewards[0][place].tolist() if proxies else None
-        rows += pair_rows(sample.group, rewards[place].tolist(), of_proxy)
-    return rows
+def batch_rows(
+    name: str, branches: list[Branch], proxy: Proxy, packed: Packed, device: torch.device
+) -> Iterator[PairRow]:
+    """The rows of one packed batch of a test set."""
+    batch, sizes = packed.batch.to(device), packed.batch.num_responses
+    rewards = branches[0](batch.main, batch.tiles)[: sum(sizes)].cpu().split(sizes)
+    proxy_margin_P = proxy.test_margins(name, branches, packed, batch)
+    left = None if proxy_margin_P is None else iter(proxy_margin_P.tolist())
+    for sample, own in zip(packed.samples, rewards, strict=False):
+        of_proxy = None if left is None else list(islice(left, len(sample.group.pairs)))
+        yield from pair_rows(sample.group, own.tolist(), of_proxy)
 
 
 def figures(rows: dict[str, list[PairRow]], kinds: dict[str, str]) -> dict[str, dict]:

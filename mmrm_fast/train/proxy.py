@@ -1,6 +1,6 @@
 """The text-only proxy of a training, in its several forms; `parse_proxy` says which, and nothing else asks."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -12,13 +12,16 @@ from mmrm_fast.checkpoint.folder import Checkpoint, CheckpointFolder
 from mmrm_fast.config import TrainConfig
 from mmrm_fast.data.images import white_tile
 from mmrm_fast.data.lines import Rows, open_rows
+from mmrm_fast.data.mixture import PreferenceDataset
 from mmrm_fast.data.packing import Packed, PackedBatch
-from mmrm_fast.data.samples import Sample
-from mmrm_fast.files import json_lines
 from mmrm_fast.model.lora import MAIN, PROXY, TwoAdapterModel, add_lora
+from mmrm_fast.shortcuts.crossfit import Features
+from mmrm_fast.shortcuts.ngrams import NgramFeatures
 from mmrm_fast.train import sharding
 from mmrm_fast.train.branch import AdapterBranch, Branch, add_adapters, freeze
 from mmrm_fast.train.loss import margins, preference_loss
+from mmrm_fast.train.margins import SHORTCUT, TRAIN, ProxyMargins, file_of, write_margins
+from mmrm_fast.train.records import Inputs
 
 Opener = Callable[[CheckpointFolder, bool], Checkpoint]  # (folder, whether its language model alone is wanted)
 
@@ -55,6 +58,13 @@ class Proxy:
         """The proxy's margins [P], its backward pass done, if there is one; `batch` is `packed.batch` on the device."""
         return None
 
+    def test_margins(self, name: str, branches: list[Branch], packed: Packed, batch: PackedBatch) -> Tensor | None:
+        """The proxy's margins [P] of a batch of a test set, if it has them."""
+        return None
+
+    def prepare(self, folder: Path, inputs: Inputs, *, resumed: bool, progress: Callable) -> None:
+        """What the first step waits for, on every rank; a run that is resumed has it in its folder."""
+
 
 class TrainedProxy(Proxy):
     """A proxy that is the second branch."""
@@ -65,6 +75,9 @@ class TrainedProxy(Proxy):
         rewards = branches[1](batch.text, batch.text_tiles)
         preference_loss(rewards, None, batch, label_smoothing=self.config.loss.label_smoothing).main.backward()
         return margins(rewards.detach(), batch)
+
+    def test_margins(self, name: str, branches: list[Branch], packed: Packed, batch: PackedBatch) -> Tensor:
+        return margins(branches[1](batch.text, batch.text_tiles), batch)
 
     def see_white(self, checkpoint: Checkpoint) -> bool:
         """Run a frozen vision tower on the proxy's white tile, once for the whole training; whether it can be so."""
@@ -124,16 +137,9 @@ class FileProxy(Proxy):
         self.path = path
 
     @cached_property
-    def file(self) -> "ProxyMargins":
+    def file(self) -> ProxyMargins:
         """What it holds."""
         return ProxyMargins(self.path)
-
-    def problems(self) -> Iterator[str]:
-        start, records = f"--proxy-model {self.path}: margins are by", self.config.records
-        if records.pairs != "all":
-            yield f"{start} pair of a whole record, not with --pairs {records.pairs}"
-        if len(records.data) > 1:
-            yield f"{start} record of one file, --data has {len(records.data)}"
 
     def files(self) -> list[Rows]:
         return open_rows([self.path], ())
@@ -142,9 +148,46 @@ class FileProxy(Proxy):
         return self.file.of(packed.samples).to(batch.chosen_P.device)
 
 
+class ShortcutProxy(FileProxy):
+    """`ngrams`: margins that the run computes before its first step, from what a response's words and form tell."""
+
+    scores_tests = True
+
+    def __init__(self, config: TrainConfig):
+        super().__init__(config, Path(SHORTCUT, f"{TRAIN}.jsonl"))
+        self.tests: dict[str, ProxyMargins] = {}
+
+    def files(self) -> list[Rows]:
+        return []  # the run's own
+
+    def prepare(self, folder: Path, inputs: Inputs, *, resumed: bool, progress: Callable) -> None:
+        self.path = folder / self.path
+        names = [eval_set.name for eval_set in inputs.eval_sets]
+        if not resumed:
+            tests = dict(zip(names, inputs.eval_datasets, strict=True))
+            write_margins(
+                self.path.parent, self.features, inputs.dataset, tests, seed=self.config.run.seed, progress=progress
+            )
+        elif not self.path.is_file():
+            raise ValueError(f"{self.path}: the margins that the run began with are not there")
+        for name in names:
+            path = self.path.with_name(f"{file_of(name)}.jsonl")
+            if path.is_file():
+                self.tests[name] = ProxyMargins(path)
+            elif sharding.rank() == 0:
+                print(f"{name}: was no test set when the run began, so the proxy has no margins of it")
+
+    def features(self, dataset: PreferenceDataset) -> Features:
+        """What the margins of a data set are computed from."""
+        return NgramFeatures(dataset.records)
+
+    def test_margins(self, name: str, branches: list[Branch], packed: Packed, batch: PackedBatch) -> Tensor | None:
+        return self.tests[name].of(packed.samples) if name in self.tests else None
+
+
 def parse_proxy(config: TrainConfig) -> Proxy:
     """What `--robust` and `--proxy-model` ask for. Raises `ValueError`."""
-    name, kinds = config.proxy.proxy_model, {"full": ModelProxy, "lora": AdapterProxy}
+    name, kinds = config.proxy.proxy_model, {"full": ModelProxy, "lora": AdapterProxy, "ngrams": ShortcutProxy}
     if not config.proxy.robust:
         return Proxy(config)
     if name in kinds:
@@ -153,7 +196,7 @@ def parse_proxy(config: TrainConfig) -> Proxy:
         return ModelProxy(config, name)
     if Path(name).is_file():
         return FileProxy(config, Path(name))
-    raise ValueError(f"--proxy-model {name}: not `full`, `lora`, a folder or a file")
+    raise ValueError(f"--proxy-model {name}: not {', '.join(kinds)}, a folder or a file")
 
 
 def make_branches(proxy: Proxy, device: torch.device) -> list[Branch]:
@@ -185,35 +228,3 @@ def reads_own_shards(config: TrainConfig) -> bool:
     """
     has_adapters = config.weights.llm_lora or config.weights.vision_lora
     return sharding.num_ranks() > 1 and not has_adapters and config.proxy.proxy_image == "none"
-
-
-class ProxyMargins:
-    """Text-only margins r(chosen) - r(rejected) from a JSONL file, one row a pair: what a proxy would compute.
-
-    Rows hold `record` (position in the training file), `chosen` and `rejected` (positions in the record) and
-    `proxy_margin`: `eval-NAME.jsonl` of a robust run that had the training file as a test set.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.margins: dict[tuple[int, int, int], float] = {}
-        for source, row in json_lines(path):
-            try:
-                self.margins[row["record"], row["chosen"], row["rejected"]] = float(row["proxy_margin"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{source}: not a row of record, chosen, rejected, proxy_margin: {error}") from None
-
-    def of(self, samples: Iterable[Sample]) -> Tensor:
-        """The margins [P] of a batch's pairs, float32."""
-        keys = [key for sample in samples for key in pair_keys(sample)]
-        missing = [key for key in keys if key not in self.margins]
-        if missing:
-            raise ValueError(f"{self.path}: no margin for record {missing[0][0]}, responses {missing[0][1:]}")
-        return torch.tensor([self.margins[key] for key in keys], dtype=torch.float32)
-
-
-def pair_keys(sample: Sample) -> Iterator[tuple[int, int, int]]:
-    """(record, chosen, rejected) of a sample's pairs, by the responses' places in the record."""
-    places = sample.group.places
-    for pair in sample.group.pairs:
-        yield sample.group.record, places[pair.chosen], places[pair.rejected]

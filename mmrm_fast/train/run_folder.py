@@ -27,6 +27,7 @@ from mmrm_fast.files import (
 from mmrm_fast.machine import this_machine
 from mmrm_fast.pairs import PairRow, write_rows
 from mmrm_fast.train import sharding
+from mmrm_fast.train.margins import SHORTCUT
 from mmrm_fast.train.resume import RunState, complete, damage_of, newest_good
 from mmrm_fast.train.tracking import start_trackers, track
 
@@ -34,7 +35,7 @@ CONFIG, ENVIRONMENT, CHECKPOINTS = "config.json", "environment.json", "checkpoin
 METRICS, EVALUATIONS, RESULTS, SKIPPED = "metrics.jsonl", "evaluations.jsonl", "results.json", "skipped.jsonl"
 BEST, FINAL, PROXY = "best", "final", "proxy"
 WORK = (METRICS, CHECKPOINTS, BEST, FINAL)  # what a run folder without progress does not have
-WRITTEN = (*WORK, CONFIG, ENVIRONMENT, EVALUATIONS, "tensorboard", PROXY, RESULTS, SKIPPED, "eval-*.jsonl")
+WRITTEN = (*WORK, CONFIG, ENVIRONMENT, EVALUATIONS, "tensorboard", PROXY, SHORTCUT, RESULTS, SKIPPED, "eval-*.jsonl")
 # What may differ when a run goes on: none of it changes which records make a step or what is computed from them.
 FREE = {
     "resume", "overwrite", "accept_changed_data", "output_dir", "save_every", "save_minutes", "keep", "num_workers",

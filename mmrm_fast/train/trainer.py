@@ -84,6 +84,8 @@ class Trainer:
             load_tensors(self.start, self.steps.tensors())
             self.say(f"resuming after step {self.state.step} from {self.start}")
         sharding.on_first_rank(self.open_folder)
+        options = {"resumed": self.start is not None, "progress": self.progress_bar}
+        self.steps.proxy.prepare(self.folder.path, self.inputs, **options)
         self.checkpoints = Checkpoints(self.folder.checkpoints, keep=self.config.run.keep)
         try:
             with terminations() as self.received:
@@ -199,7 +201,7 @@ class Trainer:
         """Every pair of every test set, by its name."""
         sets = zip(self.inputs.eval_sets, self.inputs.eval_datasets, strict=True)
         batches = {eval_set.name: self.evaluation_batches(dataset, eval_set.name) for eval_set, dataset in sets}
-        rows, errors = evaluate(self.branches, batches, self.device)
+        rows, errors = evaluate(self.branches, self.steps.proxy, batches, self.device)
         self.note_undecoded()
         self.state.skip(errors)
         if errors:

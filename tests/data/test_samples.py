@@ -8,7 +8,7 @@ import pytest
 
 from mmrm_fast.data.records import Group, Pair, Pairs, RecordError
 from mmrm_fast.data.samples import Preparer, only_paired
-from mmrm_fast.train.proxy import ProxyMargins
+from mmrm_fast.train.margins import ProxyMargins
 
 LONG = "I think so. " * 40
 

@@ -167,6 +167,18 @@ def test_what_does_not_fit_is_refused_with_what_helps(eight, capsys):
     assert f"{LANGUAGE_MODEL:,}" in printed and "fits" in printed
 
 
+def test_a_proxy_without_a_model_says_what_it_spares(eight, make_checkpoint, write_jsonl, tmp_path, capsys):
+    options = ["--proxy-model", "ngrams", "--num-gpus", "8"]
+    assert run(eight, "--gpu-memory", "80", "--activation-checkpointing", "full", *options) == 0
+    trained = LANGUAGE_MODEL + HIDDEN
+    parts = (f"{name} {size * trained / 8 / 2**30:.2f}" for name, size in (("gradients", 4), ("optimizer", 8)))
+    assert ", ".join(parts) in capsys.readouterr().out
+    save_checkpoint(tmp_path / "model", make_checkpoint())
+    data = write_jsonl([{"prompt": "What?", "chosen": f"answer {i}", "rejected": "no"} for i in range(40)])
+    assert run(with_options(TrainConfig(), model=tmp_path / "model"), "--data", str(data), *options) == 0
+    assert "and 100% more FLOPs a step" in capsys.readouterr().out  # all of a record is text
+
+
 def test_tokens_and_steps_come_from_the_data(make_checkpoint, write_jsonl, tmp_path, capsys):
     save_checkpoint(tmp_path / "model", make_checkpoint())
     data = write_jsonl([{"prompt": "What?", "chosen": f"answer {i}", "rejected": "no"} for i in range(40)])

@@ -1,0 +1,107 @@
+"""A proxy of words and form: its margins stand before the first step, for every way in which pairs are trained on."""
+
+import os
+import signal
+
+import pytest
+import torch
+from ranks import run_ranks
+from runs import losses, mixed_records, read
+from safetensors.torch import load_file
+
+from mmrm_fast.train.command import train
+
+NGRAMS = {"robust": True, "proxy_model": "ngrams", "report_to": ()}
+WAYS = {
+    "all pairs": ({}, 17),
+    "a sample a pair": ({"pairs": "expand"}, 17),
+    "a pair a record": ({"pairs": "1"}, 17),
+    "held out": ({"eval_fraction": 0.4, "eval": ()}, None),
+    "a mixture": ({"mixture": True, "eval": ()}, 19),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_trained_pair_has_a_margin_and_every_tested_one(make_config, write_jsonl, pictures, way):
+    options, count = WAYS[way]
+    if options.get("mixture"):
+        data = make_config("run").records.data[0]
+        other = write_jsonl(mixed_records(pictures)[:2], "other.jsonl")
+        options = {"data": (f"{data}:1", f"{other}:3"), "eval": ()}
+    folder = train(make_config("run", **NGRAMS, **options))
+    rows = read(folder / "shortcut" / "train.jsonl")
+    assert [row["record"] for row in rows] == sorted(row["record"] for row in rows)
+    if count:
+        assert len(rows) == count
+    for name in ("small", "one") if "eval" not in options else ("held-out",) if count is None else ():
+        tested = read(folder / f"eval-{name}.jsonl")
+        assert [row["proxy_margin"] for row in tested] == [
+            row["proxy_margin"] for row in read(folder / "shortcut" / f"eval-{name}.jsonl")
+        ]
+        if name == "held-out":
+            assert not {row["record"] for row in rows} & {row["record"] for row in tested}
+    assert all(0 < row["sfc_mean"] < 1 for row in read(folder / "metrics.jsonl"))
+    assert not (folder / "proxy").exists()
+
+
+def test_the_margins_are_a_file_that_another_run_may_have_as_its_proxy(make_config):
+    first = train(make_config("first", **NGRAMS, max_steps=3))
+    file = str(first / "shortcut" / "train.jsonl")
+    assert losses(train(make_config("second", **{**NGRAMS, "proxy_model": file}, max_steps=3))) == losses(first)
+
+
+def test_margins_do_not_depend_on_the_ranks(make_config):
+    one, two = train(make_config("one", **NGRAMS)), make_config("two", **NGRAMS)
+    assert run_ranks(train, two) == [0, 0]
+    for name in ("train", "eval-small", "eval-one"):
+        file = f"shortcut/{name}.jsonl"
+        assert (one / file).read_bytes() == (two.run.output_dir / file).read_bytes()
+    assert losses(two.run.output_dir) == pytest.approx(losses(one), abs=1e-4)
+
+
+def train_until(step, config):
+    """Train, and kill this rank inside a step."""
+
+    def killing(event, trainer):
+        if (event, trainer.state.step) == ("micro-batch", step):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train(config, killing)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_and_resumed_is_bitwise_as_uninterrupted(make_config, ranks):
+    options = {**NGRAMS, "epochs": 3, "save_every": 2, "keep": 3}
+    whole, config = make_config("whole", **options), make_config("killed", resume="auto", **options)
+    assert run_ranks(train, whole, world=ranks) == [0] * ranks
+    assert -9 in run_ranks(train_until, 1, config, world=ranks)  # before the first checkpoint, too
+    assert -9 in run_ranks(train_until, 5, config, world=ranks)
+    assert run_ranks(train, config, world=ranks) == [0] * ranks
+    one, two = whole.run.output_dir, config.run.output_dir
+    assert losses(one) == losses(two)
+    torch.testing.assert_close(*(load_file(f / "final" / "model.safetensors") for f in (one, two)), rtol=0, atol=0)
+    assert (one / "shortcut" / "train.jsonl").read_bytes() == (two / "shortcut" / "train.jsonl").read_bytes()
+
+
+def test_a_resumed_run_reads_its_margins_and_fits_nothing(make_config, monkeypatch, capsys):
+    config = make_config("run", **NGRAMS, save_every=1, max_steps=2)
+    folder = train(config)
+    path = folder / "shortcut" / "train.jsonl"
+    rows = path.read_text()
+    monkeypatch.setattr("mmrm_fast.train.proxy.write_margins", lambda *_, **__: pytest.fail("fitted again"))
+    more = {**NGRAMS, "save_every": 1, "resume": "auto", "max_steps": 2, "overwrite": False}
+    other = make_config("run").records.data[0]
+    train(make_config("run", **more, eval=(f"new={other}",)))
+    assert path.read_text() == rows
+    assert "new: was no test set when the run began" in capsys.readouterr().out
+    path.unlink()
+    with pytest.raises(ValueError, match="the margins that the run began with are not there"):
+        train(make_config("run", **more))
+
+
+def test_margins_say_where_they_are_not_numbers(make_config, tmp_path):
+    path = tmp_path / "margins.jsonl"
+    for margin in ("NaN", "1e300"):
+        path.write_text(f'{{"record": 0, "chosen": 0, "rejected": 1, "proxy_margin": {margin}}}\n')
+        with pytest.raises(ValueError, match=r"margins\.jsonl:1: "):
+            train(make_config("run", robust=True, proxy_model=str(path)))
