@@ -4,7 +4,9 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby
+from contextlib import suppress
+from itertools import count, groupby
+from os import PathLike
 from typing import Any
 
 import requests
@@ -13,59 +15,94 @@ from urllib3.util import Retry
 
 NUM_THREADS = 16
 RETRIED = (429, 503, 504)  # the server is busy
+RESPONSES_AT_ONCE = 512  # half of what a server takes in one request
+PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
 
 
 class RewardClient:
-    """Rewards from a server.
+    """Rewards from a server, or from the first of several that answers.
 
     client = RewardClient("http://127.0.0.1:8000")
     client.score("What is this?", ["A cat.", "A dog."], images=["cat.png"])
 
+    It may be used from many threads; `await asyncio.to_thread(client.score, ...)` does from a coroutine.
+
     Args:
-        url: of the server.
-        token: what the server's `--token-file` holds.
+        url: of the server; of several with the same model, one request after another goes to the next, and to those
+            behind it where it cannot be reached.
+        token: what the servers' `--token-file` holds.
         timeout: seconds to wait for an answer.
-        retries: times that a busy or unreachable server is asked again, waiting longer each time.
+        retries: times that a busy or unreachable server is asked again, waiting longer each time; of several, the last
+            one that is asked.
     """
 
-    def __init__(self, url: str = "http://127.0.0.1:8000", *, token: str | None = None, timeout: float = 120.0,
-                 retries: int = 8):  # fmt: skip
-        self.url, self.timeout = url.rstrip("/"), timeout
+    def __init__(self, url: str | Sequence[str] = "http://127.0.0.1:8000", *, token: str | None = None,
+                 timeout: float = 120.0, retries: int = 8):  # fmt: skip
+        self.urls = [each.rstrip("/") for each in ([url] if isinstance(url, str) else url)]
+        self.timeout, self.turn = timeout, count()
+        self.patient, self.hasty = self.session(retries, token), self.session(0, token)
+
+    def session(self, retries: int, token: str | None) -> requests.Session:
+        """Connections whose requests are sent again so many times."""
         retry = Retry(total=retries, backoff_factor=0.25, status_forcelist=RETRIED, allowed_methods=None)
-        self.session = requests.Session()
-        self.session.mount(self.url, HTTPAdapter(pool_maxsize=NUM_THREADS, max_retries=retry))
+        session = requests.Session()
+        for url in self.urls:
+            session.mount(url, HTTPAdapter(pool_maxsize=NUM_THREADS, max_retries=retry))
         if token is not None:
-            self.session.headers["authorization"] = f"Bearer {token}"
+            session.headers["authorization"] = f"Bearer {token}"
+        return session
 
     def post(self, path: str, body: Mapping) -> dict:
-        """The server's answer. Raises `ValueError` with its reason, `requests` errors if there is none."""
-        answer = self.session.post(self.url + path, json=body, timeout=self.timeout)
+        """A server's answer. Raises `ValueError` with its reason, `requests` errors if there is none."""
+        first = next(self.turn)
+        *others, last = (self.urls[(first + place) % len(self.urls)] for place in range(len(self.urls)))
+        for url in others:
+            with suppress(requests.ConnectionError, requests.exceptions.RetryError):
+                return self.answer(self.hasty, url + path, body)
+        return self.answer(self.patient, last + path, body)
+
+    def answer(self, session: requests.Session, url: str, body: Mapping) -> dict:
+        """One server's answer. Raises as `post`."""
+        answer = session.post(url, json=body, timeout=self.timeout)
         if answer.ok:
             return answer.json()
         try:
             reason = answer.json()["error"]["message"]
         except (ValueError, KeyError, TypeError):
             reason = answer.text[:200]
-        raise ValueError(f"{self.url}{path} answered {answer.status_code}: {reason}")
+        raise ValueError(f"{url} answered {answer.status_code}: {reason}")
 
     def score(self, prompt: str | Sequence[Mapping], responses: Sequence[str], images: Sequence = ()) -> list[float]:
         """The reward of each response.
 
         Args:
-            prompt: text, or a conversation of `{"role", "content"}`; content is text or OpenAI-style parts, in which a
-                part of type `image` is the place of the next image.
+            prompt: text, or a conversation of `{"role", "content"}`; content is text or OpenAI-style parts. A part of
+                type `image` holds a picture, or is the place of the next of `images`.
             responses: what the assistant might say next.
-            images: PIL images, encoded bytes, data URLs, or paths under the server's `--image-root`.
+            images: pictures as PIL images, encoded bytes, `{"bytes", "path"}` of Hugging Face datasets, data URLs, or
+                paths under the server's `--image-root`.
+
+        Raises:
+            ValueError: what the server refuses, with its reason; content that is neither text nor parts.
         """
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         turns = place_images(turns, [image_url(image) for image in images])
         if [turn["role"] for turn in turns] == ["user"]:
-            body = {"queries": {"content": turns[0]["content"]}, "documents": list(responses)}
-            return [item["score"] for item in self.post("/score", body)["data"]]
-        chats = [{"messages": [*turns, {"role": "assistant", "content": response}]} for response in responses]
+            ask, asked = self.score_documents, split(responses, RESPONSES_AT_ONCE)
+        else:
+            ask, asked = self.classify, split(responses, 1)
         with ThreadPoolExecutor(NUM_THREADS) as pool:
-            answers = list(pool.map(lambda chat: self.post("/classify", chat), chats))
-        return [answer["data"][-1]["probs"][-1] for answer in answers]
+            return [reward for rewards in pool.map(lambda own: ask(turns, own), asked) for reward in rewards]
+
+    def score_documents(self, turns: Sequence[Mapping], responses: Sequence[str]) -> list[float]:
+        """The rewards of responses to a lone user turn."""
+        body = {"queries": {"content": turns[0]["content"]}, "documents": list(responses)}
+        return [item["score"] for item in self.post("/score", body)["data"]]
+
+    def classify(self, turns: Sequence[Mapping], responses: Sequence[str]) -> list[float]:
+        """The reward of one response to a conversation."""
+        body = {"messages": [*turns, {"role": "assistant", "content": responses[0]}]}
+        return self.post("/classify", body)["data"][-1]["probs"][-1:]
 
     def get_reward(self, query: Sequence[str], prompts: Sequence[str] | None = None, images: Sequence | None = None):
         """OpenRLHF's answer, `{"rewards", "scores", "extra_logs"}`, for whole decoded queries."""
@@ -93,21 +130,38 @@ class RewardClient:
             return [reward for rewards in pool.map(ask, runs) for reward in rewards]
 
 
+def split(values: Sequence, size: int) -> list[Sequence]:
+    """Runs of at most `size` values."""
+    return [values[first : first + size] for first in range(0, len(values), size)]
+
+
 def place_images(turns: Sequence[Mapping], urls: Sequence[str]) -> list[dict]:
-    """The conversation with its images: at its `image` parts, else before the first user's text."""
+    """The conversation with its images: at its empty `image` parts, else before the first user's text."""
     left = list(urls)
-    placed = []
-    for turn in turns:
-        content = turn["content"]
-        if not isinstance(content, str):
-            content = [image_part(left.pop(0)) if part["type"] == "image" and left else dict(part) for part in content]
-        placed.append({"role": turn["role"], "content": content})
+    placed = [{**turn, "content": placed_content(turn.get("content"), left, i)} for i, turn in enumerate(turns)]
     if left:
         first = next(turn for turn in placed if turn["role"] == "user")
         text = first["content"]
         parts = [{"type": "text", "text": text}] if isinstance(text, str) else text
         first["content"] = [*map(image_part, left), *parts]
     return placed
+
+
+def placed_content(content: Any, left: list[str], turn: int) -> str | list[dict]:
+    """A turn's content with pictures in its `image` parts: their own, else the next that are `left`."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, Sequence):
+        raise ValueError(f"messages[{turn}].content is {content!r}; expected text or a list of parts")
+    parts = []
+    for part in content:
+        if part["type"] == "image":
+            own = next((part[key] for key in ("image", "url", "path") if part.get(key) is not None), None)
+            if own is None and not left:
+                raise ValueError(f"messages[{turn}].content has an image part without a picture")
+            part = image_part(left.pop(0) if own is None else image_url(own))
+        parts.append(dict(part))
+    return parts
 
 
 def image_part(url: str) -> dict:
@@ -117,11 +171,15 @@ def image_part(url: str) -> dict:
 
 def image_url(image: Any) -> str:
     """A PIL image or encoded bytes as a data URL; a string as it is."""
-    if isinstance(image, str):
-        return image
+    if isinstance(image, Mapping):
+        image = image["path"] if image.get("bytes") is None else image["bytes"]
+    if isinstance(image, (str, PathLike)):
+        return str(image)
     if not isinstance(image, bytes):
-        file = io.BytesIO()
-        image.save(file, "PNG")
+        from PIL import ImageOps
+
+        upright, file = ImageOps.exif_transpose(image), io.BytesIO()
+        (upright if upright.mode in PNG_MODES else upright.convert("RGB")).save(file, "PNG", compress_level=1)
         image = file.getvalue()
     return "data:image/png;base64," + base64.b64encode(image).decode()
 

@@ -1,5 +1,7 @@
 """The client gives the scorer's rewards, waits for a busy server, and stands where TRL and OpenRLHF want a function."""
 
+import asyncio
+import base64
 import importlib.util
 import io
 import json
@@ -14,7 +16,8 @@ import requests
 from PIL import Image
 from reward_server import picture, running
 
-from mmrm_fast.client import RewardClient
+from mmrm_fast.client import RESPONSES_AT_ONCE, RewardClient, image_url
+from mmrm_fast.data.images import load_image
 
 EXAMPLES = Path(__file__).parent.parent / "scripts" / "examples"
 PROMPT, RESPONSES = "What is in the picture?", ["two red circles", "I think so.", ""]
@@ -46,7 +49,15 @@ def as_pil(content):
     return Image.open(io.BytesIO(content))
 
 
-@pytest.mark.parametrize("encode", [lambda content: content, as_pil], ids=["bytes", "PIL"])
+ENCODINGS = {
+    "bytes": lambda content: content,
+    "PIL": as_pil,
+    "datasets": lambda content: {"bytes": content, "path": None},
+    "data URL": lambda content: image_url(content),
+}
+
+
+@pytest.mark.parametrize("encode", ENCODINGS.values(), ids=ENCODINGS)
 def test_rewards_are_the_scorers(client, scorer, wide, encode):
     expected = rewards_of(scorer, PROMPT, RESPONSES, img_path=wide)
     assert client.score(PROMPT, RESPONSES, [encode(picture())]) == pytest.approx(expected, **EXACT)
@@ -64,6 +75,52 @@ def test_a_conversation_is_scored_with_the_image_in_its_place(client, scorer, wi
     assert client.score(turns, RESPONSES, [picture()]) == pytest.approx(expected, **EXACT)
 
 
+def test_a_part_may_hold_its_picture(client, scorer, wide):
+    turns = [
+        {"role": "user", "content": [{"type": "image", "image": as_pil(picture())}, {"type": "text", "text": "?"}]}
+    ]
+    expected = rewards_of(scorer, "<image>\n?", RESPONSES, img_path=wide)
+    assert client.score(turns, RESPONSES) == pytest.approx(expected, **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, r"messages\[0\].content is None"),
+        ([{"type": "image"}], r"messages\[0\].content has an image part without"),
+    ],
+)
+def test_content_that_says_nothing_is_refused(client, content, reason):
+    with pytest.raises(ValueError, match=reason):
+        client.score([{"role": "user", "content": content}], RESPONSES)
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "P", "LA", "RGBA", "I;16", "1"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_pil_image_is_seen_as_its_file_is(mode, turned):
+    image = as_pil(picture()).convert("RGB").convert("L" if mode == "I;16" else mode)
+    image = image.convert("I;16") if mode == "I;16" else image
+    exif = Image.Exif()
+    exif[0x0112] = 6 if turned else 1
+    file = io.BytesIO()
+    image.save(file, "TIFF", exif=exif)
+    sent = base64.b64decode(image_url(as_pil(file.getvalue())).partition(",")[2])
+    assert load_image(sent).tobytes() == load_image(file.getvalue()).tobytes()
+
+
+def test_more_responses_than_a_request_takes_are_sent_in_several(client, scorer):
+    responses = [f"{number} circles" for number in range(RESPONSES_AT_ONCE + 3)]
+    rewards = client.score(PROMPT, responses)
+    assert rewards[-4:] == pytest.approx(rewards_of(scorer, PROMPT, responses[-4:]), **EXACT)
+    assert len(rewards) == len(responses)
+
+
+def test_of_several_servers_one_that_answers_is_asked(url, scorer):
+    client = RewardClient(["http://127.0.0.1:9", url], retries=2)  # the discard port: nobody listens
+    for _ in range(3):
+        assert client.score(PROMPT, RESPONSES) == pytest.approx(rewards_of(scorer, PROMPT, RESPONSES), **EXACT)
+
+
 def test_trl_gets_a_reward_a_completion(client, scorer, wide):
     prompts = [PROMPT, PROMPT, [{"role": "user", "content": "What?"}]]
     completions = [RESPONSES[0], RESPONSES[1], [{"role": "assistant", "content": RESPONSES[0]}]]
@@ -74,11 +131,32 @@ def test_trl_gets_a_reward_a_completion(client, scorer, wide):
     assert client.reward_func.__name__ == "reward_func"
 
 
-def test_openrlhf_gets_tensors(scorer, url, monkeypatch):
+@pytest.fixture
+def example(url, monkeypatch):
+    """An example as a module that asks the server."""
     monkeypatch.setenv("REWARD_SERVER", url)
-    spec = importlib.util.spec_from_file_location("openrlhf_reward", EXAMPLES / "openrlhf_reward.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+def test_verl_gets_the_reward_of_messages_with_their_pictures(scorer, example, wide):
+    compute_score = example("verl_reward").compute_score
+    asked = {"data_source": "shapes", "solution_str": RESPONSES[0], "ground_truth": "", "reward_router_address": None}
+    info = {"messages": [{"role": "user", "content": PROMPT}], "images": [image_url(picture())], "num_turns": None}
+    reward = asyncio.run(compute_score(**asked, extra_info=info))
+    assert reward == pytest.approx(rewards_of(scorer, PROMPT, RESPONSES[:1], img_path=wide)[0], **EXACT)
+    with pytest.raises(ValueError, match=r"shapes has no extra_info\['messages'\]"):
+        asyncio.run(compute_score(**asked, extra_info={"index": 3}))
+
+
+def test_openrlhf_gets_tensors(scorer, example):
+    module = example("openrlhf_reward")
     template = scorer.checkpoint.tokenizer.apply_chat_template
     head = template([{"role": "user", "content": PROMPT}], tokenize=False) + "<|im_start|>assistant\n"
     answer = module.reward_func([head + RESPONSES[0] + "<|im_end|>"], [head], [None])

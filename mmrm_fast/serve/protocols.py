@@ -4,20 +4,24 @@ Everything that a request asks for becomes records (`prompt` as chat messages, `
 checks and scores them as files are.
 """
 
+import json
 import math
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
+from mmrm_fast.data.prompt import IMAGE
 from mmrm_fast.data.types import FieldError
 from mmrm_fast.serve.conversation import ConversationReader, without_end
 
 # What clients of other servers send that changes no reward here; any other unknown field is refused.
 HARMLESS = {"user", "request_id", "priority", "cache_salt", "detail", "cache_control", "add_special_tokens"}
+REMEDY = "send messages with image parts, or /get_reward with `images` or `labels` that name them"
 BOUNDED = {"max_length": 1 << 16, "fail_fast": True}  # of lists: an error an item would be much more than the body
 
 
@@ -78,6 +82,7 @@ class RewardRequest(Body):
     """OpenRLHF: `query` is the whole decoded prompt + response, special tokens included.
 
     A prompt of `prompts` is the text that its query begins with, or messages; then the query is the response alone.
+    Pictures are in `images`, or in a label, as an object or its JSON: `{"images": ["cat.png"]}`.
     """
 
     query: Texts
@@ -158,9 +163,26 @@ def reward_records(request: RewardRequest, reader: ConversationReader) -> list[d
     records = []
     for i, query in enumerate(request.query):
         turns, response = read_query(query, request.prompts[i] if request.prompts else None, reader)
-        images = request.images[i] if request.images else []
-        records.append({"prompt": turns, "images": images, "responses": [response]})
+        images = request.images[i] if request.images else label_images(request.labels[i] if request.labels else None)
+        records.append({"prompt": with_pictures(turns, images), "images": images, "responses": [response]})
     return records
+
+
+def label_images(label: Any) -> list:
+    """The pictures that OpenRLHF's label of a prompt names, the only thing that its client sends beside texts."""
+    if isinstance(label, str) and label.startswith("{"):
+        with suppress(ValueError, RecursionError):
+            label = json.loads(label)
+    images = label.get("images") if isinstance(label, dict) else None
+    return images or []
+
+
+def with_pictures(turns: list[dict], images: Sequence) -> list[dict]:
+    """The turns. Raises `FieldError` where they show pictures that were not sent."""
+    shown = sum(turn["content"].count(IMAGE) for turn in turns if isinstance(turn["content"], str))
+    if shown and not images:
+        raise FieldError("images", f"the text shows {shown} pictures and none was sent: {REMEDY}")
+    return turns
 
 
 def read_query(query: str, prompt: str | list[ChatMessage] | None, reader: ConversationReader) -> tuple[list, str]:
@@ -180,7 +202,7 @@ def input_records(request: InputRequest, reader: ConversationReader) -> list[dic
             raise FieldError("messages", "the last message must be the assistant's: it is what gets the reward")
         return [{"prompt": chat(turns), "responses": [response_text(last, "messages")]}]
     queries = map(reader.read, [request.input] if isinstance(request.input, str) else request.input)
-    return [{"prompt": prompt, "responses": [response]} for prompt, response in queries]
+    return [{"prompt": with_pictures(prompt, ()), "responses": [response]} for prompt, response in queries]
 
 
 def score_records(request: ScoreRequest, reader: ConversationReader) -> list[dict]:

@@ -86,6 +86,14 @@ def test_get_reward_takes_images(client, scorer, expected, image):
     assert post(client, "/get_reward", body)["rewards"] == pytest.approx(expected["image"][:1], **EXACT)
 
 
+@pytest.mark.parametrize("label", [{"images": ["wide.png"]}, '{"images": ["wide.png"]}'], ids=["object", "JSON"])
+def test_get_reward_takes_images_that_a_label_names(client, scorer, expected, label):
+    body = {"query": [rendered(scorer, PROMPT, RESPONSES[0])] * 2, "labels": [label, "a cat"]}
+    assert post(client, "/get_reward", body)["rewards"] == pytest.approx(
+        [expected["image"][0], expected["text"][0]], **EXACT
+    )
+
+
 def test_a_response_that_was_cut_is_reported(client, scorer):
     answer = post(client, "/get_reward", {"query": [rendered(scorer, PROMPT, "I think so. " * 200)]})
     assert answer["extra_logs"] == {"truncated": [1.0]}
@@ -133,7 +141,10 @@ def test_a_query_that_does_not_match_its_prompt_is_refused(client):
 def test_expanded_image_tokens_take_the_images_beside_them_and_are_refused_without(client, scorer, expected):
     text = rendered(scorer, "<img>" + "<IMG_CONTEXT>" * 8 + "</img>\n" + PROMPT, RESPONSES[0])
     answer = client.post("/get_reward", json={"query": [text]})
-    assert answer.status_code == 422 and "1 <image> for 0 images" in answer.json()["error"]["message"]
+    assert (
+        answer.status_code == 422
+        and "shows 1 pictures and none was sent: send messages" in answer.json()["error"]["message"]
+    )
     body = {"query": [text], "images": [["wide.png"]]}
     assert post(client, "/get_reward", body)["rewards"] == pytest.approx(expected["image"][:1], **EXACT)
 
