@@ -1,11 +1,11 @@
 """OpenRLHF's reward file: `--remote_rm_url scripts/examples/openrlhf_reward.py`, with `mmrm-fast serve` running.
 
-`--remote_rm_url http://127.0.0.1:8000/get_reward` speaks to the server directly; with this file the trainer ends with the
-reason where the server refuses, instead of asking five times and going on without a reward.
+`--remote_rm_url http://127.0.0.1:8000/get_reward` speaks to the server directly; with this file the trainer ends with
+the reason where the server refuses, instead of asking five times and going on without a reward.
 
-OpenRLHF sends no pictures. `--label_key` names a column that says which belong to a prompt, as JSON: `{"images":
-["cat.png"]}`, paths under the server's `--image-root`. A text that shows pictures without that is refused. So is a prompt
-that was cut on its left, of which nobody can say what it asked: raise `--prompt_max_len`.
+OpenRLHF sends no pictures. `--label_key` names a column that says which belong to a prompt, as JSON:
+`{"images": ["cat.png"]}`, paths under the server's `--image-root`. A text that shows pictures without that is refused.
+So is a prompt that was cut on its left, of which nobody can say what it asked: raise `--prompt_max_len`.
 """
 
 import os
