@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from benchmarks.baselines import normalize
 from mmrm_fast.data.packing import pack_items
-from mmrm_fast.data.records import Group, Pairs
+from mmrm_fast.data.records import Group, Pairs, parse_group
 from mmrm_fast.data.samples import Preparer
 from mmrm_fast.model.decoder import read_last_tokens
 from mmrm_fast.train.loss import margins, preference_loss
@@ -22,6 +22,17 @@ SHARED = "The picture was taken on a sunny day in the park and it shows several 
 
 def pairwise(prompt, images, chosen, rejected):
     return Group("test", 0, None, prompt, None, tuple(images), (chosen, rejected), Pairs.of((0, 1)))
+
+
+def own_images(prompt, images, rejected_images):
+    fields = {
+        "prompt": prompt,
+        "images": images,
+        "chosen": "two",
+        "rejected": "three",
+        "rejected_images": rejected_images,
+    }
+    return parse_group(fields, source="test")
 
 
 def kwise(prompt, images, *responses):
@@ -53,6 +64,12 @@ def batches(pictures):
             pairwise("What is this?", [photo], "two blue circles", "two red circles"),
             pairwise("And this?", [photo, photo], "the same", "the same"),
         ],
+        "two sides with pictures of their own": [
+            own_images("What is this?", [photo], [tall]),
+            own_images("What are these?", [tall, wide], [tall, photo, tall]),
+            own_images("And this?", [], [wide]),
+            own_images("<image>\nand <image>: the same?", [wide, wide], [wide, photo]),
+        ],
     }
 
 
@@ -62,6 +79,13 @@ def pack_groups(checkpoint, groups):
     parts = [part for group in groups for part in preparer.parts(group)]
     samples, tiles = zip(*map(preparer.whole, parts), strict=True)
     return samples, tiles, pack_items(preparer, parts, preparer.whole)
+
+
+def each_ones_tiles(sample, images):
+    """The tiles of every response's images, one after another."""
+    group = sample.group
+    places = [range(len(images)) if group.seen is None else group.seen[place] for place in group.places]
+    return [images[place] for own in places for place in own]
 
 
 def padded_rewards(model, reference, sequences, tiles):
@@ -113,7 +137,7 @@ def gradient_error(model, reference, bounds):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("text", ["qwen2", "llama"])
-@pytest.mark.parametrize("kind", list(batches(dict.fromkeys(("wide", "photo", "tall", "square"), ""))))
+@pytest.mark.parametrize("kind", list(batches(dict.fromkeys(("wide", "photo", "tall", "square"), "-"))))
 def test_packed_equals_padded(make_checkpoint, pristine, pictures, kind, text, dtype):
     """In float64 the norms of both sides are exact: transformers' own round to fp32, which would hide errors."""
     checkpoint = make_checkpoint(text=text, dtype=dtype)
@@ -127,7 +151,7 @@ def test_packed_equals_padded(make_checkpoint, pristine, pictures, kind, text, d
     loss = preference_loss(main_rewards, margins(proxy_rewards, batch), batch, sfc_mode="paper")
     ((loss.main + loss.proxy) / len(batch.chosen_P)).backward()
 
-    tiles = [torch.from_numpy(t) for s, own in zip(samples, images, strict=True) for _ in s.main.sequences for t in own]
+    tiles = [torch.from_numpy(t) for s, own in zip(samples, images, strict=True) for t in each_ones_tiles(s, own)]
     sequences, texts = ([q for s in samples for q in getattr(s, name).sequences] for name in ("main", "text"))
     expected = padded_rewards(checkpoint.model, reference, sequences, tiles)
     expected_proxy = padded_rewards(proxy, reference_proxy, texts, [])

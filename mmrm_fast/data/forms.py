@@ -7,10 +7,11 @@
 | K-wise by scores; scoring | `prompt`, `responses`, optional `scores` |
 | RLHF-V, RLAIF-V | `text` as a JSON string with `question`, `chosen`, `rejected`; or those fields themselves |
 | POVID | `conversations`, `rejected_conversations` of `{from, value}` turns |
-| ms-swift | `messages`, with `rejected_messages` or `rejected_response` |
+| ms-swift | `messages`, with `rejected_messages` or `rejected_response`, or `rejected_images` alone |
 | ShareGPT, LLaMA-Factory | `conversations`, the context, with `chosen` and `rejected`: text or one turn |
 
-Message lists of replies may hold the conversation before the reply, `prompt` is not needed then. `system` and `history`
+`rejected_images` beside a pair are those that the rejected reply is to, as are images in its own messages. Message
+lists of replies may hold the conversation before the reply, `prompt` is not needed then. `system` and `history`
 ([user, assistant] each) beside any of them are the turns before. A message is `{role, content}` or `{from, value}`;
 content is a string, or parts of type `text`, `image`, `image_url`, where an image part stands for `<image>` and a
 newline, as InternVL's own templates write it; its picture is its `image`, `url`, `path` or `base64`, or the record's.
@@ -30,7 +31,16 @@ CHOSEN_FIELDS = ("chosen", "conversations", "messages")
 REJECTED_FIELDS = ("rejected", "rejected_conversations", "rejected_messages", "rejected_response")
 PROMPT_FIELDS = ("prompt", "question")
 PREFERENCE_FIELDS = {*CHOSEN_FIELDS, *REJECTED_FIELDS, "completions", "scores"}
-FORM_FIELDS = {*PREFERENCE_FIELDS, *PROMPT_FIELDS, "responses", "margin", "text", "system", "history"}
+FORM_FIELDS = {
+    *PREFERENCE_FIELDS,
+    *PROMPT_FIELDS,
+    "responses",
+    "margin",
+    "text",
+    "system",
+    "history",
+    "rejected_images",
+}
 CONTEXTS = ("conversations", "messages")  # beside `chosen`
 PICTURE_KEYS = ("image", "image_url", "url", "path", "base64")
 HARMLESS_KEYS = {"detail", "cache_control"}  # of parts
@@ -47,6 +57,7 @@ class Form:
     pairs: Pairs = field(default_factory=Pairs.of)
     ratings: np.ndarray | None = None  # of the responses, float; NaN for one that has none
     images: tuple[object, ...] = ()
+    rejected_images: tuple[object, ...] | None = None  # of the rejected reply, where it has others
 
 
 @dataclass(frozen=True)
@@ -89,6 +100,8 @@ def parse_layout(fields: dict, ignored: Collection[str]) -> Form:
                 raise FieldError(
                     side, f"goes on with further turns behind `{context}`; a pair answers one conversation"
                 )
+    if "rejected_images" in fields and chosen in fields and rejected not in fields:
+        fields = {**fields, rejected: fields[chosen]}
     if chosen in fields or rejected in fields:
         return pairwise_form(fields, prompt, chosen, rejected, ignored)
     if "responses" not in fields:
@@ -155,17 +168,18 @@ def pairwise_form(
 ) -> Form:
     """One preferred and one rejected reply to the same conversation."""
     (better_turns, better), (worse_turns, worse) = (reply(fields, name, ignored) for name in (chosen, rejected))
-    if better_turns and worse_turns and better_turns != worse_turns:
+    if better_turns and worse_turns and better_turns.messages != worse_turns.messages:
         raise FieldError(rejected, f"differs from {chosen} before its last turn; a pair shares one prompt")
     context = better_turns or worse_turns
     if context:
         check_turns(context.messages, chosen)
         check_same_prompt(prompt, context)
     turns = context or require(prompt, "prompt")
+    others = worse_turns.images if better_turns and worse_turns and worse_turns.images != turns.images else None
     margin = 0.0 if fields.get("margin") is None else number(fields["margin"])
     if not math.isfinite(margin):
         raise FieldError("margin", f"expected a finite number, got {fields['margin']!r}")
-    return Form(plain(turns), (better, worse), Pairs.of((0, 1, margin)), images=turns.images)
+    return Form(plain(turns), (better, worse), Pairs.of((0, 1, margin)), images=turns.images, rejected_images=others)
 
 
 def reply(fields: dict, name: str, ignored: Collection[str] = ()) -> tuple[Turns | None, str]:
@@ -186,7 +200,11 @@ def reply(fields: dict, name: str, ignored: Collection[str] = ()) -> tuple[Turns
 
 def check_same_prompt(prompt: Turns | None, context: Turns) -> None:
     """A prompt that stands both outside and inside of the replies' messages must be the same."""
-    if prompt is None or prompt.messages == context.messages:
+    if prompt is None:
+        return
+    if prompt.images and prompt.images != context.images:
+        raise FieldError("prompt", "has other images than the replies' messages; leave one of them out")
+    if prompt.messages == context.messages:
         return
     users = [message for message in context.messages if message.role == "user"]
     if len(prompt.messages) != 1 or prompt.messages[0] not in (users[0], users[-1]):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mmrm_fast.data.images import white_tile
+from mmrm_fast.data.prompt import image_rows, place_images
 from mmrm_fast.data.samples import Notes, Preparer, ProxyImage, Sample
 from mmrm_fast.data.types import RecordError
 from mmrm_fast.ops.pack_image_tokens import SourceIndex, source_index
@@ -109,7 +110,7 @@ def pack(
         rope_regime: see `decoder.RopeRegime`; only sequences of one regime share a prefix.
     """
     tiles, places = unique_tiles(images, tile_size)
-    rows = [(own[:, None] * tokens_per_tile + np.arange(tokens_per_tile)).reshape(-1) for own in places]
+    rows = [image_rows(own, tokens_per_tile) for own in places]
     main = [
         place_images(sequence, own)
         for sample, own in zip(samples, rows, strict=True)
@@ -150,14 +151,6 @@ def unique_tiles(images: Sequence[Sequence[np.ndarray]], tile_size: int) -> tupl
     if not distinct:
         return np.zeros((1, tile_size, tile_size, 3), np.uint8), places
     return np.concatenate(distinct), places
-
-
-def place_images(sequence: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """A sequence's keys with its image rows counted over the batch instead of over the record."""
-    is_image = sequence < 0
-    placed = sequence.copy()
-    placed[is_image] = -1 - rows[-1 - sequence[is_image]]
-    return placed
 
 
 def white_images(sequence: np.ndarray, tokens_per_tile: int) -> np.ndarray:

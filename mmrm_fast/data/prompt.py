@@ -21,7 +21,7 @@ White space around a text stays, unless the chat template trims it (as `internlm
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Literal
@@ -140,9 +140,11 @@ class PromptEncoder:
         """
         return self.encode_turns(split_images(prompt, len(tiles_per_image), self.compat), responses, tiles_per_image)
 
-    def encode_text_only(self, prompt: Prompt, responses: tuple[str, ...], num_images: int) -> Encoded:
+    def encode_text_only(
+        self, prompt: Prompt, responses: tuple[str, ...], tiles_per_image: tuple[int, ...] = ()
+    ) -> Encoded:
         """Encode as the text-only proxy sees it: without the images. Raises as `encode`."""
-        return self.encode_turns(without_images(split_images(prompt, num_images, self.compat)), responses, ())
+        return self.encode_turns(without_images(split_images(prompt, len(tiles_per_image), self.compat)), responses, ())
 
     def encode_turns(self, turns: Turns, responses: tuple[str, ...], tiles_per_image: tuple[int, ...]) -> Encoded:
         """Encode a prompt given as turns."""
@@ -220,6 +222,19 @@ class PromptEncoder:
         return (backend or self.backend).encode(text, add_special_tokens=False).ids if text else []
 
 
+def image_rows(tiles: np.ndarray, tokens_per_tile: int) -> np.ndarray:
+    """The rows of these tiles' tokens, int64 [tiles * tokens_per_tile]."""
+    return (tiles[:, None] * tokens_per_tile + np.arange(tokens_per_tile)).reshape(-1)
+
+
+def place_images(sequence: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """A sequence's keys with its own image rows, counted from 0, being these."""
+    is_image = sequence < 0
+    placed = sequence.copy()
+    placed[is_image] = -1 - rows[-1 - sequence[is_image]]
+    return placed
+
+
 def cut_right(sequences: list[list[int]], prefix_length: int, max_length: int) -> Encoded:
     """Sequences cut after `max_length` tokens, whatever stands there."""
     cut = tuple(np.array(sequence[:max_length], np.int64) for sequence in sequences)
@@ -260,7 +275,7 @@ def text_backend(fields: dict, *, literal: bool) -> Tokenizer:
     return backend
 
 
-def common_length(keys: list[int], others: list[int]) -> int:
+def common_length(keys: Sequence[int], others: Sequence[int]) -> int:
     """How many keys two sequences begin with alike."""
     shorter = min(len(keys), len(others))
     return next((place for place in range(shorter) if keys[place] != others[place]), shorter)

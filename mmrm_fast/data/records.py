@@ -14,7 +14,7 @@ import numpy as np
 from mmrm_fast.data.fields import ReadColumns, refuse_unread
 from mmrm_fast.data.forms import FORM_FIELDS, PREFERENCE_FIELDS, Form, in_text, parse_form
 from mmrm_fast.data.lines import open_rows
-from mmrm_fast.data.pictures import IMAGE_FIELDS, ImageRoots, parse_images
+from mmrm_fast.data.pictures import IMAGE_FIELDS, ImageRoots, parse_images, resolve_image, shown_images
 from mmrm_fast.data.splits import Split, record_files
 from mmrm_fast.data.types import (
     FieldError,
@@ -71,12 +71,31 @@ def parse_group(
         fields = {name: value for name, value in fields.items() if value is not None}
         refuse_unread(fields, FIELDS, ignored)
         form = parse_form(fields, ignored)
-        shown, images = parse_images(fields, form.images, image_root, confined, beside)
+        where = {"image_root": image_root, "confined": confined, "beside": beside}
         truth = parse_truth(fields, len(form.responses))
         return Group(
-            source, record, parse_id(fields), form.prompt, shown, images, form.responses, truth=truth,
-            **preferences(form, max_pairs),
+            source, record, parse_id(fields), form.prompt, responses=form.responses, truth=truth,
+            **images_of(fields, form, where), **preferences(form, max_pairs),
         )  # fmt: skip
+
+
+def images_of(fields: dict, form: Form, where: dict) -> dict:
+    """A group's images, as written and resolved; where the two sides of a pair have others, all and whose they are."""
+    written, images = parse_images(fields, form.images, **where)
+    others = fields.get("rejected_images", form.rejected_images)
+    if others is None:
+        return {"img_path": written, "images": images}
+    if form.rejected_images is not None and "rejected_images" in fields:
+        raise FieldError("rejected_images", "there are images in the rejected messages as well; use one of the two")
+    if form.ratings is not None or not len(form.pairs):
+        raise FieldError("rejected_images", "belongs to a chosen and a rejected reply; this record has other responses")
+    others = list(others) if isinstance(others, (list, tuple)) else [others]
+    rejected = tuple(resolve_image(item, "rejected_images", **where) for item in others)
+    if rejected == images:
+        return {"img_path": written, "images": images}
+    distinct = tuple(dict.fromkeys((*images, *rejected)))
+    seen = tuple(tuple(map(distinct.index, own)) for own in (images, rejected))
+    return {"img_path": written, "images": distinct, "seen": seen, "rejected_images": shown_images(others)}
 
 
 def preferences(form: Form, most: int) -> dict:

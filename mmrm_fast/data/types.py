@@ -142,10 +142,17 @@ class Group:
     num_undrawn: int = 0  # pairs over the most that a record may have, which are not among `pairs`
     kept: tuple[int, ...] | None = None  # which of the record's responses these are, where some were left out
 
+    seen: tuple[tuple[int, ...], ...] | None = None  # which images each response of a record has, where they differ
+    rejected_images: str | list | None = None  # those of the rejected one as written, then
+
     @property
     def places(self) -> Sequence[int]:
         """Each response's place in the record, by which all files number them."""
         return range(len(self.responses)) if self.kept is None else self.kept
+
+    def images_written(self, response: int) -> str | list | None:
+        """A response's images as the record has them."""
+        return self.rejected_images if self.seen and self.places[response] == 1 else self.img_path
 
 
 def text(value: object, name: str) -> str:

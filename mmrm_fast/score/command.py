@@ -110,7 +110,8 @@ def reward_scale(config: ScoreConfig) -> tuple[float, float]:
 def rows_of(scored: Scored, config: ScoreConfig, mean: float = 0.0, std: float = 1.0) -> list[dict]:
     """A record's output: a row a response, its best response, or its best and worst as a pair."""
     group = scored.group
-    shared = {"id": group.id, "record": group.record, "prompt": prompt_json(group.prompt), "img_path": group.img_path}
+    shared, written = {"id": group.id, "record": group.record}, group.images_written
+    prompt = prompt_json(group.prompt)
     scores = [(reward - mean) / std for reward in scored.rewards]
     order = sorted(range(len(scores)), key=lambda i: -scores[i])
     if config.to_pairs is not None:
@@ -118,17 +119,21 @@ def rows_of(scored: Scored, config: ScoreConfig, mean: float = 0.0, std: float =
         margin = scores[best] - scores[worst]
         if best == worst or margin < config.to_pairs:
             return []
-        return [
-            {**shared, "chosen": group.responses[best], "rejected": group.responses[worst], "reward_margin": margin}
-        ]
+        pair = {"chosen": group.responses[best], "rejected": group.responses[worst], "reward_margin": margin}
+        pair |= {"rejected_images": as_list(written(worst))} if group.seen else {}
+        return [{**shared, "prompt": prompt, "img_path": written(best), **pair}]
     return [
         {
-            "id": group.id, "record": group.record, "response_index": i, "prompt": shared["prompt"],
-            "img_path": group.img_path, "response": group.responses[i], "score": scores[i],
-            "truncated": scored.truncated[i],
+            **shared, "response_index": i, "prompt": prompt, "img_path": written(i), "response": group.responses[i],
+            "score": scores[i], "truncated": scored.truncated[i],
         }
         for i in (order[:1] if config.best_of else range(len(scores)))
     ]  # fmt: skip
+
+
+def as_list(images: str | list | None) -> list:
+    """Images as a list; null would be those of the other response."""
+    return images if isinstance(images, list) else [images] if images else []
 
 
 def score(config: ScoreConfig) -> int:

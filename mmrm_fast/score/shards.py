@@ -25,10 +25,12 @@ COLUMNS = {
     "id": pyarrow.string(), "record": pyarrow.int64(), "response_index": pyarrow.int64(), "prompt": pyarrow.string(),
     "img_path": pyarrow.string(), "response": pyarrow.string(), "score": pyarrow.float64(),
     "truncated": pyarrow.bool_(), "chosen": pyarrow.string(), "rejected": pyarrow.string(),
-    "reward_margin": pyarrow.float64(),
+    "reward_margin": pyarrow.float64(), "rejected_images": pyarrow.list_(pyarrow.string()),
 }  # fmt: skip
+MESSAGE = pyarrow.struct({"role": pyarrow.string(), "content": pyarrow.string()})
+PAIR_TYPES = {"prompt": pyarrow.list_(MESSAGE), "img_path": pyarrow.list_(pyarrow.string())}  # to be read again
 SCORE_COLUMNS = ("id", "record", "response_index", "prompt", "img_path", "response", "score", "truncated")
-PAIR_COLUMNS = ("id", "record", "prompt", "img_path", "chosen", "rejected", "reward_margin")
+PAIR_COLUMNS = ("id", "record", "prompt", "img_path", "chosen", "rejected", "reward_margin", "rejected_images")
 
 
 @dataclass(frozen=True)
@@ -105,10 +107,23 @@ class Shards:
 
 
 def table(rows: Sequence[dict], names: Sequence[str]) -> pyarrow.Table:
-    """Rows as a table of one schema, whatever the rows of other shards hold: lists and conversations become JSON."""
-    as_json = lambda value: json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value  # noqa: E731
-    columns = {name: [as_json(row[name]) for row in rows] for name in names}
-    return pyarrow.table(columns, schema=pyarrow.schema([(name, COLUMNS[name]) for name in names]))
+    """Rows as a table of one schema, whatever the rows of other shards hold.
+
+    Lists and conversations of scores become JSON. Pairs are records to read again: all their prompts are conversations,
+    all images lists.
+    """
+    types = COLUMNS | (PAIR_TYPES if "chosen" in names else {})
+    columns = {name: [in_column(row.get(name), types[name]) for row in rows] for name in names}
+    return pyarrow.table(columns, schema=pyarrow.schema([(name, types[name]) for name in names]))
+
+
+def in_column(value: object, kind: pyarrow.DataType) -> object:
+    """A value as its column holds it."""
+    if kind == "string" and isinstance(value, (list, dict)):
+        return json.dumps(value, ensure_ascii=False)
+    if pyarrow.types.is_list(kind) and isinstance(value, str):
+        return [{"role": "user", "content": value} if kind.value_type == MESSAGE else value]
+    return value
 
 
 def fingerprint(paths: Iterable[Path], *, sampled: bool = False) -> str:
