@@ -1,17 +1,20 @@
-"""Files and folders that are whole or not there: written aside, synced to the disk, renamed; JSON as JSON has it."""
+"""Files and folders, whole or not there: written aside, synced, renamed, by one process; JSON as JSON has it."""
 
+import errno
+import fcntl
 import glob
 import json
 import math
 import os
+import platform
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-UNFINISHED, REPLACED = ".unfinished", ".replaced"
+UNFINISHED, REPLACED, LOCK = ".unfinished", ".replaced", ".lock"
 
 CHUNK_BYTES = 1 << 24
 LFS_POINTER = b"version https://git-lfs.github.com/spec"
@@ -110,6 +113,63 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder, which is made, until the end of the context, or of this process.
+
+    Raises:
+        ValueError: one is in it; the message says which.
+    """
+    was_there = folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = take_lock(folder / LOCK)
+    try:
+        yield
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)
+        os.close(descriptor)
+        if not was_there:
+            with suppress(OSError):  # something is in it
+                folder.rmdir()
+
+
+def take_lock(path: Path) -> int:
+    """The open file of a lock that this process has; the process and its host stand in it.
+
+    A POSIX lock: unlike one of `flock`, forks do not have it, and it ends with its process although they live on.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        host, _, pid = os.pread(descriptor, 1 << 10, 0).decode(errors="replace").strip().rpartition(" ")
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_taken = False
+        except OSError as error:  # a file system without locks has the names alone
+            is_taken = error.errno in (errno.EACCES, errno.EAGAIN) or lives(host, pid)
+        if is_taken:
+            os.close(descriptor)
+            owner = f"process {pid} on {host} is at work there" if pid else "another process is at work there"
+            raise ValueError(f"{path.parent}: {owner}; wait for its end (if it has ended, delete {path})")
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                break
+        os.close(descriptor)  # its owner has removed it
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{platform.node()} {os.getpid()}\n".encode(), 0)
+    return descriptor
+
+
+def lives(host: str, pid: str) -> bool:
+    """Whether a process is, or may be, alive; of another host it is not known."""
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError):
+        return bool(pid) and host != platform.node()
+    except PermissionError:
+        pass
+    return True
 
 
 def sync(path: Path) -> None:

@@ -1,13 +1,17 @@
 """What is written is whole or not there, whatever ends the writer."""
 
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
+import platform
 import signal
+from contextlib import nullcontext
 
 import pytest
 
-from mmrm_fast.files import json_lines, read_json, recover, whole_file, whole_folder, write_json
+from mmrm_fast.files import json_lines, locked, read_json, recover, whole_file, whole_folder, write_json
 
 
 def test_a_file_takes_the_place_of_the_one_before_only_when_it_is_whole(tmp_path):
@@ -93,6 +97,60 @@ def test_a_folder_that_is_being_replaced_by_a_process_that_is_killed_comes_back(
     assert process.exitcode == -signal.SIGKILL and path.exists() == (rename == 0)
     recover(tmp_path)
     assert [inside.name for inside in path.iterdir()] == ["old"] and list(tmp_path.iterdir()) == [path]
+
+
+def hold(folder, told, go_on):
+    """In a child: hold a folder, with a fork that outlives it, until nobody has the other end of `go_on`."""
+    with locked(folder):
+        if os.fork():
+            os.write(told, b"x")
+        os.read(go_on, 1)
+        os._exit(0)
+
+
+def test_a_locked_folder_is_refused_by_the_name_of_its_process_until_that_has_died(tmp_path):
+    folder, (telling, told), (go_on, end) = tmp_path / "run", os.pipe(), os.pipe()
+    holder = os.fork()
+    if not holder:
+        os.close(end)
+        hold(folder, told, go_on)
+    assert os.read(telling, 1) == b"x"
+    refusal = rf"run: process {holder} on {platform.node()} is at work there"
+    with pytest.raises(ValueError, match=refusal), locked(folder):
+        pass
+    os.kill(holder, signal.SIGKILL)
+    os.waitpid(holder, 0)
+    with locked(folder):  # though its fork lives
+        assert (folder / ".lock").read_text() == f"{platform.node()} {os.getpid()}\n"
+    os.close(end)
+    assert not any(folder.iterdir())
+
+
+OWNERS = [("HERE 4194305", False), ("HERE PARENT", True), ("elsewhere 1", True), ("", False)]
+
+
+@pytest.mark.parametrize(("owner", "is_taken"), OWNERS)
+def test_where_a_file_system_has_no_locks_an_owner_that_is_gone_is_told_from_one_that_may_live(
+    tmp_path, monkeypatch, owner, is_taken
+):
+    def nothing(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", nothing)
+    owner = owner.replace("HERE", platform.node()).replace("PARENT", str(os.getppid()))
+    (tmp_path / ".lock").write_text(owner)
+    with pytest.raises(ValueError, match="is at work there") if is_taken else nullcontext(), locked(tmp_path):
+        pass
+
+
+def test_a_lock_leaves_no_folder_that_was_not_there(tmp_path):
+    with locked(tmp_path / "a"):
+        pass
+    with locked(tmp_path / "b"):
+        (tmp_path / "b" / "mine").write_text("")
+    with locked(tmp_path / "b"):
+        pass
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["b", "b/mine"]
 
 
 def test_json_has_no_number_that_json_does_not_have(tmp_path):

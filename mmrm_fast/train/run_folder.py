@@ -3,6 +3,8 @@
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from mmrm_fast.config_file import options
 from mmrm_fast.files import (
     finite,
     json_lines,
+    locked,
     read_json,
     recover,
     remove,
@@ -117,16 +120,28 @@ def config_json(config: TrainConfig) -> dict:
     return json.loads(json.dumps(options(config), default=str))
 
 
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a run folder. Raises `ValueError` where one is in it, or it cannot be written to."""
+    with ExitStack() as stack:
+
+        def enter() -> None:
+            require_writable(folder)
+            stack.enter_context(locked(folder))
+
+        sharding.on_first_rank(enter)
+        yield
+
+
 def open_run(config: TrainConfig) -> Path | None:
     """The checkpoint that a run starts from, None for its beginning; says what is wrong with newer ones.
 
     Called on every rank, before anything that takes long.
 
     Raises:
-        ValueError: the run folder cannot be written to, or holds a run that this would damage or cannot continue.
+        ValueError: the run folder holds a run that this would damage or cannot continue.
     """
     folder = config.run.output_dir
-    sharding.on_first_rank(lambda: require_writable(folder))
     if config.run.resume is None:
         sharding.on_first_rank(lambda: require_free(folder, config.run.overwrite))  # emptied when all is checked
         return None

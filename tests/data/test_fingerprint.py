@@ -29,9 +29,9 @@ def changed(tmp_path, before, after, write, name):
     """What is said of a file that held some lines and holds others."""
     path = tmp_path / name
     write(path, before)
-    known = fingerprints(open_rows(path, ()))
+    known = fingerprints(open_rows([path], ()))
     write(path, after)
-    return [line.removeprefix(f"{path}: ") for line in differences(known, open_rows(path, ()))]
+    return [line.removeprefix(f"{path}: ") for line in differences(known, open_rows([path], ()))]
 
 
 def plain(path, lines):
@@ -70,9 +70,9 @@ def test_a_change_of_a_file_without_lines_is_named(tmp_path):
 def test_files_that_come_and_go_are_named(tmp_path):
     for name in ("a.jsonl", "b.jsonl"):
         plain(tmp_path / name, LINES)
-    known = fingerprints(open_rows(tmp_path, ()))
+    known = fingerprints(open_rows(sorted(tmp_path.iterdir()), ()))
     (tmp_path / "a.jsonl").rename(tmp_path / "c.jsonl")
-    assert differences(known, open_rows(tmp_path, ())) == [
+    assert differences(known, open_rows(sorted(tmp_path.iterdir()), ())) == [
         f"{tmp_path / 'c.jsonl'}: was not there",
         f"{tmp_path / 'a.jsonl'}: is not read any more",
     ]

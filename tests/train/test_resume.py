@@ -112,6 +112,31 @@ def test_a_broken_end_of_the_metrics_is_cut_and_told(tmp_path, capsys):
     assert "left out: " in (said := capsys.readouterr().err) and "metrics.jsonl:4: not valid JSON" in said
 
 
+def wait_in_step_2(config, reached, go_on):
+    def waiting(event, trainer):
+        if (event, trainer.state.step) == ("micro-batch", 2):
+            reached.set()
+            assert go_on.wait(TIMEOUT_SECONDS)
+
+    train(config, waiting)
+
+
+@pytest.mark.parametrize("options", [{"resume": "auto"}, {"overwrite": True}], ids=["resume", "overwrite"])
+def test_a_second_run_in_a_folder_is_refused_and_the_first_is_as_if_alone(make_config, options):
+    whole, config = train(make_config("whole", **OPTIONS)), make_config("run", **OPTIONS)
+    context = multiprocessing.get_context("fork")
+    reached, go_on = context.Event(), context.Event()
+    process = context.Process(target=wait_in_step_2, args=(config, reached, go_on), daemon=True)
+    process.start()
+    assert reached.wait(TIMEOUT_SECONDS)
+    with pytest.raises(ValueError, match=rf"run: process {process.pid} on .* is at work there"):
+        train(with_options(config, **options))
+    go_on.set()
+    process.join(TIMEOUT_SECONDS)
+    assert process.exitcode == 0
+    same_runs(whole, config.run.output_dir)
+
+
 def terminate_one(config):
     """SIGTERM to the last rank: in the third step, or in the evaluation after the fourth."""
     moment = ("evaluation", 4) if config.run.resume else ("micro-batch", 2)
