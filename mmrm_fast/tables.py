@@ -9,6 +9,12 @@ from rich.console import Console
 from rich.table import Table
 
 
+def print_lines(lines: Iterable[str]) -> None:
+    """Print lines, also where a name in them is no Unicode."""
+    for line in lines:
+        print(line.encode(errors="replace").decode())
+
+
 def print_table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]], *, num_text: int = 1) -> None:
     """Print rows of text, at their full width where the output is not a terminal.
 

@@ -78,6 +78,27 @@ def is_conversation(value: object) -> bool:
     return any(isinstance(item, dict) and any(keys <= item.keys() for keys in CONVERSATION_KEYS) for item in items)
 
 
+class Fields(dict):
+    """What a record has, without what is null; it knows which of its fields were asked for."""
+
+    def __init__(self, fields: Mapping, read: set[str] | None = None):
+        super().__init__((name, value) for name, value in fields.items() if value is not None)
+        self.read = set() if read is None else read
+
+    def __getitem__(self, name: str) -> object:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: object = None) -> object:
+        self.read.add(name)
+        return super().get(name, default)
+
+    def names(self, columns: Collection[str] = ()) -> dict[str, tuple[str, ...]]:
+        """Its fields that were read, and those that were not, with the columns that nobody took out of the file."""
+        unread = (*(str(name) for name in self if name not in self.read), *columns)
+        return {"read": tuple(name for name in self if name in self.read), "unread": unread}
+
+
 class ReadColumns:
     """The columns of a file that are read: those of a layout, and any that may have to be refused."""
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from mmrm_fast.data.fields import is_empty, refuse_unread
+from mmrm_fast.data.fields import Fields, is_empty, refuse_unread
 from mmrm_fast.data.types import FieldError, Message, Pairs, Prompt, kind_of, number, some_list, text
 
 CHOSEN_FIELDS = ("chosen", "conversations", "messages")
@@ -32,15 +32,8 @@ REJECTED_FIELDS = ("rejected", "rejected_conversations", "rejected_messages", "r
 PROMPT_FIELDS = ("prompt", "question")
 PREFERENCE_FIELDS = {*CHOSEN_FIELDS, *REJECTED_FIELDS, "completions", "scores"}
 FORM_FIELDS = {
-    *PREFERENCE_FIELDS,
-    *PROMPT_FIELDS,
-    "responses",
-    "margin",
-    "text",
-    "system",
-    "history",
-    "rejected_images",
-}
+    *PREFERENCE_FIELDS, *PROMPT_FIELDS, "responses", "margin", "text", "system", "history", "rejected_images",
+}  # fmt: skip
 CONTEXTS = ("conversations", "messages")  # beside `chosen`
 PICTURE_KEYS = ("image", "image_url", "url", "path", "base64")
 HARMLESS_KEYS = {"detail", "cache_control"}  # of parts
@@ -68,7 +61,7 @@ class Turns:
     images: tuple[object, ...] = ()
 
 
-def parse_form(fields: dict, ignored: Collection[str] = ()) -> Form:
+def parse_form(fields: Fields, ignored: Collection[str] = ()) -> Form:
     """Read one record, whichever layout it has; `ignored` names may be dropped. Raises `FieldError`."""
     form = parse_layout(fields, ignored)
     before = turns_before(fields)
@@ -81,10 +74,12 @@ def parse_form(fields: dict, ignored: Collection[str] = ()) -> Form:
     return replace(form, prompt=(*messages[:first], *before, *messages[first:]))
 
 
-def parse_layout(fields: dict, ignored: Collection[str]) -> Form:
+def parse_layout(fields: Fields, ignored: Collection[str]) -> Form:
     """A record without the turns of its `system` and `history`."""
     if in_text(fields):
-        fields = {**fields, **decode_text(fields["text"])}
+        inside = decode_text(fields["text"])
+        refuse_unread(inside, FORM_FIELDS, ignored, "text")
+        fields = Fields(fields | inside, fields.read)
     name = present(fields, PROMPT_FIELDS)
     prompt = prompt_turns(fields[name], name, ignored) if name in fields else None
     if "completions" in fields:
@@ -101,7 +96,7 @@ def parse_layout(fields: dict, ignored: Collection[str]) -> Form:
                     side, f"goes on with further turns behind `{context}`; a pair answers one conversation"
                 )
     if "rejected_images" in fields and chosen in fields and rejected not in fields:
-        fields = {**fields, rejected: fields[chosen]}
+        fields = Fields({**fields, rejected: fields[chosen]}, fields.read)
     if chosen in fields or rejected in fields:
         return pairwise_form(fields, prompt, chosen, rejected, ignored)
     if "responses" not in fields:

@@ -56,6 +56,8 @@ def open_file(path: Path, columns: Container[str], kept: dict) -> "Rows":
 class ListFile:
     """A CSV file or a JSON array, held in memory."""
 
+    unread = ()
+
     def __init__(self, path: Path, rows: Iterable[tuple[str, object]]):
         self.path, self.rows = path, list(rows)
 
@@ -96,6 +98,8 @@ def json_rows(path: Path, file: BinaryIO) -> Iterator[tuple[str, object]]:
 
 class LineFile:
     """A JSONL file read by line offset; blank lines are not records."""
+
+    unread = ()
 
     def __init__(self, path: Path, file: BinaryIO):
         self.path, self.file, self.size = path, file, os.fstat(file.fileno()).st_size
@@ -182,7 +186,9 @@ class RowFile:
             self.file = parquet.ParquetFile(path)
         except (OSError, pyarrow.ArrowException) as error:
             raise ValueError(f"{path}: not a Parquet file that can be read ({error})") from None
-        self.columns = [name for name in self.file.schema_arrow.names if name in columns]
+        names = self.file.schema_arrow.names
+        self.columns = [name for name in names if name in columns]
+        self.unread = tuple(name for name in names if name not in columns)
         metadata = self.file.metadata
         groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
         largest = max((group.total_byte_size for group in groups), default=0)

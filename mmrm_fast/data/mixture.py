@@ -5,9 +5,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from mmrm_fast.data.census import Kind
 from mmrm_fast.data.images import Source, opened
 from mmrm_fast.data.records import Group, RecordError, Records
 from mmrm_fast.data.samples import Preparer, Sample, Size
@@ -55,7 +57,7 @@ class PreferenceDataset:
 
     def look(self, index: int) -> tuple:
         """The row of a sample that nobody looked at, the only one of its record."""
-        (row,) = Look(self.records, self.preparer)(int(self.table[index]["record"]))
+        (row,) = Look(self.records, self.preparer)(int(self.table[index]["record"])).rows
         return row
 
     def size(self, index: int) -> Size:
@@ -77,19 +79,27 @@ class Look:
     eval_fraction: float = 0.0  # that is
     decode: bool = False  # the pictures too
 
-    def __call__(self, record: int) -> list[tuple]:
+    def __call__(self, record: int) -> "Looked":
         key = 0
         try:
             group = self.records.group(record, compare=True)
         except RecordError as error:
-            sizes = [Size.of_error(error)]
+            kind, sizes = Kind.of(error), [Size.of_error(error)]
         else:
+            kind = Kind.of(group)
             with opened(group.images) as images:
                 group = replace(group, images=images)
                 key = record_key(group)
                 chosen = self.testing if is_held_out(np.uint64(key), self.eval_fraction) else self.preparer
                 sizes = chosen.sizes(group, decode=self.decode)
-        return [(record, part, key, *size) for part, size in enumerate(sizes)]
+        return Looked(kind, [(record, part, key, *size) for part, size in enumerate(sizes)])
+
+
+class Looked(NamedTuple):
+    """What a record is, and its rows of the table."""
+
+    kind: Kind
+    rows: list[tuple]
 
 
 @dataclass(frozen=True)

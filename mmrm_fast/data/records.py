@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmrm_fast.data.fields import ReadColumns, refuse_unread
+from mmrm_fast.data.fields import Fields, ReadColumns, refuse_unread
 from mmrm_fast.data.forms import FORM_FIELDS, PREFERENCE_FIELDS, Form, in_text, parse_form
 from mmrm_fast.data.lines import open_rows
 from mmrm_fast.data.pictures import IMAGE_FIELDS, ImageRoots, parse_images, resolve_image, shown_images
@@ -51,6 +51,7 @@ def parse_group(
     beside: Path | None = None,
     ignored: Collection[str] = (),
     max_pairs: int = MAX_PAIRS,
+    columns: Collection[str] = (),
 ) -> Group:
     """Turn one decoded record of any form into a `Group`.
 
@@ -60,6 +61,7 @@ def parse_group(
         beside: where a picture of the same relative path must be the same.
         ignored: names of fields that may be dropped though they may change what the record says.
         max_pairs: of more pairs so many are drawn, of equal responses with equal ratings always the same.
+        columns: of its file that were not read.
 
     Raises:
         RecordError: a field is missing, of the wrong type, not a finite number, over a limit, or not read here though
@@ -68,14 +70,14 @@ def parse_group(
     with at(source):
         if not isinstance(fields, dict):
             raise FieldError("", f"a record is a JSON object, this is {kind_of(fields)}")
-        fields = {name: value for name, value in fields.items() if value is not None}
+        fields = Fields(fields)
         refuse_unread(fields, FIELDS, ignored)
         form = parse_form(fields, ignored)
         where = {"image_root": image_root, "confined": confined, "beside": beside}
         truth = parse_truth(fields, len(form.responses))
         return Group(
             source, record, parse_id(fields), form.prompt, responses=form.responses, truth=truth,
-            **images_of(fields, form, where), **preferences(form, max_pairs),
+            **images_of(fields, form, where), **preferences(form, max_pairs), **fields.names(columns),
         )  # fmt: skip
 
 
@@ -185,8 +187,10 @@ class Records:
         source, fields = file.source(row), file.fields(row)
         if self.need_pairs and isinstance(fields, dict) and not (PREFERENCE_FIELDS & fields.keys() or in_text(fields)):
             raise RecordError(source, "chosen", "missing; training and evaluation need chosen/rejected or completions")
-        compared = beside if compare else None
-        return parse_group(fields, source=source, record=int(index), image_root=root, beside=compared, **self.options)
+        return parse_group(
+            fields, source=source, record=int(index), image_root=root, beside=beside if compare else None,
+            columns=file.unread, **self.options,
+        )  # fmt: skip
 
     def source(self, index: int) -> str:
         """File and line of record `index`, which is not read."""

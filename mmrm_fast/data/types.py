@@ -1,6 +1,7 @@
 """What a record is once read: a group of responses to one prompt; and what a value may be, else a `FieldError`."""
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,6 +36,11 @@ class RewardError(RecordError):
     def of(cls, source: str, field: str, reward: float) -> "RewardError":
         """Of the response or pair that `field` names."""
         return cls(source, field, f"the model's reward is {reward}, not a finite number; check its weights and dtype")
+
+
+def file_of(source: str) -> str:
+    """The file of a record that stands at "FILE:LINE" or "FILE[PLACE]"."""
+    return re.sub(r"(:\d+|\[\d+\])$", "", source)
 
 
 @contextmanager
@@ -140,8 +146,9 @@ class Group:
     truth: tuple[float, ...] | None = None  # true quality of each response, where the data knows it
     num_unrated: int = 0  # responses whose rating is not a finite number
     num_undrawn: int = 0  # pairs over the most that a record may have, which are not among `pairs`
+    read: tuple[str, ...] = ()  # the record's fields that make up the group
+    unread: tuple[str, ...] = ()  # those that it has besides
     kept: tuple[int, ...] | None = None  # which of the record's responses these are, where some were left out
-
     seen: tuple[tuple[int, ...], ...] | None = None  # which images each response of a record has, where they differ
     rejected_images: str | list | None = None  # those of the rejected one as written, then
 

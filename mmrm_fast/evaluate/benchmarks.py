@@ -15,16 +15,18 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mmrm_fast.data.fields import ReadColumns, refuse_unread
+from mmrm_fast.data.fields import Fields, ReadColumns, is_empty, refuse_unread
 from mmrm_fast.data.lines import Rows, open_rows
 from mmrm_fast.data.pictures import ImageRoots, resolve_image
 from mmrm_fast.data.records import MAX_PAIRS, Group, Records, iter_groups, parse_group
 from mmrm_fast.data.splits import record_files, said_left
 from mmrm_fast.data.types import FieldError, Pairs, RecordError, at, kind_of
+from mmrm_fast.tables import print_lines
 
 IMAGE_FIELDS = ("image", "Image", "image_path", "images", "img_path")
+ID_FIELDS = ("id", "ID")
 COLUMNS = {  # that are read; others may say nothing that changes an item
-    "id", "ID", "query", "response", "human_ranking", "ranking", "query_source", "Text", "Output1", "Output2", "Better",
+    *ID_FIELDS, "query", "response", "human_ranking", "ranking", "query_source", "Text", "Output1", "Output2", "Better",
     "Category", "prompt", "chosen", "rejected", "subset", *IMAGE_FIELDS,
 }  # fmt: skip
 
@@ -91,8 +93,7 @@ def read_items(
         ValueError: no such file, or one that is not of its format.
     """
     taken, left = record_files(data, "test")
-    if left:
-        print(said_left(taken, left))
+    print_lines([said_left(taken, left)] if left else [])
     roots = ImageRoots.parse(image_root)
     roots.refuse_unused((path, str(data)) for path in taken)
     if bench == "pairs":
@@ -125,10 +126,11 @@ def read_layout(
         identity, group, source = str(index), "unknown", file.source(index)
         try:
             with at(source):
-                fields = file.fields(index)
-                if not isinstance(fields, dict):
-                    raise FieldError("", f"an item is a JSON object, this is {kind_of(fields)}")
-                identity = str(fields.get("id", fields.get("ID", index)))
+                row = file.fields(index)
+                if not isinstance(row, dict):
+                    raise FieldError("", f"an item is a JSON object, this is {kind_of(row)}")
+                fields = Fields(row)
+                identity = str(next((fields[name] for name in ID_FIELDS if not is_empty(fields.get(name))), index))
                 refuse_unread(fields, COLUMNS, ignored)
                 item = layout(fields, source)
                 group = item.group
@@ -136,7 +138,8 @@ def read_layout(
         except RecordError as error:
             yield Unread(identity, group, error)
         else:
-            yield replace(item, id=identity, record=replace(item.record, id=identity, record=index, images=found))
+            record = replace(item.record, id=identity, record=index, images=found, **fields.names(file.unread))
+            yield replace(item, id=identity, record=record)
 
 
 def vl_rewardbench(fields: dict, source: str) -> Item:

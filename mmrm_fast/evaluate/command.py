@@ -1,5 +1,6 @@
 """The `evaluate` command: a benchmark through the scorer, its table, and how far its numbers can be trusted."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from tqdm import tqdm
 
 from mmrm_fast.config import EvaluateConfig
 from mmrm_fast.config_file import options
+from mmrm_fast.data.census import Kind, counted, told_files
 from mmrm_fast.data.records import RecordError
 from mmrm_fast.evaluate import plots
 from mmrm_fast.evaluate.benchmarks import Item, MissingImage, Unread, read_items
@@ -16,7 +18,7 @@ from mmrm_fast.evaluate.reliability import bootstrap, calibration, credit, rank_
 from mmrm_fast.files import write_json
 from mmrm_fast.pairs import accuracy
 from mmrm_fast.score.scorer import Scored, Scorer
-from mmrm_fast.tables import percent, print_table, signed
+from mmrm_fast.tables import percent, print_lines, print_table, signed
 
 RECORDS_AT_ONCE = 64
 BATCH_SIZES = (1, 7, 64)  # records a call, for the spread of the same rewards
@@ -75,6 +77,8 @@ def evaluate(config: EvaluateConfig) -> int:
     items = list(read_items(config.bench, config.data, config.image_root, **reading))
     if not items:
         raise ValueError(f"{config.data}: no items")
+    census = counted(Kind.of(item.record if isinstance(item, Item) else item.error) for item in items)
+    print_lines(told_files(census, Counter(kind.file for kind in census.elements())))
     pairs, unscored = score_items(scorer, items)
     if not pairs:
         raise ValueError(f"{config.data}: none of {len(items)} items could be scored, the first: {unscored[0].error}")

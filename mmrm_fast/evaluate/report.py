@@ -2,7 +2,6 @@
 
 import base64
 import io
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from mmrm_fast.config import ReportConfig
 from mmrm_fast.data.images import load_image
 from mmrm_fast.data.pictures import ImageRoots
 from mmrm_fast.data.records import Group, Records, prompt_json
+from mmrm_fast.data.types import file_of
 from mmrm_fast.evaluate import plots
 from mmrm_fast.evaluate.page import write_page
 from mmrm_fast.evaluate.reliability import calibration
@@ -222,7 +222,7 @@ class Files:
 
     def group(self, source: str, record: int, name: str) -> Group:
         """The record that stands at `source`, "FILE:LINE" or "FILE[PLACE]", and was number `record` of its set."""
-        path = re.sub(r"(:\d+|\[\d+\])$", "", source)
+        path = file_of(source)
         if (path, name) not in self.opened:
             self.opened[path, name] = Records(path, image_root=ImageRoots.parse(self.image_root), name=name)
         file = self.opened[path, name]

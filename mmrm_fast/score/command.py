@@ -19,6 +19,7 @@ from tqdm import tqdm
 from mmrm_fast.checkpoint.folder import CheckpointFolder
 from mmrm_fast.config import ScoreConfig
 from mmrm_fast.config_file import options
+from mmrm_fast.data.census import peek, told
 from mmrm_fast.data.pictures import ImageRoots
 from mmrm_fast.data.records import Group, RecordError, Records, iter_groups, prompt_json
 from mmrm_fast.data.splits import FAILURES
@@ -26,6 +27,7 @@ from mmrm_fast.files import read_json, write_json_lines
 from mmrm_fast.score.cluster import gpus_each, ray_cluster
 from mmrm_fast.score.scorer import Scored, Scorer
 from mmrm_fast.score.shards import PAIR_COLUMNS, SCORE_COLUMNS, Shards, fingerprint
+from mmrm_fast.tables import print_lines
 
 CPUS_PER_ACTOR = 2
 CHUNKS_AHEAD = 2  # of an actor: one is read and tokenised while the model runs on the other
@@ -160,6 +162,7 @@ def score(config: ScoreConfig) -> int:
     if config.out.resolve() in [source.path.resolve() for source in records.files]:
         raise ValueError(f"{config.out}: is one of the files to be scored; choose another --out")
     shards = open_shards(config, records)
+    print_lines(told(records, peek(records)))
     tally = run(config, shards)
     errors = [error for note in shards.notes() for error in note["errors"]]
     return finish(config, shards, tally, errors)
@@ -274,7 +277,6 @@ def finish(config: ScoreConfig, shards: Shards, tally: Counter, errors: list[dic
     if not errors:
         return 0
     print(f"{len(errors)} records failed, listed in {listing}:")
-    for error in errors[:50]:
-        line = ": ".join(str(error[name]) for name in ("source", "field", "reason") if error[name])
-        print(line.encode(errors="replace").decode())  # a file's name may be no Unicode
+    names = ("source", "field", "reason")
+    print_lines(": ".join(str(error[name]) for name in names if error[name]) for error in errors[:50])
     return 0 if config.allow_errors else EXIT_SOME_FAILED

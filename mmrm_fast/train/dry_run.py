@@ -9,6 +9,7 @@ import torch
 from mmrm_fast.config import TrainConfig
 from mmrm_fast.config_file import with_options
 from mmrm_fast.data.mixture import parse_mixture
+from mmrm_fast.data.pictures import ImageRoots
 from mmrm_fast.data.records import RecordError, Records
 from mmrm_fast.data.samples import Preparer, Sample
 from mmrm_fast.model.reward_model import RewardModel
@@ -117,7 +118,9 @@ def measure(proxy: Proxy) -> Work | None:
         return None
     checkpoint = folder.load(max_length=config.batch.max_length, with_weights=False).configured(config.batch)
     preparer = training_preparer(config, checkpoint, with_text=config.proxy.robust)
-    records = open_records(config.records, "train", *parse_mixture(config.records.data).paths)
+    records = open_records(
+        config.records, "train", ImageRoots.parse(config.records.image_root), *parse_mixture(config.records.data).paths
+    )
     places = np.linspace(0, len(records) - 1, min(SAMPLED, len(records))).astype(int)
     samples = [sample for place in places for sample in usable_samples(records, preparer, int(place))]
     if not samples:

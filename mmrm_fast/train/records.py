@@ -1,6 +1,6 @@
 """The records of a run, the same on every rank: opened, surveyed in one pass, held out from each other."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,6 +8,7 @@ import numpy as np
 
 from mmrm_fast.checkpoint.folder import Checkpoint
 from mmrm_fast.config import RecordsConfig, TrainConfig
+from mmrm_fast.data.census import Census, counted, told
 from mmrm_fast.data.mixture import (
     SAMPLE,
     UNKNOWN,
@@ -21,9 +22,10 @@ from mmrm_fast.data.mixture import (
 from mmrm_fast.data.pictures import ImageRoots
 from mmrm_fast.data.records import RecordError, Records
 from mmrm_fast.data.samples import Preparer
-from mmrm_fast.data.splits import Split, said_left
+from mmrm_fast.data.splits import Split
 from mmrm_fast.data.workers import idle_workers, in_order
 from mmrm_fast.pairs import EvalSet
+from mmrm_fast.tables import print_lines
 from mmrm_fast.train import sharding
 
 MAX_DECODED = 10_000  # images are opened when checking sets of fewer records
@@ -114,8 +116,6 @@ def open_records(
     records = Records(*paths, split=split, need_pairs=True, **options)
     if not len(records):
         raise ValueError(f"{', '.join(map(str, paths))}: no records")
-    if records.left and sharding.rank() == 0:
-        print(said_left([file.path for file in records.files], records.left))
     return records
 
 
@@ -129,8 +129,17 @@ def survey(look: Look, count: int, progress: Callable) -> np.ndarray:
     count, rank, num_ranks = min(count, len(look.records)), sharding.rank(), sharding.num_ranks()
     mine = range(rank, count, num_ranks)
     looks = in_order(look, [mine], num_workers=idle_workers() if len(mine) > WORTH_WORKERS else 0)
-    rows = (row for own in progress("surveying records")(looks, total=len(mine)) for row in own)
-    found = np.concatenate(sharding.gather_lists([np.fromiter(rows, SAMPLE)]))
+    census = Census()
+
+    def rows() -> Iterator[tuple]:
+        for looked in progress("surveying records")(looks, total=len(mine)):
+            counted([looked.kind], census)
+            yield from looked.rows
+
+    tables, censuses = zip(*sharding.gather_lists([(np.fromiter(rows(), SAMPLE), census)]), strict=True)
+    if sharding.rank() == 0:
+        print_lines(told(look.records, sum(censuses, Census())))
+    found = np.concatenate(tables)
     found = found[np.argsort(found["record"], kind="stable")]
     return np.concatenate([found, unknown_samples(range(count, len(look.records)))])
 

@@ -88,7 +88,7 @@ def test_every_record_is_a_sample_or_an_error_that_names_its_line(make_checkpoin
     records, preparer = Records(path), Preparer(checkpoint.prompt_encoder(), checkpoint.tiling)
     assert len(records) == NUM_RECORDS
 
-    rows = np.array([row for i in range(NUM_RECORDS) for row in Look(records, preparer, decode=True)(i)], SAMPLE)
+    rows = np.array([row for i in range(NUM_RECORDS) for row in Look(records, preparer, decode=True)(i).rows], SAMPLE)
     errors = [error for notes in rows["notes"] if notes for error in notes.errors]
     assert [error.source for error in errors] == [f"{path}:{i + 1}" for i in range(NUM_RECORDS) if not good[i]]
     samples = [preparer.sample(records.group(i)) for i in range(NUM_RECORDS) if good[i]]

@@ -122,7 +122,7 @@ def faulty(tmp_path, pictures, write_jsonl):
 @pytest.mark.parametrize(("decode", "lines"), [(False, [2, 3, 4, 5, 8]), (True, [2, 3, 4, 5, 6, 8])])
 def test_every_fault_is_found_and_nothing_else(faulty, make_preparer, decode, lines):
     look = Look(faulty, make_preparer(overlong="error"), decode=decode)
-    table = np.array([row for record in range(len(faulty)) for row in look(record)], SAMPLE)
+    table = np.array([row for record in range(len(faulty)) for row in look(record).rows], SAMPLE)
     errors = [error for notes in table["notes"] if notes for error in notes.errors]
     assert [int(error.source.rpartition(":")[2]) for error in errors] == lines
     assert [record + 1 for record in table["record"][table["cost"] == 0]] == lines
@@ -132,9 +132,9 @@ def test_what_is_held_out_is_sized_as_it_is_tested(write_jsonl, make_preparer):
     record = {"prompt": "p", "responses": ["a", "b", LONG], "scores": [3, 2, 1]}
     training, testing = make_preparer(pairs="expand", overlong="skip"), make_preparer(overlong="truncate")
     look = Look(Records(write_jsonl([record])), training, testing)
-    ((_, _, key, *_),) = replace(look, eval_fraction=0.9999999)(0)
-    assert [pairs for *_, pairs, _ in replace(look, eval_fraction=(key + 2**32) / 2**64)(0)] == [3]
-    assert [pairs for *_, pairs, _ in replace(look, eval_fraction=(key - 2**32) / 2**64)(0)] == [1, 0, 0]
+    ((_, _, key, *_),) = replace(look, eval_fraction=0.9999999)(0).rows
+    assert [pairs for *_, pairs, _ in replace(look, eval_fraction=(key + 2**32) / 2**64)(0).rows] == [3]
+    assert [pairs for *_, pairs, _ in replace(look, eval_fraction=(key - 2**32) / 2**64)(0).rows] == [1, 0, 0]
 
 
 # data sets
@@ -143,7 +143,7 @@ def test_what_is_held_out_is_sized_as_it_is_tested(write_jsonl, make_preparer):
 def test_a_data_set_has_the_samples_of_its_table(write_jsonl, make_preparer):
     records = Records(write_jsonl([{"prompt": p, "responses": ["a", "b", "c"], "scores": [1, 2, 3]} for p in "pq"]))
     look = Look(records, make_preparer(pairs="expand"))
-    table = np.array([row for record in range(2) for row in look(record)], SAMPLE)
+    table = np.array([row for record in range(2) for row in look(record).rows], SAMPLE)
     dataset = PreferenceDataset(records, look.preparer, table[2:])
     assert [dataset.group(index).prompt for index in range(len(dataset))] == ["p", "q", "q", "q"]
     assert [dataset.group(index).responses for index in (0, 1)] == [("b", "c"), ("a", "b")]

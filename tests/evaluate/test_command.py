@@ -108,7 +108,9 @@ def test_a_missing_image_is_listed_and_counted_and_neither_right_nor_wrong(folde
     assert (figures["scored"], figures["unscored"], figures["missing_images"]) == (2, 1, 1)
     assert figures["all"]["overall"]["accuracy"] == np.mean([item["margin"] > 0 for item in results["items"]])
     assert [(row["id"], row["missing_image"]) for row in results["unscored"]] == [("RLAIF-V-1", True)]
-    assert "absent.png" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "absent.png" in out
+    assert "data.jsonl: 3 records, 2 with pictures, 0 without, 1 that cannot be used; read: human_ranking, id, " in out
 
 
 def test_position_is_a_rule_only_where_an_order_was_published(folder, tmp_path, pictures):

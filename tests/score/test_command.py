@@ -91,6 +91,7 @@ def test_scoring_a_file(scoring, capsys, monkeypatch):
     assert [(error["record"], error["error"]) for error in errors] == [(1, "RecordError"), (2, "RecordError")]
     assert not (folder / "out.jsonl.parts").exists()
     printed = capsys.readouterr().out
+    assert "records.jsonl: 5 records, 3 with pictures, 1 without, 1 that cannot be used; read: " in printed
     assert "3 of 5 records scored" in printed and "records.jsonl:2" in printed and "empty.png" in printed
 
 

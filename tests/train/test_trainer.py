@@ -122,7 +122,10 @@ def test_of_a_folder_of_splits_the_right_one_is_trained_and_tested_on(make_confi
     folder = train(make_config("split", data=(str(tmp_path / "hub"),), eval=(f"own={tmp_path / 'hub'}",)))
     assert sum(row["pairs"] for row in read(folder / "metrics.jsonl")) == 5
     assert json.loads((folder / "results.json").read_text())["own"]["pairs"] == 2
-    taken, tested = (line for line in capsys.readouterr().out.splitlines() if line.startswith("taken: "))
+    out = capsys.readouterr().out
+    taken, tested = (line for line in out.splitlines() if line.startswith("taken: "))
+    assert "train_prefs-0.jsonl: 5 records, 0 with pictures, 5 without; read: chosen, prompt, rejected\n" in out
+    assert "test_prefs-0.jsonl: 2 records, 0 with" in out
     left = "left, of other splits: test_prefs-0.jsonl, test_sft-0.jsonl, train_sft-0.jsonl"
     assert taken == f"taken: {tmp_path / 'hub' / 'train_prefs-0.jsonl'}; {left}"
     assert tested.startswith(f"taken: {tmp_path / 'hub' / 'test_prefs-0.jsonl'}; left")
