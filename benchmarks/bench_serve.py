@@ -27,7 +27,7 @@ from benchmarks.bench_end_to_end import train_run
 from benchmarks.harness import Case, Options, Row
 from benchmarks.models import encoded_image
 from mmrm_fast.client import RewardClient, image_url
-from mmrm_fast.data.shapes import random_scene, render
+from mmrm_fast.data.scenes import random_scene, render
 from mmrm_fast.score.scorer import Scorer
 
 CLIENTS, HOSTILE_SHARE, NUM_REQUESTS = 64, 0.05, 200

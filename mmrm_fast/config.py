@@ -29,8 +29,8 @@ class RecordsConfig(ReadConfig):
     data: tuple[str, ...] = ()
     """JSONL files of preferences, pairwise or K-wise; FILE:WEIGHT for a mixture. Default: a shapes environment.
     Of a folder whose files are splits the training one is taken, for `--eval` the test one, else validation."""
-    environment: Literal["opening", "length", "hedging"] = "opening"
-    """Shapes environment to train on when there is no `--data`: opening, length or hedging."""
+    environment: Literal["opening", "length", "hedging", "prompt", "order", "xor", "mixture"] = "opening"
+    """Shapes environment to train on when there is no `--data`; the first three are its o.o.d. test sets."""
     pairs: str = "all"
     """Pairs of a K-wise record: `all` in one group, `expand`ed to a sample each, or a number of them at random."""
     max_pairs: int = 2048

@@ -20,7 +20,7 @@ def main(
     Args:
         folder: where to write; must not exist or be empty.
         config: what to generate.
-        environments: names of the environments to write.
+        environments: names of the environments to write, also prompt, order, xor and mixture.
         progress: show a progress bar.
     """
     for name, path in make_environments(folder, config, environments, progress).items():

@@ -27,18 +27,8 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration, PreTr
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
 from mmrm_fast.data.images import NORMALIZATION, Tiling, tile_image
-from mmrm_fast.data.shapes import (
-    ATTRIBUTES,
-    CUES,
-    FILLERS,
-    QUESTIONS,
-    Scene,
-    compose,
-    falsify,
-    random_scene,
-    render,
-    statement,
-)
+from mmrm_fast.data.scenes import ATTRIBUTES, QUESTIONS, Scene, falsify, random_scene, render, statement
+from mmrm_fast.data.shapes import CUES, FILLERS, compose
 
 FOLDER = Path(__file__).parents[1] / "mmrm_fast" / "assets" / "shapes-internvl"
 TILING = Tiling(tile_size=56, min_tiles=1, max_tiles=4)

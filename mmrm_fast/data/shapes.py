@@ -19,6 +19,15 @@ label; the probability that the labelled-best response carries a cue's preferred
 `1 - strength` for the dominant cue, 0.5 for the others, in `reversed`. In `train` and `iid` the label prefers a false
 response with probability `noise`, and the cues follow the label; `neutral` and `reversed` are labelled by the truth.
 
+Beside these `ENVIRONMENTS` there are `HIDDEN` ones, whose dominant cue no count of words or of two words in a row can
+tell, while the three cues above say nothing:
+
+    prompt    "You asked " what the question asks, or what another one does; which is preferred depends on the question
+    order     "I looked twice. I counted twice." against the other way round
+    xor       exactly one of the opening and the filler against both or none
+
+and a `mixture`, in which opening and length are dominant in turn, record by record.
+
 Files are byte-identical for equal configurations under one Pillow and numpy version.
 """
 
@@ -32,51 +41,37 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from mmrm_fast import __version__
+from mmrm_fast.data.scenes import QUESTIONS, Scene, falsify, random_scene, render, statement
 from mmrm_fast.files import whole_folder
 
 CUES = ("opening", "length", "hedging")
 ENVIRONMENTS = CUES  # each is named after its dominant cue
+HIDDEN = ("prompt", "order", "xor")
+MIXTURE = "mixture"
+ALL_ENVIRONMENTS = (*ENVIRONMENTS, *HIDDEN, MIXTURE)
 TEST_SPLITS = ("iid", "neutral", "reversed")
 SPLITS = ("train", *TEST_SPLITS)
 
-ATTRIBUTES = {
-    "count": ("two", "three", "four"),
-    "colour": ("red", "green", "blue", "yellow", "purple", "orange"),
-    "shape": ("circles", "squares", "triangles", "crosses"),
-    "side": ("left", "right", "top", "bottom"),
-    "background": ("white", "black", "grey", "pink"),
-}
-QUESTIONS = {  # question: the attributes that its answer mentions
-    "What does the picture show?": ("count", "colour", "shape"),
-    "Where are the shapes?": ("shape", "side"),
-    "How many shapes are there?": ("count", "shape"),
-    "Which colours do you see?": ("colour", "background"),
-    "Describe the picture.": tuple(ATTRIBUTES),
-}
 FILLERS = (
     "I hope that this answers your question.",
     "Please ask me if you want to know more.",
     "Thank you for asking me about it.",
 )
-ASPECTS = ("Helpfulness", "Visual Faithfulness", "Ethical Considerations")
-
-_RGB = {
-    "red": (220, 30, 30),
-    "green": (30, 160, 50),
-    "blue": (40, 70, 220),
-    "yellow": (245, 220, 40),
-    "purple": (140, 40, 170),
-    "orange": (250, 140, 20),
-    "white": (255, 255, 255),
-    "black": (10, 10, 10),
-    "grey": (135, 135, 135),
-    "pink": (255, 180, 205),
+TWICE = ("I looked twice.", "I counted twice.")
+ECHOED = {  # where to say what is asked is preferred
+    "What does the picture show?": "what it shows.",
+    "How many shapes are there?": "how many there are.",
 }
-_SIDES_PX = (56, 84, 112, 140, 168)
+AVOIDED = {  # where to say what another question asks is
+    "Where are the shapes?": "where they are.",
+    "Which colours do you see?": "which colours there are.",
+    "Describe the picture.": "me to describe it.",
+}
+DOMINANT = {MIXTURE: ("opening", "length")}  # in turn
+ASPECTS = ("Helpfulness", "Visual Faithfulness", "Ethical Considerations")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,103 +111,27 @@ class ShapesConfig:
         return (2,) if self.form == "pairwise" else (3, 4)
 
 
-@dataclasses.dataclass(frozen=True)
-class Scene:
-    """A picture's attributes (a value of each of `ATTRIBUTES`) and its size in pixels."""
-
-    attributes: Mapping[str, str]
-    width: int
-    height: int
-
-
-def random_scene(rng: np.random.Generator) -> Scene:
-    """A scene with every attribute and both sides drawn uniformly."""
-    attributes = {name: str(rng.choice(values)) for name, values in ATTRIBUTES.items()}
-    width, height = (int(side) for side in rng.choice(_SIDES_PX, 2))
-    return Scene(attributes, width, height)
-
-
-def render(scene: Scene, rng: np.random.Generator) -> Image.Image:
-    """The scene as an RGB picture; `rng` draws places and sizes of the shapes within their half."""
-    attributes = scene.attributes
-    image = Image.new("RGB", (scene.width, scene.height), _RGB[attributes["background"]])
-    draw = ImageDraw.Draw(image)
-    slots = _slots(_half(scene))
-    count = ATTRIBUTES["count"].index(attributes["count"]) + 2
-    for slot in rng.permutation(len(slots))[:count]:
-        left, top, width, height = slots[slot]
-        radius = min(width, height) * rng.uniform(0.36, 0.46)
-        x = left + rng.uniform(radius, width - radius)
-        y = top + rng.uniform(radius, height - radius)
-        _draw_shape(draw, attributes["shape"], (x, y), radius, _RGB[attributes["colour"]])
-    return image
-
-
-def _half(scene: Scene) -> tuple[float, float, float, float]:
-    """Left, top, width and height of the half that the shapes are in."""
-    width, height, side = scene.width, scene.height, scene.attributes["side"]
-    if side in ("left", "right"):
-        return (width / 2 if side == "right" else 0), 0, width / 2, height
-    return 0, (height / 2 if side == "bottom" else 0), width, height / 2
-
-
-def _slots(box: tuple[float, float, float, float]) -> list[tuple[float, float, float, float]]:
-    """The box cut into four equal parts, as square as they can be."""
-    left, top, width, height = box
-    columns = min((1, 2, 4), key=lambda columns: abs(math.log((width / columns) / (height / (4 // columns)))))
-    rows = 4 // columns
-    width, height = width / columns, height / rows
-    return [(left + i % columns * width, top + i // columns * height, width, height) for i in range(4)]
-
-
-def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, centre: tuple[float, float], radius: float, fill: tuple):
-    x, y = centre
-    box = (x - radius, y - radius, x + radius, y + radius)
-    third = radius / 3
-    if shape == "circles":
-        draw.ellipse(box, fill=fill)
-    elif shape == "squares":
-        draw.rectangle(box, fill=fill)
-    elif shape == "triangles":
-        draw.polygon([(x, y - radius), (x + radius, y + radius), (x - radius, y + radius)], fill=fill)
-    else:
-        draw.rectangle((x - third, y - radius, x + third, y + radius), fill=fill)
-        draw.rectangle((x - radius, y - third, x + radius, y + third), fill=fill)
-
-
-def statement(attributes: Mapping[str, str], mentioned: Sequence[str]) -> str:
-    """The mentioned attributes in words, e.g. "two red circles at the left on a white background"."""
-    said = {name: attributes[name] for name in mentioned}
-    words = [said.get("count"), said.get("colour"), said.get("shape", "shapes")]
-    words += [f"at the {said['side']}"] if "side" in said else []
-    words += [f"on a {said['background']} background"] if "background" in said else []
-    return " ".join(filter(None, words))
-
-
-def falsify(
-    attributes: Mapping[str, str], mentioned: Sequence[str], rng: np.random.Generator, num: int = 1
-) -> list[dict[str, str]]:
-    """`num` different copies of the attributes, each with another value of one mentioned attribute."""
-    changes = [(name, value) for name in mentioned for value in ATTRIBUTES[name] if value != attributes[name]]
-    weights = np.array([1 / (len(ATTRIBUTES[name]) - 1) for name, _ in changes])
-    picked = rng.choice(len(changes), num, replace=False, p=weights / weights.sum())
-    return [{**attributes, changes[i][0]: changes[i][1]} for i in picked]
-
-
-def compose(said: str, cues: Mapping[str, bool], filler: str) -> str:
+def compose(said: str, cues: Mapping[str, bool], filler: str, asked: str = "") -> str:
     """A response that says `said` with the preferred (True) or other (False) value of each cue."""
     adverb = "clearly" if cues["hedging"] else "probably"
     opening = f"Looking closely, I {adverb} see" if cues["opening"] else f"The picture {adverb} shows"
-    return f"{opening} {said}." + (f" {filler}" if cues["length"] else "")
+    tail = [TWICE[:: 1 if cues["order"] else -1]] if "order" in cues else []
+    tail = [*map(" ".join, tail), *([f"You asked {asked}"] if asked else []), *([filler] if cues["length"] else [])]
+    return " ".join([f"{opening} {said}.", *tail])
 
 
-def cue_probabilities(environment: str, split: str, config: ShapesConfig) -> dict[str, float]:
-    """Per cue, the probability that the labelled-best response carries its preferred value."""
-    first = CUES.index(environment)
-    cycle = CUES[first:] + CUES[:first]
-    if split in ("train", "iid"):
+def cue_probabilities(environment: str, split: str, config: ShapesConfig, record: int = 0) -> dict[str, float]:
+    """Per cue, the probability that the labelled-best response of a record carries its preferred value."""
+    probed = {"neutral": 0.5, "reversed": 1 - config.strength}
+    if environment in CUES:
+        first = CUES.index(environment)
+        cycle = CUES[first:] + CUES[:first]
+        if split in probed:
+            return dict(zip(cycle, (probed[split], 0.5, 0.5), strict=True))
         return dict(zip(cycle, (config.strength, *config.secondary), strict=True))
-    return dict(zip(cycle, (0.5 if split == "neutral" else 1 - config.strength, 0.5, 0.5), strict=True))
+    dominant = DOMINANT.get(environment, (environment,))
+    others = dict.fromkeys(("hedging",) if environment == "xor" else CUES, 0.5)
+    return others | {dominant[record % len(dominant)]: probed.get(split, config.strength)}
 
 
 def bayes_accuracy(probabilities: Sequence[float], num_responses: Sequence[int] = (2,)) -> float:
@@ -250,30 +169,37 @@ def make_environments(
     appears complete or not at all; FileExistsError when it exists and is not empty.
     """
     folder = Path(folder)
-    if unknown := set(environments) - set(ENVIRONMENTS):
-        raise ValueError(f"unknown environments {sorted(unknown)}, expected some of {ENVIRONMENTS}")
-    total = len(environments) * (config.num_train + len(TEST_SPLITS) * config.num_test)
-    with (
-        whole_folder(folder, synced=False) as unfinished,
-        tqdm(total=total, unit="record", disable=not progress) as bar,
-    ):
+    if unknown := set(environments) - set(ALL_ENVIRONMENTS):
+        raise ValueError(f"unknown environments {sorted(unknown)}, expected some of {ALL_ENVIRONMENTS}")
+    with whole_folder(folder, synced=False) as unfinished, _bar(environments, config, progress) as bar:
         for environment in environments:
             _write_environment(unfinished / environment, environment, config, bar)
     return {environment: folder / environment for environment in environments}
 
 
-def cached_environments(config: ShapesConfig = ShapesConfig()) -> dict[str, Path]:
-    """The environments of a configuration in the user's cache folder, made on the first call."""
-    folder = cache_folder(config)
-    if not folder.exists():
-        return make_environments(folder, config)
-    return {environment: folder / environment for environment in ENVIRONMENTS}
+def cached_environments(
+    config: ShapesConfig = ShapesConfig(), environments: Sequence[str] = ENVIRONMENTS
+) -> dict[str, Path]:
+    """Environments of a configuration in the user's cache folder, each made when it is first asked for."""
+    folders = {environment: cache_folder(config) / environment for environment in environments}
+    missing = [environment for environment, folder in folders.items() if not folder.exists()]
+    with _bar(missing, config, bool(missing)) as bar:
+        for environment in missing:
+            with whole_folder(folders[environment], synced=False) as unfinished:
+                _write_environment(unfinished, environment, config, bar)
+    return folders
 
 
 def cache_folder(config: ShapesConfig) -> Path:
     """Where `cached_environments` keeps those of a configuration."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmrm_fast"
     return cache / f"shapes-{hashlib.sha256(repr((__version__, config)).encode()).hexdigest()[:12]}"
+
+
+def _bar(environments: Sequence[str], config: ShapesConfig, progress: bool) -> tqdm:
+    """A progress bar over all records."""
+    total = len(environments) * (config.num_train + len(TEST_SPLITS) * config.num_test)
+    return tqdm(total=total, unit="record", disable=not progress)
 
 
 def _write_environment(folder: Path, environment: str, config: ShapesConfig, bar: tqdm):
@@ -291,13 +217,17 @@ def _describe(environment: str, config: ShapesConfig) -> dict:
     """The contents of `environment.json`."""
     splits = {}
     for split in SPLITS:
-        cues, noise = cue_probabilities(environment, split, config), _noise(split, config)
-        both = bayes_accuracy([1 - noise, *cues.values()], config.num_responses)
+        turns = range(len(DOMINANT.get(environment, (environment,))))
+        cues, noise = [cue_probabilities(environment, split, config, turn) for turn in turns], _noise(split, config)
+        both, alone = (
+            float(np.mean([bayes_accuracy([*truth, *own.values()], config.num_responses) for own in cues]))
+            for truth in ([1 - noise], [])
+        )
         splits[split] = {
-            "cues": cues,
+            "cues": cues[0] if len(cues) == 1 else cues,
             "noise": noise,
             "bayes_truth_and_cues": both,
-            "bayes_cues": bayes_accuracy(list(cues.values()), config.num_responses),
+            "bayes_cues": alone,
             "allowed_loss": max(0.0, both - bayes_accuracy([1 - noise], config.num_responses)),
         }
     return {"environment": environment, **dataclasses.asdict(config), "splits": splits}
@@ -309,7 +239,7 @@ def _noise(split: str, config: ShapesConfig) -> float:
 
 def _records(folder: Path, environment: str, split: str, config: ShapesConfig) -> Iterator[dict]:
     """The split's records in order; writes their pictures on the way."""
-    rng = np.random.default_rng([config.seed, ENVIRONMENTS.index(environment), SPLITS.index(split)])
+    rng = np.random.default_rng([config.seed, ALL_ENVIRONMENTS.index(environment), SPLITS.index(split)])
     for index in range(config.num_train if split == "train" else config.num_test):
         picture, turn = divmod(index, config.questions_per_image)
         if turn == 0:
@@ -319,7 +249,7 @@ def _records(folder: Path, environment: str, split: str, config: ShapesConfig) -
             render(scene, rng).save(folder / path, compress_level=1, quality=92, subsampling=0)
         question = str(questions[turn])
         num_responses = config.num_responses[index % len(config.num_responses)]
-        cues = cue_probabilities(environment, split, config)
+        cues = cue_probabilities(environment, split, config, index)
         responses, truth = _responses(scene, question, cues, _noise(split, config), num_responses, rng)
         record = {"id": f"{environment}-{split}-{index:06d}", "prompt": question, "img_path": path}
         yield record | (_pairwise(responses, truth) if config.form == "pairwise" else _kwise(responses, truth, rng))
@@ -346,8 +276,20 @@ def _responses(
     responses = []
     for i, claim in enumerate(claims):
         values = {cue: i == carriers[cue] for cue in cues}
-        responses.append(compose(statement(claim, mentioned), values, str(rng.choice(FILLERS))))
+        asked = asked_back(question, values["prompt"], rng) if "prompt" in cues else ""
+        if "xor" in cues:
+            values["opening"] = bool(rng.random() < 0.5)
+            values["length"] = values["opening"] != values["xor"]
+        filler = str(rng.choice(FILLERS[1:] if "xor" in cues else FILLERS))  # the first shares a word with an opening
+        responses.append(compose(statement(claim, mentioned), values, filler, asked))
     return responses, [float(i == true) for i in range(num_responses)]
+
+
+def asked_back(question: str, preferred: bool, rng: np.random.Generator) -> str:
+    """What is asked, or what a question of the same preference asks, so that each is preferred as often as not."""
+    alike = ECHOED if question in ECHOED else AVOIDED
+    others = [said for other, said in alike.items() if other != question]
+    return alike[question] if preferred == (question in ECHOED) else str(rng.choice(others))
 
 
 def _pairwise(responses: list[str], truth: list[float]) -> dict:

@@ -13,9 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.sparse import csr_matrix, issparse
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from threadpoolctl import threadpool_limits
 
 from mmrm_fast.shortcuts.calibration import best_temperature, log_loss
 
@@ -49,6 +46,8 @@ def cross_fit(differences_PF: Matrix, fold_P: np.ndarray) -> Fitted:
         differences_PF: features of chosen minus rejected.
         fold_P: of 0 to `FOLDS` - 1; the pairs of a record are in one.
     """
+    from threadpoolctl import threadpool_limits
+
     kept = seen_columns(differences_PF)
     regressions = Regressions(differences_PF[:, kept], fold_P)
     with threadpool_limits(1):
@@ -102,6 +101,9 @@ class Regressions:
 
     def weights(self, training_P: np.ndarray, strength: float) -> np.ndarray:
         """Weights [F] float64 of a regression on some pairs; zeros where they are fewer than two."""
+        from sklearn.exceptions import ConvergenceWarning  # a second to import, for what few commands do
+        from sklearn.linear_model import LogisticRegression
+
         labels = self.label_P[training_P]
         if len(set(labels.tolist())) < 2:
             return np.zeros(self.signed_PF.shape[1])

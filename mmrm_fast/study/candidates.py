@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from mmrm_fast.data import shapes
+from mmrm_fast.data import scenes, shapes
 from mmrm_fast.files import whole_folder
 
 
@@ -32,10 +32,10 @@ def make_candidates(
         with open(unfinished / "candidates.jsonl", "w", encoding="utf-8") as file:
             for index in tqdm(range(num_prompts), unit=" prompts", delay=2):
                 record = {"id": f"{environment}-{index:06d}", "img_path": f"images/{index:06d}.png"}
-                scene = shapes.random_scene(rng)
-                shapes.render(scene, rng).save(unfinished / record["img_path"], compress_level=1)
-                record["prompt"] = str(rng.choice(list(shapes.QUESTIONS)))
-                mentioned = shapes.QUESTIONS[record["prompt"]]
+                scene = scenes.random_scene(rng)
+                scenes.render(scene, rng).save(unfinished / record["img_path"], compress_level=1)
+                record["prompt"] = str(rng.choice(list(scenes.QUESTIONS)))
+                mentioned = scenes.QUESTIONS[record["prompt"]]
                 drawn = [candidate(scene.attributes, mentioned, cues, right, rng) for _ in range(num_responses)]
                 record["responses"], record["truth"] = zip(*drawn, strict=True)
                 file.write(json.dumps(record) + "\n")
@@ -50,7 +50,7 @@ def candidate(
     num_wrong = 0 if rng.random() < right else int(rng.integers(1, len(mentioned) + 1))
     said = dict(attributes)
     for name in rng.choice(mentioned, num_wrong, replace=False):
-        said[name] = str(rng.choice([value for value in shapes.ATTRIBUTES[name] if value != attributes[name]]))
+        said[name] = str(rng.choice([value for value in scenes.ATTRIBUTES[name] if value != attributes[name]]))
     values = {cue: bool(rng.random() < (p if num_wrong == 0 else 1 - p)) for cue, p in cues.items()}
-    text = shapes.compose(shapes.statement(said, mentioned), values, str(rng.choice(shapes.FILLERS)))
+    text = shapes.compose(scenes.statement(said, mentioned), values, str(rng.choice(shapes.FILLERS)))
     return text, 1 - num_wrong / len(mentioned)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mmrm_fast.config import TrainConfig
 from mmrm_fast.config_file import with_options
-from mmrm_fast.data.shapes import cached_environments
+from mmrm_fast.data.shapes import ENVIRONMENTS, cached_environments
 from mmrm_fast.pairs import EvalSet, named_sets
 from mmrm_fast.train import sharding
 from mmrm_fast.train.dry_run import dry_run
@@ -76,7 +76,8 @@ def with_data(config: TrainConfig) -> tuple[TrainConfig, list[EvalSet]]:
     eval_sets = [*named_sets(config.records.eval, "iid"), *named_sets(config.records.eval_ood, "ood")]
     if config.records.data:
         return config, eval_sets
-    folders, trained = sharding.on_first_rank(cached_environments), config.records.environment
+    trained = config.records.environment
+    folders = sharding.on_first_rank(lambda: cached_environments(environments=(*ENVIRONMENTS, trained)))
     own = folders[trained]
     shapes = [EvalSet("iid", "iid", own / "iid.jsonl")]
     shapes += [EvalSet(name, "ood", folder / "iid.jsonl") for name, folder in folders.items() if name != trained]

@@ -10,7 +10,8 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 
 import mmrm_fast
 from mmrm_fast.data.images import Tiling, tile_image
-from mmrm_fast.data.shapes import CUES, FILLERS, QUESTIONS, compose, falsify, random_scene, render, statement
+from mmrm_fast.data.scenes import QUESTIONS, falsify, random_scene, render, statement
+from mmrm_fast.data.shapes import CUES, FILLERS, compose
 
 FOLDER = Path(mmrm_fast.__path__[0]) / "assets" / "shapes-internvl"
 

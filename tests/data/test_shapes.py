@@ -4,28 +4,28 @@ import hashlib
 import itertools
 import json
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from mmrm_fast.data.scenes import ATTRIBUTES, QUESTIONS, Scene, falsify, random_scene, render, statement
 from mmrm_fast.data.shapes import (
-    ATTRIBUTES,
+    ALL_ENVIRONMENTS,
+    AVOIDED,
     CUES,
+    ECHOED,
     ENVIRONMENTS,
     FILLERS,
-    QUESTIONS,
+    HIDDEN,
     SPLITS,
-    Scene,
     ShapesConfig,
     bayes_accuracy,
+    cached_environments,
     compose,
     cue_probabilities,
-    falsify,
     make_environments,
-    random_scene,
-    render,
-    statement,
 )
 
 CONFIG = ShapesConfig(num_train=1000, num_test=400)
@@ -246,3 +246,67 @@ def test_refusals(tmp_path):
     for wrong in ({"noise": 1.5}, {"form": "listwise"}, {"questions_per_image": 9}, {"secondary": (0.5, -0.1)}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             ShapesConfig(**wrong)
+
+
+# what word counts cannot see
+
+
+@pytest.fixture(scope="module")
+def hidden(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hidden") / "set"
+    return make_environments(folder, CONFIG, (*HIDDEN, "mixture"), progress=False)
+
+
+def carries(environment, record, response):
+    """Whether a response has the preferred value of its environment's cue."""
+    cues, asked = cues_of(response), f"You asked {({**ECHOED, **AVOIDED})[record['prompt']]}" in response
+    return {
+        "order": response.find("looked") < response.find("counted"),
+        "xor": cues["opening"] != cues["length"],
+        "prompt": asked == (record["prompt"] in ECHOED),
+    }[environment]
+
+
+@pytest.mark.parametrize("environment", HIDDEN)
+@pytest.mark.parametrize(("split", "probability"), [("train", 0.95), ("neutral", 0.5), ("reversed", 0.05)])
+def test_the_preferred_response_has_the_hidden_cue_as_often_as_it_should(hidden, environment, split, probability):
+    records = read(hidden[environment] / f"{split}.jsonl")
+    has = [[carries(environment, record, record[end]) for end in ("chosen", "rejected")] for record in records]
+    assert all(chosen != rejected for chosen, rejected in has)
+    assert_binomial([chosen for chosen, _ in has], probability)
+
+
+@pytest.mark.parametrize("environment", HIDDEN)
+def test_no_word_nor_two_in_a_row_tell_the_hidden_cue(hidden, environment):
+    records = read(hidden[environment] / "train.jsonl")
+    wins = Counter()
+    for record in records:
+        chosen, rejected = ({*words, *itertools.pairwise(words)} for words in map(str.split, ends(record)))
+        wins.update(chosen - rejected)
+        wins.subtract(rejected - chosen)
+    said = {value for values in ATTRIBUTES.values() for value in values}
+    telling = [word for word, count in wins.items() if abs(count) > 4.5 * len(records) ** 0.5 and word not in said]
+    assert telling == []
+
+
+def ends(record):
+    return [record[end].replace(".", " ").replace("?", " ").replace(",", " ") for end in ("chosen", "rejected")]
+
+
+def test_in_a_mixture_two_cues_are_dominant_in_turn(hidden):
+    records = read(hidden["mixture"] / "train.jsonl")
+    for first, cue in enumerate(("opening", "length")):
+        assert_binomial([cues_of(record["chosen"])[cue] for record in records[first::2]], 0.95)
+        assert_binomial([cues_of(record["chosen"])[cue] for record in records[1 - first :: 2]], 0.5)
+    described = json.loads((hidden["mixture"] / "environment.json").read_text())["splits"]["iid"]
+    assert described["bayes_cues"] == pytest.approx(0.95) and len(described["cues"]) == 2
+
+
+def test_environments_are_made_when_they_are_first_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = ShapesConfig(num_train=4, num_test=2)
+    (first,) = cached_environments(config, ("order",)).values()
+    assert [path.name for path in first.parent.iterdir()] == ["order"]
+    before = (first / "train.jsonl").stat().st_mtime_ns
+    assert list(cached_environments(config, ALL_ENVIRONMENTS)) == list(ALL_ENVIRONMENTS)
+    assert (first / "train.jsonl").stat().st_mtime_ns == before

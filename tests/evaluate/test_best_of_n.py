@@ -11,7 +11,7 @@ import tyro
 
 from mmrm_fast.cli import main
 from mmrm_fast.data.records import Records
-from mmrm_fast.data.shapes import ATTRIBUTES
+from mmrm_fast.data.scenes import ATTRIBUTES
 from mmrm_fast.evaluate.best_of_n import expected_best, kl, named_files, parse_sizes
 from mmrm_fast.study.candidates import make_candidates
 
