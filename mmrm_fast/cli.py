@@ -40,7 +40,7 @@ USAGE = "\n".join(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
+    """Run one command; returns the exit status: 2 where it cannot be run so, 128 + N where signal N stopped it."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] not in COMMANDS:
         asked = arguments[:1] in (["-h"], ["--help"])
@@ -52,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         taken = parse(config_type, rest, prog=f"mmrm-fast {name}")
         return getattr(import_module(f"mmrm_fast.{module}"), function)(taken) or 0
+    except KeyboardInterrupt:
+        print(f"mmrm-fast {name}: interrupted", file=sys.stderr)
+        return 130
     except ModuleNotFoundError as error:
         reason = f"{error.name} is not installed: pip install 'mmrm_fast[serve]'"
     except (ValueError, FloatingPointError, OSError) as error:

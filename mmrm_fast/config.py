@@ -200,7 +200,7 @@ class RunConfig:
     accept_changed_data: bool = False
     """Go on though the data are not those that the run began with, which else is an error."""
     save_every: int | None = None
-    """Write a checkpoint to resume from every so many steps. On SIGTERM one is written in any case."""
+    """Write a checkpoint to resume from every so many steps. On SIGTERM and SIGINT one is written in any case."""
     save_minutes: float = 30.0
     """Write one when the last is so many minutes old; 0 never."""
     keep: int = 2

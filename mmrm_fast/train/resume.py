@@ -34,6 +34,7 @@ class RunState:
     data: dict = field(default_factory=dict)  # `fingerprints` of the files that it is trained on
     step: int = 0
     consumed: int = 0  # records of the order
+    trained: int = 0  # of those, records in steps that were applied
     skipped: list = field(default_factory=list)  # rows of skipped.jsonl
     counts: dict = field(default_factory=dict)  # of what is not trained on, by its name
     bad_steps: int = 0  # in a row, not finite

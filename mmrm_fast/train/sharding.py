@@ -56,11 +56,11 @@ def all_sum(values: Tensor) -> Tensor:
     return values
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether the flag is set on any rank."""
-    flags = torch.tensor(int(flag))
-    dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return bool(flags)
+def most(number: int) -> int:
+    """The largest of the ranks' numbers."""
+    numbers = torch.tensor(number)
+    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return int(numbers)
 
 
 def gather_lists(items: list) -> list:

@@ -76,10 +76,12 @@ class Trainer:
         data = sharding.on_first_rank(lambda: fingerprints(files)) if changes else state.data
         for change in changes:
             self.say(f"going on with changed data: {change}")
+        if state.consumed > self.total:
+            raise ValueError(f"{state.consumed} records were trained on, the data have {self.total}: nothing is left")
         return replace(state, config=config_json(self.config), data=data)
 
     def run(self) -> Path:
-        """The whole run, from where it starts to its end or to a SIGTERM."""
+        """The whole run, from where it starts to its end; raises `SystemExit` where a signal stopped it before."""
         if self.start is not None:
             load_tensors(self.start, self.steps.tensors())
             self.say(f"resuming after step {self.state.step} from {self.start}")
@@ -87,16 +89,19 @@ class Trainer:
         options = {"resumed": self.start is not None, "progress": self.progress_bar}
         self.steps.proxy.prepare(self.folder.path, self.inputs, **options)
         self.checkpoints = Checkpoints(self.folder.checkpoints, keep=self.config.run.keep)
-        try:
-            with terminations() as self.received:
+        status = None
+        with terminations() as self.received:
+            try:
                 self.train_steps()
                 self.finish()
-        except Stopped:
-            self.stop()
-        finally:
-            self.warn(self.checkpoints.wait())
-            self.folder.close()
+            except Stopped as stopped:
+                status = self.stop(*stopped.args)
+            finally:
+                self.warn(self.checkpoints.wait())
+                self.folder.close()
         self.checkpoints.close()
+        if status is not None:
+            sys.exit(status)
         return self.folder.path
 
     def open_folder(self) -> None:
@@ -123,8 +128,17 @@ class Trainer:
                 if outcome.save_asked or (run.save_every and self.state.step % run.save_every == 0):
                     self.save()
                 started, self.waited = time.perf_counter(), 0.0
-        if not self.state.step:
-            raise ValueError(f"{', '.join(map(str, self.config.records.data))}: no pair to train on")
+        self.require_whole()
+
+    def require_whole(self) -> None:
+        """Raise `ValueError` where less was trained than the run was to."""
+        state, data = self.state, ", ".join(map(str, self.config.records.data))
+        if not state.step:
+            raise ValueError(f"{data}: no pair to train on")
+        if not state.trained:
+            raise ValueError(f"{data}: no record was trained on in {state.step} steps; see skipped and not finite ones")
+        if state.consumed != self.total and state.step != self.config.optimizer.max_steps:
+            raise ValueError(f"{data}: ended after {state.consumed} records, {self.total} were planned")
 
     def add_up(self, batches: Iterable[Packed]) -> Step | None:
         """Add up the gradients of the next step; what the schedule says of it, None where no step is left."""
@@ -149,6 +163,7 @@ class Trainer:
         self.count_bad(outcome)
         self.bar.update(step.consumed - self.state.consumed)
         self.state.consumed, self.state.step = step.consumed, self.state.step + 1
+        self.state.trained += outcome.is_finite * int(outcome.metrics["records"])
         return outcome
 
     def share(self, step: Step) -> float:
@@ -214,13 +229,18 @@ class Trainer:
         self.warn(self.checkpoints.save(self.state, self.steps.tensors(), on_seal=partial(self.tell, "seal")))
         self.saved_at = time.perf_counter()
 
-    def stop(self) -> None:
-        """Save what is done, without the step that is under way, and say how to go on."""
+    def stop(self, number: int) -> int:
+        """Save what is done, without the step that is under way, and say how to go on; the exit status of a signal."""
         self.save()
         problem = self.checkpoints.wait()
         if problem:
             raise OSError(problem)
-        self.say(f"stopped by SIGTERM after step {self.state.step}; --resume auto goes on")
+        name = signal.Signals(number).name
+        self.say(
+            f"stopped by {name} after step {self.state.step}, {self.state.consumed} of {self.total} records; "
+            "--resume auto goes on"
+        )
+        return 128 + number
 
     def finish(self) -> None:
         """The last checkpoint, the last evaluation, the weights, the results and what is to be said of them."""
@@ -268,8 +288,8 @@ class Trainer:
         for packed in batches:
             self.waited += time.perf_counter() - started
             self.tell(event)
-            if sharding.any_rank(bool(self.received)):
-                raise Stopped
+            if number := sharding.most(max(self.received, default=0)):
+                raise Stopped(number)
             if packed.step:
                 self.note(packed.step.notes, training=training)
             self.undecoded += packed.errors.values()
@@ -326,15 +346,21 @@ def print_summary(folder: Path, results: dict[str, dict], state: RunState) -> No
 
 
 class Stopped(Exception):
-    """A rank was told to end, and all know it."""
+    """A rank was told to end by the signal of this number, and all know it."""
 
 
 @contextmanager
 def terminations() -> Iterator[list[int]]:
-    """A list to which SIGTERM adds instead of ending the process."""
+    """A list to which SIGTERM and SIGINT add instead of ending the process, which a SIGINT after them does at once."""
     received: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+
+    def note(number: int, frame: object) -> None:
+        received.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield received
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -151,10 +151,10 @@ def terminate_one(config):
 def test_sigterm_to_one_rank_saves_on_all_and_another_number_of_ranks_goes_on(make_config):
     options = {"robust": True, "epochs": 2, "eval_every": 4, "keep": 3}
     whole, config = train(make_config("whole", **options)), make_config("stopped", **options)
-    assert run_ranks(terminate_one, config) == [0, 0]
+    assert run_ranks(terminate_one, config) == [128 + signal.SIGTERM] * 2
     assert len(losses(config.run.output_dir)) == 2 and not (config.run.output_dir / "final").exists()
     assert [path.name for path in (config.run.output_dir / "checkpoints").iterdir()] == ["step-00000002"]
-    assert run_ranks(terminate_one, with_options(config, resume="auto")) == [0, 0]
+    assert run_ranks(terminate_one, with_options(config, resume="auto")) == [128 + signal.SIGTERM] * 2
     assert len(losses(config.run.output_dir)) == 4 and not (config.run.output_dir / "evaluations.jsonl").exists()
     train(with_options(config, resume="auto"))
     assert [row["step"] for row in read(config.run.output_dir / "evaluations.jsonl")] == [4]
@@ -162,6 +162,29 @@ def test_sigterm_to_one_rank_saves_on_all_and_another_number_of_ranks_goes_on(ma
     torch.testing.assert_close(
         *(load_file(f / "final" / "model.safetensors") for f in (config.run.output_dir, whole)), atol=1e-3, rtol=1e-3
     )
+
+
+def interrupt(config, times):
+    """SIGINT, to the worker processes too as from a terminal, in the third step; and again before that is saved."""
+    os.setpgid(0, 0)
+    left = iter(range(times))
+
+    def interrupting(event, trainer):
+        if (event, trainer.state.step) in (("micro-batch", 2), ("save", 2)) and next(left, None) is not None:
+            os.killpg(0, signal.SIGINT)
+
+    train(config, interrupting)
+
+
+def test_an_interrupt_saves_and_a_second_one_leaves_at_once(make_config, capfd):
+    options = {"epochs": 1, "num_workers": 1, "eval": ()}
+    whole, config = train(make_config("whole", **options)), make_config("run", **options)
+    assert in_child(interrupt, config, 1) == 128 + signal.SIGINT
+    assert "stopped by SIGINT after step 2, 8 of 11 records; --resume auto goes on" in capfd.readouterr().err
+    assert losses(train(with_options(config, resume="auto"))) == losses(whole)
+    twice = with_options(config, output_dir=config.run.output_dir.with_name("twice"))
+    assert in_child(interrupt, twice, 2) == -signal.SIGINT
+    assert not (twice.run.output_dir / "checkpoints").exists()
 
 
 def flip_a_bit(newest):
@@ -207,6 +230,9 @@ def test_data_that_have_changed_since_the_checkpoint_are_named_and_taken_where_t
     train(with_options(again, accept_changed_data=True))
     assert "going on with changed data: " in capsys.readouterr().err
     train(with_options(config, resume="auto"))  # what was accepted is what the run is trained on
+    data.write_text("".join(lines[:2]))
+    with pytest.raises(ValueError, match=r"22 records were trained on, the data have 4: nothing is left"):
+        train(with_options(config, resume="auto", accept_changed_data=True))
 
 
 def kill_at_once(config):

@@ -224,6 +224,19 @@ def test_without_checks_records_that_cannot_be_used_are_named_all_the_same(make_
         train(make_config("unchecked", data=(str(data),), check_records=0, eval=()))
 
 
+def test_a_run_without_a_step_that_could_be_applied_says_so_and_writes_no_model(make_config, monkeypatch):
+    monkeypatch.setattr("mmrm_fast.train.step.gradient_norms", lambda *_: [float("nan")])
+    config = make_config("nothing", max_steps=3)
+    with pytest.raises(ValueError, match=r"train\.jsonl: no record was trained on in 3 steps"):
+        train(config)
+    assert not (config.run.output_dir / "final").exists()
+
+
+def test_a_run_that_ends_early_says_so(make_config):
+    with pytest.raises(ValueError, match=r"train\.jsonl: ended after 11 records, 12 were planned"):
+        train(make_config("early"), lambda event, trainer: setattr(trainer, "total", 12))
+
+
 def test_figures_that_no_pair_defines_are_null(make_config, write_jsonl):
     data = write_jsonl([{"prompt": "What?", "chosen": "a", "rejected": "a"}], "ties.jsonl")
     folder = train(make_config("ties", robust=True, max_steps=1, eval=(f"ties={data}",)))
