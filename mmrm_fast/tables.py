@@ -41,6 +41,11 @@ def print_results(results: Mapping[str, Mapping]) -> None:
         means = (percent(np.mean([f[key] for f in ood]) if all(key in f for f in ood) else None) for key in keys)
         rows += [(), ("mean", "ood", str(sum(f["pairs"] for f in ood)), *means)]
     print_table("Accuracy (%)", heads, rows, num_text=2)
+    reasons = {"identical_pairs": "whose two sides are the same", "undrawn_pairs": "over --max-pairs"}
+    for name, figures in results.items():
+        for key, reason in reasons.items():
+            if figures.get(key):
+                print(f"{name}: {figures[key]} pairs {reason} are in no figure")
 
 
 def signed(value: float) -> str:

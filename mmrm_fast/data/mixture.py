@@ -60,6 +60,12 @@ class PreferenceDataset:
         (row,) = Look(self.records, self.preparer)(int(self.table[index]["record"])).rows
         return row
 
+    def left_out(self) -> dict[str, int]:
+        """How many pairs of the samples looked at are not used, by why; only what there is."""
+        notes = [own for own in self.table["notes"] if own]
+        counts = {name: sum(getattr(own, name) for own in notes) for name in ("identical", "undrawn")}
+        return {f"{name}_pairs": count for name, count in counts.items() if count}
+
     def size(self, index: int) -> Size:
         """The size of a sample that was looked at."""
         return Size(*self.table[index].item()[-3:])

@@ -1,6 +1,7 @@
 """Groups to samples: token keys of one checkpoint's prompt, pictures sized by their headers; and pictures to tiles."""
 
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Literal, NamedTuple
@@ -27,7 +28,8 @@ class Sample:
     tiles_per_image: tuple[int, ...]
     main: Encoded
     text: Encoded | None = None  # the same group as the text-only proxy sees it
-    dropped: tuple[RecordError, ...] = ()  # one note a response whose pairs were left out
+    dropped: tuple[RecordError, ...] = ()  # notes on pairs that were left out
+    num_identical: int = 0  # pairs left out because their two sides are the same
 
     @property
     def num_tokens_unshared(self) -> int:
@@ -45,10 +47,11 @@ class Notes:
     """What some records have that is not trained on; adds up."""
 
     errors: tuple[RecordError, ...] = ()  # records that cannot be used
-    dropped: tuple[RecordError, ...] = ()  # responses whose pairs were left out
+    dropped: tuple[RecordError, ...] = ()  # responses and records whose pairs were left out
     unrated: int = 0  # responses whose rating is not a finite number
     undrawn: int = 0  # pairs over the most that a record may have
     unpaired: int = 0  # records without a preference
+    identical: int = 0  # pairs left out because their two sides are the same
 
     def __add__(self, other: "Notes") -> "Notes":
         return Notes(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
@@ -111,9 +114,7 @@ class Preparer:
         """Encode one group. Raises `RecordError` naming the field that cannot be encoded."""
         with at(group.source):
             sample = self.encode(group, tuple(map(self.num_tiles, group.images)))
-        if self.overlong == "truncate" or self.encoder.compat or not any(sample.main.truncated):
-            return sample
-        return self.without_overlong(sample)
+        return sample if self.pairs is None else self.without_useless_pairs(sample)
 
     def tiles(self, group: Group) -> list[np.ndarray]:
         """Decode a group's pictures: uint8 `[I, S, S, 3]` each. Raises `RecordError`."""
@@ -142,7 +143,8 @@ class Preparer:
     def size(self, sample: Sample) -> Size:
         """The size of a sample."""
         group, pairs = sample.group, len(sample.group.pairs)
-        found = Notes((), sample.dropped, group.num_unrated, group.num_undrawn, int(not pairs))
+        unpaired = int(not pairs and not sample.dropped)
+        found = Notes((), sample.dropped, group.num_unrated, group.num_undrawn, unpaired, sample.num_identical)
         notes = None if found == Notes() else found
         if not sample.main.sequences:
             return Size(notes=notes)
@@ -180,15 +182,35 @@ class Preparer:
             return 1
         return self.tiling.num_tiles(*image_size(image, self.tiling.compat))
 
-    def without_overlong(self, sample: Sample) -> Sample:
-        """Drop the pairs whose response was cut, each noted in `dropped`; raise where the policy is `error`."""
-        group, cut = sample.group, sample.main.truncated
+    def without_useless_pairs(self, sample: Sample) -> Sample:
+        """The sample without pairs of which one side was cut, unless that is the policy, or both are the same.
+
+        What is left out is noted in `dropped`; an overlong response is an error where the policy is `error`.
+        """
+        group, ends = sample.group, sample.group.pairs.ends
+        kept_cut = self.overlong == "truncate" or self.encoder.compat
+        is_cut = np.array(sample.main.truncated, bool) & (not kept_cut)
         reason = f"does not fit into --max-length {self.encoder.max_length} behind its prompt"
-        notes = tuple(RecordError(group.source, f"response {i}", reason) for i, is_cut in enumerate(cut) if is_cut)
-        if self.overlong == "error":
+        notes = [RecordError(group.source, f"response {i}", reason) for i in np.flatnonzero(is_cut)]
+        if notes and self.overlong == "error":
             raise notes[0]
-        group = replace(group, pairs=group.pairs[~np.array(cut)[group.pairs.ends].any(axis=1)])
-        return replace(self.encode(only_paired(group), sample.tiles_per_image), dropped=notes)
+        overlong, same = is_cut[ends].any(axis=1), same_sides(sample.main.sequences, ends)
+        useless, identical = overlong | same, int((same & ~overlong).sum())
+        if not useless.any():
+            return sample
+        if identical:
+            reason = f"{identical} of {len(ends)} pairs have two sides of the same tokens"
+            notes.append(RecordError(group.source, "", reason))
+        fitting = only_paired(replace(group, pairs=group.pairs[~useless]))
+        return replace(self.encode(fitting, sample.tiles_per_image), dropped=tuple(notes), num_identical=identical)
+
+
+def same_sides(sequences: Sequence[np.ndarray], ends: np.ndarray) -> np.ndarray:
+    """Which pairs [P, 2] are of two sequences with the same token keys, bool [P]: their rewards cannot differ."""
+    first: dict[bytes, int] = {}
+    digests = (hashlib.blake2b(sequence, digest_size=16).digest() for sequence in sequences)
+    number = np.array([first.setdefault(digest, len(first)) for digest in digests], int)
+    return number[ends[:, 0]] == number[ends[:, 1]]
 
 
 def only_paired(group: Group) -> Group:

@@ -12,6 +12,7 @@ from mmrm_fast.config import EvaluateConfig
 from mmrm_fast.config_file import options
 from mmrm_fast.data.census import Kind, counted, told_files
 from mmrm_fast.data.records import RecordError
+from mmrm_fast.data.samples import same_sides
 from mmrm_fast.evaluate import plots
 from mmrm_fast.evaluate.benchmarks import Item, MissingImage, Unread, read_items
 from mmrm_fast.evaluate.reliability import bootstrap, calibration, credit, rank_correlation, spread, text_controls
@@ -47,6 +48,7 @@ class ScoredPair:
     scored: Scored
     chosen: int
     rejected: int
+    identical: bool = False  # the two have the same tokens, so that their rewards cannot differ
 
     @property
     def margin(self) -> float:
@@ -79,9 +81,11 @@ def evaluate(config: EvaluateConfig) -> int:
         raise ValueError(f"{config.data}: no items")
     census = counted(Kind.of(item.record if isinstance(item, Item) else item.error) for item in items)
     print_lines(told_files(census, Counter(kind.file for kind in census.elements())))
-    pairs, unscored = score_items(scorer, items)
+    scored, unscored = score_items(scorer, items)
+    pairs = [pair for pair in scored if not pair.identical]
     if not pairs:
-        raise ValueError(f"{config.data}: none of {len(items)} items could be scored, the first: {unscored[0].error}")
+        why = f", the first: {unscored[0].error}" if unscored else ": all pairs have two sides of the same tokens"
+        raise ValueError(f"{config.data}: none of {len(items)} items could be scored{why}")
     readable = [item for item in items if isinstance(item, Item)]
     results = {
         "bench": config.bench,
@@ -92,6 +96,7 @@ def evaluate(config: EvaluateConfig) -> int:
         "controls": controls(pairs, ordered=all(item.ordered for item in readable)),
         "unscored": [unscored_row(item) for item in unscored],
         "pairs_over_max_pairs": sum(item.record.num_undrawn for item in readable),
+        "identical_pairs": [pair.row() for pair in scored if pair.identical],
         "items": [pair.row() for pair in pairs],
     }
     write_results(config.output_dir, results, pairs)
@@ -109,7 +114,12 @@ def score_items(scorer: Scorer, items: Sequence[Item | Unread]) -> tuple[list[Sc
         if isinstance(result, RecordError):
             unscored.append(Unread(item.id, item.group, result))
         else:
-            pairs += [ScoredPair(item, result, pair.chosen, pair.rejected) for pair in item.record.pairs]
+            ends = item.record.pairs.ends
+            same = same_sides(scorer.encode(item.record).main.sequences, ends)
+            pairs += [
+                ScoredPair(item, result, *pair, is_same)
+                for pair, is_same in zip(ends.tolist(), same.tolist(), strict=True)
+            ]
     return pairs, unscored
 
 
@@ -253,6 +263,9 @@ def report(config: EvaluateConfig, results: dict) -> None:
         f"repeatability: {repeated['rewards']} rewards differ by at most {repeated['largest']:.1e}"
         f" over batches of {', '.join(map(str, BATCH_SIZES))} records"
     )
+    if identical := results["identical_pairs"]:
+        named = ", ".join(row["id"] for row in identical[:MAX_LISTED])
+        print_lines([f"{len(identical)} pairs whose two sides are the same are in no figure: {named}"])
     if results["pairs_over_max_pairs"]:
         print(f"{results['pairs_over_max_pairs']} pairs over --max-pairs {config.max_pairs} of a record were not drawn")
     if results["unscored"]:

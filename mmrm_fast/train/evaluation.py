@@ -9,7 +9,7 @@ import torch
 
 from mmrm_fast.data.packing import Packed
 from mmrm_fast.data.types import RewardError
-from mmrm_fast.pairs import PairRow, judged_accuracy, pair_rows, summarize, without_numbers
+from mmrm_fast.pairs import PairRow, judged_accuracy, pair_rows, without_numbers
 from mmrm_fast.train import sharding
 from mmrm_fast.train.branch import Branch, train_mode
 from mmrm_fast.train.proxy import Proxy
@@ -54,11 +54,6 @@ def batch_rows(
     for sample, own in zip(packed.samples, rewards, strict=False):
         of_proxy = None if left is None else list(islice(left, len(sample.group.pairs)))
         yield from pair_rows(sample.group, own.tolist(), of_proxy)
-
-
-def figures(rows: dict[str, list[PairRow]], kinds: dict[str, str]) -> dict[str, dict]:
-    """The kind and the figures of every test set, by its name."""
-    return {name: {"kind": kinds[name], **summarize(own)} for name, own in rows.items()}
 
 
 def best_figure(results: dict[str, dict], name: str | None) -> float | None:

@@ -20,11 +20,11 @@ from mmrm_fast.data.packing import Packed, Step
 from mmrm_fast.data.records import RecordError
 from mmrm_fast.data.samples import Notes
 from mmrm_fast.data.schedule import load
-from mmrm_fast.pairs import EvalSet, PairRow, judged_accuracy, reward_stats
+from mmrm_fast.pairs import EvalSet, PairRow, judged_accuracy, reward_stats, summarize
 from mmrm_fast.tables import percent, print_results
 from mmrm_fast.train import sharding
 from mmrm_fast.train.branch import train_mode
-from mmrm_fast.train.evaluation import best_figure, evaluate, figures
+from mmrm_fast.train.evaluation import best_figure, evaluate
 from mmrm_fast.train.proxy import make_branches, parse_proxy
 from mmrm_fast.train.rates import Rates
 from mmrm_fast.train.records import MAX_LISTED, InputErrors, open_inputs, training_preparer
@@ -201,7 +201,7 @@ class Trainer:
         state, every = self.state, self.config.run.eval_every
         if not every or not state.step or state.step % every or state.evaluated == state.step:
             return
-        results = figures(self.evaluate(), self.kinds)
+        results = self.figures(self.evaluate())
         if self.is_main:
             self.folder.log_evaluation(state.step, results)
             judged = (f"{name} {percent(judged_accuracy(own))}" for name, own in results.items())
@@ -222,6 +222,12 @@ class Trainer:
         if errors:
             self.say(f"warning: {len(errors)} pairs are not in the figures, see {SKIPPED}; the first: {errors[0]}")
         return rows
+
+    def figures(self, rows: dict[str, list[PairRow]]) -> dict[str, dict]:
+        """The kind and the figures of every evaluated test set, and how many of its pairs are in none, by its name."""
+        left_out = [dataset.left_out() for dataset in self.inputs.eval_datasets]
+        sets = zip(rows.items(), left_out, strict=True)
+        return {name: {"kind": self.kinds[name], **summarize(own), **counts} for (name, own), counts in sets}
 
     def save(self) -> None:
         """Write a checkpoint in the background; a failure is told, and tried again the next time."""
@@ -251,7 +257,7 @@ class Trainer:
         if len(self.branches) > 1:
             self.write_weights(PROXY, 1)
         if self.is_main:
-            results = figures(rows, self.kinds)
+            results = self.figures(rows)
             self.folder.write_results(rows, results, self.state.skipped)
             print_summary(self.folder.path, results, self.state)
 
@@ -304,6 +310,7 @@ class Trainer:
             self.state.count("responses without a numeric rating", notes.unrated)
             self.state.count("records without a preference", notes.unpaired)
             self.state.count("pairs over --max-pairs", notes.undrawn)
+            self.state.count("pairs whose two sides are the same", notes.identical)
 
     def note_undecoded(self) -> None:
         """Keep account of images that could not be decoded, on any rank."""

@@ -191,6 +191,38 @@ def test_an_overlong_response_in_no_pair_does_not_matter(prepare, overlong):
     assert sample.dropped == ()
 
 
+# sides that are the same
+
+
+@pytest.mark.parametrize("overlong", ["skip", "truncate"])
+@pytest.mark.parametrize(
+    ("responses", "pairs", "kept", "texts"),
+    [
+        (["a", "a"], [(0, 1)], [], ()),
+        (["a", "b", "a"], [(0, 1), (0, 2), (1, 2)], [(0, 1), (1, 2)], ("a", "b", "a")),
+        (["a", "a", "b"], [(0, 1), (2, 1)], [(1, 0)], ("a", "b")),
+        (["a", "b"], [(0, 1)], [(0, 1)], ("a", "b")),
+    ],
+)
+def test_pairs_whose_sides_are_the_same_are_left_out_and_counted(prepare, overlong, responses, pairs, kept, texts):
+    sample = prepare(group(*responses, pairs=pairs), overlong=overlong)
+    assert ([pair[:2] for pair in sample.group.pairs], sample.group.responses) == (kept, texts)
+    assert sample.num_identical == len(pairs) - len(kept)
+    assert [note.reason for note in sample.dropped] == [
+        f"{sample.num_identical} of {len(pairs)} pairs have two sides of the same tokens"
+    ] * bool(sample.num_identical)
+
+
+@pytest.mark.parametrize(("overlong", "identical", "dropped"), [("truncate", 1, 1), ("skip", 0, 2)])
+def test_sides_may_be_the_same_for_being_cut(prepare, overlong, identical, dropped):
+    sample = prepare(group(LONG + "x", LONG + "y", pairs=[(0, 1)]), overlong=overlong)
+    assert (len(sample.group.pairs), sample.num_identical, len(sample.dropped)) == (0, identical, dropped)
+
+
+def test_where_preferences_do_not_matter_every_response_stays(prepare):
+    assert prepare(group("a", "a", pairs=[(0, 1)]), pairs=None).group.responses == ("a", "a")
+
+
 # which pairs
 
 

@@ -122,6 +122,26 @@ def test_position_is_a_rule_only_where_an_order_was_published(folder, tmp_path, 
     assert "first wins" not in results["controls"]["rules"]
 
 
+def test_pairs_whose_sides_are_the_same_are_told_apart(folder, tmp_path, capsys):
+    row = {"prompt": "What?", "chosen": "A cat.", "rejected": "A dog."}
+    long = " and so on" * 300
+    rows = [
+        row,
+        {**row, "id": "text", "rejected": "A cat."},
+        {**row, "id": "cut", "chosen": long + "x", "rejected": long},
+    ]
+    path = write_json_lines(tmp_path / "pairs.jsonl", rows)
+    _, results = run(folder, "pairs", path, "--max-length", "64")
+    assert [item["id"] for item in results["items"]] == ["0"]
+    assert [item["id"] for item in results["identical_pairs"]] == ["text", "cut"]
+    assert results["metrics"]["all"]["pairs"] == 1
+    assert "2 pairs whose two sides are the same are in no figure: text, cut" in capsys.readouterr().out
+    path = write_json_lines(tmp_path / "pairs.jsonl", rows[1:2])
+    arguments = ["--data", str(path), "--model", str(folder), "--output-dir", str(tmp_path / "none")]
+    assert main(["evaluate", *arguments]) == 2
+    assert "all pairs have two sides of the same tokens" in capsys.readouterr().err
+
+
 def test_pairs_over_the_most_of_a_record_are_counted(folder, tmp_path, capsys):
     row = {"prompt": "What?", "responses": list("abcde"), "scores": [1, 2, 3, 4, 5]}
     path = write_json_lines(tmp_path / "pairs.jsonl", [row, {**row, "scores": [1, 1, 1, 1, 2]}])

@@ -238,9 +238,27 @@ def test_a_run_that_ends_early_says_so(make_config):
 
 
 def test_figures_that_no_pair_defines_are_null(make_config, write_jsonl):
-    data = write_jsonl([{"prompt": "What?", "chosen": "a", "rejected": "a"}], "ties.jsonl")
-    folder = train(make_config("ties", robust=True, max_steps=1, eval=(f"ties={data}",)))
-    assert json.loads((folder / "results.json").read_text(), parse_constant=pytest.fail)["ties"]["sfd"] is None
+    data = write_jsonl([{"prompt": "What?", "chosen": "a", "rejected": "b"}], "one.jsonl")
+    folder = train(make_config("one", robust=True, max_steps=1, eval=(f"one={data}",)))
+    assert json.loads((folder / "results.json").read_text(), parse_constant=pytest.fail)["one"]["sfd"] is None
+
+
+def test_pairs_whose_sides_are_the_same_are_counted_and_in_no_loss_and_no_figure(make_config, write_jsonl, capsys):
+    pair = {"prompt": "What?", "chosen": "a", "rejected": "a"}
+    rated = {"prompt": "Which?", "responses": ["a", "b", "a"], "scores": [3, 2, 1]}
+    data = write_jsonl([pair, rated, {**pair, "rejected": "b"}], "same.jsonl")
+    alike = write_jsonl([pair], "alike.jsonl")
+    sets = (f"own={data}", f"alike={alike}")
+    folder = train(make_config("same", data=(str(data),), eval=sets, robust=True, eval_every=1))
+    assert sum(row["pairs"] for row in read(folder / "metrics.jsonl")) == 3
+    notes = [(row["source"][-1], row["reason"]) for row in read(folder / "skipped.jsonl")]
+    assert notes == [(line, f"1 of {n} pairs have two sides of the same tokens") for line, n in (("1", 1), ("2", 3))]
+    results = json.loads((folder / "results.json").read_text())
+    counts = [(results[name]["pairs"], results[name]["identical_pairs"]) for name in ("own", "alike")]
+    assert counts == [(3, 2), (0, 1)] and results["alike"]["accuracy"] is None
+    out = capsys.readouterr().out
+    assert "2 pairs whose two sides are the same" in out and "without a preference" not in out
+    assert "alike: 1 pairs whose two sides are the same are in no figure" in out
 
 
 def test_pairs_over_the_most_of_a_record_are_counted(make_config, capsys):
