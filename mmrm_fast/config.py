@@ -96,7 +96,7 @@ class WeightsConfig:
     freeze_mlp: bool = False
     """Do not train the projector."""
     llm_lora: bool = False
-    """Train low-rank adapters of the language model's linear layers instead of its weights."""
+    """Train low-rank adapters of the language model's linear layers, of which experts are none, not its weights."""
     vision_lora: bool = False
     """Train low-rank adapters of the vision tower's linear layers."""
     lora_r: int = 64
@@ -133,6 +133,8 @@ class LossConfig:
     """Share of the labels taken to be the wrong way round, 0 to 0.5; in the losses of both branches."""
     center_rewards: float = 0.0
     """Factor of (r_chosen + r_rejected)^2 in the loss of the model, which keeps rewards around zero."""
+    router_aux_loss: float = 0.0
+    """Factor of the load-balancing loss of a mixture of experts, a micro-batch at a time; Qwen3's own is 0.001."""
 
 
 @dataclass(frozen=True)
@@ -219,10 +221,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a reward model on preference pairs: standard, or shortcut-aware with `--robust`.
-
-    Without `--data` the tiny checkpoint of the package trains on a synthetic environment of coloured shapes.
-    """
+    """Train a reward model on preference pairs: standard, or shortcut-aware with `--robust`; by default on shapes."""
 
     records: tyro.conf.OmitArgPrefixes[RecordsConfig] = RecordsConfig()
     weights: tyro.conf.OmitArgPrefixes[WeightsConfig] = WeightsConfig()

@@ -10,12 +10,11 @@ from PIL import Image
 from runs import mixed_records
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
     InternVLConfig,
     InternVLModel,
     InternVLVisionConfig,
-    LlamaConfig,
     PreTrainedTokenizerFast,
-    Qwen2Config,
 )
 
 from mmrm_fast.checkpoint.folder import Checkpoint, save_checkpoint
@@ -53,12 +52,16 @@ def tokenizer():
     return wrapped
 
 
+MORE = {  # settings of a text model besides those that all have
+    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "norm_topk_prob": True},
+}
+
+
 def tiny_backbone(vocab_size: int, image_token_id: int, *, text: str = "qwen2", dtype=torch.float32) -> InternVLModel:
     """A random InternVL of two layers each: 56-pixel tiles of 4 tokens, grouped key/value heads."""
-    config_type = {"qwen2": Qwen2Config, "llama": LlamaConfig}[text]
-    text_config = config_type(
-        vocab_size=vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=48, max_position_embeddings=4096,
+    text_config = AutoConfig.for_model(
+        text, vocab_size=vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, intermediate_size=48, max_position_embeddings=4096, pad_token_id=None, **MORE.get(text, {}),
     )  # fmt: skip
     vision_config = InternVLVisionConfig(
         hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32, image_size=56, patch_size=14,
@@ -73,7 +76,7 @@ def tiny_backbone(vocab_size: int, image_token_id: int, *, text: str = "qwen2", 
     for name, parameter in model.named_parameters():  # large enough that attention is not uniform
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.3 if "embed" in name else parameter.shape[-1] ** -0.5)
-    return exact_norms(model.double()) if dtype == torch.float64 else model.to(dtype)
+    return exact(model.double()) if dtype == torch.float64 else model.to(dtype)
 
 
 class ExactRMSNorm(torch.nn.Module):
@@ -87,11 +90,28 @@ class ExactRMSNorm(torch.nn.Module):
         return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.epsilon)
 
 
-def exact_norms(model: torch.nn.Module) -> torch.nn.Module:
+class ExactRouter(torch.nn.Module):
+    """Qwen3's router in its input's dtype, whose shares transformers rounds to fp32."""
+
+    def __init__(self, router: torch.nn.Module):
+        super().__init__()
+        self.weight, self.top_k = router.weight, router.top_k
+
+    def forward(self, x):
+        logits = x @ self.weight.T
+        shares, chosen = logits.softmax(-1).topk(self.top_k)
+        return logits, shares / shares.sum(-1, keepdim=True), chosen
+
+
+def exact(model: torch.nn.Module) -> torch.nn.Module:
+    """A float64 model without what transformers rounds."""
+    model.language_model.set_experts_implementation("eager")
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if type(child).__name__.endswith("RMSNorm"):
                 setattr(parent, name, ExactRMSNorm(child))
+            elif type(child).__name__ == "Qwen3MoeTopKRouter":
+                setattr(parent, name, ExactRouter(child))
     return model
 
 
@@ -126,7 +146,7 @@ def pristine():
         if model.vision_tower is None:
             twin.vision_tower = twin.multi_modal_projector = None
         twin.load_state_dict(model.state_dict())
-        return exact_norms(twin) if model.dtype == torch.float64 else twin
+        return exact(twin) if model.dtype == torch.float64 else twin
 
     return copied
 

@@ -47,7 +47,7 @@ LLM = {
     "Qwen3": {"architectures": ["Qwen3ForCausalLM"], "rope_theta": 1000000.0, "head_dim": 12},
     "Qwen3Moe": {
         "architectures": ["Qwen3MoeForCausalLM"], "rope_theta": 1000000.0, "head_dim": 12, "num_experts": 8,
-        "num_experts_per_tok": 3, "moe_intermediate_size": 20, "norm_topk_prob": True, "mlp_only_layers": [],
+        "num_experts_per_tok": 3, "moe_intermediate_size": 24, "norm_topk_prob": True, "mlp_only_layers": [],
         "decoder_sparse_step": 1,
     },
 }  # fmt: skip

@@ -18,8 +18,8 @@ from mmrm_fast.data.packing import TokenPlan
 from mmrm_fast.ops.trie_attention import trie_attention
 
 NAME = "mmrm_trie"
-PRE_NORM_LAYERS = ("LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
-GATED_MLPS = ("LlamaMLP", "Qwen2MLP", "Qwen3MLP")
+PRE_NORM_LAYERS = ("LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "Qwen3MoeDecoderLayer")
+GATED_MLPS = ("LlamaMLP", "Qwen2MLP", "Qwen3MLP", "Qwen3MoeMLP")
 
 
 def use_trie_attention(language_model: PreTrainedModel) -> None:

@@ -50,7 +50,7 @@ def add_lora(part: nn.Module, config: WeightsConfig, name: str) -> None:
     """Freeze a language model or vision tower and add an adapter to each linear layer of its blocks.
 
     That is every target of the reference implementation; query, key and value get an adapter each where it has one
-    for all three. Adapters are fp32.
+    for all three. A mixture's routers and experts are no linear layers and stay frozen. Adapters are fp32.
     """
     blocks = part.encoder.layer if hasattr(part, "encoder") else part.layers
     targets = {

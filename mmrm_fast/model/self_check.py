@@ -19,7 +19,7 @@ from transformers import InternVLConfig, InternVLModel, PreTrainedConfig
 
 from mmrm_fast.data.images import NORMALIZATION
 from mmrm_fast.data.packing import plan_tokens
-from mmrm_fast.model import decoder, vision
+from mmrm_fast.model import decoder, experts, vision
 
 Change = Callable[[nn.Module], bool]  # of a model or its decoder, in place; False where there is nothing to change
 
@@ -44,6 +44,7 @@ def prepare(model: InternVLModel) -> bool:
     exact = compare(type(model), json.dumps(small_config(model.config).to_dict()))
     decoder.use_trie_attention(model.language_model)
     decoder.use_own_length_rope(model.language_model)
+    experts.set_expert_products(model.language_model)
     for part, changes in ((model, VISION_CHANGES), (model.language_model, DECODER_CHANGES)):
         done = [change(part) for change in changes if change in exact]
     return decoder.read_last_tokens in exact and done[-1]
@@ -82,6 +83,8 @@ def shrink_text(config: PreTrainedConfig) -> None:
     config.num_attention_heads, config.num_key_value_heads = HEADS, 1 if is_grouped else HEADS
     config.hidden_size, config.intermediate_size = HEADS * size, WIDTH
     config.num_hidden_layers, config.vocab_size, config.pad_token_id = LAYERS, VOCABULARY, None
+    if hasattr(config, "num_experts"):
+        config.num_experts, config.moe_intermediate_size = 2 * config.num_experts_per_tok, WIDTH
     if getattr(config, "layer_types", None):
         config.layer_types = (config.layer_types * LAYERS)[-LAYERS:]
     if "original_max_position_embeddings" in config.rope_parameters:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from mmrm_fast.checkpoint.folder import Checkpoint, CheckpointFolder
 from mmrm_fast.config import WeightsConfig
 from mmrm_fast.data.packing import TokenPlan
+from mmrm_fast.model.experts import balance_loss, routing
 from mmrm_fast.model.lora import MAIN, PROXY, add_lora, merged
 from mmrm_fast.model.reward_model import RewardModel
 from mmrm_fast.train import sharding
@@ -25,6 +26,15 @@ class Branch:
     def __call__(self, plan: TokenPlan, tiles_ISSC: Tensor | None = None) -> Tensor:
         """Rewards [R]."""
         return self.root(plan, tiles_ISSC)
+
+    def balanced(self, plan: TokenPlan, tiles_ISSC: Tensor | None, *, factor: float) -> tuple[Tensor, Tensor | None]:
+        """Rewards [R], and the load-balancing loss of their routing: 0 without experts, None for a factor of 0."""
+        if not factor:
+            return self(plan, tiles_ISSC), None
+        with routing(self.root.model.language_model) as logits:
+            rewards = self(plan, tiles_ISSC)
+        config = self.root.model.config.text_config
+        return rewards, balance_loss(logits, config.num_experts_per_tok) if logits else rewards.new_zeros(())
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that train for this reward, by name."""

@@ -16,7 +16,7 @@ from mmrm_fast.data.packing import PackedBatch
 from mmrm_fast.ops.pair_loss import PairLoss, pair_loss
 
 SUMS = ("main", "proxy", "weight", "weighted_sfc", "main_correct", "proxy_correct", "bt_main")
-MARGINS = ("margin", "margin_squared")
+MARGINS = ("margin", "margin_squared", "router")
 COUNTS = ("pairs", "records", "tokens", "tokens_unshared", "text_tokens", "tiles", "errors")
 REQUESTS = ("save",)
 NUM_BINS = 20  # of the SFC histogram over 0..1
@@ -46,6 +46,14 @@ def preference_loss(
         return loss
     total_P = gathered(rewards_R, batch.chosen_P) + gathered(rewards_R, batch.rejected_P)
     return loss._replace(main=loss.main + centering * total_P.square().sum())
+
+
+def with_balance(loss: PairLoss, factor: float, balance: Tensor | None, sfc_mode: str = "standard") -> PairLoss:
+    """The loss and `factor` times a mean beside it: times what the step divides the main loss by."""
+    if balance is None:
+        return loss
+    weight = loss.weighted_sfc if sfc_mode == "balanced" else loss.weight
+    return loss._replace(main=loss.main + factor * weight * balance)
 
 
 def margins(rewards_R: Tensor, batch: PackedBatch) -> Tensor:
@@ -97,6 +105,10 @@ class StepTotals:
             **{name: int(self.sums[name]) for name in COUNTS},
         }
 
+    def router_metrics(self) -> dict[str, float]:
+        """The mean of the micro-batches' load-balancing losses, weighted by their pairs."""
+        return {"router_loss": self.sums["router"] / (self.sums["weight"] or 1.0)}
+
     def sfc_metrics(self) -> dict[str, float | list[int]]:
         """The SFC's distribution over the step's pairs: quantiles (to within a bin) and a histogram over 0..1."""
         edges = {f"sfc_p{percent}": quantile(self.sfc_histogram, percent / 100) for percent in (10, 50, 90)}
@@ -125,7 +137,9 @@ class StepAccumulator:
         self.sums = self.zeros.clone()
         self.edges = torch.linspace(0, 1, NUM_BINS + 1, device=device)[1:-1]
 
-    def add(self, loss: PairLoss, margin_P: Tensor, batch: PackedBatch, num_errors: int) -> None:
+    def add(
+        self, loss: PairLoss, margin_P: Tensor, batch: PackedBatch, num_errors: int, balance: Tensor | None = None
+    ) -> None:
         """Add one micro-batch; `margin_P` are the model's, on the device, the batch's tensors on either side."""
         counts = [
             len(batch.chosen_P),
@@ -139,9 +153,10 @@ class StepAccumulator:
         ]
         values = [getattr(loss, name).detach().double() for name in SUMS]
         margin_P = margin_P.detach().double()
+        router = values[0].new_zeros(()) if balance is None else loss.weight * balance.detach().double()
         self.sums += torch.cat(
             [
-                torch.stack([*values, margin_P.sum(), margin_P.square().sum()]),
+                torch.stack([*values, margin_P.sum(), margin_P.square().sum(), router]),
                 torch.tensor(counts, dtype=torch.float64, device=self.sums.device),
                 one_hot(torch.bucketize(loss.sfc.detach(), self.edges), NUM_BINS).sum(0).double(),
             ]

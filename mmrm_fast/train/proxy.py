@@ -19,7 +19,7 @@ from mmrm_fast.shortcuts.crossfit import Features
 from mmrm_fast.shortcuts.ngrams import NgramFeatures
 from mmrm_fast.train import sharding
 from mmrm_fast.train.branch import AdapterBranch, Branch, add_adapters, freeze
-from mmrm_fast.train.loss import margins, preference_loss
+from mmrm_fast.train.loss import margins, preference_loss, with_balance
 from mmrm_fast.train.margins import SHORTCUT, TRAIN, ProxyMargins, file_of, write_margins
 from mmrm_fast.train.records import Inputs
 
@@ -72,8 +72,10 @@ class TrainedProxy(Proxy):
     scores_tests = True
 
     def margins(self, branches: list[Branch], packed: Packed, batch: PackedBatch) -> Tensor:
-        rewards = branches[1](batch.text, batch.text_tiles)
-        preference_loss(rewards, None, batch, label_smoothing=self.config.loss.label_smoothing).main.backward()
+        config = self.config.loss
+        rewards, balance = branches[1].balanced(batch.text, batch.text_tiles, factor=config.router_aux_loss)
+        loss = preference_loss(rewards, None, batch, label_smoothing=config.label_smoothing)
+        with_balance(loss, config.router_aux_loss, balance).main.backward()
         return margins(rewards.detach(), batch)
 
     def test_margins(self, name: str, branches: list[Branch], packed: Packed, batch: PackedBatch) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from mmrm_fast.model.experts import EXPERTS, expert_share
 from mmrm_fast.model.reward_model import RewardModel
 from mmrm_fast.train.sharding import num_ranks
 
@@ -25,7 +26,7 @@ class Rates:
     """
 
     def __init__(self, models: list[RewardModel], tokens_per_tile: int, device: torch.device):
-        self.text = [pass_flops(model.model.language_model.layers) for model in models]
+        self.text = [pass_flops(model.model.language_model.layers, expert_share(model)) for model in models]
         self.tile = (4 * tokens_per_tile + 1) * pass_flops(models[0].model.vision_tower.encoder)
         self.device, self.peak = device, peak_flops(device)
 
@@ -47,9 +48,13 @@ class Rates:
         return sum(map(mul, self.text, (tokens, text_tokens))) + self.tile * tiles
 
 
-def pass_flops(part: torch.nn.Module) -> int:
-    """Operations a token in all passes of a part."""
-    weights = [(p.numel(), p.requires_grad) for p in part.parameters() if p.ndim > 1]
+def pass_flops(part: torch.nn.Module, share: float = 1.0) -> float:
+    """Operations a token in all passes of a part, through a share of its experts."""
+    weights = [
+        (p.numel() * (share if EXPERTS in name else 1), p.requires_grad)
+        for name, p in part.named_parameters()
+        if p.ndim > 1
+    ]
     trained = sum(number for number, is_trained in weights if is_trained)
     total = sum(number for number, _ in weights)
     return 2 * total + (2 * total + 2 * trained if trained else 0)

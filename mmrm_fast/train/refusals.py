@@ -15,7 +15,7 @@ RANGES = {
     "(0, 1)": "eval_fraction",
     "[0, 1)": "warmup_ratio beta2 lora_dropout",
     "(0, inf)": "epochs lr max_grad_norm lora_alpha gpu_memory",
-    "[0, inf)": "weight_decay center_rewards save_minutes check_records num_workers seed",
+    "[0, inf)": "weight_decay center_rewards router_aux_loss save_minutes check_records num_workers seed",
     "[1, inf)": "max_steps max_bad_steps tokens_per_batch tokens_per_micro_batch pairs_per_step max_length min_tiles "
     "max_tiles max_pairs lora_r replicas num_gpus save_every keep eval_every",
 }
@@ -82,6 +82,10 @@ def contradictions(config: TrainConfig, num_ranks: int) -> Iterator[str]:
         (
             config.loss.sfc_mode == "balanced" and config.loss.center_rewards,
             "--center-rewards with --sfc-mode balanced, whose mean weight would rescale it",
+        ),
+        (
+            config.loss.router_aux_loss and config.memory.compile,
+            "--router-aux-loss with --compile, which does not let what routers decide be heard",
         ),
         (replicas > 0 and num_ranks % replicas, f"--replicas {replicas} does not divide {num_ranks} ranks"),
     ]

@@ -156,7 +156,7 @@ def checkpoint_options(mode: str) -> dict:
 
 def keep_expensive(context, op, *args, **kwargs) -> CheckpointPolicy:
     """Selective checkpointing: matrix products and attention are kept, the rest is computed again."""
-    kept = {"aten::mm", "aten::addmm", "aten::bmm", "mmrm_fast::trie_attention_fwd"}
+    kept = {"aten::mm", "aten::addmm", "aten::bmm", "aten::_grouped_mm", "mmrm_fast::trie_attention_fwd"}
     is_kept = op.name().split(".")[0] in kept or "scaled_dot_product" in op.name()
     return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -10,9 +10,10 @@ from torch.nn import Parameter
 
 from mmrm_fast.config import OptimizerConfig, TrainConfig
 from mmrm_fast.data.packing import Packed
+from mmrm_fast.model.experts import is_mixture
 from mmrm_fast.train import sharding
 from mmrm_fast.train.branch import Branch
-from mmrm_fast.train.loss import StepAccumulator, margins, preference_loss
+from mmrm_fast.train.loss import StepAccumulator, margins, preference_loss, with_balance
 from mmrm_fast.train.proxy import Proxy
 
 
@@ -31,6 +32,8 @@ class Steps:
     """The branches' optimizer and what of a step is added up so far."""
 
     def __init__(self, branches: list[Branch], proxy: Proxy, config: TrainConfig, device: torch.device):
+        if config.loss.router_aux_loss and not is_mixture(branches[0].root):
+            raise ValueError(f"--router-aux-loss: {config.weights.model} has no experts")
         self.branches, self.proxy, self.config, self.device = branches, proxy, config, device
         self.named = [{f"{branch.name}.{name}": p for name, p in branch.trained().items()} for branch in branches]
         self.parameters = [list(named.values()) for named in self.named]
@@ -55,13 +58,14 @@ class Steps:
         config, batch = self.config.loss, packed.batch.to(self.device)
         self.seed_noise(step)
         proxy_margin_P = self.proxy.margins(self.branches, packed, batch)
-        rewards = self.branches[0](batch.main, batch.tiles)
+        rewards, balance = self.branches[0].balanced(batch.main, batch.tiles, factor=config.router_aux_loss)
         loss = preference_loss(
             rewards, proxy_margin_P, batch, sfc_mode=config.sfc_mode, label_smoothing=config.label_smoothing,
             centering=config.center_rewards,
         )  # fmt: skip
+        loss = with_balance(loss, config.router_aux_loss, balance, config.sfc_mode)
         loss.main.backward()
-        self.accumulator.add(loss, margins(rewards.detach(), batch), packed.batch, len(packed.errors))
+        self.accumulator.add(loss, margins(rewards.detach(), batch), packed.batch, len(packed.errors), balance)
         self.sources.append([sample.group.source for sample in packed.samples])
 
     def seed_noise(self, step: int) -> None:
@@ -74,6 +78,8 @@ class Steps:
         config, optimizer = self.config, self.config.optimizer
         totals = self.accumulator.totals(sharding.all_sum)
         metrics = totals.metrics() | (totals.sfc_metrics() if config.proxy.robust else {})
+        if config.loss.router_aux_loss:
+            metrics |= totals.router_metrics()
         scales = totals.gradient_scales(config.loss.sfc_mode if config.proxy.robust else "standard")
         norms = gradient_norms(self.parameters, scales)
         metrics |= dict(zip(("grad_norm", "proxy_grad_norm"), norms, strict=False))

@@ -55,10 +55,10 @@ def test_experts_that_are_stored_stacked_are_the_same_model(native, tmp_path):
         (lambda state: state.pop(f"{LAYER}.3.up_proj.weight"), rf"no tensor {LAYER}\.3\.up_proj\.weight"),
         (
             lambda state: [state.pop(f"{LAYER}.7.{part}_proj.weight") for part in ("gate", "up", "down")],
-            rf"{LAYER}\.gate_up_proj is \[7, 40, 32\], expected \[8, 40, 32\]",
+            rf"{LAYER}\.gate_up_proj is \[7, 48, 32\], expected \[8, 48, 32\]",
         ),
         (
-            lambda state: state.update({f"{LAYER}.2.down_proj.weight": torch.zeros(32, 21)}),
+            lambda state: state.update({f"{LAYER}.2.down_proj.weight": torch.zeros(32, 25)}),
             rf"{LAYER}\.0\.down_proj\.weight and {LAYER}\.2\.down_proj\.weight differ in shape",
         ),
     ],

@@ -1,11 +1,21 @@
 """The gated MLP is transformers' own, bit for bit, and keeps three wide activations instead of four."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model, Qwen3Config, Qwen3Model
+from transformers import (
+    LlamaConfig,
+    LlamaModel,
+    Qwen2Config,
+    Qwen2Model,
+    Qwen3Config,
+    Qwen3Model,
+    Qwen3MoeConfig,
+    Qwen3MoeModel,
+)
 
 from mmrm_fast.model.decoder import GATED_MLPS, GatedMLP, GatedProduct, use_gated_product
 
@@ -14,6 +24,7 @@ MODELS = {
     "LlamaMLP": (LlamaModel, LlamaConfig),
     "Qwen2MLP": (Qwen2Model, Qwen2Config),
     "Qwen3MLP": (Qwen3Model, Qwen3Config),
+    "Qwen3MoeMLP": (Qwen3MoeModel, partial(Qwen3MoeConfig, mlp_only_layers=[0])),
 }
 
 

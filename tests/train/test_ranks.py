@@ -30,6 +30,8 @@ WAYS = {
     "proxy white, all trained": {"robust": True, "proxy_image": "white", "freeze_backbone": False},
     "proxy path": {"robust": True, "proxy_model": "small"},
     "proxy file": {"robust": True, "proxy_model": "margins.jsonl"},
+    "experts": {"robust": True, "model": "experts"},
+    "experts, lora": {**LORA, "model": "experts", "robust": True, "proxy_model": "lora"},
 }
 
 
@@ -37,6 +39,7 @@ WAYS = {
 def make_way(make_config, make_checkpoint, tmp_path):
     """A TrainConfig of one of `WAYS`, with what it names in place."""
     save_checkpoint(tmp_path / "small", make_checkpoint(text="llama", max_length=256))
+    save_checkpoint(tmp_path / "experts", make_checkpoint(text="qwen3_moe", max_length=256))
     rows = [
         {"record": record, "chosen": chosen, "rejected": rejected, "proxy_margin": (record - 5) / 4 + chosen - rejected}
         for record in range(11)
@@ -46,10 +49,11 @@ def make_way(make_config, make_checkpoint, tmp_path):
 
     def make(name, way, **options):
         options = {"report_to": (), "max_steps": 3, **WAYS[way], **options}
-        proxy = options.get("proxy_model", "full")
-        return make_config(
-            name, **options | ({} if proxy in ("full", "lora") else {"proxy_model": str(tmp_path / proxy)})
-        )
+        if "model" in options:
+            options["model"] = tmp_path / options["model"]
+        if options.get("proxy_model", "full") not in ("full", "lora"):
+            options["proxy_model"] = str(tmp_path / options["proxy_model"])
+        return make_config(name, **options)
 
     return make
 
@@ -81,6 +85,34 @@ def test_memory_options_do_not_change_two_adapters_on_one_model(make_way, option
     assert losses(config.run.output_dir) == pytest.approx(losses(plain), abs=1e-5)
 
 
+@pytest.mark.parametrize("way", ["experts", "experts, lora"])
+def test_routers_are_balanced_in_both_branches_whatever_memory_is_spent(make_way, way):
+    """By factor: the loss that is trained has it, and what is logged is the mean of what the micro-batches have."""
+    free = train(make_way("free", way))
+    plain, full = make_way("plain", way, router_aux_loss=0.1), make_way("full", way, router_aux_loss=0.1)
+    plain = train(plain)
+    assert run_ranks(train, replace(full, memory=replace(full.memory, activation_checkpointing="full"))) == [0, 0]
+    first, free_first = (read(folder / "metrics.jsonl")[0] for folder in (plain, free))
+    assert 3.0 <= first["router_loss"] < 8.0 and "router_loss" not in free_first
+    assert first["loss_main"] == pytest.approx(free_first["loss_main"] + 0.1 * first["router_loss"], abs=1e-5)
+    assert first["proxy_grad_norm"] != free_first["proxy_grad_norm"]
+    assert losses(full.run.output_dir) == pytest.approx(losses(plain), abs=0.02)  # other micro-batches
+
+
+@pytest.mark.parametrize(
+    ("way", "options", "message"),
+    [
+        ("standard", {}, r"--router-aux-loss: .*model has no experts"),
+        ("experts", {"compile": True}, "--router-aux-loss with --compile"),
+    ],
+)
+def test_a_router_loss_that_cannot_be_is_refused_by_name(make_way, way, options, message):
+    config = make_way("run", way, router_aux_loss=0.1, **options)
+    with pytest.raises(ValueError, match=message):
+        train(config)
+    assert not config.run.output_dir.exists()
+
+
 def test_replicas_that_are_shards_themselves_equal_one_rank(make_way):
     one, rows = train(make_way("one", "robust")), make_way("rows", "robust", replicas=2)
     assert run_ranks(train, rows, world=4) == [0, 0, 0, 0]
@@ -96,7 +128,7 @@ def test_bfloat16_trains_float32_weights_and_stays_close(make_way):
     assert trained.dtype == torch.float32 and not torch.equal(trained, trained.bfloat16().float())
 
 
-@pytest.mark.parametrize("way", ["lora", "proxy lora"])
+@pytest.mark.parametrize("way", ["lora", "proxy lora", "experts", "experts, lora"])
 def test_final_is_a_plain_checkpoint_with_its_adapter_merged(make_way, pictures, way):
     folder = train(make_way("run", way))
     records = [
