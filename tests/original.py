@@ -51,6 +51,16 @@ LLM = {
         "decoder_sparse_step": 1,
     },
 }  # fmt: skip
+STORED = {  # of which there is no forward pass here
+    "GptOss": {
+        "architectures": ["GptOssForCausalLM"], "rope_theta": 150000.0, "head_dim": 12, "num_local_experts": 8,
+        "num_experts_per_tok": 3, "sliding_window": 128, "swiglu_limit": 7.0, "attention_bias": True,
+        "rope_scaling": {
+            "type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+    },
+}  # fmt: skip
 TEMPLATE = {"InternLM2": "internlm2-chat", "Phi3": "phi3-chat"}
 
 
@@ -59,7 +69,8 @@ def original_config(llm: str, vision: str, vocab_size: int, **changes) -> dict:
     llm_config = {
         "hidden_size": HIDDEN, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "vocab_size": vocab_size,
         "intermediate_size": MLP, "num_hidden_layers": LAYERS, "rms_norm_eps": 1e-5, "hidden_act": "silu",
-        "max_position_embeddings": 4096, "rope_theta": 10000.0, "tie_word_embeddings": False, **LLM[llm],
+        "max_position_embeddings": 4096, "rope_theta": 10000.0, "tie_word_embeddings": False,
+        **(LLM | STORED)[llm],
     }  # fmt: skip
     vision_config = {
         "hidden_size": 24, "num_attention_heads": 4, "intermediate_size": 40, "num_hidden_layers": 3, "image_size": 56,

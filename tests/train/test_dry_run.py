@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from original import LLM, original_config, write_checkpoint
+from published import published_config
 from transformers import InternVLConfig, InternVLVisionConfig, Qwen2Config
 
 from benchmarks.models import FULL, model_config
@@ -16,6 +17,7 @@ from mmrm_fast.model.decoder import use_gated_product
 from mmrm_fast.train import memory
 from mmrm_fast.train.memory import count, needed, run_pass, sized_branches
 from mmrm_fast.train.proxy import parse_proxy
+from mmrm_fast.train.rates import Rates
 
 HIDDEN, LAYERS, KV, MLP, VOCABULARY = 3584, 28, 4 * 128, 18944, 151674
 LANGUAGE_MODEL = (
@@ -115,6 +117,29 @@ def test_activations_are_what_a_real_pass_saves(make_checkpoint, tmp_path):
     real.set_attn_implementation("mmrm_trie")
     use_gated_product(real)
     assert activations(plain, "proxy", 100, 1) == pytest.approx(run_pass(run, real).saved, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["InternVL3.5-30B-A3B", "InternVL3.5-241B-A28B"])
+def test_a_mixture_is_held_with_all_its_experts_and_computed_with_those_of_a_token(tmp_path, capsys, name):
+    settings = published_config(name)
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    config = with_options(TrainConfig(), model=tmp_path, activation_checkpointing="full")
+    (model,), llm = make_models(config).values(), settings["llm_config"]
+    width, layers, experts = (llm[key] for key in ("hidden_size", "num_hidden_layers", "num_experts"))
+    expert = 3 * width * llm["moe_intermediate_size"]
+    queries, keys = (llm[f"num_{of}_heads"] * llm["head_dim"] for of in ("attention", "key_value"))
+    others = 2 * width * queries + 2 * width * keys + experts * width  # attention and router
+    norms = 2 * width + 2 * llm["head_dim"]
+    text = llm["vocab_size"] * width + layers * (others + experts * expert + norms) + width
+    assert count(model.model.language_model) == text
+    held = bytes_of(config, num_gpus=64)
+    assert held.optimizer == pytest.approx(8 * count(model, True) / 64) and count(model, True) > text
+    assert 2 * experts * expert < held.gathered / 2 < 4 * (experts * expert + text / layers)
+    assert Rates([model], 256, torch.device("cpu")).text == [6 * layers * (others + 8 * expert)]
+    assert main(["train", "--dry-run", "--model", str(tmp_path), "--num-gpus", "64"]) == 0
+    active = count(model) - layers * (experts - 8) * expert
+    assert f"{active:,}" in capsys.readouterr().out
+    assert main(["train", "--dry-run", "--model", str(tmp_path), "--dtype", "float32"]) == 2
 
 
 @pytest.mark.parametrize(
