@@ -246,6 +246,8 @@ class ScoreConfig(ReadConfig):
     """Records: a JSONL (.gz, .zst) or Parquet file, a folder or a glob; every response of any form is scored."""
     out: Path = Path("scores.jsonl")
     """Rows id, record, response_index, prompt, img_path, response, score, truncated: a .jsonl file or a folder."""
+    overwrite: bool = False
+    """Replace the file that is at `--out`, which else is an error."""
     format: Literal["jsonl", "parquet"] = "jsonl"
     """Of the shards in a folder."""
     best_of: bool = False

@@ -77,7 +77,7 @@ def line_sums(rows: Rows, file: BinaryIO) -> set[int]:
 def content(rows: Rows) -> BinaryIO:
     """The bytes of a file, unpacked where that is how it is read."""
     if isinstance(rows, LineFile):
-        return os.fdopen(os.dup(rows.file.fileno()), "rb")
+        return os.fdopen(os.dup(rows.content().fileno()), "rb")
     return open(rows.path, "rb")
 
 

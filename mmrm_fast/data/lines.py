@@ -7,13 +7,16 @@ workers.
 """
 
 import csv
+import errno
 import gzip
 import json
 import os
+import resource
 import shutil
 import tempfile
 from array import array
 from collections.abc import Container, Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,13 +31,38 @@ MAX_UNPACKED_BYTES = 1 << 36
 MAX_LIST_BYTES = 1 << 30
 MAX_CELL_CHARS = 1 << 27  # of a CSV file, such as an inline image
 MAX_ROW_GROUP_BYTES = 1 << 30
-PARQUET = ".parquet"
+PARQUET, PACKED = ".parquet", (".gz", ".zst")
+MAX_OPEN = 64
 
 
 def open_rows(paths: Iterable[Path], columns: Container[str]) -> list["Rows"]:
-    """Open files; `columns` are what a record can hold, other Parquet columns are not read."""
+    """Open files; `columns` are what a record can hold, other Parquet columns are not read.
+
+    At most `MAX_OPEN` stay open, and all that are unpacked. Raises `ValueError` where the system allows no more.
+    """
     kept: dict = {}
-    return [open_file(path, columns, kept) for path in paths]
+    try:
+        return [open_file(path, columns, kept) for path in paths]
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        raise ValueError(f"more open files than `ulimit -n` ({limit}) allows: raise it, or unpack the files") from None
+
+
+@lru_cache(MAX_OPEN)
+def opened(path: Path, stamp: tuple[int, ...]) -> BinaryIO:
+    """A file that is kept open while it is among the last `MAX_OPEN`. Raises `OSError` where it is another by now."""
+    file = open(path, "rb")  # noqa: SIM115
+    if stamp_of(file) != stamp:
+        raise OSError(f"{path} has changed since it was opened first")
+    return file
+
+
+def stamp_of(file: BinaryIO | Path) -> tuple[int, ...]:
+    """What tells a file from another one, or a changed one, of its name."""
+    found = os.stat(file if isinstance(file, Path) else file.fileno())
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def open_file(path: Path, columns: Container[str], kept: dict) -> "Rows":
@@ -102,8 +130,14 @@ class LineFile:
     unread = ()
 
     def __init__(self, path: Path, file: BinaryIO):
-        self.path, self.file, self.size = path, file, os.fstat(file.fileno()).st_size
+        self.path, self.stamp = path, stamp_of(file)
+        self.unpacked = file if path.suffix in PACKED else None
+        self.size = os.fstat(file.fileno()).st_size
         self.offsets, self.line_numbers = scan_lines(file)
+
+    def content(self) -> BinaryIO:
+        """Its bytes, unpacked; only to be read at a place. Raises `OSError` where the file has changed."""
+        return self.unpacked or opened(self.path, self.stamp)
 
     def __reduce__(self):
         return open_file, (self.path, set(), {})
@@ -124,7 +158,9 @@ class LineFile:
                 self.source(row), "", f"a line of {stop - start} bytes is over the limit of {MAX_LINE_BYTES}"
             )
         try:
-            return json.loads(os.pread(self.file.fileno(), stop - start, start).strip())  # blank lines may follow
+            return json.loads(os.pread(self.content().fileno(), stop - start, start).strip())  # blank lines may follow
+        except OSError as error:
+            raise RecordError(self.source(row), "", f"cannot be read ({error})") from None
         except (ValueError, RecursionError) as error:
             raise RecordError(self.source(row), "", f"not valid JSON ({error})") from None
 
@@ -183,14 +219,14 @@ class RowFile:
 
         self.path, self.all_columns, self.kept = path, columns, kept
         try:
-            self.file = parquet.ParquetFile(path)
+            self.stamp = stamp_of(path)
+            with parquet.ParquetFile(path) as file:
+                self.metadata, names = file.metadata, file.schema_arrow.names
         except (OSError, pyarrow.ArrowException) as error:
             raise ValueError(f"{path}: not a Parquet file that can be read ({error})") from None
-        names = self.file.schema_arrow.names
         self.columns = [name for name in names if name in columns]
         self.unread = tuple(name for name in names if name not in columns)
-        metadata = self.file.metadata
-        groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+        groups = [self.metadata.row_group(index) for index in range(self.metadata.num_row_groups)]
         largest = max((group.total_byte_size for group in groups), default=0)
         if largest > MAX_ROW_GROUP_BYTES:
             raise ValueError(
@@ -211,13 +247,17 @@ class RowFile:
     def fields(self, row: int) -> object:
         """A row as a dictionary. Raises `RecordError`."""
         import pyarrow
+        from pyarrow import parquet
 
         group = int(np.searchsorted(self.edges, row, side="right")) - 1
         key = (self.path, group)
         try:
             if key not in self.kept:
                 self.kept.clear()
-                self.kept[key] = self.file.read_row_group(group, columns=self.columns, use_threads=False)
+                if stamp_of(self.path) != self.stamp:
+                    raise OSError("it has changed since it was opened first")
+                with parquet.ParquetFile(self.path, metadata=self.metadata) as file:
+                    self.kept[key] = file.read_row_group(group, columns=self.columns, use_threads=False)
             return self.kept[key].slice(row - self.edges[group], 1).to_pylist()[0]
         except (OSError, ValueError, pyarrow.ArrowException) as error:
             raise RecordError(self.source(row), "", f"not a row that can be read ({error})") from None

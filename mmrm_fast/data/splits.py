@@ -1,7 +1,9 @@
 """Which files a name stands for: a file, a glob's, a folder's; of a folder whose files are splits, those of one."""
 
 import glob
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -35,12 +37,31 @@ def record_files(spec: str | Path, split: Split | None = None) -> tuple[list[Pat
         found = next(filter(None, map(in_folder, (path, path / "data"))), [])
         taken = of_split(found, split)
     else:
-        names = [str(path)] if path.is_file() else glob.glob(str(spec), recursive=True)
-        taken = found = sorted(Path(name) for name in names if Path(name).is_file())
+        files = [path] if path.is_file() else sorted(file for file in matching(path) if file.is_file())
+        once: dict[Path, Path] = {}
+        taken = found = [file for file in files if once.setdefault(file.resolve(), file) is file]
     if not taken:
         what = "no record files in this folder" if path.is_dir() else "no such file"
         raise ValueError(f"{spec}: {what}; expected {', '.join(KINDS)}, a folder or a glob of them")
     return taken, [file for file in found if file not in taken]
+
+
+def matching(pattern: Path) -> Iterator[Path]:
+    """What a glob matches; `**` is every folder from there on, each once however many links lead to it."""
+    parts = pattern.parts
+    if "**" not in parts:
+        yield from map(Path, glob.glob(str(pattern)))
+        return
+    place, seen = parts.index("**"), set()
+    for start in matching(Path(*parts[:place])):
+        for folder, inside, _ in os.walk(start, followlinks=True):
+            found = os.stat(folder)
+            if (found.st_dev, found.st_ino) in seen:
+                inside.clear()
+                continue
+            seen.add((found.st_dev, found.st_ino))
+            inside[:] = sorted(name for name in inside if not name.startswith("."))
+            yield from matching(Path(glob.escape(folder), *(parts[place + 1 :] or "*")))
 
 
 def said_left(taken: list[Path], left: list[Path]) -> str | None:

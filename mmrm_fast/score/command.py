@@ -23,7 +23,7 @@ from mmrm_fast.data.census import peek, told
 from mmrm_fast.data.pictures import ImageRoots
 from mmrm_fast.data.records import Group, RecordError, Records, iter_groups, prompt_json
 from mmrm_fast.data.splits import FAILURES
-from mmrm_fast.files import read_json, write_json_lines
+from mmrm_fast.files import locked, read_json, write_json_lines
 from mmrm_fast.score.cluster import gpus_each, ray_cluster
 from mmrm_fast.score.scorer import Scored, Scorer
 from mmrm_fast.score.shards import PAIR_COLUMNS, SCORE_COLUMNS, Shards, fingerprint
@@ -161,11 +161,14 @@ def score(config: ScoreConfig) -> int:
     records = open_records(config)
     if config.out.resolve() in [source.path.resolve() for source in records.files]:
         raise ValueError(f"{config.out}: is one of the files to be scored; choose another --out")
-    shards = open_shards(config, records)
-    print_lines(told(records, peek(records)))
-    tally = run(config, shards)
-    errors = [error for note in shards.notes() for error in note["errors"]]
-    return finish(config, shards, tally, errors)
+    shards = shards_of(config, records)
+    require_free(config, shards)
+    with locked(shards.folder):
+        print_lines(shards.open(identity(config, records, shards)))
+        print_lines(told(records, peek(records)))
+        tally = run(config, shards)
+        errors = [error for note in shards.notes() for error in note["errors"]]
+        return finish(config, shards, tally, errors)
 
 
 def open_records(config: ScoreConfig) -> Records:
@@ -176,27 +179,38 @@ def open_records(config: ScoreConfig) -> Records:
     return records
 
 
-def open_shards(config: ScoreConfig, records: Records) -> Shards:
+def shards_of(config: ScoreConfig, records: Records) -> Shards:
     """The run's shards: in the folder `out`, or beside the file `out` until they are joined."""
     single = config.out.suffix == ".jsonl"
     if single and config.format == "parquet":
         raise ValueError(f"--format parquet writes a folder of shards; {config.out} looks like a file")
     folder = config.out.with_name(config.out.name + ".parts") if single else config.out
     columns = SCORE_COLUMNS if config.to_pairs is None else PAIR_COLUMNS
-    shards = Shards(folder, "jsonl" if single else config.format, len(records), columns)
+    return Shards(folder, "jsonl" if single else config.format, len(records), columns)
+
+
+def require_free(config: ScoreConfig, shards: Shards) -> None:
+    """Raise `ValueError` where the output would take the place of a file, unless it may, or did so before a kill."""
+    if config.out == shards.folder or not config.out.exists():
+        return
+    if config.out.is_dir():
+        raise ValueError(f"{config.out}: a folder; scores in a folder have a name that does not end in .jsonl")
+    if not config.overwrite and not shards.done():
+        raise ValueError(f"{config.out}: is there already: --overwrite replaces it, or choose another --out")
+
+
+def identity(config: ScoreConfig, records: Records, shards: Shards) -> dict:
+    """What must be the same where a run goes on."""
     weights = sorted(path for path in config.model.iterdir() if path.suffix in (".json", ".safetensors", ".jinja"))
-    shards.open(
-        {
-            "data": fingerprint(source.path for source in records.files),
-            "image root": list(config.image_root),
-            "model": fingerprint(weights, sampled=True),
-            "records": len(records),
-            "options": {name: options(config)[name] for name in IDENTITY},
-            "ignored fields": sorted(config.ignore_fields),
-            "format": shards.kind,
-        }
-    )
-    return shards
+    return {
+        "data": fingerprint(source.path for source in records.files),
+        "image root": list(config.image_root),
+        "model": fingerprint(weights, sampled=True),
+        "records": len(records),
+        "options": {name: options(config)[name] for name in IDENTITY},
+        "ignored fields": sorted(config.ignore_fields),
+        "format": shards.kind,
+    }
 
 
 def run(config: ScoreConfig, shards: Shards) -> Counter:

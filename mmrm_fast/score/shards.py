@@ -17,7 +17,7 @@ from pathlib import Path
 import pyarrow
 from pyarrow import parquet
 
-from mmrm_fast.files import aside_of, read_json, recover, whole_file, write_json, write_text
+from mmrm_fast.files import LOCK, aside_of, file_sum, read_json, recover, whole_file, write_json, write_text
 
 RECORDS_PER_CHUNK = 64
 SAMPLED_BYTES = 1 << 20
@@ -56,43 +56,63 @@ class Shards:
     def note(self, chunk: int) -> Path:
         return self.folder / ".done" / f"{chunk:06d}.json"
 
-    def open(self, identity: dict) -> None:
-        """Begin the run, or go on with it. Raises `ValueError` where the folder holds a run of something else."""
-        description = self.folder / ".done" / "run.json"
-        if description.is_file():
+    def open(self, identity: dict) -> list[str]:
+        """Begin the run, or go on with it; says which chunks are scored again, as their shards are not as written.
+
+        Raises:
+            ValueError: the folder holds scores of something else.
+        """
+        description, done = self.folder / ".done" / "run.json", self.done()
+        if description.is_file() and done:
             before = read_json(description)
             changed = [name for name in identity if before.get(name) != identity[name]]
             if changed:
                 raise ValueError(
                     f"{self.folder}: holds a run with other {', '.join(changed)}; delete it or choose another --out"
                 )
-        elif self.folder.is_dir() and any(self.folder.iterdir()) and not description.parent.is_dir():
+        elif not description.parent.is_dir() and self.folder.is_dir() and set(os.listdir(self.folder)) - {LOCK}:
             raise ValueError(f"{self.folder}: is not empty and no scoring run; choose another --out")
         else:
             shutil.rmtree(description.parent, ignore_errors=True)  # notes of nobody knows what
         description.parent.mkdir(parents=True, exist_ok=True)
         recover(self.folder)
         write_json(description, identity)
+        return [problem for chunk in self.done() if (problem := self.refused(chunk))]
+
+    def done(self) -> list[int]:
+        """Chunks that have a note."""
+        return sorted(int(note.stem) for note in (self.folder / ".done").glob("[0-9]*.json"))
+
+    def refused(self, chunk: int) -> str | None:
+        """Remove the note of a chunk whose shard is not the one that it was written for, and say so."""
+        try:
+            size, crc = read_json(self.note(chunk))["shard"]
+            if file_sum(self.shard(chunk)) == [size, crc]:
+                return None
+            problem = "is not what was written"
+        except FileNotFoundError:
+            problem = "is gone"
+        except (ValueError, KeyError, TypeError):
+            problem = "has a damaged note"
+        self.note(chunk).unlink()
+        return f"{self.shard(chunk)} {problem}: its records are scored again"
 
     def todo(self) -> list[int]:
         """Chunks that are not done."""
-        done = set(os.listdir(self.folder / ".done"))
-        return [chunk for chunk in range(self.num_chunks) if self.note(chunk).name not in done]
+        return sorted(set(range(self.num_chunks)).difference(self.done()))
 
     def write(self, chunk: int, rows: Sequence[dict], note: dict) -> None:
-        """Write a chunk's rows, then its note."""
+        """Write a chunk's rows, then, when they are on the disk, its note."""
         with whole_file(self.shard(chunk), "wb") as file:
             if self.kind == "parquet":
                 parquet.write_table(table(rows, self.columns), file)
             else:
                 file.writelines((json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode() for row in rows)
-        write_text(self.note(chunk), json.dumps(note))
+        write_text(self.note(chunk), json.dumps({**note, "shard": file_sum(self.shard(chunk))}))
 
     def notes(self) -> Iterator[dict]:
         """The notes of the chunks that are done, in order."""
-        for chunk in range(self.num_chunks):
-            if self.note(chunk).is_file():
-                yield read_json(self.note(chunk))
+        yield from (read_json(self.note(chunk)) for chunk in self.done())
 
     def join(self, path: Path) -> None:
         """Put JSONL shards together in one file and remove the folder, all of it at once."""

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import resource
 
 import numpy as np
 import pyarrow as pa
@@ -292,3 +293,50 @@ def test_forked_readers_do_not_disturb_each_other(tmp_path, write_parquet, kind)
 def test_a_pickled_file_opens_again(write_bytes, write_parquet, kind):
     file = write_bytes(scoring_line("prompt 0")) if kind == "plain" else Records(write_parquet(ROWS))
     assert pickle.loads(pickle.dumps(file)).group(0) == file.group(0)
+
+
+def read_many(folder, num_files):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+    records = Records(folder)
+    order = np.random.default_rng(0).permutation(len(records))
+    assert [records.group(index).prompt for index in order] == [f"row {index}" for index in order.tolist()]
+    assert len(records) == num_files
+
+
+def test_a_folder_of_more_files_than_may_be_open_is_read(tmp_path):
+    rows = [{"prompt": f"row {index}", "responses": ["a"]} for index in range(500)]
+    for index, row in enumerate(rows):
+        if index % 2:
+            (tmp_path / f"{index:03d}.jsonl").write_text(json.dumps(row) + "\n")
+        else:
+            parquet.write_table(pa.Table.from_pylist([row]), tmp_path / f"{index:03d}.parquet")
+    process = multiprocessing.get_context("fork").Process(target=read_many, args=(tmp_path, 500))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+
+
+def test_a_file_that_was_replaced_while_others_were_read_is_an_error_of_its_records(tmp_path):
+    for index in range(lines.MAX_OPEN + 2):
+        (tmp_path / f"{index:03d}.jsonl").write_text(json.dumps({"prompt": "p", "responses": ["a"]}) + "\n")
+    records = Records(tmp_path)
+    for index in range(len(records)):
+        records.group(index)
+    (tmp_path / "000.jsonl").write_text(json.dumps({"prompt": "other", "responses": ["a"]}) + "\n")
+    with pytest.raises(RecordError, match=r"000\.jsonl:1: cannot be read \(.* has changed since it was opened first"):
+        records.group(0)
+
+
+def open_packed(folder):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+    with pytest.raises(ValueError, match=r"more open files than `ulimit -n` \(256\) allows: raise it"):
+        Records(folder)
+
+
+def test_unpacked_files_that_are_more_than_may_be_open_are_refused_with_the_remedy(tmp_path):
+    for index in range(300):
+        (tmp_path / f"{index:03d}.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "p", "responses": ["a"]}\n'))
+    process = multiprocessing.get_context("fork").Process(target=open_packed, args=(tmp_path,))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0

@@ -61,3 +61,16 @@ def test_records_of_folders_and_files_know_what_was_left(make_folder):
     records = Records(folder, folder / "test.jsonl", split="train")
     assert [file.path.name for file in records.files] == ["train.jsonl", "test.jsonl"]
     assert [file.name for file in records.left] == ["test.jsonl"]
+
+
+def test_a_file_is_read_once_however_many_links_lead_to_it(tmp_path):
+    for folder in ("a", "a/b", "a/.hidden"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "rows.jsonl").write_text("{}\n")
+    for link in ("loop", "again", "b/up"):
+        (tmp_path / "a" / link).symlink_to(tmp_path / "a")
+    (tmp_path / "c.jsonl").symlink_to(tmp_path / "a" / "rows.jsonl")
+    for pattern in ("**/*.jsonl", "a/**", "**/rows.jsonl"):
+        found = {file.resolve() for file in record_files(f"{tmp_path}/{pattern}")[0]}
+        assert found == {tmp_path / "a" / "rows.jsonl", tmp_path / "a" / "b" / "rows.jsonl"}
+        assert len(record_files(f"{tmp_path}/{pattern}")[0]) == 2

@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import multiprocessing
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from mmrm_fast.checkpoint.folder import save_checkpoint
 from mmrm_fast.cli import main
 from mmrm_fast.config import ScoreConfig
 from mmrm_fast.data.records import Group, RecordError, Records, iter_groups
+from mmrm_fast.files import locked
 from mmrm_fast.score.cluster import ray_cluster
 from mmrm_fast.score.command import ScoringActor, error_row, finish, make_actors, rows_of, score_or_say_why
 from mmrm_fast.score.scorer import Scored, Scorer
@@ -131,9 +134,51 @@ def test_a_folder_of_parquet_shards_with_normalised_scores(scoring, capsys, monk
     assert len((folder / "out" / "errors.jsonl").read_text().splitlines()) == 2
 
     assert main(arguments) == 0, "a finished run that is started again has nothing to do"
+    (folder / "out" / "part-000000.parquet").unlink()
+    assert main(arguments) == 0
+    assert "part-000000.parquet is gone: its records are scored again" in capsys.readouterr().out
+    assert parquet.read_table(folder / "out" / "part-000000.parquet").to_pylist() == rows
     data.write_text(data.read_text() + "\n")
     assert main(arguments) == 2
     assert "other data" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_a_file_that_is_there_is_replaced_only_where_that_is_asked_for(scoring, capsys):
+    folder, data, _ = scoring
+    arguments = ["score", "--model", str(folder / "model"), "--data", str(data), "--out"]
+    (folder / "thesis.jsonl").write_text("mine")
+    assert main([*arguments, str(folder / "thesis.jsonl")]) == 2
+    assert "thesis.jsonl: is there already: --overwrite replaces it" in capsys.readouterr().err
+    assert (folder / "thesis.jsonl").read_text() == "mine" and not (folder / "thesis.jsonl.parts").exists()
+    assert main([*arguments, str(folder / "thesis.jsonl"), "--overwrite"]) == 3
+    assert len((folder / "thesis.jsonl").read_text().splitlines()) == 7
+    (folder / "folder.jsonl").mkdir()
+    assert main([*arguments, str(folder / "folder.jsonl"), "--overwrite"]) == 2
+    assert "folder.jsonl: a folder" in capsys.readouterr().err
+
+
+def hold(folder, held, go_on):
+    with locked(folder):
+        held.set()
+        go_on.wait(60)
+
+
+@pytest.mark.usefixtures("without_ray")
+@pytest.mark.parametrize(("out", "folder_of_shards"), [("out.jsonl", "out.jsonl.parts"), ("out", "out")])
+def test_a_second_process_on_one_output_is_refused_while_the_first_is_alive(scoring, capsys, out, folder_of_shards):
+    folder, data, _ = scoring
+    arguments = ["score", "--model", str(folder / "model"), "--data", str(data), "--out", str(folder / out)]
+    context = multiprocessing.get_context("fork")
+    held, go_on = context.Event(), context.Event()
+    process = context.Process(target=hold, args=(folder / folder_of_shards, held, go_on))
+    process.start()
+    assert held.wait(60)
+    assert main(arguments) == 2
+    assert f"process {process.pid} on {platform.node()} is at work there" in capsys.readouterr().err
+    go_on.set()
+    process.join(60)
+    assert main(arguments) == 3
 
 
 @pytest.mark.usefixtures("without_ray")

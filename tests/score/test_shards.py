@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -30,8 +31,11 @@ def test_a_chunk_without_its_note_is_not_done_and_a_chunk_written_twice_is_there
 @pytest.mark.parametrize("name", ["data", "model"])
 def test_a_run_is_not_resumed_on_something_else(tmp_path, name):
     identity = {"data": "a", "model": "b"}
-    for _ in range(2):
-        Shards(tmp_path / "out", "jsonl", 10).open(identity)
+    shards = Shards(tmp_path / "out", "jsonl", 10)
+    shards.open({**identity, name: "c"})  # of which nothing is done
+    shards.open(identity)
+    shards.write(0, [], {})
+    assert shards.open(identity) == []
     with pytest.raises(ValueError, match=f"other {name}; delete it or choose another --out"):
         Shards(tmp_path / "out", "jsonl", 10).open({**identity, name: "c"})
 
@@ -83,6 +87,39 @@ def test_a_run_killed_while_its_shards_are_joined_ends_when_it_is_started_again(
     opened().join(out)
     assert [json.loads(line)["record"] for line in out.read_text().splitlines()] == list(range(130))
     assert list(tmp_path.iterdir()) == [out]
+
+
+DAMAGES = {
+    "is gone": lambda shards: shards.shard(1).unlink(),
+    "is not what was written": lambda shards: shards.shard(1).write_text('{"record": 65}\n'),
+    "has a damaged note": lambda shards: shards.note(1).write_text('{"tally": {}}'),
+}
+
+
+@pytest.mark.parametrize("problem", DAMAGES)
+def test_a_chunk_whose_shard_is_not_as_its_note_says_is_scored_again_and_that_is_said(tmp_path, problem):
+    shards = Shards(tmp_path / "out", "jsonl", 130)
+    shards.open({"data": "a"})
+    for chunk in range(3):
+        shards.write(chunk, [{"record": 64 * chunk}], {})
+    DAMAGES[problem](shards)
+    assert shards.open({"data": "a"}) == [f"{shards.shard(1)} {problem}: its records are scored again"]
+    assert shards.todo() == [1]
+
+
+def test_a_note_is_written_when_its_rows_are_on_the_disk_and_the_folder_goes_when_the_whole_is(tmp_path, monkeypatch):
+    shards, steps = Shards(tmp_path / "out.jsonl.parts", "jsonl", 1), []
+    shards.open({})
+    fsync, replace = os.fsync, os.replace
+    name = lambda path: re.sub(r"\.\d+\.unfinished$", "", os.path.basename(path)).lstrip(".")  # noqa: E731
+    note_sync = lambda number: (steps.append(("sync", name(os.readlink(f"/proc/self/fd/{number}")))), fsync(number))  # noqa: E731
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "replace", lambda *paths: (steps.append(("rename", name(paths[1]))), replace(*paths)))
+    shards.write(0, [{"record": 0}], {})
+    shards.join(tmp_path / "out.jsonl")
+    files = [("part-000000.jsonl", "out.jsonl.parts"), ("000000.json", "done"), ("out.jsonl", tmp_path.name)]
+    expected = [(act, at) for file, folder in files for act, at in (("sync", file), ("rename", file), ("sync", folder))]
+    assert steps == [*expected, ("rename", "out.jsonl.parts.removed.unfinished")]
 
 
 def test_notes_of_a_run_that_is_not_described_do_not_count(tmp_path):
