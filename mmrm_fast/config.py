@@ -235,10 +235,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ScoreConfig(ReadConfig):
-    """Score every response of a data set with a trained reward model, on Ray actors, in input order.
-
-    Interrupted at any moment and started again, it goes on where it stopped.
-    """
+    """Score every response with a reward model, on Ray actors, in input order; started again, it goes on."""
 
     model: Path = Path("runs/robust/final")
     """Folder of the reward model, such as runs/NAME/final."""
