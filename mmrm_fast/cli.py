@@ -7,6 +7,7 @@ from importlib import import_module
 
 from mmrm_fast import config
 from mmrm_fast.config_file import parse
+from mmrm_fast.evaluate.audit_config import AuditConfig
 
 # GNU OpenMP's waiting threads otherwise spin without end: one busy neighbour made a training step ten times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -23,6 +24,7 @@ COMMANDS = {  # what it takes, the function that runs it (None or 0 is success),
         "a benchmark of the field, with calibration and intervals",
     ),
     "best-of-n": (config.BestOfNConfig, "evaluate.best_of_n:best_of_n", "true quality of what models select out of N"),
+    "audit": (AuditConfig, "evaluate.audit:audit", "what text alone can tell of preference files"),
     "report": (config.ReportConfig, "evaluate.report:report", "an HTML page about runs"),
     "study": (config.StudyConfig, "study.command:study", "standard against robust on the shapes environments"),
     "convert": (config.ConvertConfig, "score.convert:convert", "an InternVL checkpoint to transformers' own format"),

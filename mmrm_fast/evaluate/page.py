@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import jinja2
+import numpy as np
 
 from mmrm_fast.files import write_text
 from mmrm_fast.tables import percent
@@ -19,3 +20,13 @@ def write_page(path: Path, template: str, **values: object) -> None:
     environment.filters["percent"] = percent
     page = environment.get_template(template).render(values)
     write_text(path, page.encode(errors="replace").decode())  # a file's name may be no Unicode
+
+
+def colour(value: float | None, worst: float, best: float) -> str:
+    """A background on which black text is legible: red at `worst`, white halfway, blue at `best`."""
+    if value is None or np.isnan(value):
+        return "#eee"
+    share = float(np.clip((value - worst) / (best - worst), 0, 1))
+    end = (244, 140, 120) if share < 0.5 else (130, 180, 235)
+    strength = abs(2 * share - 1)
+    return "#" + "".join(f"{round(255 + (channel - 255) * strength):02x}" for channel in end)

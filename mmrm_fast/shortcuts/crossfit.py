@@ -38,8 +38,15 @@ class Chunk:
 
     groups: tuple[Group, ...]  # with the responses that pairs name, without pictures
     key_N: np.ndarray  # uint64, of image and prompt
+    image_N: np.ndarray  # uint64, of the images alone, 0 without any
     features_RF: Matrix
     errors: tuple[RecordError, ...] = ()
+
+    def only(self, kept_N: np.ndarray) -> "Chunk":
+        """Some of the records."""
+        kept_R = np.repeat(kept_N, [len(group.responses) for group in self.groups])
+        groups = tuple(group for group, is_kept in zip(self.groups, kept_N, strict=True) if is_kept)
+        return Chunk(groups, self.key_N[kept_N], self.image_N[kept_N], self.features_RF[kept_R])
 
     @property
     def ends_P2(self) -> np.ndarray:

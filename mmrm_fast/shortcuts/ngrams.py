@@ -31,13 +31,15 @@ class NgramFeatures:
 
     def chunk(self, numbers: np.ndarray) -> Chunk:
         """One lot of records."""
-        groups, keys, errors = usable(self.records, numbers)
-        return Chunk(groups, keys, response_features(groups), errors)
+        groups, keys, images, errors = usable(self.records, numbers)
+        return Chunk(groups, keys, images, response_features(groups), errors)
 
 
-def usable(records: Records, numbers: np.ndarray) -> tuple[tuple[Group, ...], np.ndarray, tuple[RecordError, ...]]:
-    """Groups with what their pairs name, their keys, and the errors of what cannot be read."""
-    groups, keys, errors = [], [], []
+def usable(
+    records: Records, numbers: np.ndarray
+) -> tuple[tuple[Group, ...], np.ndarray, np.ndarray, tuple[RecordError, ...]]:
+    """Groups with what their pairs name, their keys, those of their images, and the errors of what cannot be read."""
+    groups, keys, pictured, errors = [], [], [], []
     for number in numbers:
         try:
             group = records.group(int(number))
@@ -45,6 +47,8 @@ def usable(records: Records, numbers: np.ndarray) -> tuple[tuple[Group, ...], np
             errors.append(error)
             continue
         with opened(group.images) as images:
-            keys.append(record_key(replace(group, images=images)))
+            seen = replace(group, images=images)
+            keys.append(record_key(seen))
+            pictured.append(record_key(replace(seen, prompt="")) if images else 0)
         groups.append(replace(only_paired(group), images=()))
-    return tuple(groups), np.array(keys, np.uint64), tuple(errors)
+    return tuple(groups), np.array(keys, np.uint64), np.array(pictured, np.uint64), tuple(errors)

@@ -7,7 +7,7 @@ import numpy as np
 
 from mmrm_fast.evaluate import plots
 from mmrm_fast.evaluate.best_of_n import ORACLE
-from mmrm_fast.evaluate.page import write_page
+from mmrm_fast.evaluate.page import colour, write_page
 from mmrm_fast.study.figures import means_table
 from mmrm_fast.tables import percent, signed
 
@@ -93,16 +93,6 @@ def cell_mean(results: dict, method: str, trained: str, tested: str, key: str) -
         if (row["method"], row["environment"], row["test"]) == (method, trained, tested) and key in row
     ]
     return float(np.mean(values)) if values else None
-
-
-def colour(value: float | None, worst: float, best: float) -> str:
-    """A background on which black text is legible: red at `worst`, white halfway, blue at `best`."""
-    if value is None or np.isnan(value):
-        return "#eee"
-    share = float(np.clip((value - worst) / (best - worst), 0, 1))
-    end = (244, 140, 120) if share < 0.5 else (130, 180, 235)
-    strength = abs(2 * share - 1)
-    return "#" + "".join(f"{round(255 + (channel - 255) * strength):02x}" for channel in end)
 
 
 def controls(results: dict) -> dict[str, list]:

@@ -1,0 +1,167 @@
+"""An audit as a page and as printed tables, and what follows from it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from mmrm_fast.evaluate.page import colour, write_page
+from mmrm_fast.evaluate.report import shortened
+from mmrm_fast.tables import percent, print_table
+
+NOTHING, STRONG, TRANSFERS = 0.55, 0.65, 0.05  # accuracies of text alone, and points lost elsewhere
+NAMES, PRINTED = 5, 3
+LISTENED = 0.3  # share of the pairs under which robust weights listen to few
+
+
+def advice(results: dict) -> list[str]:
+    """What to do, a sentence a finding."""
+    lines = [line for name, own in results["files"].items() for line in file_advice(name, own, results)]
+    known = "{of}: {number:,} records are in {file} with their image and prompt."
+    for row in results["shared"]:
+        if row["of"] in results["tests"] and (number := row["image and prompt"]):
+            lines.append(known.format(of=row["of"], number=number, file=row["in"]))
+    return lines
+
+
+def file_advice(name: str, own: dict, results: dict) -> Iterator[str]:
+    """What to do about one file."""
+    yield f"{name}: " + shortcut_advice(name, own, results["matrix"][name])
+    mode, share = min(own["listened_to"].items(), key=lambda item: item[1])
+    if share < LISTENED:
+        yield f"{name}: with --sfc-mode {mode} the weights would listen to {percent(share)} % of the pairs."
+    for what, explained in EXPLAINED.items():
+        if number := own["health"][what]:
+            yield f"{name}: {number:,} of {own['pairs']:,} pairs: {explained}."
+
+
+def shortcut_advice(name: str, own: dict, row: dict) -> str:
+    """What text alone can tell, and whether robust training should help."""
+    here, others = row[name]["accuracy"], [cell["accuracy"] for on, cell in row.items() if on != name]
+    best = max(own["cues"], key=told_rightly, default=None)
+    if best and told_rightly(best) > here + TRANSFERS:
+        return (
+            f"{best['cue']} alone is right on {percent(told_rightly(best))} %, which --proxy-model ngrams does not see "
+            f"({percent(here)} %): a proxy that reads (full, lora) is needed."
+        )
+    if here < NOTHING:
+        return f"text alone tells next to nothing ({percent(here)} %); --robust would change little."
+    if here >= STRONG and others and min(others) < here - TRANSFERS:
+        return (
+            f"text alone is right on {percent(here)} % here and on {percent(min(others))} % elsewhere: a shortcut that"
+            " does not carry over. --robust should help where the model can see the truth and wrong labels follow the"
+            " shortcut; --proxy-model ngrams costs nothing."
+        )
+    return (
+        f"text alone is right on {percent(here)} %{' here and no less elsewhere' if others else ''}; test on data that"
+        " was collected another way before trusting an accuracy near it, and compare with --robust."
+    )
+
+
+def told_rightly(cue: dict) -> float:
+    """Accuracy of a cue on all pairs, a half where it does not tell."""
+    return 0.5 + cue["coverage"] * (cue["accuracy"] - 0.5)
+
+
+EXPLAINED = {
+    "identical sides": "both responses are the same text",
+    "contradictory": "the same two responses stand with either one preferred",
+    "likely wrong": "text alone gives the label under 5 %: look at them first",
+    "unreadable": "could not be read",
+}
+
+
+def print_audit(results: dict, folder: Path) -> None:
+    """Print the tables and where everything is."""
+    print_table("Text-only accuracy (%), cross-validated", *proxy_table(results))
+    names = [*results["files"], *results["tests"]]
+    rows = [[name, *(percent(row[on]["accuracy"]) for on in names)] for name, row in results["matrix"].items()]
+    if len(names) > 1:
+        print_table("Fitted on (rows), tested on (columns)", ["", *names], rows)
+    for name, own in results["files"].items():
+        print_table(f"{name}: strongest cues", *cue_table(own["cues"][:PRINTED]), num_text=2)
+    print("\n".join(results["advice"]))
+    print(f"everything: {folder / 'audit.html'}, {folder / 'audit.json'}")
+
+
+def proxy_table(results: dict) -> tuple[list[str], list[list[str]]]:
+    """Accuracy and interval of every proxy on every file."""
+    found = [
+        (f"{name}: {proxy}", own["pairs"], figures)
+        for name, own in results["files"].items()
+        for proxy, figures in own["proxies"].items()
+    ]
+    heads = ["file and proxy", "pairs", "accuracy", "95 % from", "to"]
+    return heads, [
+        [n, f"{pairs:,}", *(percent(own[k]) for k in ("accuracy", "low", "high"))] for n, pairs, own in found
+    ]
+
+
+def cue_table(cues: list[dict]) -> tuple[list[str], list[list[str]]]:
+    """Cues, what the preferred response does, how much they tell and how well, and where they turn round."""
+    rows = []
+    for cue in cues:
+        names = ", ".join([cue["cue"], *cue["also"][: NAMES - 1]]) + (" …" if len(cue["also"]) >= NAMES else "")
+        flips = ", ".join(name for name, there in cue["elsewhere"].items() if there["flips"])
+        rows.append([names, cue["preferred"], percent(cue["coverage"]), percent(cue["accuracy"]), flips])
+    return ["cue", "preferred", "coverage", "accuracy", "flips in"], rows
+
+
+def write_audit(path: Path, results: dict) -> None:
+    """Write audit.html from what audit.json holds."""
+    names = [*results["files"], *results["tests"]]
+    shares = [[row[on]["accuracy"] for on in names] for row in results["matrix"].values()]
+    write_page(
+        path,
+        "audit.html",
+        title="What text alone can tell",
+        results=results,
+        proxies=proxy_table(results),
+        names=names,
+        matrix=[[(share, colour(share, 0.0, 1.0)) for share in row] for row in shares],
+        sections=[section(name, own) for name, own in results["files"].items()],
+        health=health_table(results),
+        shared=[
+            [f"{row['of']} in {row['in']}", *(f"{row[key]:,}" for key in SHARED)]
+            for row in results["shared"]
+            if any(row[key] for key in SHARED)
+        ],
+        shared_heads=["", *SHARED],
+    )
+
+
+SHARED = ("pairs", "image and prompt", "image")
+
+
+def health_table(results: dict) -> tuple[list[str], list[list[str]]]:
+    """Problems by file and test set."""
+    columns = ("unreadable", "identical sides", "duplicates", "contradictory", "likely wrong")
+    found = {name: own["health"] for name, own in results["files"].items()} | results["tests"]
+    return ["", *columns], [
+        [name, *("-" if column not in own else f"{own[column]:,}" for column in columns)] for name, own in found.items()
+    ]
+
+
+def section(name: str, own: dict) -> dict:
+    """What the page shows of one file."""
+    groups = [
+        [f"{group}: {row['measure']}", percent(row["coverage"]), percent(row["preferred_has_more"])]
+        for group, rows in own["groups"].items()
+        for row in rows
+    ]
+    listened = ", ".join(f"{mode} {percent(share)} %" for mode, share in own["listened_to"].items())
+    return {
+        "name": name,
+        "cues": cue_table(own["cues"]),
+        "groups": groups,
+        "listened": listened,
+        "problem": own["first_problem"],
+        "galleries": [
+            {"title": title, "pairs": [card(pair) for pair in own["surest"][kind]]}
+            for kind, title in (("right", "surest and right"), ("wrong", "surest and wrong: is the label?"))
+        ],
+    }
+
+
+def card(pair: dict) -> dict:
+    """What is shown of a pair."""
+    texts = {key: shortened(pair[key]) for key in ("prompt", "chosen", "rejected")}
+    return pair | texts | {"margin": f"{pair['margin']:.2f}"}

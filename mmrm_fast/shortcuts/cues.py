@@ -1,0 +1,307 @@
+"""What a shortcut is: rules about text alone that tell the preferred response, the most telling first.
+
+A cue is a rule that gives a pair +1 (the preferred response has it), -1 (the other one has it) or 0 (it does not tell).
+Its coverage is the share of the pairs that it tells, its accuracy how often rightly, its advantage both at once: the
+share told rightly minus the share told wrongly. Cues that tell the same pairs alike are one, by all its names.
+
+Shapes: P pairs, R responses, C candidates.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from scipy.sparse import vstack
+
+from mmrm_fast.data.types import Group
+from mmrm_fast.shortcuts.crossfit import Chunk
+from mmrm_fast.shortcuts.features import MEASURES, read_words, start_of, words_of
+
+CANDIDATES, ORDERED, HABITS, STARTS = 300, 60, 60, 20  # that are looked at, the most frequent ones
+SHOWN = 12
+SURE = 5.0  # standard deviations of chance
+SAME = 0.7  # correlation of two cues that are one
+WORTH = 0.05  # advantage by which a rule of two things beats one thing
+LIKE = 0.3  # correlation with a better cue at which a rule of two things is nothing of its own
+BY_CHANCE = 0.8  # mean of |normal|
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some records of a file, with the features of their responses."""
+
+    chunks: Sequence[Chunk]
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        return tuple(group for chunk in self.chunks for group in chunk.groups)
+
+    @cached_property
+    def whole(self) -> Chunk:
+        """All of it as one chunk, its features by column."""
+        keys, images = (np.concatenate([getattr(own, n) for own in self.chunks]) for n in ("key_N", "image_N"))
+        return Chunk(self.groups, keys, images, vstack([chunk.features_RF for chunk in self.chunks]).tocsc())
+
+    @cached_property
+    def ends_P2(self) -> np.ndarray:
+        return self.whole.ends_P2
+
+    @cached_property
+    def start_P(self) -> np.ndarray:
+        """How each pair's prompt begins, as words."""
+        starts = [" ".join(start_of(group.prompt)) for group in self.groups]
+        return np.array(starts, object)[self.whole.place_P]
+
+    @cached_property
+    def first_places(self) -> list[dict[str, int]]:
+        """Where each word of a response first stands."""
+        responses = (words_of(response) for group in self.groups for response in group.responses)
+        return [{word: place for place, word in reversed(list(enumerate(words)))} for words in responses]
+
+    @cached_property
+    def names(self) -> dict[int, str]:
+        """Words and two words in a row by their column."""
+        words, names = read_words(self.groups), {}
+        flat = np.array([word for own in words.words for word in own], object)
+        together = words.row_T[1:] == words.row_T[:-1]
+        pairs = flat[:-1][together] + " " + flat[1:][together] if len(flat) else flat
+        for (_, found), texts in ((words.twos(), pairs), (words.ones(), flat)):
+            column, place = np.unique(found, return_index=True)
+            names |= dict(zip(column.tolist(), texts[place].tolist(), strict=True))
+        return names | dict(enumerate(MEASURES))
+
+    def values(self, columns: Sequence[int]) -> np.ndarray:
+        """Features [R, C] float32 of some columns."""
+        return self.whole.features_RF[:, list(columns)].toarray()
+
+    def differences(self, columns: Sequence[int]) -> np.ndarray:
+        """Their signs [P, C] int8: which response has more."""
+        values_RC = self.values(columns)
+        return np.sign(values_RC[self.ends_P2[:, 0]] - values_RC[self.ends_P2[:, 1]]).astype(np.int8)
+
+
+@dataclass(frozen=True)
+class Has:
+    """The response that has it, or more of it."""
+
+    column: int
+    name: str
+
+    def signs(self, sample: Sample) -> np.ndarray:
+        """+1, -1 or 0 [P] of a sample's pairs."""
+        return self.of(sample.differences([self.column])[:, 0], sample)
+
+    def of(self, sign_P: np.ndarray, sample: Sample) -> np.ndarray:
+        """The rule's signs from those of its feature."""
+        return sign_P
+
+
+@dataclass(frozen=True)
+class ByQuestion(Has):
+    """The response that has it after some beginnings of a prompt, the other one after others."""
+
+    directions: tuple[tuple[str, int], ...] = ()
+
+    def of(self, sign_P: np.ndarray, sample: Sample) -> np.ndarray:
+        direction_P = np.zeros(len(sign_P), np.int8)
+        for start, direction in self.directions:
+            direction_P[sample.start_P == start] = direction
+        return sign_P * direction_P
+
+
+@dataclass(frozen=True)
+class Before:
+    """The response that mentions one word before another, where both mention both."""
+
+    first: str
+    second: str
+
+    @property
+    def name(self) -> str:
+        return f"“{self.first}” before “{self.second}”"
+
+    def signs(self, sample: Sample) -> np.ndarray:
+        return order_signs(places(sample, (self.first, self.second)), 0, sample)[:, 1]
+
+
+@dataclass(frozen=True)
+class Either:
+    """The response that has exactly one of two things."""
+
+    columns: tuple[int, int]
+    name: str
+
+    def signs(self, sample: Sample) -> np.ndarray:
+        one_R = (sample.values(self.columns) > 0).sum(axis=1) == 1
+        return one_R[sample.ends_P2[:, 0]].astype(np.int8) - one_R[sample.ends_P2[:, 1]]
+
+
+Rule = Has | Before | Either
+
+
+@dataclass
+class Cue:
+    """A rule, how well it tells the pairs of a sample, and other rules that tell the same."""
+
+    rule: Rule
+    sign_P: np.ndarray  # turned so that it is right more often than wrong
+    direction: int  # 1: the preferred response has it, -1: the other one
+    also: list[str] = field(default_factory=list)
+
+    @property
+    def right(self) -> float:
+        return float((self.sign_P > 0).mean())
+
+    @property
+    def coverage(self) -> float:
+        return float((self.sign_P != 0).mean())
+
+    @property
+    def accuracy(self) -> float:
+        return self.right / max(self.coverage, 1e-12)
+
+    @property
+    def advantage(self) -> float:
+        return 2 * self.right - self.coverage
+
+    def row(self) -> dict:
+        """What is told of it."""
+        return {
+            "cue": self.rule.name, "also": self.also, "preferred": "has it" if self.direction > 0 else "has it not",
+            "kind": type(self.rule).__name__, "coverage": self.coverage, "accuracy": self.accuracy,
+        }  # fmt: skip
+
+
+def cue_of(rule: Rule, sign_P: np.ndarray) -> Cue:
+    """A rule on a sample, turned the way that is right more often."""
+    direction = 1 if sign_P.sum(dtype=np.int64) >= 0 else -1
+    return Cue(rule, direction * sign_P, direction)
+
+
+def find_cues(sample: Sample) -> list[Cue]:
+    """The cues that are no chance, the most telling first, `SHOWN` at most."""
+    if not len(sample.ends_P2):
+        return []
+    singles = [cue_of(rule, sign_P) for rule, sign_P in has_rules(sample)]
+    found = [*singles, *by_question(sample, singles), *orders(sample), *either(sample)]
+    least = SURE / len(sample.ends_P2) ** 0.5
+    sure = [cue for cue in found if cue.advantage > least * max(cue.coverage, 1e-12) ** 0.5]
+    return merged(sorted(sure, key=rank))
+
+
+def rank(cue: Cue) -> tuple:
+    """The more telling first, one thing before two; of equal ones what is there, in words, before what is not."""
+    is_single = type(cue.rule) is Has
+    words = -len(cue.rule.name.split()) if is_single and cue.rule.column >= len(MEASURES) else 0
+    return -round(cue.advantage, 6) + WORTH * (not is_single), -cue.direction, words
+
+
+def merged(cues: Iterable[Cue]) -> list[Cue]:
+    """Cues that tell the same are the first of them, by all their names."""
+    kept: list[Cue] = []
+    for cue in cues:
+        is_single = type(cue.rule) is Has
+        alike = [correlation(cue.sign_P, other.sign_P) for other in kept]
+        most = max(alike, default=0.0)
+        if most <= (SAME if is_single else LIKE):
+            if len(kept) < SHOWN:
+                kept.append(cue)
+        elif is_single and most > SAME:
+            same = kept[int(np.argmax(alike))]
+            same.also.append(("" if cue.direction == same.direction else "not ") + cue.rule.name)
+    return kept
+
+
+def correlation(one: np.ndarray, other: np.ndarray) -> float:
+    """How alike two rules tell, 0 to 1."""
+    one, other = one.astype(np.float32), other.astype(np.float32)
+    return float(abs(one @ other) / max(np.sqrt((one @ one) * (other @ other)), 1e-12))
+
+
+def has_rules(sample: Sample) -> Iterable[tuple[Has, np.ndarray]]:
+    """What one of two responses has more often than the other, the measures and the most telling words."""
+    differences_PF = sample.whole.features_RF[sample.ends_P2[:, 0]] - sample.whole.features_RF[sample.ends_P2[:, 1]]
+    advantage_F = np.abs(np.asarray(differences_PF.sign().sum(axis=0))).ravel()
+    advantage_F[: len(MEASURES)] = advantage_F.max(initial=0) + 1
+    columns = np.argsort(-advantage_F, kind="stable")[:CANDIDATES]
+    columns = [column for column in columns.tolist() if column in sample.names]
+    signs_PC = sample.differences(columns)
+    return [(Has(column, sample.names[column]), signs_PC[:, i]) for i, column in enumerate(columns)]
+
+
+def by_question(sample: Sample, singles: Sequence[Cue]) -> Iterable[Cue]:
+    """Rules whose direction goes by how the prompt begins."""
+    starts = [start for start, _ in Counter(sample.start_P.tolist()).most_common(STARTS)]
+    if len(starts) < 2:
+        return
+    columns = sorted({*range(len(MEASURES)), *frequent(sample, CANDIDATES)})
+    signs_PC, plain = sample.differences(columns), {cue.rule.column: cue.advantage for cue in singles}
+    sums_SC = np.stack([signs_PC[sample.start_P == start].sum(axis=0, dtype=np.int64) for start in starts])
+    told_SC = np.stack([np.abs(signs_PC[sample.start_P == start]).sum(axis=0, dtype=np.int64) for start in starts])
+    advantage_C = (np.abs(sums_SC) - BY_CHANCE * np.sqrt(told_SC)).sum(axis=0) / len(sample.ends_P2)
+    for place, column in enumerate(columns):
+        if advantage_C[place] > plain.get(column, 0.0) + WORTH:
+            directions = tuple(zip(starts, np.sign(sums_SC[:, place]).tolist(), strict=True))
+            says = ", ".join(f"{'+' if way > 0 else '−'} {start} …" for start, way in directions[:6] if way)
+            rule = ByQuestion(column, f"{sample.names[column]}, by the question: {says}", directions)
+            yield cue_of(rule, rule.of(signs_PC[:, place], sample))
+
+
+def frequent(sample: Sample, number: int) -> list[int]:
+    """The columns of words that some responses have and some have not, the most evenly divided first."""
+    features, num_rows = sample.whole.features_RF, sample.whole.features_RF.shape[0]
+    share_F = np.diff(features.indptr) / max(num_rows, 1)
+    order = np.argsort(-share_F * (1 - share_F), kind="stable")[: 4 * number]
+    return [int(c) for c in order if share_F[c] < 1 and c >= len(MEASURES) and int(c) in sample.names][:number]
+
+
+def orders(sample: Sample) -> Iterable[Cue]:
+    """Which of two words is mentioned first, of words that many responses have."""
+    counts = Counter(word for found in sample.first_places for word in found)
+    words = tuple(sorted(word for word, _ in counts.most_common(ORDERED)))
+    places_RW = places(sample, words)
+    for i, word in enumerate(words):
+        signs_PW = order_signs(places_RW, i, sample)
+        for j in (np.abs(signs_PW.mean(axis=0))[i + 1 :] > WORTH).nonzero()[0] + i + 1:
+            yield cue_of(Before(word, words[j]), signs_PW[:, j])
+
+
+def places(sample: Sample, words: Sequence[str]) -> np.ndarray:
+    """Where each word first stands [R, W] float32, NaN where it does not."""
+    return np.array([[own.get(word, np.nan) for word in words] for own in sample.first_places], np.float32)
+
+
+def order_signs(places_RW: np.ndarray, word: int, sample: Sample) -> np.ndarray:
+    """+1 [P, W] where only the preferred response has a word before another, -1 where only the other one has."""
+    chosen_PW, rejected_PW = places_RW[sample.ends_P2[:, 0]], places_RW[sample.ends_P2[:, 1]]
+    chosen, rejected = (own[:, word, None] < own for own in (chosen_PW, rejected_PW))
+    there = ~np.isnan(chosen_PW) & ~np.isnan(rejected_PW)
+    return (chosen.astype(np.int8) - rejected) * (there & there[:, word, None])
+
+
+def either(sample: Sample) -> Iterable[Cue]:
+    """Having exactly one of two things, of words that divide the responses evenly and tell less alone."""
+    columns = distinct(sample, frequent(sample, 4 * HABITS))
+    values_RC = np.where(sample.values(columns) > 0, 1.0, -1.0).astype(np.float32)
+    chosen_PC, rejected_PC = values_RC[sample.ends_P2[:, 0]], values_RC[sample.ends_P2[:, 1]]
+    advantage_CC = (rejected_PC.T @ rejected_PC - chosen_PC.T @ chosen_PC) / (2 * len(sample.ends_P2))
+    alone_C = np.abs((chosen_PC - rejected_PC).mean(axis=0)) / 2
+    worth_CC = np.abs(advantage_CC) > np.maximum(alone_C[:, None], alone_C) + WORTH
+    for i, j in np.argwhere(np.triu(worth_CC, 1)).tolist():
+        name = f"exactly one of “{sample.names[columns[i]]}” and “{sample.names[columns[j]]}”"
+        rule = Either((columns[i], columns[j]), name)
+        yield cue_of(rule, rule.signs(sample))
+
+
+def distinct(sample: Sample, columns: Sequence[int]) -> list[int]:
+    """Columns of which no two are nearly the same, `HABITS` at most."""
+    there_RC = sample.values(columns) > 0
+    centred = there_RC - there_RC.mean(axis=0, keepdims=True)
+    centred /= np.maximum(np.linalg.norm(centred, axis=0), 1e-12)
+    alike_CC, kept = np.abs(centred.T @ centred), []
+    for place in range(len(columns)):
+        if len(kept) < HABITS and not (alike_CC[place, kept] > 0.9).any():
+            kept.append(place)
+    return [columns[place] for place in kept]
