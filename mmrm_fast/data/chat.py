@@ -5,19 +5,48 @@ taken for the template's own is hidden from it: special tokens typed in a text, 
 character of a private plane while it renders.
 """
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from mmrm_fast.data.types import FieldError
+from mmrm_fast.data.types import FieldError, Message
 
 IMAGE, SLOT = "\U000f0000", "\U000f0001"  # where an image stands, and what stands for a response
 PRIVATE, FIRST_HIDDEN, MAX_HIDDEN = "[\U000f0000-\U000ffffd]", 0xF0002, 0xFFF0
 
-Turns = list[tuple[str, list[str]]]  # (role, the text around its image slots) of each message
+SHOWN = ("tool_calls", "reasoning_content")  # of a message, which a template must not drop
+
+
+class Turn(NamedTuple):
+    """One message as a template takes it."""
+
+    role: str
+    pieces: list[str]  # the text around its image slots
+    extra: Mapping = MappingProxyType({})  # its other fields
+
+    @classmethod
+    def of(cls, message: Message | str) -> "Turn":
+        """A message, or a response as its text."""
+        if isinstance(message, str):
+            return cls("assistant", [message])
+        return cls(message.role, [message.content], json.loads(message.extra) if message.extra else {})
+
+    def as_json(self) -> dict:
+        """The message that the template sees, image slots as `IMAGE`."""
+        return {"role": self.role, "content": IMAGE.join(self.pieces), **self.extra}
+
+    def without(self, name: str) -> "Turn":
+        """The same without one of its other fields."""
+        return self._replace(extra={key: value for key, value in self.extra.items() if key != name})
+
+
+Turns = list[Turn]
 Item = tuple[str, str | int]  # ("text", run), ("id", token) or ("image", tiles)
 
 
@@ -31,6 +60,18 @@ class Hidden:
     def hide(self, text: str) -> str:
         """The text with each special token, and each private character of its own, behind one character."""
         return self.pattern.sub(self.stand_in, text)
+
+    def inside(self, value: Any) -> Any:
+        """A value of JSON with all of its texts so."""
+        if isinstance(value, Mapping):
+            return {self.hide(key): self.inside(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self.inside(item) for item in value]
+        return self.hide(value) if isinstance(value, str) else value
+
+    def turns(self, turns: Sequence[Turn]) -> Turns:
+        """Turns with all of their texts so."""
+        return [Turn(turn.role, [*map(self.hide, turn.pieces)], self.inside(turn.extra)) for turn in turns]
 
     def stand_in(self, match: re.Match) -> str:
         """The character that stands for what was matched."""
@@ -77,7 +118,7 @@ class ChatTemplate:
         self.specials = {token.content: id for id, token in added.items() if token.special}
         self.pattern = re.compile("|".join([*escaped(hidden), PRIVATE]))
         self.splitter = re.compile("(" + "|".join([*escaped(self.specials), IMAGE]) + ")")
-        probe = self.texts([[("user", ["?" + IMAGE]), ("assistant", [SLOT])]])[0]
+        probe = self.text([Turn("user", ["?" + IMAGE]), Turn("assistant", [SLOT])])
         if IMAGE not in probe or SLOT not in probe:
             raise ValueError("the chat template does not render the text of user, assistant as given")
         behind = probe.partition(SLOT)[2]
@@ -85,12 +126,14 @@ class ChatTemplate:
         end = self.end_of(items)
         self.behind_end = behind[len(items[0][1] + self.tokenizer.convert_ids_to_tokens(end)) :]
 
-    def render(self, turns: Turns, responses: Sequence[str], tiles_per_image: tuple[int, ...]) -> Rendered:
-        """A prompt with each of its responses. Raises `FieldError` where the template does not take them."""
+    def render(
+        self, turns: Turns, responses: Sequence[Turn], tiles_per_image: tuple[int, ...], tools: Sequence[dict] = ()
+    ) -> Rendered:
+        """A prompt with each of its responses. Raises `FieldError` where the template does not take or drops them."""
         hidden = Hidden(self.pattern)
-        turns = [(role, [hidden.hide(piece) for piece in pieces]) for role, pieces in turns]
-        answers = [SLOT, *map(hidden.hide, responses)]
-        slot, *texts = self.texts([[*turns, ("assistant", [answer])] for answer in answers])
+        turns, answers, tools = hidden.turns(turns), hidden.turns(responses), hidden.inside(tools)
+        slot, *texts = (self.text([*turns, answer], tools) for answer in (Turn("assistant", [SLOT]), *answers))
+        self.refuse_dropped(turns, answers, tools, slot)
         before, found, after = slot.rpartition(SLOT)
         if not found:
             raise FieldError("prompt", "the chat template drops the response of such a conversation")
@@ -112,22 +155,44 @@ class ChatTemplate:
             raise FieldError("response", "the chat template drops it")
         return items if self.whole else items[: end + 1]
 
-    def unanswered(self, turns: Turns, tiles_per_image: tuple[int, ...]) -> list[Item]:
+    def refuse_dropped(self, turns: Turns, answers: Sequence[Turn], tools: Sequence[dict], slot: str) -> None:
+        """Raise `FieldError` for tools, a tool's turn, calls or reasoning without which the template renders the same.
+
+        Reasoning of an earlier turn may be dropped by a template that shows that of the response.
+        """
+        answer = Turn("assistant", [SLOT])
+        if tools and self.text([*turns, answer]) == slot:
+            raise FieldError("tools", "the chat template drops them")
+        for place, turn in enumerate(turns):
+            rest = lambda other: self.text([*turns[:place], *other, *turns[place + 1 :], answer], tools)  # noqa: B023, E731
+            if turn.role == "tool" and rest([turn._replace(pieces=[""])]) == slot and turn.pieces != [""]:
+                raise FieldError(f"prompt[{place}]", "the chat template drops a tool's turn")
+            for name in filter(turn.extra.get, SHOWN):
+                if rest([turn.without(name)]) == slot and not (name == "reasoning_content" and self.shows_reasoning()):
+                    raise FieldError(f"prompt[{place}].{name}", "the chat template drops it")
+        for answer in answers:
+            for name in filter(answer.extra.get, SHOWN):
+                if self.text([*turns, answer], tools) == self.text([*turns, answer.without(name)], tools):
+                    raise FieldError(f"response.{name}", "the chat template drops it")
+
+    def shows_reasoning(self) -> bool:
+        """Whether the template shows the reasoning of a response."""
+        question, answer = Turn("user", ["?"]), Turn("assistant", [SLOT], {"reasoning_content": "!"})
+        return self.text([question, answer]) != self.text([question, answer.without("reasoning_content")])
+
+    def unanswered(self, turns: Turns, tiles_per_image: tuple[int, ...], tools: Sequence[dict] = ()) -> list[Item]:
         """A prompt up to where generation would begin."""
         hidden = Hidden(self.pattern)
-        turns = [(role, [hidden.hide(piece) for piece in pieces]) for role, pieces in turns]
-        (text,) = self.texts([turns], add_generation_prompt=True)
+        text = self.text(hidden.turns(turns), hidden.inside(tools), add_generation_prompt=True)
         return self.items(text, hidden, iter(tiles_per_image))
 
-    def texts(self, conversations: Sequence[Turns], **options) -> list[str]:
-        """Each conversation as the template renders it, image slots as `IMAGE`."""
-        messages = [
-            [{"role": role, "content": IMAGE.join(pieces)} for role, pieces in turns] for turns in conversations
-        ]
+    def text(self, turns: Turns, tools: Sequence[dict] = (), **options) -> str:
+        """A conversation as the template renders it, image slots as `IMAGE`."""
+        messages = [turn.as_json() for turn in turns]
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        except TemplateError as error:
-            roles = ", ".join(role for role, _ in conversations[0][:-1])
+            return self.tokenizer.apply_chat_template(messages, tools=tools or None, tokenize=False, **options)
+        except (TemplateError, TypeError) as error:  # such as text and an object added
+            roles = ", ".join(turn.role for turn in turns[:-1])
             raise FieldError("prompt", f"the chat template does not take the turns {roles}: {error}") from None
 
     def check_images(self, text: str, tiles_per_image: tuple[int, ...]) -> None:

@@ -10,8 +10,9 @@ from collections.abc import Collection, Mapping
 from mmrm_fast.data.types import FieldError
 
 MEANING = {
-    "video", "videos", "audio", "audios", "input", "instruction", "tools", "functions", "tool_calls", "function_call",
-    "reasoning_content", "reasoning", "name", "images", "url", "path", "base64", "image_url",
+    "video", "videos", "audio", "audios", "input", "instruction", "tools", "rejected_tools", "functions",
+    "tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "images", "url", "path",
+    "base64", "image_url",
 }  # fmt: skip
 CONVERSATION_KEYS = ({"role", "content"}, {"from", "value"})
 PICTURE_NAME = re.compile(r"image|img|picture|photo|pixel|video|audio", re.IGNORECASE)

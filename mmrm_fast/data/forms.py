@@ -12,9 +12,7 @@
 
 `rejected_images` beside a pair are those that the rejected reply is to, as are images in its own messages. Message
 lists of replies may hold the conversation before the reply, `prompt` is not needed then. `system` and `history`
-([user, assistant] each) beside any of them are the turns before. A message is `{role, content}` or `{from, value}`;
-content is a string, or parts of type `text`, `image`, `image_url`, where an image part stands for `<image>` and a
-newline, as InternVL's own templates write it; its picture is its `image`, `url`, `path` or `base64`, or the record's.
+([user, assistant] each) beside any of them are the turns before. `tools` are what the conversation may call.
 """
 
 import json
@@ -24,21 +22,18 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from mmrm_fast.data.fields import Fields, is_empty, refuse_unread
-from mmrm_fast.data.types import FieldError, Message, Pairs, Prompt, kind_of, number, some_list, text
+from mmrm_fast.data.fields import Fields, refuse_unread
+from mmrm_fast.data.messages import Turns, check_turns, prompt_turns, reply, reply_list
+from mmrm_fast.data.types import FieldError, Message, Pairs, Prompt, kind_of, number, text
 
 CHOSEN_FIELDS = ("chosen", "conversations", "messages")
 REJECTED_FIELDS = ("rejected", "rejected_conversations", "rejected_messages", "rejected_response")
 PROMPT_FIELDS = ("prompt", "question")
 PREFERENCE_FIELDS = {*CHOSEN_FIELDS, *REJECTED_FIELDS, "completions", "scores"}
 FORM_FIELDS = {
-    *PREFERENCE_FIELDS, *PROMPT_FIELDS, "responses", "margin", "text", "system", "history", "rejected_images",
+    *PREFERENCE_FIELDS, *PROMPT_FIELDS, "responses", "margin", "text", "system", "history", "rejected_images", "tools",
 }  # fmt: skip
 CONTEXTS = ("conversations", "messages")  # beside `chosen`
-PICTURE_KEYS = ("image", "image_url", "url", "path", "base64")
-HARMLESS_KEYS = {"detail", "cache_control"}  # of parts
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
-IMAGE_PART = "<image>\n"
 
 
 @dataclass(frozen=True)
@@ -46,19 +41,16 @@ class Form:
     """What the layouts have in common. `images` are those inside the messages, as written."""
 
     prompt: Prompt
-    responses: tuple[str, ...]
+    replies: tuple[Message, ...]
     pairs: Pairs = field(default_factory=Pairs.of)
     ratings: np.ndarray | None = None  # of the responses, float; NaN for one that has none
     images: tuple[object, ...] = ()
     rejected_images: tuple[object, ...] | None = None  # of the rejected reply, where it has others
 
-
-@dataclass(frozen=True)
-class Turns:
-    """Messages and the images inside them, as written."""
-
-    messages: tuple[Message, ...] = ()
-    images: tuple[object, ...] = ()
+    @property
+    def responses(self) -> tuple[str, ...]:
+        """The replies' texts."""
+        return tuple(reply.content for reply in self.replies)
 
 
 def parse_form(fields: Fields, ignored: Collection[str] = ()) -> Form:
@@ -83,7 +75,7 @@ def parse_layout(fields: Fields, ignored: Collection[str]) -> Form:
     name = present(fields, PROMPT_FIELDS)
     prompt = prompt_turns(fields[name], name, ignored) if name in fields else None
     if "completions" in fields:
-        return kwise_form(require(prompt, name), *parse_completions(fields["completions"]))
+        return kwise_form(require(prompt, name), *parse_completions(fields["completions"], ignored))
     chosen, rejected = present(fields, CHOSEN_FIELDS), present(fields, REJECTED_FIELDS)
     context = next((name for name in CONTEXTS if chosen == "chosen" and name in fields), None)
     if context is not None:
@@ -102,7 +94,7 @@ def parse_layout(fields: Fields, ignored: Collection[str]) -> Form:
     if "responses" not in fields:
         raise FieldError("", "needs `chosen` and `rejected`, or `completions`, or `responses`")
     prompt = require(prompt, name)
-    responses = reply_list(fields["responses"], "responses")
+    responses = reply_list(fields["responses"], "responses", ignored)
     if fields.get("scores") is None:
         return Form(plain(prompt), responses, images=prompt.images)
     return kwise_form(prompt, responses, parse_scores(fields["scores"], len(responses)))
@@ -152,7 +144,7 @@ def require(prompt: Turns | None, name: str) -> Turns:
 def plain(turns: Turns) -> Prompt:
     """A lone user turn as its text, anything else as messages."""
     messages = turns.messages
-    return messages[0].content if len(messages) == 1 else messages
+    return messages[0].content if messages == (Message("user", messages[0].content),) else messages
 
 
 # preferences
@@ -177,22 +169,6 @@ def pairwise_form(
     return Form(plain(turns), (better, worse), Pairs.of((0, 1, margin)), images=turns.images, rejected_images=others)
 
 
-def reply(fields: dict, name: str, ignored: Collection[str] = ()) -> tuple[Turns | None, str]:
-    """A reply and, where its message list holds it, the conversation before it."""
-    if name not in fields:
-        raise FieldError(name, "missing")
-    value = fields[name]
-    if not isinstance(value, (list, dict)):
-        return None, text(value, name)
-    if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
-        raise FieldError(name, "expected a string or a list of messages, got a list of strings")
-    turns = parse_messages(value, name, ignored)
-    *context, last = turns.messages
-    if last.role != "assistant":
-        raise FieldError(name, f"must end with the assistant's message, ends with the {last.role}'s")
-    return (Turns(tuple(context), turns.images) if context else None), last.content
-
-
 def check_same_prompt(prompt: Turns | None, context: Turns) -> None:
     """A prompt that stands both outside and inside of the replies' messages must be the same."""
     if prompt is None:
@@ -206,12 +182,12 @@ def check_same_prompt(prompt: Turns | None, context: Turns) -> None:
         raise FieldError("prompt", "is not the one inside of the replies' messages; leave one of them out")
 
 
-def kwise_form(prompt: Turns, responses: tuple[str, ...], ratings: Sequence[float]) -> Form:
+def kwise_form(prompt: Turns, responses: tuple[Message, ...], ratings: Sequence[float]) -> Form:
     """Responses with ratings."""
     return Form(plain(prompt), responses, ratings=np.array(ratings, float), images=prompt.images)
 
 
-def parse_completions(completions: object) -> tuple[tuple[str, ...], list[float]]:
+def parse_completions(completions: object, ignored: Collection[str] = ()) -> tuple[tuple[Message, ...], list[float]]:
     """VLFeedback's `completions`: responses and their mean ratings."""
     if isinstance(completions, list):  # as the public data set stores it: one object a response
         if not all(isinstance(item, dict) for item in completions):
@@ -221,7 +197,7 @@ def parse_completions(completions: object) -> tuple[tuple[str, ...], list[float]
         columns = completions
     else:
         raise FieldError("completions", f"expected an object or a list, got {kind_of(completions)}")
-    responses = reply_list(columns.get("response"), "completions.response")
+    responses = reply_list(columns.get("response"), "completions.response", ignored)
     annotations = columns.get("annotations")
     if not isinstance(annotations, list) or len(annotations) != len(responses):
         raise FieldError("completions.annotations", f"expected a list of {len(responses)}, one a response")
@@ -245,91 +221,3 @@ def parse_scores(scores: object, count: int) -> list[float]:
 
 def finite_or_nan(value: float) -> float:
     return value if math.isfinite(value) else math.nan
-
-
-# messages
-
-
-def reply_list(values: object, name: str) -> tuple[str, ...]:
-    """A required, non-empty list of replies, each a string or the assistant's message."""
-    return tuple(
-        lone_reply(value, f"{name}[{index}]") for index, value in enumerate(some_list(values, name, of="strings"))
-    )
-
-
-def lone_reply(value: object, name: str) -> str:
-    """A reply without a conversation."""
-    context, response = reply({name: value}, name)
-    if context:
-        raise FieldError(name, "expected the assistant's message alone; the conversation goes into `prompt`")
-    return response
-
-
-def prompt_turns(value: object, name: str, ignored: Collection[str] = ()) -> Turns:
-    """A prompt: a string is one user turn."""
-    if not isinstance(value, (list, dict)):
-        return Turns((Message("user", text(value, name)),))
-    turns = parse_messages(value, name, ignored)
-    check_turns(turns.messages, name)
-    return turns
-
-
-def check_turns(messages: Sequence[Message], name: str) -> None:
-    """A prompt ends with the user's turn, and the system's message, if any, comes first."""
-    if messages[-1].role != "user":
-        raise FieldError(name, f"the turn before the reply must be the user's, is the {messages[-1].role}'s")
-    if any(message.role == "system" for message in messages[1:]):
-        raise FieldError(name, "only the first message may be the system's")
-
-
-def parse_messages(value: list | dict, name: str, ignored: Collection[str] = ()) -> Turns:
-    """A message list, or one message."""
-    items = [value] if isinstance(value, dict) else some_list(value, name, of="messages")
-    images: list[object] = []
-    messages = [parse_message(item, f"{name}[{index}]", images, ignored) for index, item in enumerate(items)]
-    return Turns(tuple(messages), tuple(images))
-
-
-def parse_message(item: object, name: str, images: list[object], ignored: Collection[str] = ()) -> Message:
-    """One message; images inside its parts are appended to `images`."""
-    if not isinstance(item, dict):
-        raise FieldError(name, f"expected a message with role and content, got {kind_of(item)}")
-    role_field, content_field = ("role", "content") if item.get("role") is not None else ("from", "value")
-    given = item.get(role_field)
-    role = ROLES.get(given) if isinstance(given, str) else None
-    if role is None:
-        raise FieldError(f"{name}.{role_field}", "expected system, user or assistant")
-    refuse_unread(item, (role_field, content_field), ignored, name)
-    content = item.get(content_field)
-    name = f"{name}.{content_field}"
-    if not isinstance(content, list):
-        return Message(role, text(content, name))
-    parts = [parse_part(part, role, f"{name}[{index}]", images, ignored) for index, part in enumerate(content)]
-    return Message(role, "".join(parts))
-
-
-def parse_part(part: object, role: str, name: str, images: list[object], ignored: Collection[str] = ()) -> str:
-    """One part of a message's content as text."""
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind not in ("text", "image", "image_url") or (kind != "text" and role != "user"):
-        raise FieldError(name, f"expected a part of type {'text, image or image_url' if role == 'user' else 'text'}")
-    said = {key: value for key, value in part.items() if not is_empty(value) and key not in {*HARMLESS_KEYS, *ignored}}
-    given = [key for key in PICTURE_KEYS if key in said]
-    others = said.keys() - {"type", *(("text",) if kind == "text" else given)}
-    if others:
-        raise FieldError(f"{name}.{min(others)}", f"is not read in a part of type {kind}")
-    if kind == "text":
-        return text(part.get("text"), f"{name}.text")
-    if len(given) > 1:
-        raise FieldError(name, f"has its picture twice, as {' and '.join(given)}; use one of them")
-    if kind == "image_url" and not given:
-        raise FieldError(f"{name}.image_url", "missing its url")
-    images.extend(picture(said[key], key) for key in given)
-    return IMAGE_PART
-
-
-def picture(value: object, key: str) -> object:
-    """A part's picture, as one of a record's own field would be written."""
-    if key == "image_url" and isinstance(value, dict):
-        return value.get("url") or value.get("path")
-    return f"data:image/any;base64,{value}" if key == "base64" else value

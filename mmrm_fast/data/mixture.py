@@ -182,7 +182,9 @@ def record_key(group: Group) -> int:
 
     An image counts by its size in bytes and its first `HEAD_BYTES`, so that copies of it in two folders are one.
     """
-    digest = hashlib.blake2b(repr(group.prompt).encode("utf-8", "surrogatepass"), digest_size=8)
+    extras = [message.extra for message in group.prompt if message.extra] if isinstance(group.prompt, tuple) else []
+    said = repr(group.prompt) + "".join([*extras, *group.tools])
+    digest = hashlib.blake2b(said.encode("utf-8", "surrogatepass"), digest_size=8)
     for image in group.images:
         digest.update(image_head(image))
     return int.from_bytes(digest.digest(), "little")

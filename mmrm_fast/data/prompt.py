@@ -30,7 +30,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from mmrm_fast.data.chat import ChatTemplate, Item, Rendered, Turns
+from mmrm_fast.data.chat import ChatTemplate, Item, Rendered, Turn, Turns
 from mmrm_fast.data.images import Compat
 from mmrm_fast.data.types import FieldError, Message, Prompt
 
@@ -65,23 +65,30 @@ def split_images(prompt: Prompt, num_images: int, compat: Compat = None) -> Turn
         FieldError: any other number of `<image>`.
     """
     messages = (Message("user", prompt),) if isinstance(prompt, str) else prompt
-    turns = [(message.role, [message.content]) for message in messages]
+    turns = [*map(Turn.of, messages)]
     if not compat:
-        split = [(role, pieces[0].split(IMAGE) if role == "user" else pieces) for role, pieces in turns]
-        found = sum(len(pieces) - 1 for _, pieces in split)
+        split = [turn._replace(pieces=turn.pieces[0].split(IMAGE)) if turn.role == "user" else turn for turn in turns]
+        found = sum(len(turn.pieces) - 1 for turn in split)
         if found == num_images:
             return split
         if found:
             raise FieldError("prompt", f"has {found} {IMAGE} for {num_images} images; use one each, or none")
     if num_images:
-        first = [role for role, _ in turns].index("user")
-        turns[first] = ("user", [""] + ["\n"] * (num_images - 1) + ["\n" + turns[first][1][0]])
+        first = [turn.role for turn in turns].index("user")
+        pieces = [""] + ["\n"] * (num_images - 1) + ["\n" + turns[first].pieces[0]]
+        turns[first] = turns[first]._replace(pieces=pieces)
     return turns
 
 
 def without_images(turns: Turns) -> Turns:
     """What the text-only proxy sees: no placeholder, and no newline after it."""
-    return [(role, [first + "".join(piece.removeprefix("\n") for piece in rest)]) for role, (first, *rest) in turns]
+    joined = lambda first, *rest: first + "".join(piece.removeprefix("\n") for piece in rest)  # noqa: E731
+    return [turn._replace(pieces=[joined(*turn.pieces)]) for turn in turns]
+
+
+def with_spaces(turn: Turn) -> Turn:
+    """A turn whose text has a space for each `SPACE`."""
+    return turn._replace(pieces=[piece.replace(SPACE, " ") for piece in turn.pieces])
 
 
 class PromptEncoder:
@@ -131,34 +138,51 @@ class PromptEncoder:
         for backend in (self.backend, self.first):
             backend.encode_special_tokens = self.compat is None  # tokenizers does not pickle it
 
-    def encode(self, prompt: Prompt, responses: tuple[str, ...], tiles_per_image: tuple[int, ...] = ()) -> Encoded:
+    def encode(
+        self,
+        prompt: Prompt,
+        responses: Sequence[str | Message],
+        tiles_per_image: tuple[int, ...] = (),
+        tools: Sequence[str] = (),
+    ) -> Encoded:
         """Encode one prompt, its images (`tiles_per_image` in slot order) and all its responses.
+
+        Args:
+            tools: JSON of each tool that the conversation may call.
 
         Raises:
             FieldError: the prefix alone does not fit, `<image>` does not match the images, or the chat template does
                 not take these turns.
         """
-        return self.encode_turns(split_images(prompt, len(tiles_per_image), self.compat), responses, tiles_per_image)
+        turns = split_images(prompt, len(tiles_per_image), self.compat)
+        return self.encode_turns(turns, [*map(Turn.of, responses)], tiles_per_image, [*map(json.loads, tools)])
 
     def encode_text_only(
-        self, prompt: Prompt, responses: tuple[str, ...], tiles_per_image: tuple[int, ...] = ()
+        self,
+        prompt: Prompt,
+        responses: Sequence[str | Message],
+        tiles_per_image: tuple[int, ...] = (),
+        tools: Sequence[str] = (),
     ) -> Encoded:
         """Encode as the text-only proxy sees it: without the images. Raises as `encode`."""
-        return self.encode_turns(without_images(split_images(prompt, len(tiles_per_image), self.compat)), responses, ())
+        turns = without_images(split_images(prompt, len(tiles_per_image), self.compat))
+        return self.encode_turns(turns, [*map(Turn.of, responses)], (), [*map(json.loads, tools)])
 
-    def encode_turns(self, turns: Turns, responses: tuple[str, ...], tiles_per_image: tuple[int, ...]) -> Encoded:
-        """Encode a prompt given as turns."""
+    def encode_turns(
+        self, turns: Turns, answers: Turns, tiles_per_image: tuple[int, ...], tools: Sequence[dict]
+    ) -> Encoded:
+        """Encode a prompt and its responses given as turns."""
         if self.writes_spaces:
-            turns = [(role, [piece.replace(SPACE, " ") for piece in pieces]) for role, pieces in turns]
-            responses = tuple(response.replace(SPACE, " ") for response in responses)
-        rendered = self.chat.render(turns, responses, tiles_per_image)
+            turns, answers = [*map(with_spaces, turns)], [*map(with_spaces, answers)]
+        rendered = self.chat.render(turns, answers, tiles_per_image, tools)
         prefix = self.encode_items([*rendered.prefix, ("text", "")])
         before = rendered.prefix[-1][1] if rendered.prefix else None
         opened = prefix + self.ids(self.swallow(rendered.opening, before, None))
         sequences, shared = self.sequences(rendered, prefix, opened)
         if self.compat:
-            empty = self.encode_items(self.chat.unanswered(turns, tiles_per_image)) if "" in responses else []
-            sequences = [keys if text else empty for text, keys in zip(responses, sequences, strict=True)]
+            empty = self.encode_items(self.chat.unanswered(turns, tiles_per_image, tools))
+            says = [answer.pieces != [""] or answer.extra for answer in answers]
+            sequences = [keys if said else empty for said, keys in zip(says, sequences, strict=True)]
             return cut_right(sequences, shared, self.max_length)
         return self.cut_responses(sequences, self.encode_items([("text", ""), *rendered.closing]), shared)
 

@@ -14,6 +14,7 @@ import numpy as np
 from mmrm_fast.data.fields import Fields, ReadColumns, refuse_unread
 from mmrm_fast.data.forms import FORM_FIELDS, PREFERENCE_FIELDS, Form, in_text, parse_form
 from mmrm_fast.data.lines import open_rows
+from mmrm_fast.data.messages import as_json, parse_objects
 from mmrm_fast.data.pictures import IMAGE_FIELDS, ImageRoots, parse_images, resolve_image, shown_images
 from mmrm_fast.data.splits import Split, record_files
 from mmrm_fast.data.types import (
@@ -74,10 +75,12 @@ def parse_group(
         refuse_unread(fields, FIELDS, ignored)
         form = parse_form(fields, ignored)
         where = {"image_root": image_root, "confined": confined, "beside": beside}
+        extras = tuple(reply.extra for reply in form.replies)
         truth = parse_truth(fields, len(form.responses))
         return Group(
             source, record, parse_id(fields), form.prompt, responses=form.responses, truth=truth,
-            **images_of(fields, form, where), **preferences(form, max_pairs), **fields.names(columns),
+            tools=parse_tools(fields), extras=extras if any(extras) else None, **images_of(fields, form, where),
+            **preferences(form, max_pairs), **fields.names(columns),
         )  # fmt: skip
 
 
@@ -119,6 +122,11 @@ def parse_id(fields: dict) -> str | None:
     return str(value) if isinstance(value, (int, float)) else text(value, name)
 
 
+def parse_tools(fields: dict) -> tuple[str, ...]:
+    """JSON of each of the tools that the conversation may call."""
+    return tuple(as_json(tool, "tools") for tool in parse_objects(fields.get("tools"), "tools"))
+
+
 def parse_truth(fields: dict, num_responses: int) -> tuple[float, ...] | None:
     """The optional true quality of each response, in the order of the responses (chosen, rejected)."""
     truth = fields.get("truth")
@@ -129,11 +137,11 @@ def parse_truth(fields: dict, num_responses: int) -> tuple[float, ...] | None:
     return tuple(map(number, truth))
 
 
-def prompt_json(prompt: Prompt) -> str | list[dict[str, str]]:
+def prompt_json(prompt: Prompt) -> str | list[dict]:
     """A group's prompt as JSON has it."""
     if isinstance(prompt, str):
         return prompt
-    return [{"role": message.role, "content": message.content} for message in prompt]
+    return [message.as_json() for message in prompt]
 
 
 class Records:

@@ -10,12 +10,12 @@ import numpy as np
 
 from mmrm_fast.data.images import Tiling, image_size, load_tiles, opened, white_tile
 from mmrm_fast.data.prompt import Encoded, PromptEncoder, common_length, image_rows, place_images
-from mmrm_fast.data.types import Group, Pairs, Prompt, RecordError, at, drawn
+from mmrm_fast.data.types import Group, Message, Pairs, RecordError, at, drawn
 
 Overlong = Literal["skip", "truncate", "error"]
 ProxyImage = Literal["none", "white"]
 Inputs = Literal["all", "text", "image"]
-Encode = Callable[[tuple[str, ...], tuple[int, ...]], Encoded]  # responses with images of so many tiles
+Encode = Callable[[tuple[Message, ...], tuple[int, ...]], Encoded]  # responses with images of so many tiles
 UsedPairs = Literal["all", "expand"] | int | None
 KEYS_PER_TOKEN = 8  # gathered keys and values that cost about as much as one token
 
@@ -152,23 +152,23 @@ class Preparer:
 
     def encode(self, group: Group, tiles_per_image: tuple[int, ...]) -> Sample:
         """Encode one group whose images have `tiles_per_image` tiles."""
-        prompt: Prompt = "" if self.inputs == "image" else group.prompt
-        main = self.with_images(partial(self.encoder.encode, prompt), group, tiles_per_image)
+        prompt, tools = ("", ()) if self.inputs == "image" else (group.prompt, group.tools)
+        main = self.with_images(partial(self.encoder.encode, prompt, tools=tools), group, tiles_per_image)
         if not self.with_text:
             return Sample(group, tiles_per_image, main)
         encode = self.encoder.encode if self.proxy_image == "white" else self.encoder.encode_text_only
-        text = self.with_images(partial(encode, prompt), group, (1,) * len(group.images))
+        text = self.with_images(partial(encode, prompt, tools=tools), group, (1,) * len(group.images))
         return Sample(group, tiles_per_image, main, text)
 
     def with_images(self, encode: Encode, group: Group, tiles_per_image: tuple[int, ...]) -> Encoded:
         """All responses, each with the images that it is shown with, their rows counted over all of the group's."""
         if group.seen is None:
-            return encode(group.responses, tiles_per_image)
+            return encode(group.replies, tiles_per_image)
         tiles = np.split(np.arange(sum(tiles_per_image)), np.cumsum(tiles_per_image)[:-1])
         sequences, prefixes, truncated = [], [], []
-        for response, place in zip(group.responses, group.places, strict=True):
+        for reply, place in zip(group.replies, group.places, strict=True):
             own = group.seen[place]
-            alone = encode((response,), tuple(tiles_per_image[image] for image in own))
+            alone = encode((reply,), tuple(tiles_per_image[image] for image in own))
             rows = [image_rows(tiles[image], self.encoder.tokens_per_tile) for image in own]
             sequences.append(place_images(alone.sequences[0], np.concatenate([np.zeros(0, np.int64), *rows])))
             prefixes.append(alone.prefix_length)

@@ -1,10 +1,12 @@
 """What a record is once read: a group of responses to one prompt; and what a value may be, else a `FieldError`."""
 
+import json
 import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -124,8 +126,13 @@ def drawn(count: int, most: int | None, seed: int | tuple[int, ...]) -> np.ndarr
 class Message:
     """One turn of a conversation; a user's `content` may hold `<image>` slots."""
 
-    role: str  # system, user or assistant
+    role: str  # system, user, assistant or tool
     content: str
+    extra: str = field(default="", repr=False)  # JSON of its other fields for the chat template, such as tool_calls
+
+    def as_json(self) -> dict:
+        """The message as JSON has it."""
+        return {"role": self.role, "content": self.content, **(json.loads(self.extra) if self.extra else {})}
 
 
 Prompt = str | tuple[Message, ...]
@@ -151,11 +158,25 @@ class Group:
     kept: tuple[int, ...] | None = None  # which of the record's responses these are, where some were left out
     seen: tuple[tuple[int, ...], ...] | None = None  # which images each response of a record has, where they differ
     rejected_images: str | list | None = None  # those of the rejected one as written, then
+    tools: tuple[str, ...] = ()  # JSON of each that the conversation may call
+    extras: tuple[str, ...] | None = None  # `Message.extra` of each response of a record, where any has one
 
     @property
     def places(self) -> Sequence[int]:
         """Each response's place in the record, by which all files number them."""
         return range(len(self.responses)) if self.kept is None else self.kept
+
+    @property
+    def replies(self) -> tuple[Message, ...]:
+        """The responses as messages."""
+        extras = self.extras and [self.extras[place] for place in self.places]
+        whole = zip(self.responses, extras or repeat(""), strict=False)
+        return tuple(Message("assistant", text, extra) for text, extra in whole)
+
+    def response_json(self, response: int) -> str | dict:
+        """A response as JSON has it: its text, or a message where that has more."""
+        reply = self.replies[response]
+        return reply.as_json() if reply.extra else reply.content
 
     def images_written(self, response: int) -> str | list | None:
         """A response's images as the record has them."""

@@ -11,7 +11,7 @@ import numpy as np
 from mmrm_fast.config import ReportConfig
 from mmrm_fast.data.images import load_image
 from mmrm_fast.data.pictures import ImageRoots
-from mmrm_fast.data.records import Group, Records, prompt_json
+from mmrm_fast.data.records import Group, Records
 from mmrm_fast.data.types import file_of
 from mmrm_fast.evaluate import plots
 from mmrm_fast.evaluate.page import write_page
@@ -234,10 +234,9 @@ class Files:
 
 def text_of(group: Group) -> str:
     """A prompt as text, the messages of a conversation one after the other."""
-    prompt = prompt_json(group.prompt)
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    if isinstance(group.prompt, str):
+        return group.prompt
+    return "\n".join(f"{message.role}: {message.content} {message.extra}".strip() for message in group.prompt)
 
 
 def shortened(text: str) -> str:

@@ -5,6 +5,7 @@ Not Ray Data: a chunk's shard and its note are written under the chunk's own num
 and is started again has every response once; and actors that read their own records move none between processes.
 """
 
+import json
 import threading
 import time
 from collections import Counter
@@ -112,8 +113,8 @@ def reward_scale(config: ScoreConfig) -> tuple[float, float]:
 def rows_of(scored: Scored, config: ScoreConfig, mean: float = 0.0, std: float = 1.0) -> list[dict]:
     """A record's output: a row a response, its best response, or its best and worst as a pair."""
     group = scored.group
-    shared, written = {"id": group.id, "record": group.record}, group.images_written
-    prompt = prompt_json(group.prompt)
+    shared, written, said = {"id": group.id, "record": group.record}, group.images_written, group.response_json
+    prompt, tools = prompt_json(group.prompt), {"tools": [*map(json.loads, group.tools)]} if group.tools else {}
     scores = [(reward - mean) / std for reward in scored.rewards]
     order = sorted(range(len(scores)), key=lambda i: -scores[i])
     if config.to_pairs is not None:
@@ -121,13 +122,13 @@ def rows_of(scored: Scored, config: ScoreConfig, mean: float = 0.0, std: float =
         margin = scores[best] - scores[worst]
         if best == worst or margin < config.to_pairs:
             return []
-        pair = {"chosen": group.responses[best], "rejected": group.responses[worst], "reward_margin": margin}
+        pair = {"chosen": said(best), "rejected": said(worst), "reward_margin": margin}
         pair |= {"rejected_images": as_list(written(worst))} if group.seen else {}
-        return [{**shared, "prompt": prompt, "img_path": written(best), **pair}]
+        return [{**shared, "prompt": prompt, "img_path": written(best), **pair, **tools}]
     return [
         {
-            **shared, "response_index": i, "prompt": prompt, "img_path": written(i), "response": group.responses[i],
-            "score": scores[i], "truncated": scored.truncated[i],
+            **shared, "response_index": i, "prompt": prompt, "img_path": written(i), "response": said(i),
+            "score": scores[i], "truncated": scored.truncated[i], **tools,
         }
         for i in (order[:1] if config.best_of else range(len(scores)))
     ]  # fmt: skip

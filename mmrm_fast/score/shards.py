@@ -17,6 +17,7 @@ from pathlib import Path
 import pyarrow
 from pyarrow import parquet
 
+from mmrm_fast.data.messages import MESSAGE_EXTRAS
 from mmrm_fast.files import LOCK, aside_of, file_sum, read_json, recover, whole_file, write_json, write_text
 
 RECORDS_PER_CHUNK = 64
@@ -26,11 +27,13 @@ COLUMNS = {
     "img_path": pyarrow.string(), "response": pyarrow.string(), "score": pyarrow.float64(),
     "truncated": pyarrow.bool_(), "chosen": pyarrow.string(), "rejected": pyarrow.string(),
     "reward_margin": pyarrow.float64(), "rejected_images": pyarrow.list_(pyarrow.string()),
+    "tools": pyarrow.string(),
 }  # fmt: skip
-MESSAGE = pyarrow.struct({"role": pyarrow.string(), "content": pyarrow.string()})
-PAIR_TYPES = {"prompt": pyarrow.list_(MESSAGE), "img_path": pyarrow.list_(pyarrow.string())}  # to be read again
-SCORE_COLUMNS = ("id", "record", "response_index", "prompt", "img_path", "response", "score", "truncated")
-PAIR_COLUMNS = ("id", "record", "prompt", "img_path", "chosen", "rejected", "reward_margin", "rejected_images")
+MESSAGE = pyarrow.struct(dict.fromkeys(("role", "content", *MESSAGE_EXTRAS), pyarrow.string()))
+PAIR_TYPES = dict.fromkeys(("prompt", "chosen", "rejected"), pyarrow.list_(MESSAGE))  # to be read again
+PAIR_TYPES |= {"img_path": pyarrow.list_(pyarrow.string())}
+SCORE_COLUMNS = ("id", "record", "response_index", "prompt", "img_path", "response", "score", "truncated", "tools")
+PAIR_COLUMNS = ("id", "record", "prompt", "img_path", "chosen", "rejected", "reward_margin", "rejected_images", "tools")
 
 
 @dataclass(frozen=True)
@@ -129,21 +132,26 @@ class Shards:
 def table(rows: Sequence[dict], names: Sequence[str]) -> pyarrow.Table:
     """Rows as a table of one schema, whatever the rows of other shards hold.
 
-    Lists and conversations of scores become JSON. Pairs are records to read again: all their prompts are conversations,
-    all images lists.
+    Lists and conversations of scores become JSON. Pairs are records to read again: all their texts are messages, all
+    images lists.
     """
     types = COLUMNS | (PAIR_TYPES if "chosen" in names else {})
-    columns = {name: [in_column(row.get(name), types[name]) for row in rows] for name in names}
+    role = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    columns = {name: [in_column(row.get(name), types[name], role.get(name)) for row in rows] for name in names}
     return pyarrow.table(columns, schema=pyarrow.schema([(name, types[name]) for name in names]))
 
 
-def in_column(value: object, kind: pyarrow.DataType) -> object:
-    """A value as its column holds it."""
+def in_column(value: object, kind: pyarrow.DataType, role: str | None) -> object:
+    """A value as its column holds it; a text that becomes a message has the role."""
     if kind == "string" and isinstance(value, (list, dict)):
         return json.dumps(value, ensure_ascii=False)
-    if pyarrow.types.is_list(kind) and isinstance(value, str):
-        return [{"role": "user", "content": value} if kind.value_type == MESSAGE else value]
-    return value
+    if not pyarrow.types.is_list(kind) or value is None:
+        return value
+    items = value if isinstance(value, list) else [value]
+    if kind.value_type != MESSAGE:
+        return items
+    turns = [item if isinstance(item, dict) else {"role": role, "content": item} for item in items]
+    return [{name: in_column(item, pyarrow.string(), None) for name, item in turn.items()} for turn in turns]
 
 
 def fingerprint(paths: Iterable[Path], *, sampled: bool = False) -> str:

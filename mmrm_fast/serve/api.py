@@ -104,8 +104,10 @@ def require(number: int, limit: int, what: str) -> None:
 
 def len_text(group: Group) -> int:
     """Characters of a group; a turn is more than its text."""
-    turns = [group.prompt] if isinstance(group.prompt, str) else [turn.content for turn in group.prompt]
-    return sum(len(text) + CHARACTERS_PER_TOKEN for text in (*turns, *group.responses))
+    turns = [group.prompt] if isinstance(group.prompt, str) else [turn.content + turn.extra for turn in group.prompt]
+    return sum(
+        len(text) + CHARACTERS_PER_TOKEN for text in (*turns, *group.responses, *group.tools, *(group.extras or ()))
+    )
 
 
 def check_pixels(group: Group, limit: int) -> None:

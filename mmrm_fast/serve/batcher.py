@@ -24,7 +24,8 @@ class Waiting:
 
     @property
     def key(self) -> tuple:
-        return self.sample.group.prompt, self.sample.group.images
+        group = self.sample.group
+        return group.prompt, group.tools, group.images
 
 
 Batch = list[list[Waiting]]  # the entries of one merged sample together

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from mmrm_fast.data.chat import IMAGE, ChatTemplate
+from mmrm_fast.data.chat import Turn as ChatTurn
 from mmrm_fast.data.prompt import IMAGE as TYPED_IMAGE
 from mmrm_fast.data.prompt import SPACE
 from mmrm_fast.data.types import FieldError
@@ -104,7 +105,7 @@ class ConversationReader:
 
     def rendered(self, turns: Sequence[Turn]) -> str:
         """A conversation as the template has it."""
-        return self.chat.texts([[(role, [text]) for role, text in turns]])[0]
+        return self.chat.text([ChatTurn(role, [text]) for role, text in turns])
 
 
 def split_marks(text: str, marks: Sequence[str]) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
+from mmrm_fast.data.messages import MESSAGE_EXTRAS
 from mmrm_fast.data.prompt import IMAGE
 from mmrm_fast.data.types import FieldError
 from mmrm_fast.serve.conversation import ConversationReader, without_end
@@ -62,8 +63,20 @@ Content = str | Annotated[list[Annotated[TextPart | ImagePart, Field(discriminat
 
 
 class ChatMessage(Body):
-    role: Literal["system", "user", "assistant"]
-    content: Content
+    """OpenAI's message; what a model called is JSON text there, and becomes an object as chat templates take it."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: Content | None = None
+    tool_calls: Annotated[list[dict[str, Any]], Field(**BOUNDED)] | None = None
+    reasoning_content: str | None = None
+    name: str | None = None
+    tool_call_id: str | None = None
+
+    def as_json(self) -> dict:
+        """The message as a record has it."""
+        extra = {name: getattr(self, name) for name in MESSAGE_EXTRAS if getattr(self, name) is not None}
+        extra |= {"tool_calls": [*map(with_object, self.tool_calls)]} if self.tool_calls else {}
+        return {"role": self.role, "content": None if self.content is None else plain(self.content), **extra}
 
 
 Messages = Annotated[list[ChatMessage], Field(min_length=1, **BOUNDED)]
@@ -107,6 +120,8 @@ class InputRequest(PoolingBody):
 
     input: str | Texts | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=2, **BOUNDED)] | None = None
+    tools: Annotated[list[dict[str, Any]], Field(**BOUNDED)] | None = None
+    """What the messages may call."""
 
 
 class ScoreRequest(PoolingBody):
@@ -124,9 +139,15 @@ class RerankRequest(PoolingBody):
     top_n: Annotated[int, Field(ge=0)] = 0
 
 
-def chat(turns: Sequence[ChatMessage]) -> list[dict]:
-    """Turns as JSON."""
-    return [{"role": turn.role, "content": plain(turn.content)} for turn in turns]
+def with_object(call: dict) -> dict:
+    """A call with its arguments as the object that their JSON is."""
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        return {**call, "function": {**function, "arguments": json.loads(function["arguments"])}}
+    except (ValueError, RecursionError) as error:
+        raise FieldError("messages", f"the arguments of a call are not JSON ({error})") from None
 
 
 def user(text: Text) -> list[dict]:
@@ -139,11 +160,11 @@ def plain(content: Content) -> str | list[dict]:
     return content if isinstance(content, str) else [part.model_dump() for part in content]
 
 
-def content_of(text: Text | ChatMessage) -> Content:
+def content_of(text: Text) -> Content:
     return text if isinstance(text, str) else text.content
 
 
-def response_text(text: Text | ChatMessage, field: str) -> str:
+def response_text(text: Text, field: str) -> str:
     """A response, which is text alone. Raises `FieldError`."""
     content = content_of(text)
     if isinstance(content, str):
@@ -188,7 +209,7 @@ def with_pictures(turns: list[dict], images: Sequence) -> list[dict]:
 def read_query(query: str, prompt: str | list[ChatMessage] | None, reader: ConversationReader) -> tuple[list, str]:
     """(prompt as messages, response). Raises `FieldError`."""
     if isinstance(prompt, list):
-        return chat(prompt), without_end(query, reader.closing)
+        return [turn.as_json() for turn in prompt], without_end(query, reader.closing)
     return reader.read(query, prompt)
 
 
@@ -200,7 +221,10 @@ def input_records(request: InputRequest, reader: ConversationReader) -> list[dic
         *turns, last = request.messages
         if last.role != "assistant":
             raise FieldError("messages", "the last message must be the assistant's: it is what gets the reward")
-        return [{"prompt": chat(turns), "responses": [response_text(last, "messages")]}]
+        prompt = [turn.as_json() for turn in turns]
+        return [{"prompt": prompt, "responses": [last.as_json()], "tools": request.tools}]
+    if request.tools is not None:
+        raise FieldError("tools", "go with `messages`; a text of `input` has them in it already")
     queries = map(reader.read, [request.input] if isinstance(request.input, str) else request.input)
     return [{"prompt": with_pictures(prompt, ()), "responses": [response]} for prompt, response in queries]
 

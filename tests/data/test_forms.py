@@ -126,7 +126,7 @@ MALFORMED = {
     "a prompt that ends with the assistant": ({"prompt": EARLIER, "responses": ["a"]}, "prompt", "must be the user's"),
     "a system message in the middle": ({"prompt": [USER, SYSTEM, USER], "responses": ["a"]}, "prompt", "only the"),
     "an unknown role": (
-        {"prompt": [{"role": "tool", "content": "x"}], "responses": ["a"]}, "prompt[0].role", "expected system, user"),
+        {"prompt": [{"role": "judge", "content": "x"}], "responses": ["a"]}, "prompt[0].role", "expected system, user"),
     "no role": ({"prompt": [{"content": "x"}], "responses": ["a"]}, "prompt[0].from", "expected system"),
     "no content": ({"prompt": [{"role": "user"}], "responses": ["a"]}, "prompt[0].content", "got null"),
     "a message that is text": ({"prompt": ["x"], "responses": ["a"]}, "prompt[0]", "expected a message"),

@@ -70,7 +70,7 @@ def written(tokenizer, sequence):
     ],
 )
 def test_slots_stand_where_the_prompt_has_them_or_are_prepended(prompt, num_images, pieces):
-    assert split_images(prompt, num_images) == [("user", pieces)]
+    assert [(turn.role, turn.pieces) for turn in split_images(prompt, num_images)] == [("user", pieces)]
 
 
 @pytest.mark.parametrize(("prompt", "num_images"), [("<image>", 0), ("<image>", 2), ("<image><image>", 1)])
@@ -93,7 +93,7 @@ def test_any_other_number_of_slots_is_an_error_of_the_prompt(prompt, num_images)
     ],
 )
 def test_the_proxy_sees_neither_placeholder_nor_its_newline(prompt, num_images, text):
-    assert without_images(split_images(prompt, num_images)) == [("user", [text])]
+    assert [turn.pieces for turn in without_images(split_images(prompt, num_images))] == [[text]]
 
 
 def test_a_slot_in_a_response_is_literal_text(make_encoder, tokenizer):
@@ -229,7 +229,7 @@ def test_slots_of_a_conversation_are_those_of_its_users(make_encoder, tokenizer)
 
 def test_slots_are_prepended_to_the_first_user_turn():
     turns = (Message("system", "s"), Message("user", "a"), Message("assistant", "b"), Message("user", "c"))
-    pieces = [pieces for _, pieces in split_images(turns, 2)]
+    pieces = [turn.pieces for turn in split_images(turns, 2)]
     assert pieces == [["s"], ["", "\n", "\na"], ["b"], ["c"]]
 
 

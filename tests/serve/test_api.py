@@ -2,9 +2,11 @@
 that scoring the same records gives; requests that meet share what they have in common."""
 
 import asyncio
+import copy
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -155,7 +157,7 @@ def test_expanded_image_tokens_take_the_images_beside_them_and_are_refused_witho
         ("/classify", {"messages": [{"role": "user", "content": "a"}] * 2, "chat_template": "x"}, "chat_template"),
         ("/pooling", {"input": "a", "truncate_prompt_tokens": 5}, "truncate_prompt_tokens"),
         ("/score", {"queries": "a", "documents": "b", "instruction": "c"}, "instruction"),
-        ("/classify", {"messages": [{"role": "user", "content": "a", "name": "n"}] * 2}, "name"),
+        ("/classify", {"messages": [{"role": "user", "content": "a", "function_call": {}}] * 2}, "function_call"),
         ("/get_reward", {"query": ["a"], "image": ["b"]}, "image"),
     ],
 )
@@ -227,12 +229,42 @@ def test_a_conversation_is_scored_as_its_record_is(client, scorer):
     assert answer["data"][0]["probs"] == pytest.approx(expected, **EXACT)
 
 
+def test_calls_tools_and_reasoning_are_scored_as_their_record_is_and_refused_where_the_template_drops_them(
+    client, make_checkpoint, tmp_path
+):
+    checkpoint = make_checkpoint(max_length=256)
+    tokenizer = copy.deepcopy(checkpoint.tokenizer)
+    tokenizer.chat_template = (
+        "{{ tools | tojson if tools }}{% for message in messages %}<|im_start|>{{ message.role }}\n"
+        "{{ message.reasoning_content }}{{ message.content or '' }}"
+        "{{ message.tool_calls | tojson if message.tool_calls }}<|im_end|>\n{% endfor %}"
+    )
+    save_checkpoint(tmp_path / "model", replace(checkpoint, tokenizer=tokenizer))
+    call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": {"where": "left"}}}
+    as_text = {**call, "function": {"name": "look", "arguments": '{"where":"left"}'}}  # as OpenAI's clients send it
+    turns = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    turns += [{"role": "tool", "content": "two", "tool_call_id": "1"}]
+    reply = {"role": "assistant", "content": "Two.", "reasoning_content": "One and one."}
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+    scorer = Scorer.from_pretrained(tmp_path / "model", "cpu")
+    (expected,) = scorer.score([{"prompt": turns, "responses": [reply], "tools": tools}])
+    body = {"messages": [turns[0], {**turns[1], "tool_calls": [as_text]}, turns[2], reply], "tools": tools}
+    with running(scorer) as url:
+        answer = httpx.post(f"{url}/classify", json=body, timeout=30).json()
+    assert answer["data"][0]["probs"] == pytest.approx(expected, **EXACT)
+    for dropped, field in ((body, "tools"), ({"messages": body["messages"]}, "prompt[1].tool_calls")):
+        refused = client.post("/classify", json=dropped)  # by a template that knows none of it
+        assert refused.status_code == 422 and refused.json()["error"]["param"] == field
+        assert "the chat template drops" in refused.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("path", "body", "field"),
     [
         ("/classify", {}, "input"),
         ("/classify", {"input": "a", "messages": [{"role": "user", "content": "a"}] * 2}, "input"),
         ("/classify", {"messages": [{"role": "user", "content": "a"}] * 2}, "messages"),
+        ("/classify", {"input": "a", "tools": [{}]}, "tools"),
         ("/score", {"queries": ["a", "b"], "documents": ["c"]}, "documents"),
         ("/score", {"documents": "a"}, "queries"),
         ("/rerank", {"query": "a", "documents": []}, "documents"),
