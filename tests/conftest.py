@@ -25,6 +25,7 @@ from mmrm_fast.model.reward_model import RewardModel
 from mmrm_fast.score.scorer import Scorer
 
 TOKENS_PER_TILE = 4
+WINDOW = 20  # shorter than the sequences
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
 )
@@ -54,14 +55,18 @@ def tokenizer():
 
 MORE = {  # settings of a text model besides those that all have
     "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "norm_topk_prob": True},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW},
+    "mistral": {"sliding_window": WINDOW},
+    "qwen2 with windows": {"sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 1},
 }
 
 
 def tiny_backbone(vocab_size: int, image_token_id: int, *, text: str = "qwen2", dtype=torch.float32) -> InternVLModel:
     """A random InternVL of two layers each: 56-pixel tiles of 4 tokens, grouped key/value heads."""
     text_config = AutoConfig.for_model(
-        text, vocab_size=vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, intermediate_size=48, max_position_embeddings=4096, pad_token_id=None, **MORE.get(text, {}),
+        text.partition(" ")[0], vocab_size=vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, intermediate_size=48, max_position_embeddings=4096, pad_token_id=None,
+        **MORE.get(text, {}),
     )  # fmt: skip
     vision_config = InternVLVisionConfig(
         hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32, image_size=56, patch_size=14,
@@ -74,7 +79,7 @@ def tiny_backbone(vocab_size: int, image_token_id: int, *, text: str = "qwen2", 
     torch.manual_seed(0)
     model = InternVLModel(config)
     for name, parameter in model.named_parameters():  # large enough that attention is not uniform
-        if parameter.ndim > 1:
+        if parameter.ndim > 1 or name.endswith("sinks"):
             torch.nn.init.normal_(parameter, std=0.3 if "embed" in name else parameter.shape[-1] ** -0.5)
     return exact(model.double()) if dtype == torch.float64 else model.to(dtype)
 
@@ -142,6 +147,8 @@ def pristine():
         config = copy.deepcopy(model.config)
         for part in (config, config.text_config, config.vision_config):
             part._attn_implementation = "sdpa"  # eager rounds its softmax to fp32
+        if config.text_config.model_type == "gpt_oss":
+            config.text_config._attn_implementation = "eager"  # it has no other, and this one rounds nothing
         twin = InternVLModel(config).to(model.dtype)
         if model.vision_tower is None:
             twin.vision_tower = twin.multi_modal_projector = None

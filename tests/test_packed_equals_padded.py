@@ -136,7 +136,7 @@ def gradient_error(model, reference, bounds):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize("text", ["qwen2", "llama", "qwen3_moe"])
+@pytest.mark.parametrize("text", ["qwen2", "llama", "qwen3_moe", "qwen2 with windows", "mistral", "gpt_oss"])
 @pytest.mark.parametrize("kind", list(batches(dict.fromkeys(("wide", "photo", "tall", "square"), "-"))))
 def test_packed_equals_padded(make_checkpoint, pristine, pictures, kind, text, dtype):
     """In float64 the norms of both sides are exact: transformers' own round to fp32, which would hide errors."""

@@ -116,6 +116,12 @@ class CheckpointFolder:
         kind = settings.get("model_type")
         if kind not in (NATIVE, ORIGINAL):
             raise ValueError(f"{self.path}: model_type is {kind!r}; expected `{NATIVE}` or the original `{ORIGINAL}`")
+        for part in (settings, settings.get("text_config"), settings.get("llm_config")):
+            if method := ((part or {}).get("quantization_config") or {}).get("quant_method"):
+                raise ValueError(
+                    f"{self.path}/config.json: the weights are quantized, quant_method {method}: load them with "
+                    "transformers dequantized (`Mxfp4Config(dequantize=True)`, `model.dequantize()`), save them again"
+                )
         return settings
 
     @property
@@ -210,14 +216,14 @@ class CheckpointFolder:
         Args:
             dtype: of the weights.
             max_length, max_tiles, compat: override what the folder says; `max_length` of a folder that says it only in
-                its tokenizer is at most `MAX_LENGTH`. A sliding window caps it: within it sliding attention is plain
-                attention. `compat="reference"` prepares texts and pictures as the reference implementation does.
+                its tokenizer is at most `MAX_LENGTH`. `compat="reference"` prepares texts and pictures as the reference
+                implementation does.
             with_weights: False leaves the model on the meta device, for `fill` once it is sharded; the folder needs no
                 weights.
         """
         if with_weights:
             assert self.tensors is not None  # what is most often missing is looked for first
-        processor, window = self.processor, getattr(self.config.text_config, "sliding_window", None)
+        processor = self.processor
         length = max_length or processor.max_length or min(self.tokenizer.model_max_length, MAX_LENGTH)
         model = self.model(dtype)
         model.pixel_mean, model.pixel_std = processor.mean, processor.std
@@ -229,7 +235,7 @@ class CheckpointFolder:
             tokenizer=self.tokenizer,
             tiling=tiling,
             tokens_per_tile=int((tiling.tile_size // patch_size) ** 2 * self.config.downsample_ratio**2),
-            max_length=min(length, window or length),
+            max_length=length,
             reward_token=self.reward_token,
         )
 

@@ -18,42 +18,66 @@ from mmrm_fast.data.packing import TokenPlan
 from mmrm_fast.ops.trie_attention import trie_attention
 
 NAME = "mmrm_trie"
-PRE_NORM_LAYERS = ("LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "Qwen3MoeDecoderLayer")
+PLAN = ("cu_seqlens_q", "kv_index", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+READ_ELSEWHERE = ("read_index", "read_kv_index", "read_cu_seqlens_k", "position_ids", "output_router_logits")
+PRE_NORM_LAYERS = (
+    "GptOssDecoderLayer", "LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "Qwen3MoeDecoderLayer",
+)  # fmt: skip
 GATED_MLPS = ("LlamaMLP", "Qwen2MLP", "Qwen3MLP", "Qwen3MoeMLP")
 
 
 def use_trie_attention(language_model: PreTrainedModel) -> None:
-    """Let a transformers decoder attend through the trie plan."""
+    """Let a transformers decoder attend through the trie plan. Raises `ValueError` where its attention is its own."""
     AttentionInterface.register(NAME, trie_attention_forward)
     language_model.set_attn_implementation(NAME)
+    if language_model.config._attn_implementation != NAME:
+        raise ValueError("it does not attend through transformers' AttentionInterface")
 
 
 def trie_attention_forward(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float, **plan
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
+    **options,
 ) -> tuple[Tensor, None]:
     """transformers' calling convention around `trie_attention`: q, k, v are [1, heads, T, E].
 
     The packing plan (`packing.TokenPlan.attention_plan`) travels as keyword arguments from the model's forward.
+
+    Args:
+        sliding_window: tokens of its path that a token sees, itself among them.
+        s_aux: sinks [heads].
+
+    Raises:
+        ValueError: an argument that is not honoured here.
     """
-    if "kv_index" not in plan:
+    if "kv_index" not in options:
         raise ValueError("the packing plan did not reach the attention: pass **plan.attention_plan() to the model")
-    window = plan.get("sliding_window")
-    if window and plan["max_seqlen_k"] > window:
-        raise ValueError(
-            f"this model attends over {window} tokens, a sequence has {plan['max_seqlen_k']}: not supported"
-        )
-    if plan.get("dropout"):
-        raise ValueError(f"attention dropout {plan['dropout']} is not supported: a reward must not be random")
+    check_options(module, {**options, "attention_mask": attention_mask, "dropout": dropout or None})
     out = trie_attention(
         *(x[0].transpose(0, 1) for x in (query, key, value)),
-        cu_seqlens_q=plan["cu_seqlens_q"],
-        kv_index=plan["kv_index"],
-        cu_seqlens_k=plan["cu_seqlens_k"],
-        max_seqlen_q=plan["max_seqlen_q"],
-        max_seqlen_k=plan["max_seqlen_k"],
-        scale=scaling,
+        **{name: options[name] for name in PLAN},
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window,
+        sink_H=s_aux,
     )
     return out.unsqueeze(0), None
+
+
+def check_options(module: nn.Module, options: dict) -> None:
+    """Raise `ValueError` for what an attention is asked for but does not do; None and False ask for nothing."""
+    name = type(module).__name__
+    if options.pop("is_causal", None) is False or not getattr(module, "is_causal", True):
+        raise ValueError(f"{name} lets tokens attend to those after them: not supported")
+    for option, value in options.items():
+        if option not in (*PLAN, *READ_ELSEWHERE) and value is not None and value is not False:
+            raise ValueError(f"{name} attends with {option}, which is not supported: a reward would not be the model's")
 
 
 # the last layer: only the rows that a reward reads
@@ -80,7 +104,8 @@ def last_layer_forward(
         return type(layer).forward(layer, hidden_states, **kwargs)
     attended = read_attention(layer.self_attn, layer.input_layernorm(hidden_states), read_index, **kwargs)
     hidden = hidden_states.index_select(1, read_index) + attended
-    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    out = layer.mlp(layer.post_attention_layernorm(hidden))
+    return hidden + (out[0] if isinstance(out, tuple) else out)  # experts return their router's scores too
 
 
 def read_attention(
@@ -108,6 +133,7 @@ def read_attention(
         attention, rotate(query, *rotary.index_select(2, read_index)), rotate(key, *rotary), value, None,
         attention.scaling, sliding_window=getattr(attention, "sliding_window", None),
         dropout=attention.attention_dropout if attention.training else 0.0,
+        s_aux=getattr(attention, "sinks", None),
         cu_seqlens_q=torch.arange(len(read_index) + 1, dtype=torch.int32, device=read_index.device),
         kv_index=read_kv_index, cu_seqlens_k=read_cu_seqlens_k, max_seqlen_q=1, max_seqlen_k=max_seqlen_k,
     )  # fmt: skip
@@ -115,7 +141,12 @@ def read_attention(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE of queries or keys [1, heads, T, E] as the layers of PRE_NORM_LAYERS have it; cos and sin are [1, T, E]."""
+    """RoPE of queries or keys [1, heads, T, E] as the layers of PRE_NORM_LAYERS have it.
+
+    cos and sin are [1, T, E], or [1, T, E / 2] for both halves.
+    """
+    if cos.shape[-1] < x.shape[-1]:
+        cos, sin = (torch.cat([half, half], dim=-1) for half in (cos, sin))
     return x * cos.unsqueeze(1) + rotate_half(x) * sin.unsqueeze(1)
 
 
@@ -149,9 +180,9 @@ class GatedMLP(nn.Module):
 
 def use_gated_product(language_model: PreTrainedModel) -> bool:
     """Let the decoder's MLPs be `GatedMLP`, where their class is known to mean it; whether any is."""
-    if language_model.config.hidden_act != "silu":
+    if getattr(language_model.config, "hidden_act", None) != "silu":
         return False
-    known = [layer for layer in language_model.layers if type(layer.mlp).__name__ in GATED_MLPS]
+    known = [layer for layer in language_model.layers if type(getattr(layer, "mlp", None)).__name__ in GATED_MLPS]
     for layer in known:
         layer.mlp = GatedMLP(layer.mlp)
     return bool(known)
@@ -179,12 +210,15 @@ class RopeRegime:
 
 def rope_regime(config: PreTrainedConfig) -> RopeRegime | None:
     """The regimes of a text config's RoPE; None where frequencies do not depend on the length."""
-    parameters = config.rope_parameters
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = {own.get("rope_type") for own in (parameters, *parameters.values()) if isinstance(own, dict)}
+    if not kinds & {"dynamic", "longrope"}:
+        return None
+    if "rope_type" not in parameters:
+        raise ValueError(f"{config.model_type}: layers of one kind have RoPE of their own that depends on the length")
     if parameters["rope_type"] == "dynamic":
         return RopeRegime(config.max_position_embeddings, True)
-    if parameters["rope_type"] == "longrope":
-        return RopeRegime(parameters["original_max_position_embeddings"], False)
-    return None
+    return RopeRegime(parameters["original_max_position_embeddings"], False)
 
 
 class OwnLengthRope(nn.Module):
@@ -227,17 +261,17 @@ class OwnLengthRope(nn.Module):
 
 def use_own_length_rope(language_model: PreTrainedModel) -> bool:
     """Replace a decoder's rotary embedding where its frequencies depend on the length; whether they do."""
-    rope = language_model.rotary_emb
     if rope_regime(language_model.config) is None:
         return False
+    rope = language_model.rotary_emb
     language_model.rotary_emb = OwnLengthRope(getattr(rope, "kind", type(rope)), language_model.config)
     return True
 
 
 def renew_rope(language_model: PreTrainedModel, device: torch.device | str) -> None:
     """Compute a decoder's frequencies on a device; they are no parameters, so no checkpoint holds them."""
-    rope = language_model.rotary_emb
-    if not isinstance(rope, OwnLengthRope):
+    rope = getattr(language_model, "rotary_emb", None)
+    if rope is not None and not isinstance(rope, OwnLengthRope):
         language_model.rotary_emb = type(rope)(language_model.config).to(device)
 
 

@@ -27,7 +27,13 @@ VISION_CHANGES: tuple[Change, ...] = (vision.use_tile_attention, vision.use_exac
 DECODER_CHANGES: tuple[Change, ...] = (decoder.use_gated_product, decoder.read_last_tokens)
 BOUND = 1e-4  # of the largest value
 LAYERS, HEADS, WIDTH, VOCABULARY = 2, 2, 32, 16
-SHORT = 6  # tokens after which a RoPE that knows lengths changes
+SHORT = 6  # tokens after which a RoPE that knows lengths changes, and of a window
+EXPERTS = 4
+SMALL = {
+    "intermediate_size": WIDTH, "moe_intermediate_size": WIDTH, "shared_expert_intermediate_size": WIDTH,
+    "num_experts": EXPERTS, "num_local_experts": EXPERTS, "num_experts_per_tok": 2,
+    "sliding_window": SHORT, "attention_chunk_size": SHORT, "floor_scale": SHORT,
+}  # fmt: skip
 PROMPT = np.arange(40) % VOCABULARY  # long enough to be shared
 SEQUENCES = [PROMPT[:5], *(np.append(PROMPT, np.arange(count) + count) for count in (0, 3, 6))]
 
@@ -41,13 +47,37 @@ def prepare(model: InternVLModel) -> bool:
     Raises:
         ValueError: the model computes something that no path here does.
     """
-    exact = compare(type(model), json.dumps(small_config(model.config).to_dict()))
-    decoder.use_trie_attention(model.language_model)
+    try:
+        check_parts(model.language_model)
+        exact = compare(type(model), small_config(model.config).to_json_string(use_diff=False))
+        decoder.use_trie_attention(model.language_model)
+    except Exception as cause:  # of whatever model the config names
+        names = f"{type(model).__name__} with {type(model.language_model).__name__}"
+        raise ValueError(f"{names} is not supported: {text(cause)}") from cause
     decoder.use_own_length_rope(model.language_model)
     experts.set_expert_products(model.language_model)
     for part, changes in ((model, VISION_CHANGES), (model.language_model, DECODER_CHANGES)):
         done = [change(part) for change in changes if change in exact]
     return decoder.read_last_tokens in exact and done[-1]
+
+
+def check_parts(language_model: nn.Module) -> None:
+    """Raise `ValueError` for parts of a text model that mean more than is computed here or a folder holds."""
+    config = language_model.config
+    others = {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
+    if others:
+        raise ValueError(f"it has layers of {' and '.join(sorted(others))}")
+    if getattr(config, "kv_lora_rank", None):
+        raise ValueError(f"its keys and values are of kv_lora_rank {config.kv_lora_rank}, latent attention")
+    missing = [name for name in ("embed_tokens", "layers", "norm") if not hasattr(language_model, name)]
+    if missing:
+        raise ValueError(f"it has no {' and no '.join(missing)}, as decoders of one kind of layer have")
+    embedding = language_model.embed_tokens
+    if type(embedding) is not nn.Embedding:
+        raise ValueError(f"its token embedding is {type(embedding).__name__}, more than a table")
+    buffers = [name for name, _ in language_model.named_buffers() if not name.startswith("rotary_emb.")]
+    if buffers:
+        raise ValueError(f"it has values that are no parameters, such as {buffers[0]}: they would not be loaded")
 
 
 @cache
@@ -77,19 +107,25 @@ def small_config(config: InternVLConfig) -> InternVLConfig:
 
 
 def shrink_text(config: PreTrainedConfig) -> None:
-    """Make a text config's model small."""
-    is_grouped = config.num_key_value_heads < config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    config.num_attention_heads, config.num_key_value_heads = HEADS, 1 if is_grouped else HEADS
-    config.hidden_size, config.intermediate_size = HEADS * size, WIDTH
-    config.num_hidden_layers, config.vocab_size, config.pad_token_id = LAYERS, VOCABULARY, None
-    if hasattr(config, "num_experts"):
-        config.num_experts, config.moe_intermediate_size = 2 * config.num_experts_per_tok, WIDTH
-    if getattr(config, "layer_types", None):
-        config.layer_types = (config.layer_types * LAYERS)[-LAYERS:]
-    if "original_max_position_embeddings" in config.rope_parameters:
-        config.rope_parameters["original_max_position_embeddings"] = config.original_max_position_embeddings = SHORT
-    elif config.rope_parameters["rope_type"] == "dynamic":
+    """Make a text config's model small, and the lengths at which it changes shorter than the sequences."""
+    heads, layers = config.num_attention_heads, config.num_hidden_layers
+    is_grouped = getattr(config, "num_key_value_heads", None) not in (None, heads)
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    for name, value in vars(config).items():
+        if isinstance(value, list) and len(value) == layers:  # one a layer
+            setattr(config, name, (value * LAYERS)[-LAYERS:])
+    config.num_attention_heads, config.hidden_size = HEADS, HEADS * size
+    config.num_hidden_layers, config.vocab_size = LAYERS, VOCABULARY
+    if hasattr(config, "num_key_value_heads"):
+        config.num_key_value_heads = 1 if is_grouped else HEADS
+    for name, value in SMALL.items():
+        if isinstance(getattr(config, name, None), int):
+            setattr(config, name, min(value, getattr(config, name)))
+    config.pad_token_id = config.pad_token_id and 0
+    rope = getattr(config, "rope_parameters", None) or {}
+    if "original_max_position_embeddings" in rope:
+        rope["original_max_position_embeddings"] = config.original_max_position_embeddings = SHORT
+    elif rope.get("rope_type") == "dynamic":
         config.max_position_embeddings = SHORT
 
 
@@ -125,10 +161,9 @@ def compare_decoder(twin: nn.Module) -> list[Change]:
 def harmless(
     changes: tuple[Change, ...], twin: nn.Module, compute: Callable[[nn.Module], Tensor], expected: Tensor
 ) -> list[Change]:
-    """The changes under which a twin still computes what is expected. Raises `ValueError` where it never does."""
-    name = type(twin).__name__
+    """The changes under which a twin still computes what is expected. Raises what hinders it where it never does."""
     if cause := deviation(compute, twin, expected):
-        raise ValueError(f"{name} computes more than attention over its tiles or tokens: {text(cause)}") from cause
+        raise cause
     found = []
     for change in changes:
         changed = copy.deepcopy(twin)
@@ -136,9 +171,10 @@ def harmless(
         if cause is None:
             found.append(change)
             continue
+        name = f"{type(twin).__name__} of transformers {transformers.__version__}"
         warnings.warn(
-            f"{name} of transformers {transformers.__version__} computes otherwise with {change.__name__}: its own "
-            f"modules stay, which take more time or memory; {text(cause)}",
+            f"{name} computes otherwise with {change.__name__}: its own modules stay, which take more time or memory; "
+            f"{text(cause)}",
             stacklevel=2,
         )
     return found
@@ -153,7 +189,8 @@ def deviation(compute: Callable[[nn.Module], Tensor], twin: nn.Module, expected:
         return failure
     if actual.shape == expected.shape and error <= BOUND:
         return None
-    return ValueError(f"results {list(actual.shape)} in place of {list(expected.shape)} differ by {error:.1e}")
+    name, shapes = type(twin).__name__, f"{list(actual.shape)} in place of {list(expected.shape)}"
+    return ValueError(f"{name} computes more than attention over its tiles or tokens: {shapes} differ by {error:.1e}")
 
 
 def text(cause: Exception) -> str:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import (
+    GptOssConfig,
     InternVLForConditionalGeneration,
     LlamaConfig,
     MistralConfig,
@@ -224,12 +225,17 @@ def test_what_a_model_was_trained_with_is_saved_beside_it(make_checkpoint, tmp_p
     assert CheckpointFolder(tmp_path / "long").load(max_length=300).max_length == 300
 
 
-EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "norm_topk_prob": True}
+EXPERTS = {
+    Qwen3MoeConfig: {
+        "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "norm_topk_prob": True
+    },
+    GptOssConfig: {"num_local_experts": 8, "num_experts_per_tok": 3, "sliding_window": 7},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "text",
-    [Qwen2Config, Qwen3Config, LlamaConfig, MistralConfig, Phi3Config, Qwen3MoeConfig],
+    [Qwen2Config, Qwen3Config, LlamaConfig, MistralConfig, Phi3Config, Qwen3MoeConfig, GptOssConfig],
     ids=lambda config: config.model_type,
 )
 @pytest.mark.parametrize("tied", [False, True])
@@ -240,7 +246,7 @@ def test_what_transformers_saved_loads_with_equal_hidden_states(folder, tmp_path
     config.text_config = text(
         vocab_size=578, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, tie_word_embeddings=tied, pad_token_id=None,
-        **(EXPERTS if text is Qwen3MoeConfig else {}),
+        **EXPERTS.get(text, {}),
     )  # fmt: skip
     config.tie_word_embeddings, config.internvl_chat = tied, {}
     torch.manual_seed(0)
@@ -255,12 +261,25 @@ def test_what_transformers_saved_loads_with_equal_hidden_states(folder, tmp_path
     assert scorer.score_groups([group])[0].rewards[0] == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_sliding_window_caps_the_length_of_sequences(tmp_path):
+def test_sequences_may_be_longer_than_a_sliding_window(tmp_path, pristine):
     config = original_config("Phi3", "300M", 578)
     config["llm_config"]["sliding_window"] = 120
     write_checkpoint(tmp_path, config)
     scorer = Scorer.from_pretrained(tmp_path, device="cpu", max_length=4096)
     group = Group("test", 0, None, "What?", None, (), ("the red circle " * 40, "the red circle"))
-    assert scorer.checkpoint.max_length == 120
     (scored,) = scorer.score_groups([group])
-    assert scored.truncated == (True, False)
+    assert scored.truncated == (False, False)
+    for reward, ids in zip(
+        scored.rewards, scorer.checkpoint.prompt_encoder().encode(group.prompt, group.responses).sequences, strict=True
+    ):
+        hidden = pristine(scorer.model.model)(input_ids=torch.from_numpy(ids)[None]).last_hidden_state[0, -1]
+        assert reward == pytest.approx(float((hidden @ scorer.model.score.weight[0]).detach()), abs=1e-5)
+
+
+@pytest.mark.parametrize("part", ["text_config", None])
+def test_quantized_weights_are_refused_by_name(folder, tmp_path, part):
+    save_checkpoint(tmp_path / "native", CheckpointFolder(folder).load())
+    quantized = {"quantization_config": {"quant_method": "mxfp4"}}
+    edit(tmp_path / "native" / "config.json", **({part: quantized} if part else quantized))
+    with pytest.raises(ValueError, match=r"quant_method mxfp4: .* dequantized \(`Mxfp4Config\(dequantize=True"):
+        CheckpointFolder(tmp_path / "native").load()

@@ -327,9 +327,8 @@ def as_transformers(tensors):
 
 
 def forward(plan, **options):
-    return trie_attention_forward(
-        torch.nn.Module(), *as_transformers(inputs(plan)), None, SCALE, **{**keywords(plan), **options}
-    )
+    options = {"attention_mask": None, "scaling": SCALE, **keywords(plan), **options}
+    return trie_attention_forward(torch.nn.Module(), *as_transformers(inputs(plan)), **options)
 
 
 def test_the_interface_takes_heads_first_and_gives_tokens_first():
@@ -344,18 +343,28 @@ def test_a_plan_that_did_not_arrive_is_an_error():
         trie_attention_forward(torch.nn.Module(), *as_transformers(inputs(forest(0))), None, SCALE)
 
 
-def test_a_sliding_window_shorter_than_a_sequence_is_an_error():
-    longest = keywords(forest(0))["max_seqlen_k"]
-    forward(forest(0), sliding_window=longest)
-    forward(forest(0), sliding_window=None)
-    with pytest.raises(ValueError, match=f"attends over {longest - 1} tokens, a sequence has {longest}"):
-        forward(forest(0), sliding_window=longest - 1)
+def test_windows_and_sinks_arrive_by_transformers_names():
+    plan, sinks = forest(0), torch.randn(HEADS).double()
+    out, _ = forward(plan, sliding_window=5, s_aux=sinks, dropout=0.0, softcap=None, output_attentions=False)
+    expected = trie_attention(*inputs(plan), **keywords(plan), scale=SCALE, window=5, sink_H=sinks)
+    assert torch.equal(out[0], expected)
 
 
-def test_attention_dropout_is_refused():
-    forward(forest(0), dropout=0.0)
-    with pytest.raises(ValueError, match=r"dropout 0\.1 is not supported"):
-        forward(forest(0), dropout=0.1)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("softcap", 50.0), ("sinks", torch.zeros(HEADS)), ("position_bias", torch.zeros(1)), ("dropout", 0.1),
+        ("attention_mask", torch.ones(1)), ("head_mask", torch.ones(HEADS)), ("anything", 0),
+    ],
+)  # fmt: skip
+def test_what_an_attention_is_asked_for_but_does_not_do_is_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"Module attends with {name}, which is not supported"):
+        forward(forest(0), **{name: value})
+
+
+def test_attention_to_later_tokens_is_refused():
+    with pytest.raises(ValueError, match="Module lets tokens attend to those after them"):
+        forward(forest(0), is_causal=False)
 
 
 def test_a_scale_that_is_not_positive_is_refused():

@@ -1,10 +1,8 @@
 """A transformers release that computes a layer otherwise never changes a reward in silence: its own modules stay."""
 
-import copy
-
 import pytest
 import torch
-from transformers import GptOssConfig, InternVLModel
+from transformers import InternVLModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.internvl import modeling_internvl
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2MLP
@@ -158,15 +156,9 @@ def test_a_layer_whose_parts_have_other_names_stays_transformers_own(make_checkp
     assert what_is_used(model) == (True, True, False)
 
 
-def test_a_decoder_that_computes_more_than_attention_is_refused(make_checkpoint):
-    """GPT-OSS has a sink a head, which arrives as an argument of the attention."""
-    config = copy.deepcopy(make_checkpoint().model.model.config)
-    config.text_config = GptOssConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-        intermediate_size=48, num_local_experts=4, num_experts_per_tok=2, pad_token_id=None,
-    )  # fmt: skip
-    with pytest.raises(ValueError, match=r"GptOssModel computes more than attention .* differ by "):
-        RewardModel(InternVLModel(config), *NORMALIZATION["imagenet"])
+def test_a_decoder_with_sinks_and_windows_uses_everything_but_the_gated_product(make_checkpoint, recwarn):
+    assert what_is_used(make_checkpoint(text="gpt_oss").model) == (True, False, True)
+    assert not [warning for warning in recwarn if "computes otherwise" in str(warning.message)]
 
 
 def test_the_check_leaves_torch_s_random_numbers_alone(make_checkpoint):
@@ -183,6 +175,6 @@ def test_a_failure_of_our_own_code_is_the_cause_that_is_given(make_checkpoint, m
         raise TypeError("incompatible function arguments")
 
     monkeypatch.setattr("mmrm_fast.model.decoder.trie_attention", renamed)
-    with pytest.raises(ValueError, match=r"Qwen2Model .*: TypeError: incompatible function arguments") as caught:
+    with pytest.raises(ValueError, match=r"Qwen2Model is not supported: TypeError: incompatible function") as caught:
         make_checkpoint()
     assert isinstance(caught.value.__cause__, TypeError)
