@@ -20,6 +20,8 @@ near and of equal area the first is taken in the order of the reference's Python
 """
 
 import io
+import os
+import stat
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -51,6 +53,10 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 SIDEWAYS = (5, 6, 7, 8)
+SPECIAL = {
+    stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a named pipe", stat.S_ISSOCK: "a socket", stat.S_ISCHR: "a device",
+    stat.S_ISBLK: "a device",
+}  # fmt: skip
 NORMALIZATION = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "clip": ((0.4814546, 0.4578275, 0.40821073), (0.2686295, 0.2613025, 0.2757711)),
@@ -160,9 +166,18 @@ def opened(sources: Sequence[str | bytes]) -> Iterator[tuple[Source, ...]]:
         files = list(sources)
         for place, source in enumerate(sources):
             if not isinstance(source, bytes):
-                with suppress(OSError):
+                with suppress(OSError, ImageError):
+                    refuse_special(source)
                     files[place] = stack.enter_context(open(source, "rb"))
         yield tuple(files)
+
+
+def refuse_special(path: str | Path) -> None:
+    """Raise `ImageError` where something else than a regular file is at a path: it may never open, or never end."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        kind = next((name for is_kind, name in SPECIAL.items() if is_kind(mode)), "something else")
+        raise ImageError(f"{path}: {kind}, not a regular file")
 
 
 def described(source: Source) -> str:
@@ -180,9 +195,13 @@ def open_image(source: Source) -> Image.Image:
     """
     name = described(source)
     try:
+        if isinstance(source, str | Path):
+            refuse_special(source)
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
     except FileNotFoundError:
         raise ImageError(f"{name}: no such image file") from None
+    except ImageError:
+        raise
     except UnidentifiedImageError:
         raise ImageError(f"{name}: not an image of a kind that is read ({', '.join(FORMATS)})") from None
     except Exception as error:  # a malformed file raises whatever its parser meets

@@ -4,13 +4,14 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from mmrm_fast.data.images import Tiling, image_size, load_tiles, opened, white_tile
+from mmrm_fast.data.images import ImageError, Source, Tiling, described, image_size, load_tiles, opened, white_tile
 from mmrm_fast.data.prompt import Encoded, PromptEncoder, common_length, image_rows, place_images
 from mmrm_fast.data.types import Group, Message, Pairs, RecordError, at, drawn
+from mmrm_fast.data.workers import within
 
 Overlong = Literal["skip", "truncate", "error"]
 ProxyImage = Literal["none", "white"]
@@ -92,6 +93,8 @@ class Preparer:
     at random. Responses in no used pair are left out. None: preferences do not matter and every response is scored."""
     seed: int = 0
     """Of the random pairs, for a record always the same."""
+    seconds: float | None = None
+    """How long reading an image from a disk may take."""
 
     def parts(self, group: Group) -> Iterator[Group]:
         """What a record's samples are made of."""
@@ -121,7 +124,7 @@ class Preparer:
         if self.inputs == "text":
             return [white_tile(self.tiling.tile_size) for _ in group.images]
         with at(group.source):
-            return [load_tiles(image, self.tiling) for image in group.images]
+            return [self.in_time(image, partial(load_tiles, image, self.tiling)) for image in group.images]
 
     def whole(self, group: Group) -> tuple[Sample, list[np.ndarray]]:
         """A group's sample, without its pictures, and their tiles; each is opened once. Raises `RecordError`."""
@@ -180,7 +183,16 @@ class Preparer:
         """Tiles that an image becomes, from its header. Raises `ImageError`."""
         if self.inputs == "text":
             return 1
-        return self.tiling.num_tiles(*image_size(image, self.tiling.compat))
+        return self.tiling.num_tiles(*self.in_time(image, partial(image_size, image, self.tiling.compat)))
+
+    def in_time(self, image: Source, read: Callable[[], Any]) -> Any:
+        """What reading an image gives. Raises `ImageError`, also where a disk does not answer within `seconds`."""
+        if self.seconds is None or isinstance(image, bytes):
+            return read()
+        try:
+            return within(self.seconds, read)
+        except TimeoutError:
+            raise ImageError(f"{described(image)}: not read within {self.seconds:g} seconds") from None
 
     def without_useless_pairs(self, sample: Sample) -> Sample:
         """The sample without pairs of which one side was cut, unless that is the policy, or both are the same.

@@ -1,7 +1,9 @@
-"""A function of many records, in worker processes, with the results in order."""
+"""A function of many records, in worker processes, with the results in order; and one that may never return."""
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, wait
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -40,3 +42,20 @@ def idle_workers() -> int:
     """Processes that fit on this machine's CPUs while nothing trains: its share a rank, at most `MOST`."""
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return min(MOST, max(1, len(os.sched_getaffinity(0)) // ranks_here))
+
+
+def within(seconds: float, function: Callable[[], Any]) -> Any:
+    """What a function returns or raises; `TimeoutError` where that takes longer, and its thread is left to itself."""
+    outcome: Future = Future()
+
+    def call() -> None:
+        try:
+            outcome.set_result(function())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    wait([outcome], seconds)
+    if not outcome.done():
+        raise TimeoutError
+    return outcome.result()

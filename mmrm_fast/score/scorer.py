@@ -24,6 +24,7 @@ from mmrm_fast.data.types import RewardError
 TOKENS_PER_MICRO_BATCH = 16_384
 BUDGETS_A_RECORD = 4  # micro-batches' work that one record may be: cut, its parts would each compute the prefix again
 SPREAD_RECORDS, SPREAD_RESPONSES = 8, ["yes " * count for count in (1, 8, 64)]
+READ_SECONDS = 60.0  # that an image's disk may take
 NUM_PACKERS = 2  # threads that decode and pack ahead of the model
 
 
@@ -51,7 +52,7 @@ class Scorer:
         self.checkpoint, self.device = checkpoint, device
         self.tokens_per_micro_batch = tokens_per_micro_batch
         self.model = checkpoint.model.to(device).eval()
-        self.preparer = Preparer(checkpoint.prompt_encoder(), checkpoint.tiling)
+        self.preparer = Preparer(checkpoint.prompt_encoder(), checkpoint.tiling, seconds=READ_SECONDS)
         self.lock = threading.Lock()  # one forward at a time, whoever calls
 
     @classmethod

@@ -1,8 +1,11 @@
 """Images to tiles: the grid of an aspect ratio, the pieces in order, kinds of pictures, errors naming the file."""
 
 import io
+import os
+import socket
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from mmrm_fast.data.images import (
     image_size,
     load_image,
     load_tiles,
+    opened,
     tile_grids,
     tile_image,
 )
@@ -431,11 +435,32 @@ def test_the_size_is_read_without_decoding(monkeypatch, save, name):
 
 
 @pytest.mark.parametrize("use", [image_size, load_image])
-@pytest.mark.parametrize(("name", "reason"), [("none.png", "no such image file"), ("", "directory")])
+@pytest.mark.parametrize(("name", "reason"), [("none.png", "no such image file"), ("", "a folder, not a regular file")])
 def test_a_path_without_a_file_is_an_error_naming_it(tmp_path, use, name, reason):
     with pytest.raises(ImageError, match=reason) as caught:
         use(tmp_path / name)
     assert str(tmp_path / name) in str(caught.value)
+
+
+def special(folder):
+    """Paths that may never open or never end, by what they are."""
+    os.mkfifo(folder / "pipe")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(folder / "socket"))
+    (folder / "link").symlink_to("pipe")
+    (folder / "folder").mkdir()
+    paths = {"a named pipe": "pipe", "a socket": "socket", "a folder": "folder"}
+    return [*((kind, folder / name) for kind, name in paths.items()), ("a named pipe", folder / "link"),
+            ("a device", Path("/dev/zero"))]  # fmt: skip
+
+
+@pytest.mark.parametrize("use", [image_size, load_image])
+def test_what_is_no_regular_file_is_refused_without_opening_it(tmp_path, use):
+    for kind, path in special(tmp_path):
+        with pytest.raises(ImageError, match=rf"{path.name}: {kind}, not a regular file"):
+            use(path)
+        with opened([str(path)]) as files:
+            assert files == (str(path),)
 
 
 def test_a_picture_over_the_pixel_limit_is_refused(monkeypatch, save):

@@ -3,6 +3,7 @@
 import base64
 import json
 import random
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from mmrm_fast.checkpoint.folder import CheckpointFolder, save_checkpoint
+from mmrm_fast.data import samples
 from mmrm_fast.data.images import Tiling
 from mmrm_fast.data.records import Group, RecordError
 from mmrm_fast.score.scorer import Scored, Scorer, batch_spread
@@ -163,6 +165,24 @@ def test_an_error_stays_in_its_place_and_moves_no_other_reward(scorer, pictures,
     assert results[1].source == "file.jsonl:2"
     for result, wanted in zip((results[0], results[2]), scorer.score_groups(good), strict=True):
         assert result.rewards == pytest.approx(wanted.rewards, abs=1e-5)
+
+
+@pytest.mark.parametrize("reads", ["image_size", "load_tiles"], ids=["header", "pixels"])
+def test_a_picture_whose_disk_does_not_answer_is_an_error_of_its_record_alone(scorer, pictures, monkeypatch, reads):
+    answer, read = threading.Event(), getattr(samples, reads)
+
+    def slow(image, *options):
+        if image == pictures["wide"]:
+            assert answer.wait(60)
+        return read(image, *options)
+
+    monkeypatch.setattr(samples, reads, slow)
+    monkeypatch.setattr(scorer, "preparer", replace(scorer.preparer, seconds=5.0))
+    groups = [Group("f:1", 0, None, "p", None, (pictures[name],), ("a",)) for name in ("photo", "wide", "tall")]
+    results = scorer.score_groups(groups)
+    answer.set()
+    assert [type(result) for result in results] == [Scored, RecordError, Scored]
+    assert str(results[1]) == f"f:1: img_path: {pictures['wide']}: not read within 5 seconds"
 
 
 def test_groups_of_one_source_keep_their_own_results(scorer, pictures, tmp_path):
