@@ -2,6 +2,7 @@
 
 import copy
 from functools import partial
+from itertools import product
 
 import numpy as np
 import pytest
@@ -135,9 +136,15 @@ def gradient_error(model, reference, bounds):
     return worst
 
 
+KINDS = list(batches(dict.fromkeys(("wide", "photo", "tall", "square"), "-")))
+CASES = [
+    *product(["qwen2", "llama", "qwen3_moe", "qwen2 with windows", "mistral", "gpt_oss"], KINDS),
+    *product(["qwen3", "phi3"], ["multi-tile and text-only mixed"]),
+]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize("text", ["qwen2", "llama", "qwen3_moe", "qwen2 with windows", "mistral", "gpt_oss"])
-@pytest.mark.parametrize("kind", list(batches(dict.fromkeys(("wide", "photo", "tall", "square"), "-"))))
+@pytest.mark.parametrize(("text", "kind"), CASES)
 def test_packed_equals_padded(make_checkpoint, pristine, pictures, kind, text, dtype):
     """In float64 the norms of both sides are exact: transformers' own round to fp32, which would hide errors."""
     checkpoint = make_checkpoint(text=text, dtype=dtype)
