@@ -11,7 +11,8 @@ from mmrm_fast.data.types import FieldError
 
 MEANING = {
     "video", "videos", "audio", "audios", "input", "instruction", "tools", "rejected_tools", "functions",
-    "tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "images", "url", "path",
+    "tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "system_prompt",
+    "custom_system_prompt", "images", "url", "path",
     "base64", "image_url",
 }  # fmt: skip
 CONVERSATION_KEYS = ({"role", "content"}, {"from", "value"})

@@ -9,6 +9,8 @@
 | POVID | `conversations`, `rejected_conversations` of `{from, value}` turns |
 | ms-swift | `messages`, with `rejected_messages` or `rejected_response`, or `rejected_images` alone |
 | ShareGPT, LLaMA-Factory | `conversations`, the context, with `chosen` and `rejected`: text or one turn |
+| Alpaca | `instruction`, optional `input`, which are the prompt, with any of the replies above |
+| HelpSteer3 | `context`, `response1`, `response2`, `overall_preference`: below 0 for the first, above for the second |
 
 `rejected_images` beside a pair are those that the rejected reply is to, as are images in its own messages. Message
 lists of replies may hold the conversation before the reply, `prompt` is not needed then. `system` and `history`
@@ -23,16 +25,18 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from mmrm_fast.data.fields import Fields, refuse_unread
-from mmrm_fast.data.messages import Turns, check_turns, prompt_turns, reply, reply_list
+from mmrm_fast.data.messages import Turns, check_turns, parse_messages, prompt_turns, reply, reply_list
 from mmrm_fast.data.types import FieldError, Message, Pairs, Prompt, kind_of, number, text
 
 CHOSEN_FIELDS = ("chosen", "conversations", "messages")
 REJECTED_FIELDS = ("rejected", "rejected_conversations", "rejected_messages", "rejected_response")
+COMPLETION = ("annotations", "response")
 PROMPT_FIELDS = ("prompt", "question")
-PREFERENCE_FIELDS = {*CHOSEN_FIELDS, *REJECTED_FIELDS, "completions", "scores"}
+PREFERENCE_FIELDS = {*CHOSEN_FIELDS, *REJECTED_FIELDS, "completions", "scores", "overall_preference"}
 FORM_FIELDS = {
     *PREFERENCE_FIELDS, *PROMPT_FIELDS, "responses", "margin", "text", "system", "history", "rejected_images", "tools",
 }  # fmt: skip
+TRANSLATED = {"instruction", "input", "context", "response1", "response2"}  # of layouts with names of their own
 CONTEXTS = ("conversations", "messages")  # beside `chosen`
 
 
@@ -51,6 +55,20 @@ class Form:
     def responses(self) -> tuple[str, ...]:
         """The replies' texts."""
         return tuple(reply.content for reply in self.replies)
+
+
+def translated(fields: Fields) -> Fields:
+    """A record whose layout has names of its own, under those that are read; any other as it is."""
+    ours = {}
+    if "instruction" in fields and not {*PROMPT_FIELDS, *CONTEXTS} & fields.keys():
+        parts = [text(fields[name], name) for name in ("instruction", "input") if fields.get(name)]
+        ours = {"instruction": None, "input": None, "prompt": "\n".join(parts)}
+    if {"context", "response1", "response2", "overall_preference"} <= fields.keys():
+        second = number(fields["overall_preference"])
+        responses = [fields["response1"], fields["response2"]]
+        ours |= dict.fromkeys(("response1", "response2", "overall_preference"))
+        ours |= {"context": None, "prompt": fields["context"], "responses": responses, "scores": [-second, second]}
+    return Fields(fields | ours, fields.read) if ours else fields
 
 
 def parse_form(fields: Fields, ignored: Collection[str] = ()) -> Form:
@@ -78,7 +96,7 @@ def parse_layout(fields: Fields, ignored: Collection[str]) -> Form:
         return kwise_form(require(prompt, name), *parse_completions(fields["completions"], ignored))
     chosen, rejected = present(fields, CHOSEN_FIELDS), present(fields, REJECTED_FIELDS)
     context = next((name for name in CONTEXTS if chosen == "chosen" and name in fields), None)
-    if context is not None:
+    if context is not None and not is_repeated(fields, context, chosen, ignored):
         if prompt is not None:
             raise FieldError(context, f"there is a `{name}` beside it; leave one of them out")
         prompt = prompt_turns(fields[context], context, ignored)
@@ -98,6 +116,14 @@ def parse_layout(fields: Fields, ignored: Collection[str]) -> Form:
     if fields.get("scores") is None:
         return Form(plain(prompt), responses, images=prompt.images)
     return kwise_form(prompt, responses, parse_scores(fields["scores"], len(responses)))
+
+
+def is_repeated(fields: Fields, context: str, side: str, ignored: Collection[str]) -> bool:
+    """Whether `messages` is the whole of `chosen`, as UltraFeedback has it, and not the conversation before it."""
+    value, messages = fields.get(side), fields[context]
+    if not isinstance(value, list) or not isinstance(messages, list) or len(value) != len(messages):
+        return False
+    return parse_messages(value, side, ignored) == parse_messages(messages, context, ignored)
 
 
 def turns_before(fields: dict) -> tuple[Message, ...]:
@@ -192,8 +218,11 @@ def parse_completions(completions: object, ignored: Collection[str] = ()) -> tup
     if isinstance(completions, list):  # as the public data set stores it: one object a response
         if not all(isinstance(item, dict) for item in completions):
             raise FieldError("completions", "expected objects with `annotations` and `response`")
-        columns = {key: [item.get(key) for item in completions] for key in ("annotations", "response")}
+        for index, item in enumerate(completions):
+            refuse_unread(item, COMPLETION, ignored, f"completions[{index}]")
+        columns = {key: [item.get(key) for item in completions] for key in COMPLETION}
     elif isinstance(completions, dict):
+        refuse_unread(completions, COMPLETION, ignored, "completions")
         columns = completions
     else:
         raise FieldError("completions", f"expected an object or a list, got {kind_of(completions)}")

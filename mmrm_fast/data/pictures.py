@@ -83,6 +83,9 @@ def parse_images(
         FieldError: an image that cannot be used, or images in both places.
     """
     filled = [name for name in IMAGE_FIELDS if not is_empty(fields.get(name))]
+    encoded = [name for name in filled if is_encoded(fields[name])]
+    if len(encoded) == 1 and all(isinstance(fields[name], str) for name in filled if name not in encoded):
+        filled = encoded  # the path beside it says where it came from, as in RLAIF-V
     if any(fields[name] != fields[filled[0]] for name in filled[1:]):
         raise FieldError(filled[1], f"has other images than `{filled[0]}` beside it; use one of the two")
     name = filled[0] if filled else None
@@ -94,6 +97,11 @@ def parse_images(
         name, written = "image", list(in_messages)
         items = written
     return shown_images(written), tuple(resolve_image(item, name, image_root, confined, beside) for item in items)
+
+
+def is_encoded(value: object) -> bool:
+    """Whether a picture is here itself, as an object of the `datasets` library or bytes."""
+    return isinstance(value, bytes) or (isinstance(value, dict) and isinstance(value.get("bytes"), bytes))
 
 
 def resolve_image(

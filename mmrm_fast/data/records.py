@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from mmrm_fast.data.fields import Fields, ReadColumns, refuse_unread
-from mmrm_fast.data.forms import FORM_FIELDS, PREFERENCE_FIELDS, Form, in_text, parse_form
+from mmrm_fast.data.forms import FORM_FIELDS, PREFERENCE_FIELDS, TRANSLATED, Form, in_text, parse_form, translated
 from mmrm_fast.data.lines import open_rows
 from mmrm_fast.data.messages import as_json, parse_objects
 from mmrm_fast.data.pictures import IMAGE_FIELDS, ImageRoots, parse_images, resolve_image, shown_images
@@ -71,7 +71,8 @@ def parse_group(
     with at(source):
         if not isinstance(fields, dict):
             raise FieldError("", f"a record is a JSON object, this is {kind_of(fields)}")
-        fields = Fields(fields)
+        own = Fields(fields)
+        fields = translated(own)
         refuse_unread(fields, FIELDS, ignored)
         form = parse_form(fields, ignored)
         where = {"image_root": image_root, "confined": confined, "beside": beside}
@@ -80,7 +81,7 @@ def parse_group(
         return Group(
             source, record, parse_id(fields), form.prompt, responses=form.responses, truth=truth,
             tools=parse_tools(fields), extras=extras if any(extras) else None, **images_of(fields, form, where),
-            **preferences(form, max_pairs), **fields.names(columns),
+            **preferences(form, max_pairs), **own.names(columns),
         )  # fmt: skip
 
 
@@ -173,7 +174,7 @@ class Records:
         roots = image_root if isinstance(image_root, ImageRoots) else ImageRoots(image_root and Path(image_root))
         found = [record_files(spec, split) for spec in specs]
         self.left = [file for _, left in found for file in left]  # of other splits
-        opened = [open_rows(taken, ReadColumns(FIELDS)) for taken, _ in found]
+        opened = [open_rows(taken, ReadColumns(FIELDS | TRANSLATED)) for taken, _ in found]
         self.files = [file for own in opened for file in own]
         called = [str(spec) for spec, own in zip(specs, opened, strict=True) for _ in own]
         self.names = [(file.path, *filter(None, (name, spec))) for file, spec in zip(self.files, called, strict=True)]
