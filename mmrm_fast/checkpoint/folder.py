@@ -36,6 +36,7 @@ from mmrm_fast.data.prompt import PromptEncoder, RewardToken
 from mmrm_fast.files import read_json, write_json
 from mmrm_fast.model.decoder import rope_regime
 from mmrm_fast.model.reward_model import RewardModel
+from mmrm_fast.model.self_check import message
 
 NATIVE, ORIGINAL = "internvl", "internvl_chat"
 PROXY = "bias_reward_model."  # before the names of the text-only branch that the reference implementation saves
@@ -153,9 +154,9 @@ class CheckpointFolder:
             config = InternVLConfig.from_dict(self.settings)
         except KeyError as error:
             raise ValueError(f"{self.path}/config.json: lacks {error}") from None
-        except ValueError as error:
-            raise ValueError(f"{self.path}/config.json: {error}") from None
-        config.text_config.vocab_size = max(config.text_config.vocab_size, len(tokenizer or ()))
+        except Exception as error:  # transformers validates with errors of its own
+            raise ValueError(f"{self.path}/config.json: {error}") from error
+        config.text_config.vocab_size = max(getattr(config.text_config, "vocab_size", 0), len(tokenizer or ()))
         return config
 
     @cached_property
@@ -193,14 +194,20 @@ class CheckpointFolder:
 
         Args:
             num_layers: build only so many of the language model's and of the vision tower's.
+
+        Raises:
+            ValueError: transformers builds no such model, or it computes what is not computed here.
         """
         config = copy.deepcopy(self.config)
         for part in (config.vision_config, config.text_config) if num_layers is not None else ():
             part.num_hidden_layers = num_layers
             if getattr(part, "layer_types", None):
                 part.layer_types = part.layer_types[:num_layers]
-        with torch.device("meta"):
-            return RewardModel(InternVLModel(config).to(dtype), *NORMALIZATION["imagenet"]).eval()
+        try:
+            with torch.device("meta"):
+                return RewardModel(InternVLModel(config).to(dtype), *NORMALIZATION["imagenet"]).eval()
+        except Exception as error:  # whatever the model that is named raises
+            raise ValueError(f"{self.path}/config.json: {message(error)}") from error
 
     def load(
         self,

@@ -7,6 +7,7 @@ needs none of its weights, and is made once a process for models of one kind.
 
 import copy
 import json
+import math
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -53,7 +54,7 @@ def prepare(model: InternVLModel) -> bool:
         decoder.use_trie_attention(model.language_model)
     except Exception as cause:  # of whatever model the config names
         names = f"{type(model).__name__} with {type(model.language_model).__name__}"
-        raise ValueError(f"{names} is not supported: {text(cause)}") from cause
+        raise ValueError(f"{names} is not supported: {message(cause)}") from cause
     decoder.use_own_length_rope(model.language_model)
     experts.set_expert_products(model.language_model)
     for part, changes in ((model, VISION_CHANGES), (model.language_model, DECODER_CHANGES)):
@@ -174,7 +175,7 @@ def harmless(
         name = f"{type(twin).__name__} of transformers {transformers.__version__}"
         warnings.warn(
             f"{name} computes otherwise with {change.__name__}: its own modules stay, which take more time or memory; "
-            f"{text(cause)}",
+            f"{message(cause)}",
             stacklevel=2,
         )
     return found
@@ -184,15 +185,16 @@ def deviation(compute: Callable[[nn.Module], Tensor], twin: nn.Module, expected:
     """Why a twin does not compute the expected values, to rounding; None where it does."""
     try:
         actual = compute(twin)
-        error = float((actual - expected).abs().max() / expected.abs().max())
+        is_alike = actual.shape == expected.shape
+        error = float((actual - expected).abs().max() / expected.abs().max()) if is_alike else math.inf
     except Exception as failure:  # a release may have renamed or moved whatever our code reads
         return failure
-    if actual.shape == expected.shape and error <= BOUND:
+    if error <= BOUND:
         return None
-    name, shapes = type(twin).__name__, f"{list(actual.shape)} in place of {list(expected.shape)}"
-    return ValueError(f"{name} computes more than attention over its tiles or tokens: {shapes} differ by {error:.1e}")
+    name = type(twin).__name__
+    return ValueError(f"{name} computes more than attention over its tiles or tokens: values differ by {error:.1e}")
 
 
-def text(cause: Exception) -> str:
-    """An exception in a message."""
+def message(cause: Exception) -> str:
+    """An exception's words, with its kind where it is not one of ours."""
     return str(cause) if isinstance(cause, ValueError) else f"{type(cause).__name__}: {cause}"

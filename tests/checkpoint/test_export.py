@@ -57,7 +57,7 @@ def test_large_weights_are_written_in_shards_and_read_back(tmp_path, pictures, m
     assert rewards(tmp_path / "native", pictures) == rewards(tmp_path / "first", pictures)
 
 
-@pytest.mark.parametrize("llm", ["Qwen2", "Qwen3Moe"])
+@pytest.mark.parametrize("llm", ["Qwen2", "Qwen3Moe", "GptOss"])
 def test_a_saved_model_runs_in_plain_transformers(tmp_path, pictures, llm):
     write_checkpoint(tmp_path / "first", original_config(llm, "300M", 578))
     checkpoint = CheckpointFolder(tmp_path / "first").load()
@@ -147,7 +147,7 @@ def test_a_saved_folder_names_what_transformers_processor_asks_for(tmp_path):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("llm", ["Qwen2", "Qwen3Moe"])
+@pytest.mark.parametrize("llm", ["Qwen2", "Qwen3Moe", "GptOss"])
 def test_the_vllm_layout_has_one_bias_free_score_under_the_names_of_the_whole_model(tmp_path, llm):
     write_checkpoint(tmp_path / "first", original_config(llm, "300M", 578))
     export_vllm(tmp_path / "first", tmp_path / "vllm")

@@ -276,6 +276,21 @@ def test_sequences_may_be_longer_than_a_sliding_window(tmp_path, pristine):
         assert reward == pytest.approx(float((hidden @ scorer.model.score.weight[0]).detach()), abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ({"model_type": "gemma3_text"}, "Gemma3TextModel is not supported: its token embedding is"),
+        ({"model_type": "gemma3"}, "AttributeError: .* no attribute 'hidden_size'"),
+        ({"model_type": "qwen2", "layer_types": ["full_attention"]}, "Class validation error"),
+    ],
+)
+def test_text_models_that_are_not_computed_here_are_errors_that_name_the_folder(folder, tmp_path, text, message):
+    save_checkpoint(tmp_path / "native", CheckpointFolder(folder).load())
+    edit(tmp_path / "native" / "config.json", text_config=text)
+    with pytest.raises(ValueError, match=f"native/config.json: .*{message}"):
+        CheckpointFolder(tmp_path / "native").load()
+
+
 @pytest.mark.parametrize("part", ["text_config", None])
 def test_quantized_weights_are_refused_by_name(folder, tmp_path, part):
     save_checkpoint(tmp_path / "native", CheckpointFolder(folder).load())

@@ -43,17 +43,16 @@ MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8}
 OWN = {
     "bamba": MAMBA,
     "granitemoehybrid": MAMBA,
-    "cohere_compass_text": {"layer_types": ["full_attention", "sliding_attention"]},
     "cosmos3_edge_text": MROPE,
     "cwm": TOKENS,
     "dots3_note_text": {"num_key_value_heads": 4},
-    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gemma3n_text": {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": VOCABULARY},
     "gemma4_text": {"vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 0},
     "glm4v_moe_text": {"hidden_size": 64, "num_attention_heads": 1, "num_key_value_heads": 1},
-    "glm4v_text": MROPE,
-    "glm5_next_text": {"num_key_value_heads": 4},
-    "glm_image_text": TOKENS,
-    "glm_ocr_text": MROPE,
+    "glm4v_text": {"hidden_size": 256, "head_dim": 64},
+    "glm5_next_text": {"num_key_value_heads": 4, "qk_rope_head_dim": 0},
+    "glm_image_text": {**TOKENS, "hidden_size": 256, "head_dim": 64},
+    "glm_ocr_text": {"hidden_size": 256, "head_dim": 64},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "codegen": {"rotary_dim": 4},
     "gptj": {"rotary_dim": 4},
@@ -98,7 +97,7 @@ VARIANTS = {  # a model type, and what differs from its defaults
             "llama_4_scaling_beta": 0.5, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}}
     ),
 }  # fmt: skip
-MAXIMUM = 10_000_000  # parameters
+MAXIMUM = 30_000_000  # parameters
 PROMPT = np.arange(40) % 7
 SEQUENCES = [PROMPT[:5], *(np.append(PROMPT, np.arange(count) + count) for count in (0, 3, 6, 20))]
 

@@ -32,6 +32,7 @@ WAYS = {
     "proxy file": {"robust": True, "proxy_model": "margins.jsonl"},
     "experts": {"robust": True, "model": "experts"},
     "experts, lora": {**LORA, "model": "experts", "robust": True, "proxy_model": "lora"},
+    "sinks and windows": {"robust": True, "model": "sinks"},
 }
 
 
@@ -40,6 +41,7 @@ def make_way(make_config, make_checkpoint, tmp_path):
     """A TrainConfig of one of `WAYS`, with what it names in place."""
     save_checkpoint(tmp_path / "small", make_checkpoint(text="llama", max_length=256))
     save_checkpoint(tmp_path / "experts", make_checkpoint(text="qwen3_moe", max_length=256))
+    save_checkpoint(tmp_path / "sinks", make_checkpoint(text="gpt_oss", max_length=256))
     rows = [
         {"record": record, "chosen": chosen, "rejected": rejected, "proxy_margin": (record - 5) / 4 + chosen - rejected}
         for record in range(11)
