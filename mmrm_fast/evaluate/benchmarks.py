@@ -13,6 +13,7 @@ first folder of its name), a data URL, bytes, or the `{"bytes", "path"}` object 
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from mmrm_fast.data.fields import Fields, ReadColumns, is_empty, refuse_unread
@@ -61,6 +62,10 @@ class Item:
     subgroup: str | None = None
     in_training_set: bool = False  # from a data set that reward models are commonly trained on
     ordered: bool = True  # the order of the responses was published, not made by naming the better one `chosen`
+
+
+Parse = Callable[[dict], Group]  # a record that an item is made of
+Layout = Callable[[dict, Parse], Item]
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,7 @@ def read_pairs(records: Records) -> Iterator[Item | Unread]:
 
 
 def read_layout(
-    layout: Callable[[dict, str], Item], file: Rows, root: tuple[Path, Path | None], ignored: Collection[str]
+    layout: Layout, file: Rows, root: tuple[Path, Path | None], ignored: Collection[str]
 ) -> Iterator[Item | Unread]:
     """Items of one file in a benchmark's own layout; `root` as `ImageRoots.of` gives it."""
     for index in range(len(file)):
@@ -131,9 +136,10 @@ def read_layout(
                     raise FieldError("", f"an item is a JSON object, this is {kind_of(row)}")
                 fields = Fields(row)
                 identity = str(next((fields[name] for name in ID_FIELDS if not is_empty(fields.get(name))), index))
-                refuse_unread(fields, COLUMNS, ignored)
-                item = layout(fields, source)
+                parse = partial(parse_group, source=source, ignored=ignored)
+                item = layout(fields, parse)
                 group = item.group
+                refuse_unread(fields, COLUMNS, ignored)
                 found = find_images(fields, source, *root, required=layout is not rewardbench)
         except RecordError as error:
             yield Unread(identity, group, error)
@@ -142,13 +148,13 @@ def read_layout(
             yield replace(item, id=identity, record=record)
 
 
-def vl_rewardbench(fields: dict, source: str) -> Item:
+def vl_rewardbench(fields: dict, parse: Parse) -> Item:
     """VL-RewardBench; `human_ranking` holds each response's rank, 0 the better."""
     ranking = fields.get("human_ranking", fields.get("ranking"))
     if ranking not in ([0, 1], [1, 0]):
         raise FieldError("human_ranking", f"expected [0, 1] or [1, 0], got {ranking!r}")
     name, group = vl_source(fields)
-    record = two_responses(fields.get("query"), fields.get("response"), source, ranking.index(0), ("query", "response"))
+    record = two_responses(fields.get("query"), fields.get("response"), parse, ranking.index(0), ("query", "response"))
     return Item("", record, group, in_training_set=name in TRAINING_SETS)
 
 
@@ -162,7 +168,7 @@ def vl_source(fields: dict) -> tuple[str, str]:
     raise FieldError("query_source", f"in no group: {said[0]!r}, id {said[2]!r}")
 
 
-def multimodal_rewardbench(fields: dict, source: str) -> Item:
+def multimodal_rewardbench(fields: dict, parse: Parse) -> Item:
     """Multimodal RewardBench; safety and reasoning are split by the prefix of the id."""
     better, category = fields.get("Better"), fields.get("Category")
     if better not in ("Output1", "Output2"):
@@ -170,7 +176,7 @@ def multimodal_rewardbench(fields: dict, source: str) -> Item:
     if not isinstance(category, str):
         raise FieldError("Category", f"expected a string, got {kind_of(category)}")
     outputs = [fields.get("Output1"), fields.get("Output2")]
-    record = two_responses(fields.get("Text"), outputs, source, int(better == "Output2"), ("Text", "Output1, Output2"))
+    record = two_responses(fields.get("Text"), outputs, parse, int(better == "Output2"), ("Text", "Output1, Output2"))
     if category not in MULTIMODAL_SPLITS:
         return Item("", record, category)
     prefix, with_prefix, without = MULTIMODAL_SPLITS[category]
@@ -178,17 +184,17 @@ def multimodal_rewardbench(fields: dict, source: str) -> Item:
     return Item("", record, category, f"{category}/{part}")
 
 
-def mm_rlhf_rewardbench(fields: dict, source: str) -> Item:
+def mm_rlhf_rewardbench(fields: dict, parse: Parse) -> Item:
     """MM-RLHF-RewardBench; several pairs share an id."""
-    return Item("", chosen_rejected(fields, source), ordered=False)
+    return Item("", chosen_rejected(fields, parse), ordered=False)
 
 
-def rewardbench(fields: dict, source: str) -> Item:
+def rewardbench(fields: dict, parse: Parse) -> Item:
     """RewardBench, text alone."""
-    return Item("", chosen_rejected(fields, source), str(fields.get("subset", "all")), ordered=False)
+    return Item("", chosen_rejected(fields, parse), str(fields.get("subset", "all")), ordered=False)
 
 
-LAYOUTS: dict[str, Callable[[dict, str], Item]] = {
+LAYOUTS: dict[str, Layout] = {
     "vl-rewardbench": vl_rewardbench,
     "multimodal-rewardbench": multimodal_rewardbench,
     "mm-rlhf-rewardbench": mm_rlhf_rewardbench,
@@ -196,10 +202,10 @@ LAYOUTS: dict[str, Callable[[dict, str], Item]] = {
 }
 
 
-def two_responses(prompt: object, responses: object, source: str, better: int, names: tuple[str, str]) -> Group:
+def two_responses(prompt: object, responses: object, parse: Parse, better: int, names: tuple[str, str]) -> Group:
     """A record of two responses; `names` are what the layout calls prompt and responses."""
     try:
-        group = parse_group({"prompt": prompt, "responses": responses}, source=source)
+        group = parse({"prompt": prompt, "responses": responses})
     except RecordError as error:
         field = names[0] if error.field == "prompt" else error.field.replace("responses", names[1])
         raise FieldError(field, error.reason) from None
@@ -208,20 +214,25 @@ def two_responses(prompt: object, responses: object, source: str, better: int, n
     return replace(group, pairs=Pairs.of((better, 1 - better)))
 
 
-def chosen_rejected(fields: dict, source: str) -> Group:
+def chosen_rejected(fields: dict, parse: Parse) -> Group:
     """A record of `prompt`, `chosen` and `rejected`."""
-    return parse_group({name: fields.get(name) for name in ("prompt", "chosen", "rejected")}, source=source)
+    return parse({name: fields.get(name) for name in ("prompt", "chosen", "rejected")})
 
 
 def find_images(
     fields: dict, source: str, root: Path, beside: Path | None, *, required: bool
 ) -> tuple[str | bytes, ...]:
     """The images of an item, as paths or encoded bytes."""
-    field = next((name for name in IMAGE_FIELDS if fields.get(name)), None)
-    if field is None:
+    filled = [name for name in IMAGE_FIELDS if not is_empty(fields.get(name))]
+    if not filled:
         if required:
             raise MissingImage(source, "image", "the item has no image")
         return ()
+    field, *others = filled
+    paths = [fields[name] for name in filled if isinstance(fields[name], str)]
+    files = {Path(path).name for path in paths if not path.startswith("data:")}
+    if len(files) > 1:
+        raise FieldError(others[0], f"names another image than `{field}` beside it")
     values = fields[field] if isinstance(fields[field], list) else [fields[field]]
     return tuple(find_image(value, source, field, root, beside) for value in values)
 
