@@ -50,11 +50,10 @@ LLM = {
         "num_experts_per_tok": 3, "moe_intermediate_size": 24, "norm_topk_prob": True, "mlp_only_layers": [],
         "decoder_sparse_step": 1,
     },
-}  # fmt: skip
-STORED = {  # of which there is no forward pass here
     "GptOss": {
         "architectures": ["GptOssForCausalLM"], "rope_theta": 150000.0, "head_dim": 12, "num_local_experts": 8,
         "num_experts_per_tok": 3, "sliding_window": 128, "swiglu_limit": 7.0, "attention_bias": True,
+        "max_position_embeddings": 131_072,
         "rope_scaling": {
             "type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
             "original_max_position_embeddings": 4096,
@@ -70,7 +69,7 @@ def original_config(llm: str, vision: str, vocab_size: int, **changes) -> dict:
         "hidden_size": HIDDEN, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "vocab_size": vocab_size,
         "intermediate_size": MLP, "num_hidden_layers": LAYERS, "rms_norm_eps": 1e-5, "hidden_act": "silu",
         "max_position_embeddings": 4096, "rope_theta": 10000.0, "tie_word_embeddings": False,
-        **(LLM | STORED)[llm],
+        **LLM[llm],
     }  # fmt: skip
     vision_config = {
         "hidden_size": 24, "num_attention_heads": 4, "intermediate_size": 40, "num_hidden_layers": 3, "image_size": 56,
@@ -230,7 +229,8 @@ def random_state(config: dict) -> dict[str, torch.Tensor]:
         if "norm" in name or name.startswith("mlp1.0") or ".ls" in name:
             value = (0.0 if name.endswith("bias") else 1.0) + 0.2 * value
         elif len(shape) > 1 and "embed" not in name:
-            value = value / math.sqrt(math.prod(shape[1:])) * (4.0 if name == "score.weight" else 1.5)
+            fan_in = shape[1] if "experts" in name and len(shape) == 3 else math.prod(shape[1:])
+            value = value / math.sqrt(fan_in) * (4.0 if name == "score.weight" else 1.5)
         state[name] = value.to(torch.bfloat16)
     return state
 
@@ -304,7 +304,9 @@ def rotary(llm, length):
     longest = llm["max_position_embeddings"]
     if scaling.get("type") == "dynamic" and length > longest:
         base *= (scaling["factor"] * length / longest - scaling["factor"] + 1) ** (size / (size - 2))
-    if scaling.get("type") in ("su", "yarn"):
+    if "beta_fast" in scaling:
+        stretch, factor = yarn_stretch(scaling, base, size), 0.1 * math.log(scaling["factor"]) + 1
+    elif scaling.get("type") in ("su", "yarn"):
         trained = llm["original_max_position_embeddings"]
         stretch = torch.tensor(scaling["long_factor" if length > trained else "short_factor"])
         ratio = math.log(longest / trained)
@@ -312,6 +314,16 @@ def rotary(llm, length):
     angles = torch.arange(length)[:, None].float() * (1 / (stretch * base**exponents))  # rounded as the original does
     angles = torch.cat([angles, angles], -1)
     return angles.cos() * factor, angles.sin() * factor
+
+
+def yarn_stretch(scaling, base, size):
+    """YaRN: what turns often over the trained length stays, what turns seldom is stretched, a ramp between them."""
+    low, high = (
+        size * math.log(scaling["original_max_position_embeddings"] / (turns * 2 * math.pi)) / (2 * math.log(base))
+        for turns in (scaling["beta_fast"], scaling["beta_slow"])
+    )
+    ramp = ((torch.arange(size // 2) - max(low, 0)) / (min(high, size - 1) - max(low, 0))).clamp(0, 1)
+    return 1 / (ramp / scaling["factor"] + 1 - ramp)
 
 
 def rotated(x_HTE, cos, sin):
@@ -352,7 +364,35 @@ def gated(x, weights):
     return weights.linear(silu(weights.linear(x, "gate_proj")) * weights.linear(x, "up_proj"), "down_proj")
 
 
-def decoder_layer(x, weights, llm, cos, sin):
+def clamped_mixture(x, weights, llm):
+    """GPT-OSS: each token through the experts of the largest logits, gates and ups in turns, bounded."""
+    values, chosen = weights.linear(x, "router").topk(llm["num_experts_per_tok"])
+    gate_ups, gate_up_biases, downs, down_biases = (
+        weights["experts." + name] for name in ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+    )
+    rows, limit = [], llm["swiglu_limit"]
+    for token, shares, experts in zip(x, values.softmax(-1), chosen, strict=True):
+        row = torch.zeros_like(token)
+        for share, e in zip(shares, experts, strict=True):
+            gate, up = (token @ gate_ups[e] + gate_up_biases[e]).unflatten(-1, (-1, 2)).unbind(-1)
+            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+            row += share * (((up + 1) * gate * torch.sigmoid(1.702 * gate)) @ downs[e] + down_biases[e])
+        rows.append(row)
+    return torch.stack(rows)
+
+
+def attention_shares(scores, weights, llm, number):
+    """Softmax of scores [H, T, T]; GPT-OSS has a sink, a logit without a value, and a window in every other layer."""
+    future = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
+    if llm["architectures"][0] != "GptOssForCausalLM":
+        return scores.masked_fill(future, float("-inf")).softmax(-1)
+    if number % 2 == 0:
+        future |= torch.ones_like(future).tril(-llm["sliding_window"])
+    sinks = weights["self_attn.sinks"][:, None, None].expand(-1, scores.shape[1], 1)
+    return torch.cat([scores.masked_fill(future, float("-inf")), sinks], -1).softmax(-1)[..., :-1]
+
+
+def decoder_layer(x, weights, llm, cos, sin, number):
     names = {"InternLM2ForCausalLM": ("attention_norm", "attention.wo", "ffn_norm")}
     before, out, after = names.get(
         llm["architectures"][0], ("input_layernorm", "self_attn.o_proj", "post_attention_layernorm")
@@ -361,8 +401,7 @@ def decoder_layer(x, weights, llm, cos, sin):
     q, k = rotated(q, cos, sin), rotated(k, cos, sin)
     k, v = (part.repeat_interleave(len(q) // len(part), 0) for part in (k, v))
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    future = torch.ones(len(x), len(x), dtype=torch.bool).triu(1)
-    attended = scores.masked_fill(future, float("-inf")).softmax(-1) @ v
+    attended = attention_shares(scores, weights, llm, number) @ v
     x = x + weights.linear(attended.transpose(0, 1).flatten(1), out)
     y = rms_norm(x, weights[after + ".weight"], llm["rms_norm_eps"])
     if llm["architectures"][0] == "InternLM2ForCausalLM":
@@ -371,6 +410,8 @@ def decoder_layer(x, weights, llm, cos, sin):
         (gate, up), down = weights.linear(y, "mlp.gate_up_proj").chunk(2, -1), "mlp.down_proj"
     elif llm["architectures"][0] == "Qwen3MoeForCausalLM":
         return x + mixture(y, weights.under("mlp."), llm)
+    elif llm["architectures"][0] == "GptOssForCausalLM":
+        return x + clamped_mixture(y, weights.under("mlp."), llm)
     else:
         return x + gated(y, weights.under("mlp."))
     return x + weights.linear(silu(gate) * up, down)
@@ -389,6 +430,6 @@ def reward(state, config, keys, tiles) -> float:
         x[keys < 0] = image_features(state, config, pixels)[-1 - keys[keys < 0]]
     cos, sin = rotary(llm, len(x))
     for i in range(llm["num_hidden_layers"]):
-        x = decoder_layer(x, weights.under(f"layers.{i}."), llm, cos, sin)
+        x = decoder_layer(x, weights.under(f"layers.{i}."), llm, cos, sin, i)
     hidden = rms_norm(x[-1], weights["norm.weight"], llm["rms_norm_eps"])
     return float(hidden @ state["score.weight"].float()[0])
