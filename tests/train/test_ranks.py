@@ -12,12 +12,13 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from mmrm_fast.checkpoint.folder import save_checkpoint
+from mmrm_fast.config import OptimizerConfig
 from mmrm_fast.model.lora import TwoAdapterModel
 from mmrm_fast.score.scorer import Scorer
 from mmrm_fast.train.command import train
 from mmrm_fast.train.proxy import make_branches, parse_proxy
 from mmrm_fast.train.sharding import ranks
-from mmrm_fast.train.step import lr_factor
+from mmrm_fast.train.step import lr_factor, make_optimizer
 
 LORA = {"llm_lora": True, "lora_r": 4, "lora_alpha": 8.0, "lr": 5e-3}
 WAYS = {
@@ -251,6 +252,17 @@ def test_metrics_say_what_people_look_at(make_way):
     assert list((folder / "tensorboard").iterdir())
     stats = json.loads((folder / "final" / "reward_stats.json").read_text())
     assert stats["responses"] == 8 and stats["sets"]["one"]["responses"] == 2 and stats["std"] > 0
+
+
+def test_biases_of_experts_do_not_decay_as_others_do_not(make_checkpoint):
+    named = dict(make_checkpoint(text="gpt_oss").model.named_parameters())
+    groups = make_optimizer(list(named.items()), OptimizerConfig(lr=1e-3)).param_groups
+    decayed, kept = ([name for name, p in named.items() if any(p is q for q in own["params"])] for own in groups)
+    assert [own["weight_decay"] for own in groups] == [0.05, 0.0] and len(decayed) + len(kept) == len(named)
+    assert not [name for name in decayed if "norm" in name or name.endswith("bias")]
+    assert {"model.language_model.layers.0.mlp.experts." + name for name in ("gate_up_proj_bias", "down_proj_bias")} < {
+        *kept
+    }
 
 
 def test_learning_rate_schedules():
