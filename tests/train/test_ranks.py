@@ -270,9 +270,9 @@ def test_learning_rate_schedules():
     assert [lr_factor(share, 0.1, "constant") for share in (0.05, 0.1, 1.0)] == pytest.approx([0.5, 1, 1])
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
-def test_a_compiled_block_is_one_graph_and_trains_alike(make_way, monkeypatch, checkpointing):
-    plain = train(make_way("plain", "robust", max_steps=2))
+@pytest.mark.parametrize(("way", "checkpointing"), [("robust", "none"), ("robust", "full"), ("experts", "full")])
+def test_a_compiled_block_is_one_graph_and_trains_alike(make_way, monkeypatch, way, checkpointing):
+    plain = train(make_way("plain", way, max_steps=2))
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager", fullgraph=True))
-    folder = train(make_way("compiled", "robust", max_steps=2, compile=True, activation_checkpointing=checkpointing))
+    folder = train(make_way("compiled", way, max_steps=2, compile=True, activation_checkpointing=checkpointing))
     assert losses(folder) == pytest.approx(losses(plain), abs=1e-6)
