@@ -35,6 +35,8 @@ class RecordsConfig(ReadConfig):
     """Pairs of a K-wise record: `all` in one group, `expand`ed to a sample each, or a number of them at random."""
     max_pairs: int = 2048
     """Most pairs of a record, in training and evaluation: of more so many are drawn, and the others counted."""
+    duplicates: Literal["drop", "keep"] = "drop"
+    """Records with the prompt, images and pairs of one before: left out, for which all are looked at first, or kept."""
     eval: tuple[str, ...] = ()
     """Test sets from the training distribution, NAME=FILE."""
     eval_ood: tuple[str, ...] = ()

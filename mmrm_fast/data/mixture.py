@@ -1,9 +1,10 @@
 """Files of preferences as one data set: its samples and what is known of them, a mixture's order, what is held out."""
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from hashlib import blake2b
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ SAMPLE = np.dtype(
         ("record", np.uint32),
         ("part", np.uint32),  # which of its record's samples it is
         ("key", np.uint64),  # see `record_key`; 0 where the record cannot be parsed
+        ("answers", np.uint64),  # see `answers_key`; 0 where it has no pairs
         ("cost", np.int32),  # `Size` from here on
         ("pairs", np.int32),
         ("notes", object),
@@ -86,7 +88,7 @@ class Look:
     decode: bool = False  # the pictures too
 
     def __call__(self, record: int) -> "Looked":
-        key = 0
+        key = answers = 0
         try:
             group = self.records.group(record, compare=True)
         except RecordError as error:
@@ -96,9 +98,10 @@ class Look:
             with opened(group.images) as images:
                 group = replace(group, images=images)
                 key = record_key(group)
+                answers = answers_key(group, key)
                 chosen = self.testing if is_held_out(np.uint64(key), self.eval_fraction) else self.preparer
                 sizes = chosen.sizes(group, decode=self.decode)
-        return Looked(kind, [(record, part, key, *size) for part, size in enumerate(sizes)])
+        return Looked(kind, [(record, part, key, answers, *size) for part, size in enumerate(sizes)])
 
 
 class Looked(NamedTuple):
@@ -184,10 +187,60 @@ def record_key(group: Group) -> int:
     """
     extras = [message.extra for message in group.prompt if message.extra] if isinstance(group.prompt, tuple) else []
     said = repr(group.prompt) + "".join([*extras, *group.tools])
-    digest = hashlib.blake2b(said.encode("utf-8", "surrogatepass"), digest_size=8)
+    digest = blake2b(said.encode("utf-8", "surrogatepass"), digest_size=8)
     for image in group.images:
         digest.update(image_head(image))
     return int.from_bytes(digest.digest(), "little")
+
+
+def answers_key(group: Group, key: int) -> int:
+    """A 64-bit hash of a record's pairs, whatever their order and margins, with the key of their prompt and images.
+
+    Of the same pairs the other way round it differs in the last bit alone. 0 where there are none.
+    """
+    if not len(group.pairs):
+        return 0
+    seen = [group.seen and group.seen[place] for place in group.places]
+    sides = ((reply.content, reply.extra, images) for reply, images in zip(group.replies, seen, strict=True))
+    sides_R = np.array([hash_64(repr(side).encode()) for side in sides], np.uint64)
+    ways = (sides_R[group.pairs.ends], sides_R[group.pairs.ends[:, ::-1]])
+    there, back = (hash_64(key.to_bytes(8, "little") + own[np.lexsort(own.T)].tobytes()) for own in ways)
+    return min(there, back) & ~1 | (there < back)
+
+
+def hash_64(content: bytes) -> int:
+    """A number below 2^64 that tells contents from each other."""
+    return int.from_bytes(blake2b(content, digest_size=8).digest(), "little")
+
+
+def copies(table: np.ndarray, edges: Sequence[int]) -> np.ndarray:
+    """Records with the same pairs as one before them, and that one: int64 [C, 2], both between two of `edges`."""
+    rows = paired_records(table)
+    parts = [rows[(rows["record"] >= start) & (rows["record"] < stop)] for start, stop in pairwise(edges)]
+    both = np.concatenate([np.stack([own["record"], with_answers(own, own["answers"])], axis=1) for own in parts])
+    return both[both[:, 0] != both[:, 1]]
+
+
+def contradictions(table: np.ndarray) -> np.ndarray:
+    """Records whose pairs stand the other way round in another one, and that one: int64 [C, 2]."""
+    rows = paired_records(table)
+    others = with_answers(rows, rows["answers"] ^ np.uint64(1))
+    return np.stack([rows["record"], others], axis=1)[others >= 0]
+
+
+def paired_records(table: np.ndarray) -> np.ndarray:
+    """A row of each record that has pairs."""
+    rows = table[table["answers"] > 0]
+    return rows[np.unique(rows["record"], return_index=True)[1]]
+
+
+def with_answers(rows: np.ndarray, answers: np.ndarray) -> np.ndarray:
+    """The first record with each of these pairs, -1 where there is none, int64."""
+    known, first = np.unique(rows["answers"], return_index=True)
+    if not len(known):
+        return np.full(len(answers), -1)
+    place = np.minimum(np.searchsorted(known, answers), len(known) - 1)
+    return np.where(known[place] == answers, rows["record"][first][place].astype(np.int64), -1)
 
 
 def image_head(image: Source) -> bytes:

@@ -14,6 +14,8 @@ from mmrm_fast.data.mixture import (
     UNKNOWN,
     Look,
     PreferenceDataset,
+    contradictions,
+    copies,
     is_held_out,
     parse_mixture,
     record_order,
@@ -52,6 +54,7 @@ class Inputs:
     weights: tuple[float, ...] | None  # share of each file, in a mixture
     eval_sets: list[EvalSet]
     eval_datasets: list[PreferenceDataset]  # one each
+    copies: list[list[int]]  # records left out, each with the one that it is a copy of
 
     def order(self, total: int, seed: int) -> np.ndarray:
         """The order of the training samples over all epochs, uint32 [total]."""
@@ -68,12 +71,19 @@ def training_preparer(config: TrainConfig, checkpoint: Checkpoint, *, with_text:
     )  # fmt: skip
 
 
-def open_inputs(config: RecordsConfig, eval_sets: list[EvalSet], preparer: Preparer, progress: Callable) -> Inputs:
-    """Open every file, survey the records, hold out `config.eval_fraction` of the training set.
+def open_inputs(
+    config: RecordsConfig,
+    eval_sets: list[EvalSet],
+    preparer: Preparer,
+    progress: Callable,
+    copies: list[list[int]] | None = None,
+) -> Inputs:
+    """Open every file, survey the records, leave out copies, hold out `config.eval_fraction` of the training set.
 
     Args:
         preparer: of the training samples; the test sets have all pairs, and what is too long is cut.
         progress: (description) to a wrapper of an iteration, such as a progress bar.
+        copies: those that were found when the run began; None at its beginning.
 
     Raises:
         InputErrors: every checked record that cannot be used, unless `config.skip_bad`.
@@ -86,22 +96,26 @@ def open_inputs(config: RecordsConfig, eval_sets: list[EvalSet], preparer: Prepa
     tests = [open_records(config, "test", roots, own.path, name=own.name) for own in eval_sets]
     roots.refuse_unused(names for records in (train, *tests) for names in records.names)
     first = config.check_records
-    all_or_first = len(train) if fraction or config.pairs == "expand" else first  # what is a sample depends on all
+    sought = copies is None and config.duplicates == "drop"
+    all_or_first = len(train) if fraction or config.pairs == "expand" or sought else first  # samples depend on all
     table = survey(Look(train, preparer, testing, fraction, is_decoded(train, config)), all_or_first, progress)
     tested = [survey(Look(own, testing, decode=is_decoded(own, config)), first, progress) for own in tests]
     if first and not config.skip_bad:
         refuse_bad([table, *tested])
+    if copies is None:
+        copies = find_copies(train, table, config.duplicates, by_file=mixture.weights is not None)
+    table = table[~np.isin(table["record"], [copy for copy, _ in copies])]
     held_out = is_held_out(table["key"], fraction)
     dataset = PreferenceDataset(train, preparer, table[~held_out])
     datasets = [PreferenceDataset(own, testing, rows) for own, rows in zip(tests, tested, strict=True)]
-    report_duplicates(dataset, eval_sets, datasets)
+    report_tested(dataset, eval_sets, datasets)
     if fraction:
         if held_out.all() or not held_out.any():
             side = "train" if held_out.all() else "evaluate"
             raise ValueError(f"--eval-fraction {fraction} of {len(train)} records leaves none to {side} on")
         eval_sets = [EvalSet(HELD_OUT, "iid", Path(mixture.paths[0])), *eval_sets]
         datasets = [PreferenceDataset(train, testing, table[held_out]), *datasets]
-    return Inputs(dataset, mixture.weights, eval_sets, datasets)
+    return Inputs(dataset, mixture.weights, eval_sets, datasets, copies)
 
 
 def open_records(
@@ -151,7 +165,24 @@ def refuse_bad(tables: list[np.ndarray]) -> None:
         raise InputErrors(errors, "mend them, or pass --skip-bad to leave them out")
 
 
-def report_duplicates(dataset: PreferenceDataset, eval_sets: list[EvalSet], tests: list[PreferenceDataset]) -> None:
+def find_copies(records: Records, table: np.ndarray, duplicates: str, *, by_file: bool) -> list[list[int]]:
+    """The records to leave out, each with the one that it is a copy of; copies and contradictions are told.
+
+    Args:
+        by_file: copies in two files of a mixture are meant, its weights say how often they come.
+    """
+    found = copies(table, records.spec_edges if by_file else (0, len(records)))
+    opposed = contradictions(table[~np.isin(table["record"], found[:, 0])])
+    fate = "left out, --duplicates keep trains on them" if duplicates == "drop" else "kept"
+    told = {f"the same prompt, images and pairs as others ({fate})": found}
+    told["the pairs of others the other way round (kept)"] = opposed
+    if sharding.rank() == 0:
+        for what, both in ((what, both) for what, both in told.items() if len(both)):
+            print_lines([f"{len(both)} records have {what}, such as {' and '.join(map(records.source, both[0]))}"])
+    return found.tolist() if duplicates == "drop" else []
+
+
+def report_tested(dataset: PreferenceDataset, eval_sets: list[EvalSet], tests: list[PreferenceDataset]) -> None:
     """Say which test sets have records of the training set in them, as far as both were surveyed."""
     keys = dataset.table["key"]
     for eval_set, tested in zip(eval_sets, tests, strict=True):

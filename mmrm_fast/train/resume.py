@@ -32,6 +32,7 @@ class RunState:
 
     config: dict
     data: dict = field(default_factory=dict)  # `fingerprints` of the files that it is trained on
+    copies: list = field(default_factory=list)  # records that are left out, each with the one that it is a copy of
     step: int = 0
     consumed: int = 0  # records of the order
     trained: int = 0  # of those, records in steps that were applied

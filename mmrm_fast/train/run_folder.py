@@ -187,7 +187,8 @@ def require_same(config: TrainConfig, checkpoint: Path | None) -> None:
         before = read_json(folder / CONFIG)
     else:
         return
-    now, before = config_json(config), config_json(TrainConfig()) | before  # an option that is new had its default
+    unsaid = config_json(TrainConfig()) | {"duplicates": "keep"}  # of options that are new, as runs were before them
+    now, before = config_json(config), unsaid | before
     if not isinstance(before["image_root"], list):  # one folder, in earlier releases
         before["image_root"] = [before["image_root"]] if before["image_root"] else []
     unused = {"tokens_per_batch"} if now["pairs_per_step"] else set()

@@ -27,7 +27,7 @@ from mmrm_fast.train.branch import train_mode
 from mmrm_fast.train.evaluation import best_figure, evaluate
 from mmrm_fast.train.proxy import make_branches, parse_proxy
 from mmrm_fast.train.rates import Rates
-from mmrm_fast.train.records import MAX_LISTED, InputErrors, open_inputs, training_preparer
+from mmrm_fast.train.records import HELD_OUT, MAX_LISTED, InputErrors, open_inputs, training_preparer
 from mmrm_fast.train.resume import Checkpoints, RunState, load_tensors, require_space
 from mmrm_fast.train.run_folder import BEST, FINAL, PROXY, SKIPPED, RunFolder, config_json
 from mmrm_fast.train.step import Outcome, Steps
@@ -48,26 +48,32 @@ class Trainer:
         torch.manual_seed(config.run.seed)
         proxy = parse_proxy(config)
         self.branches = make_branches(proxy, device)
-        unchecked = {"check_records": 0} if start else {}  # they were checked when the run began
-        records, main = replace(config.records, **unchecked), self.branches[0].checkpoint
-        preparer = training_preparer(config, main, with_text=len(self.branches) > 1)
-        self.inputs = open_inputs(records, eval_sets, preparer, self.progress_bar)
-        self.kinds = {eval_set.name: eval_set.kind for eval_set in self.inputs.eval_sets}
-        self.total = int(config.optimizer.epochs * len(self.inputs.dataset))  # records to train on
+        self.open_data(eval_sets, start and RunState.read(start).copies)
         self.steps = Steps(self.branches, proxy, config, device)
         self.state = self.begun()
         self.folder = RunFolder(config.run.output_dir)
-        self.rates = Rates([branch.root for branch in self.branches], main.tokens_per_tile, device)
+        tokens_per_tile = self.branches[0].checkpoint.tokens_per_tile
+        self.rates = Rates([branch.root for branch in self.branches], tokens_per_tile, device)
         self.undecoded: list[RecordError] = []  # on this rank, since all ranks noted them
         self.waited = 0.0  # seconds of a step without data
         self.received: list[int] = []  # signals
+
+    def open_data(self, eval_sets: list[EvalSet], copies: list[list[int]] | None) -> None:
+        """Open what is trained and tested on, without the copies that were found when the run began."""
+        config, checkpoint = self.config, self.branches[0].checkpoint
+        unchecked = {"check_records": 0} if self.start else {}  # they were checked when the run began
+        preparer = training_preparer(config, checkpoint, with_text=len(self.branches) > 1)
+        records = replace(config.records, **unchecked)
+        self.inputs = open_inputs(records, eval_sets, preparer, self.progress_bar, copies)
+        self.kinds = {eval_set.name: eval_set.kind for eval_set in self.inputs.eval_sets}
+        self.total = int(config.optimizer.epochs * len(self.inputs.dataset))  # records to train on
 
     def begun(self) -> RunState:
         """The state that the run starts from. Raises `ValueError` where its data are not what they were."""
         files = [*self.inputs.dataset.records.files, *self.steps.proxy.files()]
         if self.start is None:
             data = sharding.on_first_rank(lambda: fingerprints(files))
-            return RunState(config_json(self.config), data)
+            return RunState(config_json(self.config), data, self.inputs.copies)
         state = RunState.read(self.start)
         changes = sharding.on_first_rank(lambda: differences(state.data, files))
         if changes and not self.config.run.accept_changed_data:
@@ -76,9 +82,11 @@ class Trainer:
         data = sharding.on_first_rank(lambda: fingerprints(files)) if changes else state.data
         for change in changes:
             self.say(f"going on with changed data: {change}")
+        if changes:
+            self.open_data([own for own in self.inputs.eval_sets if own.name != HELD_OUT], None)
         if state.consumed > self.total:
             raise ValueError(f"{state.consumed} records were trained on, the data have {self.total}: nothing is left")
-        return replace(state, config=config_json(self.config), data=data)
+        return replace(state, config=config_json(self.config), data=data, copies=self.inputs.copies)
 
     def run(self) -> Path:
         """The whole run, from where it starts to its end; raises `SystemExit` where a signal stopped it before."""
@@ -258,7 +266,9 @@ class Trainer:
             self.write_weights(PROXY, 1)
         if self.is_main:
             results = self.figures(rows)
-            self.folder.write_results(rows, results, self.state.skipped)
+            source, state = self.inputs.dataset.records.source, self.state
+            copies = ({"source": source(i), "field": "", "reason": f"a copy of {source(j)}"} for i, j in state.copies)
+            self.folder.write_results(rows, results, [*state.skipped, *copies])
             print_summary(self.folder.path, results, self.state)
 
     def write_weights(self, name: str, branch: int, **notes: dict) -> None:
@@ -346,7 +356,9 @@ def print_summary(folder: Path, results: dict[str, dict], state: RunState) -> No
     """The table of figures, what was not trained on, and what to do next."""
     if results:
         print_results(results)
-    for what, number in {"records or responses skipped, see skipped.jsonl": len(state.skipped), **state.counts}.items():
+    skipped = {"records or responses skipped": len(state.skipped), "copies of other records": len(state.copies)}
+    counts = {f"{what}, see {SKIPPED}": number for what, number in skipped.items()} | state.counts
+    for what, number in counts.items():
         if number:
             print(f"{number} {what}")
     print(f"Score with it:\n  python scripts/score.py --model {folder / FINAL} --data in.jsonl --out out.jsonl")

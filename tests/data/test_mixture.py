@@ -12,6 +12,8 @@ from mmrm_fast.data.mixture import (
     Look,
     Mixture,
     PreferenceDataset,
+    contradictions,
+    copies,
     is_held_out,
     parse_mixture,
     permutations,
@@ -79,6 +81,53 @@ def test_prompt_and_image_content_make_the_key(tmp_path):
     first, second, third, *others = [keyed(*case) for case in cases]
     assert first == second == third
     assert len({first, *others}) == 5
+
+
+PAIR = {"prompt": "p", "images": ["a.png"], "chosen": "x", "rejected": "y"}
+RATED = {"prompt": "p", "images": ["a.png"], "responses": ["x", "y", "z"], "scores": [3, 2, 1]}
+RELATIONS = {  # two records, and what the second is to the first
+    "itself": (PAIR, PAIR, "a copy"),
+    "another id and margin": (PAIR, {**PAIR, "id": 7, "margin": 2}, "a copy"),
+    "a copy of the picture": (PAIR, {**PAIR, "images": ["copy.png"]}, "a copy"),
+    "rated": (PAIR, {"prompt": "p", "images": ["a.png"], "responses": ["y", "x"], "scores": [1, 2]}, "a copy"),
+    "in another order": (RATED, {**RATED, "responses": ["z", "x", "y"], "scores": [1, 3, 2]}, "a copy"),
+    "other ratings of one order": (RATED, {**RATED, "scores": [9, 5, 4]}, "a copy"),
+    "the other way round": (PAIR, {**PAIR, "chosen": "y", "rejected": "x"}, "opposed"),
+    "all the other way round": (RATED, {**RATED, "scores": [1, 2, 3]}, "opposed"),
+    "one pair the other way round": (RATED, {**RATED, "scores": [2, 3, 1]}, None),
+    "some of its pairs": (RATED, PAIR, None),
+    "another prompt": (PAIR, {**PAIR, "prompt": "q"}, None),
+    "another picture": (PAIR, {**PAIR, "images": ["b.png"]}, None),
+    "another response": (PAIR, {**PAIR, "rejected": "z"}, None),
+    "another picture of one side": (PAIR, {**PAIR, "images": ["a.png", "b.png"], "rejected_images": ["a.png"]}, None),
+    "sides of other pictures": (
+        {**PAIR, "rejected_images": ["b.png"]}, {**PAIR, "images": ["b.png"], "rejected_images": ["a.png"]}, None),
+    "no pair": ({**RATED, "scores": [1, 1, 1]}, {**RATED, "scores": [2, 2, 2]}, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", RELATIONS)
+def test_a_copy_has_the_same_pairs_and_a_contradiction_the_same_the_other_way_round(
+    tmp_path, write_jsonl, make_preparer, kind
+):
+    *records, relation = RELATIONS[kind]
+    for name, colour in (("a", "red"), ("copy", "red"), ("b", "blue")):
+        Image.new("RGB", (60, 60), colour).save(tmp_path / f"{name}.png")
+    look = Look(Records(write_jsonl(records)), make_preparer())
+    table = np.array([row for record in range(2) for row in look(record).rows], SAMPLE)
+    assert not any(notes and notes.errors for notes in table["notes"])
+    assert copies(table, [0, 2]).tolist() == [[1, 0]] * (relation == "a copy")
+    assert contradictions(table).tolist() == [[0, 1], [1, 0]] * (relation == "opposed")
+
+
+def test_copies_are_of_the_first_record_between_two_edges():
+    table = unknown_samples(range(6))
+    table["answers"] = [8, 6, 8, 0, 8, 9]
+    assert copies(table, [0, 6]).tolist() == [[2, 0], [4, 0]]
+    assert copies(table, [0, 2, 6]).tolist() == [[4, 2]]
+    assert copies(table[:0], [0, 0]).tolist() == contradictions(table[:2]).tolist() == []
+    assert contradictions(table).tolist() == [[0, 5], [2, 5], [4, 5], [5, 0]]
+    assert copies(np.repeat(table, 3), [0, 6]).tolist() == [[2, 0], [4, 0]]  # samples of one record
 
 
 def test_what_is_held_out_depends_on_the_key_alone():

@@ -79,7 +79,7 @@ class StandIn(PreferenceDataset):
         self.looked_at.append(index)
         cost = self.costs[index]
         error = RecordError(f"file.jsonl:{index + 1}", "prompt", "missing")
-        return (index, 0, 0, *(Size.of_error(error) if cost is None else Size(cost, int(cost > 0))))
+        return (index, 0, 0, 0, *(Size.of_error(error) if cost is None else Size(cost, int(cost > 0))))
 
 
 def random_records(seed, count=60):

@@ -383,7 +383,8 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_is_a_warning_and_training_go
 
 def test_what_was_skipped_before_is_told_after_resuming(make_config, write_jsonl, pictures, capsys):
     good = {"prompt": "What?", "img_path": pictures["photo"], "chosen": "a b", "rejected": "c"}
-    data = write_jsonl([good, "{broken"] * 8, "bad.jsonl")
+    records = [line for i in range(8) for line in ({**good, "rejected": f"c {i}"}, "{broken")]
+    data = write_jsonl(records, "bad.jsonl")
     options = {**OPTIONS, "data": (str(data),), "skip_bad": True, "epochs": 1, "tokens_per_batch": 80}
     whole = train(make_config("whole", **options))
     config = make_config("run", **options)

@@ -140,7 +140,7 @@ def test_steps_can_be_a_number_of_pairs(make_config):
 
 def test_a_mixture_is_as_long_as_its_files_together(make_config, write_jsonl, pictures):
     data = make_config("mixture").records.data[0]
-    other = write_jsonl(mixed_records(pictures)[:2], "other.jsonl")
+    other = write_jsonl(mixed_records(pictures)[:2], "other.jsonl")  # again, as the weights say
     folder = train(make_config("mixture", data=(f"{data}:1", f"{other}:3"), eval=()))
     assert sum(row["records"] for row in read(folder / "metrics.jsonl")) == 13
 
