@@ -20,6 +20,7 @@ from mmrm_fast.config import MemoryConfig
 from mmrm_fast.model.reward_model import RewardModel
 
 TIMEOUT = timedelta(minutes=10)
+COMPILED_VARIANTS = 64  # of a block: of both branches, with and without images, in training and in evaluation
 
 
 @contextmanager
@@ -99,13 +100,14 @@ def shard(model: RewardModel, device: torch.device, config: MemoryConfig) -> Rew
     computing in fp32 needs no sharding. A model on the meta device stays there, for `CheckpointFolder.fill`.
     """
     dtype = compute_dtype(config, device)
+    torch._dynamo.config.recompile_limit = COMPILED_VARIANTS
     for parameter in model.parameters():
         parameter.data = parameter.data.to(stored_dtype(parameter, dtype))
     for block in blocks(model):
-        if config.compile:
-            block.forward = torch.compile(block.forward, dynamic=True)  # every batch has other sizes
         if config.activation_checkpointing != "none":
             block.forward = partial(checkpoint, block.forward, **checkpoint_options(config.activation_checkpointing))
+        if config.compile:  # the checkpoint within, whose recomputation the compiler plans; every batch has other sizes
+            block.forward = torch.compile(block.forward, dynamic=True)
     offloaded = offloads(device, config)
     if not offloaded and not next(model.parameters()).is_meta:
         model.to(device)
