@@ -15,11 +15,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import bench_flops, bench_ops, bench_score, bench_train_step, report
 from benchmarks.bench_loader import digest
-from benchmarks.flops import counted
+from benchmarks.flops import counted, visible_pairs
 from benchmarks.harness import Baseline, Check, Comparison, Options, Row, compare, peak_bytes, relative_error
 from benchmarks.models import Geometry, make_model, make_records
 from benchmarks.report import ResultFile, read_rows, regressions
 from mmrm_fast.data.packing import Packed, map_tensors
+from mmrm_fast.ops.trie_attention import visible_keys
 
 TINY = Geometry(56, 32, 10, 0.1, vision_layers=1, text_layers=2, vocab_size=64)
 ROW = Row("score", "score 1x1", "cpu", "float32", 1.0, "padded", 5.0, 5.0, spread=0.05, verified=True)
@@ -48,6 +49,13 @@ def test_a_padded_step_counts_what_its_causal_mask_leaves():
         counted(partial(scaled_dot_product_attention, query, key, key, is_causal=c))[1].flops for c in (True, False)
     ]
     assert flops == [4 * 2 * 8 * 21, 4 * 2 * 8 * 36]
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 6, 20])
+def test_the_pairs_that_a_window_hides_are_not_counted(window):
+    edges = {"cu_seqlens_q": torch.tensor([0, 3, 8]), "cu_seqlens_k": torch.tensor([0, 7, 12]), "window": window}
+    expected = visible_keys(3, 7, window).sum() + visible_keys(5, 5, window).sum()
+    assert visible_pairs({"q": None, **edges}) == expected
 
 
 def test_an_interrupted_run_continues_where_its_environment_is_the_same(tmp_path):

@@ -112,9 +112,11 @@ def shrink_text(config: PreTrainedConfig) -> None:
     heads, layers = config.num_attention_heads, config.num_hidden_layers
     is_grouped = getattr(config, "num_key_value_heads", None) not in (None, heads)
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    last = {kind: layer for layer, kind in enumerate(getattr(config, "layer_types", None) or layers * [None])}
+    kept = (sorted(last.values()) * LAYERS)[-LAYERS:]  # of two kinds where there are
     for name, value in vars(config).items():
         if isinstance(value, list) and len(value) == layers:  # one a layer
-            setattr(config, name, (value * LAYERS)[-LAYERS:])
+            setattr(config, name, [value[layer] for layer in kept])
     config.num_attention_heads, config.hidden_size = HEADS, HEADS * size
     config.num_hidden_layers, config.vocab_size = LAYERS, VOCABULARY
     if hasattr(config, "num_key_value_heads"):

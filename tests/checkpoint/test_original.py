@@ -80,7 +80,7 @@ def test_rewards_with_other_vision_settings(tmp_path, groups, changes):
     check(tmp_path, original_config("Qwen2", "300M", 578, **changes), groups)
 
 
-@pytest.mark.parametrize("llm", ["InternLM2 dynamic", "Phi3 su"])
+@pytest.mark.parametrize("llm", ["InternLM2 dynamic", "Phi3 su", "GptOss"])
 def test_a_long_response_does_not_change_its_neighbours_rewards(tmp_path, pictures, llm):
     write_checkpoint(tmp_path, original_config(llm, "300M", 578))
     scorer = scorer_of(tmp_path)

@@ -33,7 +33,6 @@ WAYS = {
     "proxy file": {"robust": True, "proxy_model": "margins.jsonl"},
     "experts": {"robust": True, "model": "experts"},
     "experts, lora": {**LORA, "model": "experts", "robust": True, "proxy_model": "lora"},
-    "sinks and windows": {"robust": True, "model": "sinks"},
 }
 
 
@@ -42,7 +41,6 @@ def make_way(make_config, make_checkpoint, tmp_path):
     """A TrainConfig of one of `WAYS`, with what it names in place."""
     save_checkpoint(tmp_path / "small", make_checkpoint(text="llama", max_length=256))
     save_checkpoint(tmp_path / "experts", make_checkpoint(text="qwen3_moe", max_length=256))
-    save_checkpoint(tmp_path / "sinks", make_checkpoint(text="gpt_oss", max_length=256))
     rows = [
         {"record": record, "chosen": chosen, "rejected": rejected, "proxy_margin": (record - 5) / 4 + chosen - rejected}
         for record in range(11)
@@ -270,9 +268,16 @@ def test_learning_rate_schedules():
     assert [lr_factor(share, 0.1, "constant") for share in (0.05, 0.1, 1.0)] == pytest.approx([0.5, 1, 1])
 
 
-@pytest.mark.parametrize(("way", "checkpointing"), [("robust", "none"), ("robust", "full"), ("experts", "full")])
-def test_a_compiled_block_is_one_graph_and_trains_alike(make_way, monkeypatch, way, checkpointing):
-    plain = train(make_way("plain", way, max_steps=2))
+@pytest.mark.parametrize(
+    ("text", "checkpointing"), [("qwen2", "none"), ("qwen2", "full"), ("qwen3_moe", "full"), ("gpt_oss", "none")]
+)
+def test_a_compiled_block_is_one_graph_and_trains_alike(
+    make_way, make_checkpoint, tmp_path, monkeypatch, text, checkpointing
+):
+    save_checkpoint(tmp_path / text, make_checkpoint(text=text, max_length=256))
+    options = {"model": text, "max_steps": 2}
+    plain = train(make_way("plain", "robust", **options))
+    torch.compiler.reset()  # what other models compiled of the code that all share
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager", fullgraph=True))
-    folder = train(make_way("compiled", way, max_steps=2, compile=True, activation_checkpointing=checkpointing))
+    folder = train(make_way("compiled", "robust", **options, compile=True, activation_checkpointing=checkpointing))
     assert losses(folder) == pytest.approx(losses(plain), abs=1e-6)
