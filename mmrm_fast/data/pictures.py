@@ -8,8 +8,8 @@ is a path (relative to the image root), a `file://` URL, a base64 `data:image/..
 import base64
 import binascii
 import filecmp
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -31,43 +31,42 @@ class ImageRoots:
     """
 
     common: Path | None = None
-    own: tuple[tuple[str, Path], ...] = ()
+    own: Mapping[str, Path] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, options: Sequence[str]) -> "ImageRoots":
         """FOLDER, NAME=FOLDER or FILE=FOLDER each. Raises `ValueError`."""
-        common, own = [], {}
+        roots = {}
         for option in options:
             name, found, folder = option.rpartition("=") if not Path(option).is_dir() else ("", "", option)
             if not Path(folder).is_dir() or (found and not name):
                 raise ValueError(f"--image-root {option}: no such folder; expected FOLDER, NAME=FOLDER or FILE=FOLDER")
-            if name in own or (not name and common):
+            if name in roots:
                 raise ValueError(f"--image-root {option}: there is another for {name or 'all files'}")
-            if name:
-                own[name] = Path(folder).absolute()
-            else:
-                common = [Path(folder).absolute()]
-        return cls(next(iter(common), None), tuple(own.items()))
+            roots[name] = Path(folder).absolute()
+        return cls(roots.pop("", None), roots)
 
     def options(self) -> tuple[str, ...]:
         """The same with absolute paths, for `parse`."""
         common = [str(self.common)] if self.common else []
-        return (*common, *(f"{Path(name).absolute()}={folder}" for name, folder in self.own))
+        return (*common, *(f"{Path(name).absolute()}={folder}" for name, folder in self.own.items()))
+
+    def called(self, file: Path, *names: str) -> str | None:
+        """The name by which a file, which goes by these too, has a folder of its own."""
+        paths = {Path(own).absolute() for own in (file, *names)}
+        return next((name for name in self.own if name in names or Path(name).absolute() in paths), None)
 
     def of(self, file: Path, *names: str) -> tuple[Path, Path | None]:
-        """The folder of a file that goes by these names too, and where a picture of the same name must be the same."""
-        for name, folder in self.own:
-            if name in names or Path(name).absolute() in (file.absolute(), *(Path(own).absolute() for own in names)):
-                return folder, None
+        """The folder of a file, and where a picture of the same name must be the same."""
+        name = self.called(file, *names)
+        if name is not None:
+            return self.own[name], None
         return (self.common, file.parent) if self.common else (file.parent, None)
 
     def refuse_unused(self, known: Iterable[tuple[Path, ...]]) -> None:
         """Raise `ValueError` where the name of a folder is of no file that is read, by what those go by."""
-        known = list(known)
-        for name, folder in self.own:
-            alone = ImageRoots(own=((name, folder),))
-            if not any(alone.of(*names)[0] is folder for names in known):
-                raise ValueError(f"--image-root {name}={folder}: no file or test set of this name is read")
+        for name in self.own.keys() - {self.called(*names) for names in known}:
+            raise ValueError(f"--image-root {name}={self.own[name]}: no file or test set of this name is read")
 
 
 def parse_images(

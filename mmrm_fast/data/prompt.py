@@ -143,30 +143,24 @@ class PromptEncoder:
         prompt: Prompt,
         responses: Sequence[str | Message],
         tiles_per_image: tuple[int, ...] = (),
+        *,
         tools: Sequence[str] = (),
+        text_only: bool = False,
     ) -> Encoded:
         """Encode one prompt, its images (`tiles_per_image` in slot order) and all its responses.
 
         Args:
             tools: JSON of each tool that the conversation may call.
+            text_only: leave the images out, as the text-only proxy sees it.
 
         Raises:
             FieldError: the prefix alone does not fit, `<image>` does not match the images, or the chat template does
                 not take these turns.
         """
         turns = split_images(prompt, len(tiles_per_image), self.compat)
+        if text_only:
+            turns, tiles_per_image = without_images(turns), ()
         return self.encode_turns(turns, [*map(Turn.of, responses)], tiles_per_image, [*map(json.loads, tools)])
-
-    def encode_text_only(
-        self,
-        prompt: Prompt,
-        responses: Sequence[str | Message],
-        tiles_per_image: tuple[int, ...] = (),
-        tools: Sequence[str] = (),
-    ) -> Encoded:
-        """Encode as the text-only proxy sees it: without the images. Raises as `encode`."""
-        turns = without_images(split_images(prompt, len(tiles_per_image), self.compat))
-        return self.encode_turns(turns, [*map(Turn.of, responses)], (), [*map(json.loads, tools)])
 
     def encode_turns(
         self, turns: Turns, answers: Turns, tiles_per_image: tuple[int, ...], tools: Sequence[dict]

@@ -159,8 +159,8 @@ class Preparer:
         main = self.with_images(partial(self.encoder.encode, prompt, tools=tools), group, tiles_per_image)
         if not self.with_text:
             return Sample(group, tiles_per_image, main)
-        encode = self.encoder.encode if self.proxy_image == "white" else self.encoder.encode_text_only
-        text = self.with_images(partial(encode, prompt, tools=tools), group, (1,) * len(group.images))
+        encode = partial(self.encoder.encode, prompt, tools=tools, text_only=self.proxy_image == "none")
+        text = self.with_images(encode, group, (1,) * len(group.images))
         return Sample(group, tiles_per_image, main, text)
 
     def with_images(self, encode: Encode, group: Group, tiles_per_image: tuple[int, ...]) -> Encoded:
