@@ -7,8 +7,9 @@ that is already sharded is filled with this rank's rows alone.
 import copy
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
 from typing import get_args
 
@@ -28,6 +29,7 @@ from mmrm_fast.checkpoint.processor import (
     settings_of,
     stored_settings,
 )
+from mmrm_fast.checkpoint.schema import check_settings
 from mmrm_fast.checkpoint.tensors import TensorFolder, as_stored, write_tensors
 from mmrm_fast.checkpoint.tokenizer import load_tokenizer
 from mmrm_fast.config import TrainBatchConfig
@@ -94,6 +96,24 @@ class Checkpoint:
         return replace(self, tiling=tiling)
 
 
+def understood(method: Callable) -> Callable:
+    """A method of a folder; whatever a library makes of broken settings is a `ValueError` that names the folder."""
+
+    @wraps(method)
+    def called(self, *arguments, **options):
+        try:
+            return method(self, *arguments, **options)
+        except (OSError, AssertionError):
+            raise
+        except Exception as error:
+            if isinstance(error, ValueError) and str(self.path) in str(error):
+                raise
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            raise ValueError(f"{self.path}: {kind}{error}") from error
+
+    return called
+
+
 class CheckpointFolder:
     """A checkpoint's folder as data: each of its files is read once, when it is first asked for.
 
@@ -113,7 +133,7 @@ class CheckpointFolder:
         """config.json, of a model type that loads."""
         if not (self.path / "config.json").is_file():
             raise ValueError(f"{self.path}: no config.json; expected a checkpoint folder")
-        settings = read_json(self.path / "config.json")
+        settings = check_settings(read_json(self.path / "config.json"), self.path / "config.json")
         kind = settings.get("model_type")
         if kind not in (NATIVE, ORIGINAL):
             raise ValueError(f"{self.path}: model_type is {kind!r}; expected `{NATIVE}` or the original `{ORIGINAL}`")
@@ -131,6 +151,7 @@ class CheckpointFolder:
         return self.settings["model_type"] == ORIGINAL
 
     @cached_property
+    @understood
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer; an original folder's has the conversation template that config.json names."""
         if self.is_original:
@@ -143,6 +164,7 @@ class CheckpointFolder:
         return (self.path / "tokenizer_config.json").is_file()
 
     @cached_property
+    @understood
     def config(self) -> InternVLConfig:
         """The native config, with room for every token of the tokenizer, where there is one."""
         tokenizer = self.tokenizer if self.has_tokenizer else None
@@ -160,6 +182,7 @@ class CheckpointFolder:
         return config
 
     @cached_property
+    @understood
     def processor(self) -> Processor:
         """The image processor's settings."""
         image_size = self.config.vision_config.image_size[0]
@@ -189,6 +212,7 @@ class CheckpointFolder:
             return None
         return name.removeprefix(PROXY)
 
+    @understood
     def model(self, dtype: torch.dtype = torch.float32, *, num_layers: int | None = None) -> RewardModel:
         """The reward model on the meta device, in evaluation mode; only config.json is needed.
 
@@ -209,6 +233,7 @@ class CheckpointFolder:
         except Exception as error:  # whatever the model that is named raises
             raise ValueError(f"{self.path}/config.json: {message(error)}") from error
 
+    @understood
     def load(
         self,
         *,

@@ -13,6 +13,8 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from mmrm_fast.checkpoint.schema import check_settings, check_tokenizer
+from mmrm_fast.data.chat import rendered
 from mmrm_fast.data.prompt import SPACE
 from mmrm_fast.files import read_json, refuse_pointer
 
@@ -20,6 +22,7 @@ IMAGE_TOKENS = ("<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>"
 QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+MAX_PIECE = 1 << 10
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 SLOW_ROLES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}  # a slow Llama tokenizer's defaults
 TEMPLATES = files("mmrm_fast") / "assets" / "templates"
@@ -67,7 +70,7 @@ def read_settings(folder: Path) -> dict:
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         raise ValueError(f"{folder}: no {path.name}; expected the tokenizer's files beside the weights")
-    return read_json(path)
+    return check_settings(read_json(path), path)
 
 
 def added_tokens(folder: Path, settings: dict) -> dict[int, AddedToken]:
@@ -95,13 +98,14 @@ def mapped_tokens(folder: Path, settings: dict) -> tuple[str, ...]:
 def begins_with(tokenizer: PreTrainedTokenizerFast, tokens: tuple[str, ...]) -> bool:
     """Whether conversations begin with one of these tokens. Raises `ValueError` where some do and others do not."""
     turns = [{"role": role, "content": "text"} for role in ("system", "user", "assistant")]
-    begins = set()
+    begins, problem = set(), None
     for conversation in (turns, turns[1:]):
         try:
-            rendered = tokenizer.apply_chat_template(conversation, tokenize=False)
-        except TemplateError:
-            continue  # it takes no system turn
-        begins.add(rendered.startswith(tokens))
+            begins.add(rendered(tokenizer, conversation).startswith(tokens))
+        except TemplateError as error:  # it takes no system turn
+            problem = error
+    if not begins:
+        raise ValueError(f"the chat template takes no conversation: {problem}")
     if len(begins) != 1:
         raise ValueError(f"the chat template begins with one of {', '.join(tokens)} in some conversations only")
     return begins.pop()
@@ -122,7 +126,7 @@ def build_backend(
     """
     fast, sentencepiece = folder / "tokenizer.json", folder / "tokenizer.model"
     if fast.is_file() and not (slow and sentencepiece.is_file()):
-        refuse_pointer(fast)
+        check_tokenizer(read_json(fast), fast)
         backend = Tokenizer.from_file(str(fast))
         backend.no_truncation(), backend.no_padding()
         known = backend.get_vocab()
@@ -207,6 +211,9 @@ def read_sentencepiece(path: Path) -> ModelProto:
         model = ModelProto.FromString(path.read_bytes())
     except DecodeError:
         raise ValueError(f"{path}: not a sentencepiece model") from None
+    longest = max((len(piece.piece) for piece in model.pieces), default=0)
+    if longest > MAX_PIECE:
+        raise ValueError(f"{path}: has a piece of {longest} characters, over the limit of {MAX_PIECE}")
     if not any(piece.type == piece.UNKNOWN for piece in model.pieces):
         raise ValueError(f"{path}: not a sentencepiece model: it has no piece for what is unknown")
     return model

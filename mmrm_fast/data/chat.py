@@ -15,11 +15,14 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from mmrm_fast.data.time_limit import Overtime, TimeLimit
 from mmrm_fast.data.types import FieldError, Message
 
 IMAGE, SLOT = "\U000f0000", "\U000f0001"  # where an image stands, and what stands for a response
 PRIVATE, FIRST_HIDDEN, MAX_HIDDEN = "[\U000f0000-\U000ffffd]", 0xF0002, 0xFFF0
 
+RENDERING = TimeLimit(10.0)  # of one conversation, which takes half a millisecond
+MAX_CHARS = 1 << 26
 SHOWN = ("tool_calls", "reasoning_content")  # of a message, which a template must not drop
 
 
@@ -190,8 +193,8 @@ class ChatTemplate:
         """A conversation as the template renders it, image slots as `IMAGE`."""
         messages = [turn.as_json() for turn in turns]
         try:
-            return self.tokenizer.apply_chat_template(messages, tools=tools or None, tokenize=False, **options)
-        except (TemplateError, TypeError) as error:  # such as text and an object added
+            return rendered(self.tokenizer, messages, tools=tools or None, **options)
+        except TemplateError as error:
             roles = ", ".join(turn.role for turn in turns[:-1])
             raise FieldError("prompt", f"the chat template does not take the turns {roles}: {error}") from None
 
@@ -219,6 +222,21 @@ class ChatTemplate:
         if len(tail) < 2:
             raise ValueError("the chat template puts no special token after the response; a reward needs an end token")
         return tail[1][1]
+
+
+def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict], **options: Any) -> str:
+    """Messages as a chat template renders them. Raises `TemplateError`, whatever it does, and within a time limit."""
+    try:
+        text = RENDERING(tokenizer.apply_chat_template, messages, tokenize=False, **options)
+    except TemplateError:
+        raise
+    except Overtime:
+        raise TemplateError(f"it took over {RENDERING.seconds:g} seconds") from None
+    except Exception as error:  # it is a program: division by zero, endless recursion, more memory than there is
+        raise TemplateError(f"{type(error).__name__}: {error}") from None
+    if len(text) > MAX_CHARS:
+        raise TemplateError(f"it renders {len(text)} characters, more than {MAX_CHARS}")
+    return text
 
 
 def escaped(tokens: Sequence[str]) -> list[str]:

@@ -8,10 +8,10 @@ and is started again has every response once; and actors that read their own rec
 import json
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
+from functools import partial
 
 import ray
 import torch
@@ -22,17 +22,18 @@ from mmrm_fast.config import ScoreConfig
 from mmrm_fast.config_file import options
 from mmrm_fast.data.census import peek, told
 from mmrm_fast.data.pictures import ImageRoots
-from mmrm_fast.data.records import Group, RecordError, Records, iter_groups, prompt_json
+from mmrm_fast.data.records import Group, RecordError, Records, iter_groups, parse_group, prompt_json
 from mmrm_fast.data.splits import FAILURES
 from mmrm_fast.files import locked, read_json, write_json_lines
 from mmrm_fast.score.cluster import gpus_each, ray_cluster
+from mmrm_fast.score.poison import score_alone
+from mmrm_fast.score.pool import CHUNKS_AHEAD, Pool
 from mmrm_fast.score.scorer import Scored, Scorer
 from mmrm_fast.score.shards import PAIR_COLUMNS, SCORE_COLUMNS, Shards, fingerprint
 from mmrm_fast.tables import print_lines
 
 CPUS_PER_ACTOR = 2
-CHUNKS_AHEAD = 2  # of an actor: one is read and tokenised while the model runs on the other
-RETRIES = 5
+FATAL = "its process died twice, each time over this record alone"
 EXIT_SOME_FAILED = 3
 IDENTITY = ("max_length", "max_tiles", "compat", "best_of", "to_pairs", "normalize")  # what changes the rows
 
@@ -48,16 +49,15 @@ class ScoringActor:
         self.scorer = Scorer.from_pretrained(config.model, **options(config.batch))
         self.scale = reward_scale(config)
 
-    def score(self, chunk: int) -> Counter:
-        """Score a chunk and write its shard; its counts. Raises what failed where it was not the records.
+    def score(self, chunk: int, poison: Sequence[int] = ()) -> Counter:
+        """Score a chunk but its `poison` and write its shard; its counts. Raises what failed beside the records.
 
         They are of records, responses, failed records, `tokens` (prompts, images and responses, a prompt counted once)
         and `tokens_unshared` (as if every response were scored by itself).
         """
         positions = self.shards.records(chunk)
-        with self.reading:
-            groups = list(iter_groups(self.records, positions))
-        results = score_or_say_why(self.scorer, groups)
+        fatal = {place: RecordError(self.records.source(place), "", FATAL) for place in poison}
+        results = score_or_say_why(self.scorer, self.groups(positions, fatal))
         raise_if_broken(results)
         rows, errors, tally = [], [], Counter(records=len(positions))
         for position, result in zip(positions, results, strict=True):
@@ -70,6 +70,18 @@ class ScoringActor:
         tally["failed"] = len(errors)
         self.shards.write(chunk, rows, {"tally": tally, "errors": errors})
         return tally
+
+    def groups(self, positions: Sequence[int], fatal: dict[int, RecordError]) -> list[Group | RecordError]:
+        """The groups at some positions; the fatal ones are not read."""
+        with self.reading:
+            read = iter_groups(self.records, [place for place in positions if place not in fatal])
+            return [fatal[place] if place in fatal else next(read) for place in positions]
+
+    def probe(self, positions: Sequence[int]) -> bool:
+        """Score some records, or a plain text where they are none, for whether this process lives to say True."""
+        plain = parse_group({"prompt": "What?", "responses": ["This."]}, source="a probe")
+        score_or_say_why(self.scorer, self.groups(positions, {}) or [plain])
+        return True
 
 
 def score_or_say_why(scorer: Scorer, groups: Sequence[Group | RecordError]) -> list[Scored | Exception]:
@@ -237,25 +249,22 @@ def sharing(tally: Counter) -> float:
 
 
 def scored_chunks(config: ScoreConfig, shards: Shards, chunks: Sequence[int]) -> Iterator[Counter]:
-    """The counts of chunks as they are done, on a pool of actors."""
+    """The counts of chunks as they are done, on a pool of actors; of those over which one died, later and alone."""
     with ray_cluster(config.address):
-        waiting, left = iter(chunks), len(chunks)
-        actors = make_actors(config, shards, len(chunks))
-        at_work = {actor.__ray_ready__.remote(): actor for actor in actors * CHUNKS_AHEAD}  # none waits for a slow one
+        waiting, suspects = deque(chunks), deque()
         try:
-            while left:
-                (done,), _ = ray.wait(list(at_work), num_returns=1)
-                actor = at_work.pop(done)
-                at_work |= {actor.score.remote(chunk): actor for chunk in islice(waiting, 1)}
-                if isinstance(tally := ray.get(done), Counter):
-                    left -= 1
-                    yield tally
-        except ray.exceptions.RayError as error:
+            pool = Pool(actor_starts(config, shards, len(chunks)))
+            while waiting or suspects:
+                yield from pool.together(waiting, suspects)
+                while suspects:
+                    chunk = suspects.popleft()
+                    yield score_alone(pool.ask, chunk, shards.records(chunk))
+        except (ray.exceptions.RayError, OSError) as error:
             raise OSError(f"a scoring process failed; what is done is kept, start again to go on: {error}") from None
 
 
-def make_actors(config: ScoreConfig, shards: Shards, num_chunks: int) -> list:
-    """The scoring processes: one a GPU, or one a two CPUs, unless the config says how many.
+def actor_starts(config: ScoreConfig, shards: Shards, num_chunks: int) -> list[Callable]:
+    """What starts each of the scoring processes: one a GPU, or one a two CPUs, unless the config says how many.
 
     Raises `ValueError` where the cluster lacks GPUs for them.
     """
@@ -271,10 +280,8 @@ def make_actors(config: ScoreConfig, shards: Shards, num_chunks: int) -> list:
     count = min(count, num_chunks)
     threads = max(1, min(int(resources["CPU"] / count), CPUS_PER_ACTOR))
     cpus = threads if count * threads <= resources["CPU"] else 0  # more actors than CPUs, if the user wants it so
-    actor = ray.remote(
-        num_cpus=cpus, num_gpus=gpus, max_restarts=RETRIES, max_task_retries=RETRIES, max_concurrency=CHUNKS_AHEAD
-    )(ScoringActor)
-    return [actor.remote(config, shards, num_threads=threads) for _ in range(count)]
+    actor = ray.remote(num_cpus=cpus, num_gpus=gpus, max_concurrency=CHUNKS_AHEAD)(ScoringActor)
+    return [partial(actor.remote, config, shards, num_threads=threads)] * count
 
 
 def finish(config: ScoreConfig, shards: Shards, tally: Counter, errors: list[dict]) -> int:

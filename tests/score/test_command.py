@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import ray
@@ -24,7 +25,7 @@ from mmrm_fast.config import ScoreConfig
 from mmrm_fast.data.records import Group, RecordError, Records, iter_groups
 from mmrm_fast.files import locked
 from mmrm_fast.score.cluster import ray_cluster
-from mmrm_fast.score.command import ScoringActor, error_row, finish, make_actors, rows_of, score_or_say_why
+from mmrm_fast.score.command import ScoringActor, actor_starts, error_row, finish, rows_of, score_or_say_why
 from mmrm_fast.score.scorer import Scored, Scorer
 from mmrm_fast.score.shards import RECORDS_PER_CHUNK, Shards
 
@@ -364,9 +365,9 @@ def an_actor_that_never_starts(monkeypatch):
     """Beside those that do: no chunk may wait for it."""
     nowhere = ray.remote(resources={"a machine that is not there": 1})(ScoringActor)
     more = lambda config, shards, count: [  # noqa: E731
-        nowhere.remote(config, shards, num_threads=1), *make_actors(config, shards, count)
+        partial(nowhere.remote, config, shards, num_threads=1), *actor_starts(config, shards, count)
     ]  # fmt: skip
-    monkeypatch.setattr("mmrm_fast.score.command.make_actors", more)
+    monkeypatch.setattr("mmrm_fast.score.command.actor_starts", more)
 
 
 @pytest.mark.usefixtures("an_actor_that_never_starts")
