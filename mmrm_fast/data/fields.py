@@ -95,10 +95,24 @@ class Fields(dict):
         self.read.add(name)
         return super().get(name, default)
 
-    def names(self, columns: Collection[str] = ()) -> dict[str, tuple[str, ...]]:
-        """Its fields that were read, and those that were not, with the columns that nobody took out of the file."""
-        unread = (*(str(name) for name in self if name not in self.read), *columns)
-        return {"read": tuple(name for name in self if name in self.read), "unread": unread}
+    def names(self, columns: Collection[str], known: Collection[str]) -> dict[str, tuple[str, ...]]:
+        """Its fields that were read, and those that were not.
+
+        Args:
+            columns: that nobody took out of the file.
+            known: keys that are read of messages and completions; others were not, told as "prompt[].key".
+        """
+        read = tuple(name for name in self if name in self.read)
+        lists = [name for name in read if is_conversation(self[name]) or name == "completions"]
+        items = (
+            (name, item) for name in lists for item in (self[name] if isinstance(self[name], list) else [self[name]])
+        )
+        objects = ((name, item) for name, item in items if isinstance(item, dict))
+        inside = (
+            f"{name}[].{key}" for name, item in objects for key in item if key not in known and not is_empty(item[key])
+        )
+        unread = (*(str(name) for name in self if name not in self.read), *dict.fromkeys(inside), *columns)
+        return {"read": read, "unread": unread}
 
 
 class ReadColumns:

@@ -12,9 +12,18 @@ from pathlib import Path
 import numpy as np
 
 from mmrm_fast.data.fields import Fields, ReadColumns, refuse_unread
-from mmrm_fast.data.forms import FORM_FIELDS, PREFERENCE_FIELDS, TRANSLATED, Form, in_text, parse_form, translated
+from mmrm_fast.data.forms import (
+    COMPLETION,
+    FORM_FIELDS,
+    PREFERENCE_FIELDS,
+    TRANSLATED,
+    Form,
+    in_text,
+    parse_form,
+    translated,
+)
 from mmrm_fast.data.lines import open_rows
-from mmrm_fast.data.messages import as_json, parse_objects
+from mmrm_fast.data.messages import MESSAGE_EXTRAS, as_json, parse_objects
 from mmrm_fast.data.pictures import IMAGE_FIELDS, ImageRoots, parse_images, resolve_image, shown_images
 from mmrm_fast.data.splits import Split, record_files
 from mmrm_fast.data.types import (
@@ -39,6 +48,7 @@ __all__ = [
 
 ID_FIELDS = ("id", "idx")
 MAX_PAIRS = 2048  # of a record: all of 64 responses
+READ_INSIDE = {"role", "content", "from", "value", *MESSAGE_EXTRAS, *COMPLETION}
 FIELDS = {*ID_FIELDS, *IMAGE_FIELDS, *FORM_FIELDS, "truth"}
 
 
@@ -81,7 +91,7 @@ def parse_group(
         return Group(
             source, record, parse_id(fields), form.prompt, responses=form.responses, truth=truth,
             tools=parse_tools(fields), extras=extras if any(extras) else None, **images_of(fields, form, where),
-            **preferences(form, max_pairs), **own.names(columns),
+            **preferences(form, max_pairs), **own.names(columns, READ_INSIDE),
         )  # fmt: skip
 
 

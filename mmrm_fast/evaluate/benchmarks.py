@@ -19,7 +19,7 @@ from pathlib import Path
 from mmrm_fast.data.fields import Fields, ReadColumns, is_empty, refuse_unread
 from mmrm_fast.data.lines import Rows, open_rows
 from mmrm_fast.data.pictures import ImageRoots, resolve_image
-from mmrm_fast.data.records import MAX_PAIRS, Group, Records, iter_groups, parse_group
+from mmrm_fast.data.records import MAX_PAIRS, READ_INSIDE, Group, Records, iter_groups, parse_group
 from mmrm_fast.data.splits import record_files, said_left
 from mmrm_fast.data.types import FieldError, Pairs, RecordError, at, kind_of
 from mmrm_fast.tables import print_lines
@@ -144,7 +144,9 @@ def read_layout(
         except RecordError as error:
             yield Unread(identity, group, error)
         else:
-            record = replace(item.record, id=identity, record=index, images=found, **fields.names(file.unread))
+            record = replace(
+                item.record, id=identity, record=index, images=found, **fields.names(file.unread, READ_INSIDE)
+            )
             yield replace(item, id=identity, record=record)
 
 

@@ -21,6 +21,12 @@ RECORDS = {  # a record: its fields that are read, and that are not
     "RLHF-V": (
         {"text": '{"question": "q", "chosen": "a", "rejected": "b"}', "image": "a.png", "ds_name": "x"},
         "text image", "ds_name"),
+    "keys inside": (
+        {**PLAIN, "prompt": [{"role": "user", "content": "q", "weight": 1, "id": None}]}, "prompt chosen rejected",
+        "prompt[].weight"),
+    "completions": (
+        {"prompt": "q", "completions": [{"annotations": {}, "response": "a", "model": "m"}] * 2}, "prompt completions",
+        "completions[].model"),
     "a null": ({**PLAIN, "margin": None, "source": None}, "prompt chosen rejected", ""),
     "a picture": ({**PLAIN, "images": ["a.png"], "labels": [1]}, "prompt chosen rejected images", "labels"),
 }  # fmt: skip

@@ -93,6 +93,8 @@ def test_a_field_of_any_name_is_named_or_says_nothing(name, value, level):
         assert name in error.field
     else:
         assert group.prompt == "q" and (level != "part" or value in (None, "", []))
+        told = {"record": name, "message": f"prompt[].{name}"}.get(level)
+        assert told in (*group.read, *group.unread) or value in (None, "", []) or level == "part"
 
 
 # better than refusing

@@ -134,6 +134,27 @@ def test_multimodal_rewardbench_splits_safety_and_reasoning_by_the_id(tmp_path, 
     assert [item.group for item in items] == [category for _, category in cases]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_byte_order_mark_changes_no_count(tmp_path, picture, encoding):
+    cases = {"pairs-1": "safety", "toxic-2": "safety", "math-3": "reasoning", "code-4": "reasoning", "": "vqa"}
+    with open(tmp_path / "all.csv", "w", newline="", encoding=encoding) as file:
+        rows = csv.writer(file)
+        rows.writerow(["ID", "Text", "Image", "Output1", "Output2", "Better", "Category"])
+        rows.writerows([identity, "What?", picture.name, "A", "B", "Output2", own] for identity, own in cases.items())
+    items = read("multimodal-rewardbench", tmp_path / "all.csv", picture.parent)
+    parts = ["safety/bias", "safety/toxicity", "reasoning/math", "reasoning/coding", None]
+    assert [(item.id, item.subgroup) for item in items] == list(
+        zip(["pairs-1", "toxic-2", "math-3", "code-4", "4"], parts, strict=True)
+    )
+
+
+@pytest.mark.parametrize("bench", ["mm-rlhf-rewardbench", "rewardbench", "pairs"])
+def test_items_without_an_id_have_one_each(tmp_path, picture, bench):
+    row = {"prompt": "Hi", "chosen": "Yes.", "rejected": "No.", "image": picture.name}
+    path = write_json_lines(tmp_path / "data.jsonl", [{**row, "id": None}, row, {**row, "id": 7}])
+    assert [item.id for item in read(bench, path, picture.parent)] == ["0", "1", "7"]
+
+
 def test_rewardbench_is_text_and_grouped_by_subset(tmp_path):
     messages = [{"role": "user", "content": "Hi"}]
     go, stop = ([{"role": "assistant", "content": text}] for text in ("Go.", "Stop."))
