@@ -43,7 +43,7 @@ def audit(config: AuditConfig) -> None:
     features = {name: NgramFeatures(open_file(config, path)) for name, path in {**files, **tests}.items()}
     options = {"seed": config.seed, "ranks": Ranks()}
     fitted = {
-        name: crossfit.fit(features[name], numbers(features[name]), progress=bar(f"{name}: fitting"), **options)
+        name: crossfit.fit(features[name], numbers(features[name]), progress=bar(f"{name}: fitting"), **options).fitted
         for name in files
     }
     looks = {

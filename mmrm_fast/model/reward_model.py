@@ -4,6 +4,7 @@ Shapes: T packed tokens, R responses, I tiles, S pixels a tile side, D hidden si
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from mmrm_fast.model.decoder import packed_hidden
 from mmrm_fast.model.self_check import prepare
 from mmrm_fast.model.vision import check_vision, project, tower_output
 from mmrm_fast.ops.pack_image_tokens import pack_image_tokens
+
+Head = Callable[[Tensor, Tensor], Tensor]
 
 
 class RewardModel(nn.Module):
@@ -35,16 +38,17 @@ class RewardModel(nn.Module):
         self.register_buffer("only_tiles", None, persistent=False)  # the vision tower's output, see `keep_only`
         self.reads_last_tokens = prepare(model)
 
-    def forward(self, plan: TokenPlan, tiles_ISSC: Tensor | None = None) -> Tensor:
+    def forward(self, plan: TokenPlan, tiles_ISSC: Tensor | None = None, *, head: Head | None = None) -> Tensor:
         """Rewards [R] of the plan's responses, in fp32 (float64 for float64 models).
 
         Args:
             plan: the packed tokens of one branch.
             tiles_ISSC: the batch's tiles, uint8; None for a plan without image tokens.
+            head: what reads (hidden [T, D], last tokens [R]) in the score's place.
         """
-        return self.read(self.score, plan, tiles_ISSC)
+        return self.read(head or self.score, plan, tiles_ISSC)
 
-    def read(self, head: nn.Module, plan: TokenPlan, tiles_ISSC: Tensor | None) -> Tensor:
+    def read(self, head: Head, plan: TokenPlan, tiles_ISSC: Tensor | None) -> Tensor:
         """What a score head reads [R] of the plan's last tokens."""
         embedding = self.model.get_input_embeddings().weight
         features = embedding.detach()[:0] if tiles_ISSC is None else self.image_features(tiles_ISSC)

@@ -61,9 +61,28 @@ class Chunk:
         return np.repeat(np.arange(len(self.groups)), [len(group.pairs) for group in self.groups])
 
     @property
+    def record_P(self) -> np.ndarray:
+        """Every pair's record in its file or files."""
+        return np.array([group.record for group in self.groups], np.int64)[self.place_P]
+
+    @property
+    def written_P2(self) -> np.ndarray:
+        """Chosen and rejected response of every pair, by their places in the record."""
+        ends = [np.array(group.places, np.int64)[group.pairs.ends] for group in self.groups]
+        return np.concatenate([np.zeros((0, 2), np.int64), *ends])
+
+    @property
     def differences_PF(self) -> Matrix:
         """Features of chosen minus rejected."""
         return self.features_RF[self.ends_P2[:, 0]] - self.features_RF[self.ends_P2[:, 1]]
+
+
+class Margins(NamedTuple):
+    """Margins of pairs, by their record and the places of their responses in it."""
+
+    record_P: np.ndarray
+    ends_P2: np.ndarray
+    margin_P: np.ndarray
 
 
 class Features(Protocol):
@@ -80,6 +99,7 @@ class Part:
     """Pairs that may be fitted on."""
 
     record_P: np.ndarray
+    ends_P2: np.ndarray  # places in the record
     level_P: np.ndarray  # zeros that the hashed key begins with
     fold_P: np.ndarray
     differences_PF: Matrix
@@ -87,15 +107,13 @@ class Part:
     @classmethod
     def of(cls, chunk: Chunk, seed: int) -> "Part":
         """All pairs of a chunk."""
-        record_N = np.array([group.record for group in chunk.groups], np.int64)
-        place_P, level_N = chunk.place_P, level_of(chunk.key_N, seed)
-        fold_P = fold_of(chunk.key_N, seed)[place_P]
-        return cls(record_N[place_P], level_N[place_P], fold_P, chunk.differences_PF)
+        level_N, fold_N, place_P = level_of(chunk.key_N, seed), fold_of(chunk.key_N, seed), chunk.place_P
+        return cls(chunk.record_P, chunk.written_P2, level_N[place_P], fold_N[place_P], chunk.differences_PF)
 
     def above(self, level: int) -> "Part":
         """The pairs of a level and more."""
         kept = self.level_P >= level
-        return Part(self.record_P[kept], self.level_P[kept], self.fold_P[kept], self.differences_PF[kept])
+        return Part(*(getattr(self, name)[kept] for name in self.__dataclass_fields__))
 
     def bytes_L(self) -> np.ndarray:
         """The bytes of each level's features."""
@@ -127,7 +145,7 @@ def windows(features: Features, records: np.ndarray, ranks: Ranks, progress: Cal
         yield window
 
 
-def fit(features: Features, records: np.ndarray, *, seed: int, ranks: Ranks, progress: Callable) -> Fitted:
+def fit(features: Features, records: np.ndarray, *, seed: int, ranks: Ranks, progress: Callable) -> "CrossFit":
     """The regressions of these records, the same on every rank."""
     parts: list[Part] = []
     bytes_L, level = np.zeros(LEVELS), 0
@@ -139,26 +157,29 @@ def fit(features: Features, records: np.ndarray, *, seed: int, ranks: Ranks, pro
             level += 1
             parts = [part.above(level) for part in parts]
     everyones = ranks.gather(parts)
-    return ranks.first(lambda: fit_parts(everyones))
+    return ranks.first(lambda: fit_parts(everyones, is_complete=level == 0))
 
 
-def fit_parts(parts: Sequence[Part]) -> Fitted:
+class CrossFit(NamedTuple):
+    """Regressions, and the margins of all records that they are of, where those were all fitted on."""
+
+    fitted: Fitted
+    margins: Margins | None
+
+
+def fit_parts(parts: Sequence[Part], *, is_complete: bool) -> CrossFit:
     """The regressions of what was kept, in the order of the records."""
-    record_P = np.concatenate([part.record_P for part in parts])
+    record_P, ends_P2, fold_P = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("record_P", "ends_P2", "fold_P")
+    )
     order = np.argsort(record_P, kind="stable")
     stack = vstack if issparse(parts[0].differences_PF) else np.concatenate
     differences_PF = stack([part.differences_PF for part in parts])
     if issparse(differences_PF):
         differences_PF = differences_PF.tocsr()
-    return cross_fit(differences_PF[order], np.concatenate([part.fold_P for part in parts])[order])
-
-
-class Margins(NamedTuple):
-    """Margins of pairs, by their record and the places of their responses in it."""
-
-    record_P: np.ndarray
-    ends_P2: np.ndarray
-    margin_P: np.ndarray
+    fitted = cross_fit(differences_PF[order], fold_P[order])
+    margins = Margins(record_P[order], ends_P2[order], fitted.margins_P) if is_complete else None
+    return CrossFit(fitted, margins)
 
 
 def margins(
@@ -179,6 +200,4 @@ def chunk_margins(chunk: Chunk, fitted: Fitted, seed: int | None) -> Margins:
     place_P, ends_P2 = chunk.place_P, chunk.ends_P2
     fold_P = np.full(len(place_P), FOLDS) if seed is None else fold_of(chunk.key_N, seed)[place_P]
     margin_P = scores_RK[ends_P2[:, 0], fold_P] - scores_RK[ends_P2[:, 1], fold_P]
-    records = np.array([group.record for group in chunk.groups], np.int64)
-    ends = [np.array(group.places, np.int64)[group.pairs.ends] for group in chunk.groups]
-    return Margins(records[place_P], np.concatenate([np.zeros((0, 2), np.int64), *ends]), margin_P)
+    return Margins(chunk.record_P, chunk.written_P2, margin_P)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,15 +32,23 @@ class NgramFeatures:
 
     def chunk(self, numbers: np.ndarray) -> Chunk:
         """One lot of records."""
-        groups, keys, images, errors = usable(self.records, numbers)
-        return Chunk(groups, keys, images, response_features(groups), errors)
+        found = usable(self.records, numbers)
+        return Chunk(found.groups, found.key_N, found.image_N, response_features(found.groups), found.errors)
 
 
-def usable(
-    records: Records, numbers: np.ndarray
-) -> tuple[tuple[Group, ...], np.ndarray, np.ndarray, tuple[RecordError, ...]]:
-    """Groups with what their pairs name, their keys, those of their images, and the errors of what cannot be read."""
-    groups, keys, pictured, errors = [], [], [], []
+class Usable(NamedTuple):
+    """Groups with what their pairs name, without pictures, and the errors of what cannot be read."""
+
+    groups: tuple[Group, ...]
+    num_images: tuple[int, ...]
+    key_N: np.ndarray  # uint64, as `Chunk` has them
+    image_N: np.ndarray
+    errors: tuple[RecordError, ...]
+
+
+def usable(records: Records, numbers: np.ndarray) -> Usable:
+    """What can be read of some records."""
+    groups, counts, keys, pictured, errors = [], [], [], [], []
     for number in numbers:
         try:
             group = records.group(int(number))
@@ -50,5 +59,7 @@ def usable(
             seen = replace(group, images=images)
             keys.append(record_key(seen))
             pictured.append(record_key(replace(seen, prompt="")) if images else 0)
+            counts.append(len(images))
         groups.append(replace(only_paired(group), images=()))
-    return tuple(groups), np.array(keys, np.uint64), np.array(pictured, np.uint64), tuple(errors)
+    hashes = (np.array(own, np.uint64) for own in (keys, pictured))
+    return Usable(tuple(groups), tuple(counts), *hashes, tuple(errors))

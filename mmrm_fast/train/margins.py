@@ -2,8 +2,9 @@
 
 import math
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from operator import index
 from pathlib import Path
 
@@ -16,11 +17,10 @@ from mmrm_fast.data.samples import Sample
 from mmrm_fast.files import json_lines, whole_folder, write_json, write_json_lines
 from mmrm_fast.shortcuts import crossfit
 from mmrm_fast.shortcuts.crossfit import Features, Ranks
-from mmrm_fast.shortcuts.fit import Fitted
 from mmrm_fast.train import sharding
 
 SHORTCUT, TRAIN, FITTED = "shortcut", "train", "fitted.json"  # a folder of a run and what is in it
-MakeFeatures = Callable[[PreferenceDataset], Features]
+DISTANCE = 0.02  # nats of log-loss a pair for which a cheaper proxy is taken
 
 
 class ProxyMargins:
@@ -70,29 +70,43 @@ def pairs_of(sample: Sample) -> Iterator[tuple[int, int, int]]:
         yield sample.group.record, places[pair.chosen], places[pair.rejected]
 
 
-def write_margins(
-    folder: Path, make_features: MakeFeatures, train: PreferenceDataset, tests: Mapping[str, PreferenceDataset],
-    *, seed: int, progress: Callable,
-) -> Fitted:  # fmt: skip
-    """Fit a proxy on the training set and write margins, a file a set: cross-fitted ones, of the tests by all of it.
+@dataclass(frozen=True)
+class Candidate:
+    """A proxy without a model of its own."""
 
-    Called on every rank, each of which reads a share; the folder appears complete or not at all.
+    name: str
+    features: Callable[[PreferenceDataset], Features]
+
+
+def write_margins(
+    folder: Path, candidates: Sequence[Candidate], train: PreferenceDataset, tests: Mapping[str, PreferenceDataset],
+    *, seed: int, progress: Callable,
+) -> None:  # fmt: skip
+    """Fit proxies on the training set, take one, and write its margins, a file a set.
+
+    Those of the training set are cross-fitted, those of the tests by all of it. Of several candidates, the cheapest
+    first, the first is taken whose log-loss is within `DISTANCE` of the last one's. Called on every rank, each of which
+    reads a share; the folder appears complete or not at all.
     """
     ranks = Ranks(sharding.rank(), sharding.num_ranks(), sharding.gather_lists, sharding.on_first_rank)
+    fits = []
+    for own in candidates:
+        records, options = np.unique(train.table["record"]), {"progress": progress(f"fitting {own.name}")}
+        fits.append(crossfit.fit(own.features(train), records, seed=seed, ranks=ranks, **options))
+    losses = [own.fitted.log_loss for own in fits]
+    taken = next(i for i, loss in enumerate(losses) if not loss > losses[-1] + DISTANCE)
     with whole_folder(folder, replace=True) if ranks.rank == 0 else nullcontext() as aside:
-        features, records = make_features(train), np.unique(train.table["record"])
-        bar = progress("fitting the proxy")
-        fitted = crossfit.fit(features, records, seed=seed, ranks=ranks, progress=bar)
         for name, dataset in {TRAIN: train, **{file_of(name): own for name, own in tests.items()}}.items():
-            features, own = make_features(dataset), np.unique(dataset.table["record"])
-            folds = seed if name == TRAIN else None
-            bar = progress(f"margins of {name}")
-            rows = margin_rows(crossfit.margins(features, fitted, own, seed=folds, ranks=ranks, progress=bar))
+            parts = [known] if name == TRAIN and (known := fits[taken].margins) else crossfit.margins(
+                candidates[taken].features(dataset), fits[taken].fitted, np.unique(dataset.table["record"]),
+                seed=seed if name == TRAIN else None, ranks=ranks, progress=progress(f"margins of {name}"),
+            )  # fmt: skip
+            rows = margin_rows(parts)
             write_json_lines(aside / f"{name}.jsonl", rows) if aside else all(map(bool, rows))
         if aside:
-            write_json(aside / FITTED, {"log_loss": fitted.log_loss, "pairs": len(fitted.margins_P)})
+            found = {own.name: loss for own, loss in zip(candidates, losses, strict=True)}
+            write_json(aside / FITTED, {"log_loss": found, "taken": candidates[taken].name})
     sharding.on_first_rank(lambda: None)  # the folder is there
-    return fitted
 
 
 def file_of(test_set: str) -> str:

@@ -1,8 +1,8 @@
 """The text-only proxy of a training, in its several forms; `parse_proxy` says which, and nothing else asks."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -15,15 +15,27 @@ from mmrm_fast.data.lines import Rows, open_rows
 from mmrm_fast.data.mixture import PreferenceDataset
 from mmrm_fast.data.packing import Packed, PackedBatch
 from mmrm_fast.model.lora import MAIN, PROXY, TwoAdapterModel, add_lora
-from mmrm_fast.shortcuts.crossfit import Features
 from mmrm_fast.shortcuts.ngrams import NgramFeatures
+from mmrm_fast.shortcuts.probe import StateFeatures
 from mmrm_fast.train import sharding
 from mmrm_fast.train.branch import AdapterBranch, Branch, add_adapters, freeze
 from mmrm_fast.train.loss import margins, preference_loss, with_balance
-from mmrm_fast.train.margins import SHORTCUT, TRAIN, ProxyMargins, file_of, write_margins
+from mmrm_fast.train.margins import SHORTCUT, TRAIN, Candidate, ProxyMargins, file_of, write_margins
 from mmrm_fast.train.records import Inputs
 
 Opener = Callable[[CheckpointFolder, bool], Checkpoint]  # (folder, whether its language model alone is wanted)
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """A run before its first step."""
+
+    branches: list[Branch]
+    device: torch.device
+    inputs: Inputs
+    folder: Path
+    resumed: bool
+    progress: Callable  # (description) to a wrapper of an iteration
 
 
 class Proxy:
@@ -62,7 +74,7 @@ class Proxy:
         """The proxy's margins [P] of a batch of a test set, if it has them."""
         return None
 
-    def prepare(self, folder: Path, inputs: Inputs, *, resumed: bool, progress: Callable) -> None:
+    def prepare(self, run: Beginning) -> None:
         """What the first step waits for, on every rank; a run that is resumed has it in its folder."""
 
 
@@ -151,25 +163,32 @@ class FileProxy(Proxy):
 
 
 class ShortcutProxy(FileProxy):
-    """`ngrams`: margins that the run computes before its first step, from what a response's words and form tell."""
+    """`ngrams`, `probe`, `auto`: margins that the run computes before its first step, without a model of their own.
+
+    `ngrams` goes by what a response's words and form tell, `probe` by the model's states over text alone before it is
+    trained, `auto` by the first of them that tells about as much as the second.
+    """
 
     scores_tests = True
 
     def __init__(self, config: TrainConfig):
         super().__init__(config, Path(SHORTCUT, f"{TRAIN}.jsonl"))
+        name = config.proxy.proxy_model
+        self.kinds = ("ngrams", "probe") if name == "auto" else (name,)
         self.tests: dict[str, ProxyMargins] = {}
 
     def files(self) -> list[Rows]:
         return []  # the run's own
 
-    def prepare(self, folder: Path, inputs: Inputs, *, resumed: bool, progress: Callable) -> None:
-        self.path = folder / self.path
-        names = [eval_set.name for eval_set in inputs.eval_sets]
-        if not resumed:
-            tests = dict(zip(names, inputs.eval_datasets, strict=True))
-            write_margins(
-                self.path.parent, self.features, inputs.dataset, tests, seed=self.config.run.seed, progress=progress
-            )
+    def prepare(self, run: Beginning) -> None:
+        self.path = run.folder / self.path
+        names = [eval_set.name for eval_set in run.inputs.eval_sets]
+        if not run.resumed:
+            make = {"ngrams": lambda dataset: NgramFeatures(dataset.records), "probe": partial(self.states, run)}
+            candidates = [Candidate(kind, make[kind]) for kind in self.kinds]
+            tests = dict(zip(names, run.inputs.eval_datasets, strict=True))
+            options = {"seed": self.config.run.seed, "progress": run.progress}
+            write_margins(self.path.parent, candidates, run.inputs.dataset, tests, **options)
         elif not self.path.is_file():
             raise ValueError(f"{self.path}: the margins that the run began with are not there")
         for name in names:
@@ -179,17 +198,27 @@ class ShortcutProxy(FileProxy):
             elif sharding.rank() == 0:
                 print(f"{name}: was no test set when the run began, so the proxy has no margins of it")
 
-    def features(self, dataset: PreferenceDataset) -> Features:
-        """What the margins of a data set are computed from."""
-        return NgramFeatures(dataset.records)
+    def states(self, run: Beginning, dataset: PreferenceDataset) -> StateFeatures:
+        """The model's states over the texts of a data set."""
+        root = run.branches[0].root.eval()
+        return StateFeatures(
+            dataset.records, dataset.preparer.encoder, lambda plan: root(plan.to(run.device), head=last_states),
+            self.config.batch.tokens_per_micro_batch, lambda number: max(sharding.gather_lists([number])),
+        )  # fmt: skip
 
     def test_margins(self, name: str, branches: list[Branch], packed: Packed, batch: PackedBatch) -> Tensor | None:
         return self.tests[name].of(packed.samples) if name in self.tests else None
 
 
+def last_states(hidden_TD: Tensor, last_index_R: Tensor) -> Tensor:
+    """The states [R, D] of last tokens."""
+    return hidden_TD[last_index_R]
+
+
 def parse_proxy(config: TrainConfig) -> Proxy:
     """What `--robust` and `--proxy-model` ask for. Raises `ValueError`."""
-    name, kinds = config.proxy.proxy_model, {"full": ModelProxy, "lora": AdapterProxy, "ngrams": ShortcutProxy}
+    name, kinds = config.proxy.proxy_model, {"full": ModelProxy, "lora": AdapterProxy}
+    kinds |= dict.fromkeys(("ngrams", "probe", "auto"), ShortcutProxy)
     if not config.proxy.robust:
         return Proxy(config)
     if name in kinds:

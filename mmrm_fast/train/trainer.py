@@ -25,7 +25,7 @@ from mmrm_fast.tables import percent, print_results
 from mmrm_fast.train import sharding
 from mmrm_fast.train.branch import train_mode
 from mmrm_fast.train.evaluation import best_figure, evaluate
-from mmrm_fast.train.proxy import make_branches, parse_proxy
+from mmrm_fast.train.proxy import Beginning, make_branches, parse_proxy
 from mmrm_fast.train.rates import Rates
 from mmrm_fast.train.records import HELD_OUT, MAX_LISTED, InputErrors, open_inputs, training_preparer
 from mmrm_fast.train.resume import Checkpoints, RunState, load_tensors, require_space
@@ -94,8 +94,9 @@ class Trainer:
             load_tensors(self.start, self.steps.tensors())
             self.say(f"resuming after step {self.state.step} from {self.start}")
         sharding.on_first_rank(self.open_folder)
-        options = {"resumed": self.start is not None, "progress": self.progress_bar}
-        self.steps.proxy.prepare(self.folder.path, self.inputs, **options)
+        resumed, progress = self.start is not None, self.progress_bar
+        beginning = Beginning(self.branches, self.device, self.inputs, self.folder.path, resumed, progress)
+        self.steps.proxy.prepare(beginning)
         self.checkpoints = Checkpoints(self.folder.checkpoints, keep=self.config.run.keep)
         status = None
         with terminations() as self.received:

@@ -43,7 +43,7 @@ def margins_of(path, *, seed=0, order=None, limit=10**8):
     """Cross-fitted margins by (record, chosen, rejected)."""
     records = Records(path)
     features, numbers = NgramFeatures(records, limit), np.arange(len(records)) if order is None else order
-    fitted = crossfit.fit(features, numbers, seed=seed, ranks=Ranks(), progress=show)
+    fitted = crossfit.fit(features, numbers, seed=seed, ranks=Ranks(), progress=show).fitted
     parts = crossfit.margins(features, fitted, numbers, seed=seed, ranks=Ranks(), progress=show)
     rows = {
         (record, *ends): margin

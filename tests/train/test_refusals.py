@@ -57,7 +57,10 @@ def test_what_can_be_trained_is_not_refused(config):
         ({"best": "iid.nothing", "eval_every": 1}, "one of"),
         ({"best": "iid.sfd", "eval_every": 1}, r"--best iid\.sfd: no proxy scores the test sets"),
         ({"robust": True, "proxy_model": "lora"}, "--llm-lora"),
-        ({"robust": True, "proxy_model": "nowhere"}, "nowhere: not full, lora, ngrams, a folder or a file"),
+        (
+            {"robust": True, "proxy_model": "nowhere"},
+            "nowhere: not full, lora, ngrams, probe, auto, a folder or",
+        ),
         (
             {"robust": True, "proxy_model": "margins", "best": "iid.sfd", "eval_every": 1},
             "no proxy scores the test sets",

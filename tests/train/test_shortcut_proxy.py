@@ -1,6 +1,8 @@
 """A proxy of words and form: its margins stand before the first step, for every way in which pairs are trained on."""
 
+import json
 import os
+import random
 import signal
 
 import pytest
@@ -19,6 +21,9 @@ WAYS = {
     "held out": ({"eval_fraction": 0.4, "eval": ()}, None),
     "a mixture": ({"mixture": True, "eval": ()}, 19),
 }
+
+
+PROBE = {**NGRAMS, "proxy_model": "probe"}
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -59,6 +64,41 @@ def test_margins_do_not_depend_on_the_ranks(make_config):
     assert losses(two.run.output_dir) == pytest.approx(losses(one), abs=1e-4)
 
 
+def proxy_margins(folder, name):
+    return [row["proxy_margin"] for row in read(folder / "shortcut" / f"{name}.jsonl")]
+
+
+def test_the_probe_reads_the_model_before_it_is_trained_on_any_number_of_ranks(make_config):
+    one, three = train(make_config("one", **PROBE)), make_config("three", **PROBE)
+    assert run_ranks(train, three, world=3) == [0] * 3  # eleven records are one chunk: two ranks have none
+    for name in ("train", "eval-small", "eval-one"):
+        found, wanted = (proxy_margins(folder, name) for folder in (three.run.output_dir, one))
+        assert found == pytest.approx(wanted, abs=1e-3)
+    assert losses(three.run.output_dir) == pytest.approx(losses(one), abs=1e-3)
+
+
+@pytest.fixture
+def habits(write_jsonl):
+    """Records whose preferred response ends in a word more, but for its picture."""
+    rng = random.Random(0)
+    said = [" ".join(rng.sample(["red", "circles", "two", "left", "picture", "there"], 3)) for _ in range(320)]
+    pairs = zip(said[::2], said[1::2], strict=True)
+    rows = [
+        {"prompt": f"What? {i}", "chosen": f"{one} I think so.", "rejected": two} for i, (one, two) in enumerate(pairs)
+    ]
+    return str(write_jsonl(rows, "habits.jsonl"))
+
+
+@pytest.mark.parametrize(("kind", "taken"), [("ngrams", "ngrams"), ("probe", "probe"), ("auto", "ngrams")])
+def test_a_habit_is_found_and_the_cheapest_proxy_that_finds_it_is_taken(make_config, habits, kind, taken):
+    folder = train(make_config("run", **NGRAMS | {"proxy_model": kind}, data=(habits,), eval=(), max_steps=1))
+    fitted = json.loads((folder / "shortcut" / "fitted.json").read_text())
+    assert fitted["taken"] == taken and all(0 <= loss < 0.4 for loss in fitted["log_loss"].values())
+    assert len(fitted["log_loss"]) == (2 if kind == "auto" else 1)
+    right = [margin > 0 for margin in proxy_margins(folder, "train")]
+    assert sum(right) > 0.95 * len(right)
+
+
 def train_until(step, config):
     """Train, and kill this rank inside a step."""
 
@@ -69,9 +109,9 @@ def train_until(step, config):
     train(config, killing)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_killed_and_resumed_is_bitwise_as_uninterrupted(make_config, ranks):
-    options = {**NGRAMS, "epochs": 3, "save_every": 2, "keep": 3}
+@pytest.mark.parametrize(("kind", "ranks"), [(NGRAMS, 1), (NGRAMS, 2), (PROBE, 1)])
+def test_killed_and_resumed_is_bitwise_as_uninterrupted(make_config, kind, ranks):
+    options = {**kind, "epochs": 3, "save_every": 2, "keep": 3}
     whole, config = make_config("whole", **options), make_config("killed", resume="auto", **options)
     assert run_ranks(train, whole, world=ranks) == [0] * ranks
     assert -9 in run_ranks(train_until, 1, config, world=ranks)  # before the first checkpoint, too
