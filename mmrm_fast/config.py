@@ -118,8 +118,7 @@ class ProxyConfig:
     proxy_model: str = "full"
     """`full`: a copy of the model's language model; a folder: the (smaller) checkpoint there, of the same tokenizer.
     `lora`: a second adapter on the model's own frozen weights, with `--llm-lora`.
-    `ngrams`: no model, but regressions on words, lengths and form, cross-fitted before the first step; `probe`: on the
-    model's own states over text alone; `auto`: `ngrams` where it tells about as much as `probe`, else that.
+    `ngrams`: regressions on words and form, fitted before the first step; `probe`: on the model's states; `auto`: one.
     A JSONL file: margins computed before, such as the eval-NAME.jsonl of a robust run tested on its training file."""
     proxy_image: Literal["none", "white"] = "none"
     """What the proxy has in place of an image: nothing, or a white tile as in the reference implementation."""

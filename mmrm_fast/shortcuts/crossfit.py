@@ -110,6 +110,14 @@ class Part:
         level_N, fold_N, place_P = level_of(chunk.key_N, seed), fold_of(chunk.key_N, seed), chunk.place_P
         return cls(chunk.record_P, chunk.written_P2, level_N[place_P], fold_N[place_P], chunk.differences_PF)
 
+    @classmethod
+    def joined(cls, parts: Sequence["Part"]) -> "Part":
+        """All of them, in the order of the records."""
+        order = np.argsort(np.concatenate([part.record_P for part in parts]), kind="stable")
+        columns = [[getattr(part, name) for part in parts] for name in cls.__dataclass_fields__]
+        whole = [vstack(own, format="csr") if issparse(own[0]) else np.concatenate(own) for own in columns]
+        return cls(*(own if (np.diff(order) == 1).all() else own[order] for own in whole))
+
     def above(self, level: int) -> "Part":
         """The pairs of a level and more."""
         kept = self.level_P >= level
@@ -145,8 +153,15 @@ def windows(features: Features, records: np.ndarray, ranks: Ranks, progress: Cal
         yield window
 
 
-def fit(features: Features, records: np.ndarray, *, seed: int, ranks: Ranks, progress: Callable) -> "CrossFit":
-    """The regressions of these records, the same on every rank."""
+def sample(
+    features: Features, records: np.ndarray, *, seed: int, ranks: Ranks, progress: Callable,
+    see: Callable[[Chunk], None] = lambda chunk: None,
+) -> tuple[Part, bool]:  # fmt: skip
+    """The pairs to fit on, everyone's on every rank in the order of the records, and whether they are all there are.
+
+    Args:
+        see: shown every chunk of this rank.
+    """
     parts: list[Part] = []
     bytes_L, level = np.zeros(LEVELS), 0
     for window in windows(features, records, ranks, progress):
@@ -156,8 +171,9 @@ def fit(features: Features, records: np.ndarray, *, seed: int, ranks: Ranks, pro
         while bytes_L[level:].sum() > features.limit:
             level += 1
             parts = [part.above(level) for part in parts]
-    everyones = ranks.gather(parts)
-    return ranks.first(lambda: fit_parts(everyones, is_complete=level == 0))
+        for chunk in window:
+            see(chunk)
+    return Part.joined(ranks.gather(parts)), level == 0
 
 
 class CrossFit(NamedTuple):
@@ -167,31 +183,26 @@ class CrossFit(NamedTuple):
     margins: Margins | None
 
 
-def fit_parts(parts: Sequence[Part], *, is_complete: bool) -> CrossFit:
-    """The regressions of what was kept, in the order of the records."""
-    record_P, ends_P2, fold_P = (
-        np.concatenate([getattr(part, name) for part in parts]) for name in ("record_P", "ends_P2", "fold_P")
-    )
-    order = np.argsort(record_P, kind="stable")
-    stack = vstack if issparse(parts[0].differences_PF) else np.concatenate
-    differences_PF = stack([part.differences_PF for part in parts])
-    if issparse(differences_PF):
-        differences_PF = differences_PF.tocsr()
-    fitted = cross_fit(differences_PF[order], fold_P[order])
-    margins = Margins(record_P[order], ends_P2[order], fitted.margins_P) if is_complete else None
-    return CrossFit(fitted, margins)
+def fit(features: Features, records: np.ndarray, *, seed: int, ranks: Ranks, progress: Callable) -> CrossFit:
+    """The regressions of these records, the same on every rank."""
+    part, is_complete = sample(features, records, seed=seed, ranks=ranks, progress=progress)
+    fitted = ranks.first(lambda: cross_fit(part.differences_PF, part.fold_P))
+    return CrossFit(fitted, Margins(part.record_P, part.ends_P2, fitted.margins_P) if is_complete else None)
 
 
 def margins(
     features: Features, fitted: Fitted, records: np.ndarray, *, seed: int | None, ranks: Ranks, progress: Callable
 ) -> Iterator[Margins]:
-    """The margins of all pairs, everyone's on every rank, in some order.
+    """The margins of all pairs, everyone's on every rank, in the order of the records.
 
     Args:
         seed: of the folds that the records were fitted in; None for other records, which all regressions may judge.
     """
     for window in windows(features, records, ranks, progress):
-        yield from ranks.gather([chunk_margins(chunk, fitted, seed) for chunk in window])
+        parts = ranks.gather([chunk_margins(chunk, fitted, seed) for chunk in window])
+        whole = [np.concatenate(column) for column in zip(*parts, strict=True)]
+        order = np.argsort(whole[0], kind="stable")
+        yield Margins(*(column[order] for column in whole))
 
 
 def chunk_margins(chunk: Chunk, fitted: Fitted, seed: int | None) -> Margins:

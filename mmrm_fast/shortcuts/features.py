@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 
 import numpy as np
 from scipy.sparse import csr_matrix
@@ -93,7 +94,7 @@ def read_words(groups: Sequence[Group]) -> Words:
     words = [words_of(response) for group in groups for response in group.responses]
     starts = [start_of(group.prompt) for group in groups]
     start_R = [hash_of(" ".join(start)) for start, group in zip(starts, groups, strict=True) for _ in group.responses]
-    hash_T = np.array([hash_of(word) for own in words for word in own], np.uint64)
+    hash_T = np.fromiter(map(hash_of, chain.from_iterable(words)), np.uint64)
     return Words(words, hash_T, np.repeat(np.arange(len(words)), list(map(len, words))), np.array(start_R, np.uint64))
 
 

@@ -5,14 +5,15 @@ Shapes: R responses, D hidden size.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mmrm_fast.data.packing import TokenPlan, plan_tokens
-from mmrm_fast.data.prompt import PromptEncoder
 from mmrm_fast.data.records import Records
+from mmrm_fast.data.samples import Preparer
 from mmrm_fast.data.schedule import cut
 from mmrm_fast.data.types import RecordError, at
 from mmrm_fast.shortcuts.crossfit import Chunk
@@ -24,7 +25,7 @@ class StateFeatures:
     """States of unit mean square, float32 [R, D]."""
 
     records: Records
-    encoder: PromptEncoder
+    preparer: Preparer
     states: Callable[[TokenPlan], Tensor]  # [R, D] of the responses of a plan
     tokens: int  # of one forward
     most: Callable[[int], int] = int  # over all ranks, which all run as many forwards
@@ -40,7 +41,8 @@ class StateFeatures:
         for group, num_images in zip(found.groups, found.num_images, strict=True):
             try:
                 with at(group.source):
-                    encoded = self.encoder.encode_text_only(group.prompt, group.responses, (1,) * num_images)
+                    encode = partial(self.preparer.encoder.encode, group.prompt, tools=group.tools, text_only=True)
+                    encoded = self.preparer.with_images(encode, group, (1,) * num_images)
             except RecordError as error:
                 errors.append(error)
                 kept.append(False)
@@ -62,6 +64,6 @@ class StateFeatures:
 
     def forward(self, sequences: Sequence[np.ndarray]) -> np.ndarray:
         """The states of some sequences; of none, what a token that stands in for them leaves nothing of."""
-        plan = plan_tokens(sequences, self.encoder.rope_regime)
+        plan = plan_tokens(sequences, self.preparer.encoder.rope_regime)
         states_RD = self.states(plan)[: len(sequences)].float()
         return (states_RD * states_RD.square().mean(-1, keepdim=True).clamp(min=1e-12).rsqrt()).cpu().numpy()

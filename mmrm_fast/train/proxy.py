@@ -202,7 +202,7 @@ class ShortcutProxy(FileProxy):
         """The model's states over the texts of a data set."""
         root = run.branches[0].root.eval()
         return StateFeatures(
-            dataset.records, dataset.preparer.encoder, lambda plan: root(plan.to(run.device), head=last_states),
+            dataset.records, dataset.preparer, lambda plan: root(plan.to(run.device), head=last_states),
             self.config.batch.tokens_per_micro_batch, lambda number: max(sharding.gather_lists([number])),
         )  # fmt: skip
 
