@@ -56,6 +56,7 @@ def tokenizer():
 MORE = {  # settings of a text model besides those that all have
     "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "norm_topk_prob": True},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "mistral": {"sliding_window": WINDOW},
     "qwen2 with windows": {"sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 1},
 }

@@ -23,15 +23,21 @@ def set_expert_products(language_model: PreTrainedModel) -> None:
         language_model.set_experts_implementation("eager")
 
 
-def is_mixture(model: nn.Module) -> bool:
-    """Whether a reward model's language model has experts."""
-    return any(EXPERTS in name for name, _ in model.model.language_model.named_parameters())
+def num_experts(model: nn.Module) -> int:
+    """Experts of a layer of a reward model; 0 where it has none."""
+    named = model.model.language_model.named_parameters()
+    return next((len(parameter) for name, parameter in named if EXPERTS in name and parameter.ndim == 3), 0)
+
+
+def experts_of_a_token(model: nn.Module) -> int:
+    """Experts of a layer that a token passes through, by the names that configs have for it."""
+    config = model.model.config.text_config
+    return getattr(config, "num_experts_per_tok", None) or config.moe_topk
 
 
 def expert_share(model: nn.Module) -> float:
     """The share of its experts that a token passes through; 1 where there are none."""
-    config = model.model.config.text_config
-    return config.num_experts_per_tok / config.num_experts if is_mixture(model) else 1.0
+    return experts_of_a_token(model) / num_experts(model) if num_experts(model) else 1.0
 
 
 def active_parameters(model: nn.Module) -> int:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from mmrm_fast.checkpoint.folder import Checkpoint, CheckpointFolder
 from mmrm_fast.config import WeightsConfig
 from mmrm_fast.data.packing import TokenPlan
-from mmrm_fast.model.experts import balance_loss, routing
+from mmrm_fast.model.experts import balance_loss, experts_of_a_token, routing
 from mmrm_fast.model.lora import MAIN, PROXY, add_lora, merged
 from mmrm_fast.model.reward_model import RewardModel
 from mmrm_fast.train import sharding
@@ -33,8 +33,9 @@ class Branch:
             return self(plan, tiles_ISSC), None
         with routing(self.root.model.language_model) as logits:
             rewards = self(plan, tiles_ISSC)
-        config = self.root.model.config.text_config
-        return rewards, balance_loss(logits, config.num_experts_per_tok) if logits else rewards.new_zeros(())
+        if not logits:
+            return rewards, rewards.new_zeros(())
+        return rewards, balance_loss(logits, experts_of_a_token(self.root))
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that train for this reward, by name."""

@@ -12,7 +12,7 @@ from mmrm_fast.data.mixture import parse_mixture
 from mmrm_fast.data.pictures import ImageRoots
 from mmrm_fast.data.records import RecordError, Records
 from mmrm_fast.data.samples import Preparer, Sample
-from mmrm_fast.model.experts import active_parameters, is_mixture
+from mmrm_fast.model.experts import active_parameters, num_experts
 from mmrm_fast.model.reward_model import RewardModel
 from mmrm_fast.tables import print_table
 from mmrm_fast.train.memory import Memory, activations, count, memory, needed, sized_branches
@@ -45,7 +45,7 @@ def dry_run(config: TrainConfig, *, num_gpus: int) -> None:
     proxy = parse_proxy(config)
     models, work = [branch.root for branch in sized_branches(proxy)], measure(proxy)
     apart = list(dict.fromkeys(models))  # adapters are one model
-    if config.memory.dtype == "float32" and any(map(is_mixture, models)):
+    if config.memory.dtype == "float32" and any(map(num_experts, models)):
         raise ValueError("--dry-run --dtype float32: a mixture of experts can be counted in bfloat16 alone")
     saved = [activations(proxy, number, *full_micro_batch(config, number, work)) for number in range(len(apart))]
     memories = [memory(config.memory, *each, num_gpus=num_gpus) for each in zip(apart, saved, strict=True)]
@@ -88,7 +88,7 @@ def parameter_rows(models: list[RewardModel]) -> Iterator[tuple[str, ...]]:
         yield f"parameters, {name}", *("-" if part is None else f"{count(part):,}" for part in parts)
     yield "parameters, all", *(f"{count(model):,}" for model in models)
     yield "of them trained", *(f"{count(model, True):,}" for model in models)
-    if any(map(is_mixture, models)):
+    if any(map(num_experts, models)):
         yield "of all, active for a token", *(f"{active_parameters(model):,}" for model in models)
 
 

@@ -10,7 +10,7 @@ from torch.nn import Parameter
 
 from mmrm_fast.config import OptimizerConfig, TrainConfig
 from mmrm_fast.data.packing import Packed
-from mmrm_fast.model.experts import is_mixture
+from mmrm_fast.model.experts import num_experts
 from mmrm_fast.train import sharding
 from mmrm_fast.train.branch import Branch
 from mmrm_fast.train.loss import StepAccumulator, margins, preference_loss, with_balance
@@ -32,7 +32,7 @@ class Steps:
     """The branches' optimizer and what of a step is added up so far."""
 
     def __init__(self, branches: list[Branch], proxy: Proxy, config: TrainConfig, device: torch.device):
-        if config.loss.router_aux_loss and not is_mixture(branches[0].root):
+        if config.loss.router_aux_loss and not num_experts(branches[0].root):
             raise ValueError(f"--router-aux-loss: {config.weights.model} has no experts")
         self.branches, self.proxy, self.config, self.device = branches, proxy, config, device
         self.named = [{f"{branch.name}.{name}": p for name, p in branch.trained().items()} for branch in branches]

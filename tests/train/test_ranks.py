@@ -78,6 +78,12 @@ MEMORY = {
 }
 
 
+def test_selective_checkpointing_keeps_the_products_of_experts_and_changes_nothing(make_way):
+    plain = train(make_way("plain", "experts"))
+    kept = train(make_way("kept", "experts", activation_checkpointing="selective"))
+    assert losses(kept) == losses(plain)
+
+
 @pytest.mark.parametrize("option", MEMORY)
 def test_memory_options_do_not_change_two_adapters_on_one_model(make_way, option):
     """The hardest case: a layer that recomputes with the other branch's adapter gives wrong gradients silently."""
