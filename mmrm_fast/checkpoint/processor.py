@@ -140,7 +140,7 @@ def settings_of(tiling: Tiling, mean: tuple[float, ...], std: tuple[float, ...],
 
 
 def processor_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """The tokens that transformers' processor asks its tokenizer for; for video one that no conversation has."""
+    """The tokens that transformers' processor asks its tokenizer for; for video an unused one, if any."""
     unused = (*VIDEO_TOKENS, tokenizer.pad_token)
-    video = next(token for token in unused if token in tokenizer.get_vocab())
-    return {**dict(zip(PROCESSOR_TOKENS, IMAGE_TOKENS, strict=True)), "video_token": video}
+    video = [token for token in unused if token in tokenizer.get_vocab()]
+    return dict(zip((*PROCESSOR_TOKENS, "video_token"), (*IMAGE_TOKENS, *video[:1]), strict=False))
