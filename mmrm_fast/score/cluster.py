@@ -6,6 +6,11 @@ from contextlib import contextmanager
 
 import ray
 
+NEEDS = (
+    "Ray needs a HOME that can be written to, for its token; /dev/shm; and a short path in RAY_TMPDIR or TMPDIR, such"
+    " as /tmp, for its sockets; with --address a cluster that is there."
+)
+
 
 @contextmanager
 def ray_cluster(address: str | None = None, env: Mapping[str, str] | None = None) -> Iterator[None]:
@@ -15,6 +20,9 @@ def ray_cluster(address: str | None = None, env: Mapping[str, str] | None = None
 
     Ray listens on every interface and runs what clients send; since 2.60 a cluster that `ray.init` starts takes only
     clients that know the user's `~/.ray/auth_token`.
+
+    Raises:
+        OSError: Ray does not start here; what it needs is said.
     """
     if ray.is_initialized():
         yield
@@ -22,13 +30,16 @@ def ray_cluster(address: str | None = None, env: Mapping[str, str] | None = None
     env = dict(env or {})
     if not address:  # all processes inherit ours
         os.environ.update(env)
-    ray.init(
-        address=address or "local",  # None would join what RAY_ADDRESS or an earlier `ray start` names
-        runtime_env={"env_vars": env} if address else None,
-        log_to_driver=False,
-        include_dashboard=False,
-        logging_level="ERROR",
-    )
+    try:
+        ray.init(
+            address=address or "local",  # None would join what RAY_ADDRESS or an earlier `ray start` names
+            runtime_env={"env_vars": env} if address else None,
+            log_to_driver=False,
+            include_dashboard=False,
+            logging_level="ERROR",
+        )
+    except Exception as error:  # whatever of the machine it does not find
+        raise OSError(f"Ray does not start: {error}\n{NEEDS}") from error
     try:
         yield
     finally:
