@@ -11,7 +11,7 @@ from typing import Literal
 import tyro
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ReadConfig:
     """How records are read."""
 

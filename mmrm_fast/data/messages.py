@@ -15,6 +15,7 @@ from mmrm_fast.data.types import FieldError, Message, kind_of, some_list, text
 
 PICTURE_KEYS = ("image", "image_url", "url", "path", "base64")
 MESSAGE_EXTRAS = ("tool_calls", "reasoning_content", "name", "tool_call_id")  # of messages, for the chat template
+MAX_LEVELS = 100  # of calls and tools
 HARMLESS_KEYS = {"detail", "cache_control"}  # of parts
 ROLES = {
     "system": "system",
@@ -105,11 +106,12 @@ def parse_message(item: object, name: str, images: list[object], ignored: Collec
     extra, content = parse_extra(item, name, ignored), item.get(content_field)
     if content is None and role == "assistant" and extra:
         extra, content = extra | {"content": None}, ""
+    said = as_json(extra, name) if extra else ""
     name = f"{name}.{content_field}"
     if isinstance(content, list):
         parts = [parse_part(part, role, f"{name}[{index}]", images, ignored) for index, part in enumerate(content)]
         content = "".join(parts)
-    return Message(role, text(content, name), as_json(extra, name) if extra else "")
+    return Message(role, text(content, name), said)
 
 
 def parse_extra(item: dict, name: str, ignored: Collection[str]) -> dict:
@@ -136,11 +138,20 @@ def parse_objects(value: object, name: str) -> list[dict]:
 
 
 def as_json(value: object, name: str) -> str:
-    """A value as JSON text, its keys in their order. Raises `FieldError` for what JSON does not hold."""
+    """A value as JSON text, its keys in their order. Raises `FieldError` for what JSON does not hold or is too deep."""
+    refuse_deep(value, name)
     try:
         return text(json.dumps(value, ensure_ascii=False), name)
     except (TypeError, ValueError, RecursionError) as error:
         raise FieldError(name, f"cannot be written as JSON ({error})") from None
+
+
+def refuse_deep(value: object, name: str, levels: int = MAX_LEVELS) -> None:
+    """Raise `FieldError` for a value that nests so deep that a template could not walk through it."""
+    if not levels:
+        raise FieldError(name, f"is nested more than {MAX_LEVELS} levels deep")
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        refuse_deep(item, name, levels - 1)
 
 
 def parse_part(part: object, role: str, name: str, images: list[object], ignored: Collection[str] = ()) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from mmrm_fast.data.pictures import ImageRoots
 from mmrm_fast.data.records import Records
 from mmrm_fast.data.types import RecordError
 from mmrm_fast.evaluate.audit_config import AuditConfig
@@ -41,14 +42,14 @@ def audit(config: AuditConfig) -> None:
     if taken := files.keys() & tests.keys():
         raise ValueError(f"--eval {taken.pop()}: the name of a file")
     options, looks = {"seed": config.seed, "ranks": Ranks()}, {}
-    for name, path in {**files, **tests}.items():
-        features = NgramFeatures(open_file(config, path), LIMIT // (len(files) + len(tests)))
+    opened = open_files(config, files, tests)
+    for name, records in opened.items():
+        features = NgramFeatures(records, LIMIT // len(opened))
         found, progress = Look(config.seed), partial(tqdm, desc=f"reading {name}", unit=" chunks", delay=1, leave=False)
-        found.part, _ = crossfit.sample(
-            features, np.arange(len(features.records)), progress=progress, see=found.see, **options
-        )
+        found.part, _ = crossfit.sample(features, np.arange(len(records)), progress=progress, see=found.see, **options)
         if not found.pairs:
-            raise ValueError(f"{path}: no pair{f'; the first problem: {found.errors[0]}' if found.errors else ''}")
+            why = f"; the first problem: {found.errors[0]}" if found.errors else ""
+            raise ValueError(f"{(files | tests)[name]}: no pair{why}")
         looks[name] = found
     fits = {
         name: cross_fit(looks[name].part.differences_PF, looks[name].part.fold_P)
@@ -74,12 +75,16 @@ def names_of(paths: Sequence[Path]) -> list[str]:
     return stems
 
 
-def open_file(config: AuditConfig, path: Path) -> Records:
-    """The preferences of a file, of which there must be some."""
-    records = Records(path, image_root=config.image_root, ignored=config.ignore_fields, need_pairs=True)
-    if not len(records):
-        raise ValueError(f"{path}: no records")
-    return records
+def open_files(config: AuditConfig, files: Mapping[str, Path], tests: Mapping[str, Path]) -> dict[str, Records]:
+    """The preferences of files and test sets, of which each must have some, by name."""
+    roots, opened = ImageRoots.parse(config.image_root), {}
+    options = {"image_root": roots, "ignored": config.ignore_fields, "need_pairs": True}
+    for name, path in {**files, **tests}.items():
+        opened[name] = Records(path, name=name, **options)
+        if not len(opened[name]):
+            raise ValueError(f"{path}: no records")
+    roots.refuse_unused(names for records in opened.values() for names in records.names)
+    return opened
 
 
 @dataclass

@@ -5,19 +5,17 @@ from pathlib import Path
 
 import tyro
 
+from mmrm_fast.config import ReadConfig
+
 
 @dataclass(frozen=True)
-class AuditConfig:
+class AuditConfig(ReadConfig):
     """Say what text alone can tell of preference files, before a GPU is booked: shortcuts, wrong labels, duplicates."""
 
     data: tyro.conf.Positional[tuple[Path, ...]]
     """Preference files of any layout that training reads."""
     eval: tuple[str, ...] = ()
     """Test sets, NAME=FILE, that are tested on and looked for in the files."""
-    image_root: Path | None = None
-    """Folder that relative image paths start from. Default: the folder of each file."""
-    ignore_fields: tuple[str, ...] = ()
-    """Fields of records that may be dropped though they may change what is said, which else is an error."""
     output_dir: Path = Path("runs/audit")
     """Folder of audit.json and audit.html."""
     seed: int = 0

@@ -199,12 +199,20 @@ def test_tools_and_calls_may_be_json_as_tables_hold_them(text):
     assert parse([QUESTION, said("2", tool_calls=[], name=None)], []).tools == ()
 
 
+def nested(levels):
+    value = {}
+    for _ in range(levels):
+        value = {"in": [value]}
+    return value
+
+
 WRONG = {
     "tools": (said("2"), {"tools": ["look"]}),
     "responses[0].tool_calls": (said("", tool_calls="look"), {}),
     "responses[0].reasoning_content": (said("", reasoning_content=["so"]), {}),
     "responses[0].content": (said(None), {}),
     "responses[0].function_call": (said("", function_call={"name": "f"}), {}),
+    "responses[0]": (said("", tool_calls=[nested(200)]), {}),
     "rejected_tools": (said(""), {"rejected_tools": TOOLS}),
     "prompt": (said(""), {"prompt": [QUESTION, CALLED]}),
 }
