@@ -8,30 +8,17 @@ import math
 from dataclasses import dataclass
 
 from torch import Tensor
-from transformers import (
-    GptOssConfig,
-    InternVLConfig,
-    InternVLVisionConfig,
-    LlamaConfig,
-    Phi3Config,
-    Qwen2Config,
-    Qwen3Config,
-    Qwen3MoeConfig,
-)
+from transformers import CONFIG_MAPPING, InternVLConfig, InternVLVisionConfig, PreTrainedConfig
 
 from mmrm_fast.data.images import NORMALIZATION, Tiling
 from mmrm_fast.model.reward_model import original_facts
 
-TEXT_CONFIGS = {
-    "InternLM2ForCausalLM": LlamaConfig,
-    "LlamaForCausalLM": LlamaConfig,
-    "Phi3ForCausalLM": Phi3Config,
-    "Qwen2ForCausalLM": Qwen2Config,
-    "Qwen3ForCausalLM": Qwen3Config,
-    "Qwen3MoeForCausalLM": Qwen3MoeConfig,
-    "GptOssForCausalLM": GptOssConfig,
-}
-ARCHITECTURES = {kind.model_type: name for name, kind in TEXT_CONFIGS.items()}  # a `llama` is a Llama
+TEXT_MODELS = {  # an original architecture's model in transformers
+    "InternLM2ForCausalLM": "llama", "LlamaForCausalLM": "llama", "Phi3ForCausalLM": "phi3",
+    "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3", "Qwen3MoeForCausalLM": "qwen3_moe",
+    "GptOssForCausalLM": "gpt_oss",
+}  # fmt: skip
+ARCHITECTURES = {model: name for name, model in TEXT_MODELS.items()}  # a `llama` is a Llama
 TEXT_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
@@ -154,20 +141,20 @@ def vision_config(original: dict) -> InternVLVisionConfig:
 
 
 def llm_architecture(llm: dict) -> str:
-    """The LLM's class name, which must be one of `TEXT_CONFIGS`."""
+    """The LLM's class name, which must be one of `TEXT_MODELS`."""
     architecture = (llm.get("architectures") or [None])[0]
-    if architecture not in TEXT_CONFIGS:
-        raise ValueError(f"llm_config.architectures is {architecture!r}; expected one of {', '.join(TEXT_CONFIGS)}")
+    if architecture not in TEXT_MODELS:
+        raise ValueError(f"llm_config.architectures is {architecture!r}; expected one of {', '.join(TEXT_MODELS)}")
     return architecture
 
 
-def text_config(llm: dict, vocab_size: int) -> LlamaConfig:
+def text_config(llm: dict, vocab_size: int) -> PreTrainedConfig:
     """transformers' config of the LLM; InternLM2 is Llama with packed projections."""
     architecture = llm_architecture(llm)
     missing = [name for name in REQUIRED if name not in llm]
     if missing:
         raise ValueError(f"llm_config lacks {', '.join(missing)}")
-    config_type = TEXT_CONFIGS[architecture]
+    config_type = CONFIG_MAPPING[TEXT_MODELS[architecture]]
     known = {*config_type.__dataclass_fields__, *config_type.attribute_map, "head_dim"}
     fields = {name: llm[name] for name in TEXT_FIELDS if name in llm and name in known}
     if architecture == "InternLM2ForCausalLM":
@@ -292,10 +279,8 @@ def original_text_config(config: InternVLConfig) -> dict:
     """`llm_config` of the original layout, with RoPE settings as transformers 4 had them."""
     text = config.text_config
     architecture = original_facts(config).get("architecture") or ARCHITECTURES.get(text.model_type)
-    if architecture not in TEXT_CONFIGS:
-        raise ValueError(
-            f"text_config.model_type {text.model_type!r} has no original layout: {', '.join(TEXT_CONFIGS)}"
-        )
+    if architecture not in TEXT_MODELS:
+        raise ValueError(f"text_config.model_type {text.model_type!r} has no original layout: {', '.join(TEXT_MODELS)}")
     fields = {name: getattr(text, name) for name in (*TEXT_FIELDS, *TEXT_TOKENS) if hasattr(text, name)}
     rope = dict(text.rope_parameters)
     kind = rope.pop("rope_type")
