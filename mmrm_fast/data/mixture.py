@@ -202,15 +202,12 @@ def answers_key(group: Group, key: int) -> int:
         return 0
     seen = [group.seen and group.seen[place] for place in group.places]
     sides = ((reply.content, reply.extra, images) for reply, images in zip(group.replies, seen, strict=True))
-    sides_R = np.array([hash_64(repr(side).encode()) for side in sides], np.uint64)
-    ways = (sides_R[group.pairs.ends], sides_R[group.pairs.ends[:, ::-1]])
-    there, back = (hash_64(key.to_bytes(8, "little") + own[np.lexsort(own.T)].tobytes()) for own in ways)
+    hashes = [blake2b(repr(side).encode(), digest_size=8).digest() for side in sides]
+    ends = [(hashes[chosen], hashes[rejected]) for chosen, rejected in group.pairs.ends.tolist()]
+    ways = (sorted(a + b for a, b in ends), sorted(b + a for a, b in ends))
+    digests = (blake2b(b"".join(way), digest_size=8, key=key.to_bytes(8, "little")).digest() for way in ways)
+    there, back = (int.from_bytes(digest, "little") for digest in digests)
     return min(there, back) & ~1 | (there < back)
-
-
-def hash_64(content: bytes) -> int:
-    """A number below 2^64 that tells contents from each other."""
-    return int.from_bytes(blake2b(content, digest_size=8).digest(), "little")
 
 
 def copies(table: np.ndarray, edges: Sequence[int]) -> np.ndarray:

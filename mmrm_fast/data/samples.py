@@ -201,15 +201,16 @@ class Preparer:
         """
         group, ends = sample.group, sample.group.pairs.ends
         kept_cut = self.overlong == "truncate" or self.encoder.compat
-        is_cut = np.array(sample.main.truncated, bool) & (not kept_cut)
+        cut = [] if kept_cut else np.flatnonzero(sample.main.truncated).tolist()
         reason = f"does not fit into --max-length {self.encoder.max_length} behind its prompt"
-        notes = [RecordError(group.source, f"response {i}", reason) for i in np.flatnonzero(is_cut)]
+        notes = [RecordError(group.source, f"response {i}", reason) for i in cut]
         if notes and self.overlong == "error":
             raise notes[0]
-        overlong, same = is_cut[ends].any(axis=1), same_sides(sample.main.sequences, ends)
-        useless, identical = overlong | same, int((same & ~overlong).sum())
-        if not useless.any():
+        same = same_sides(sample.main.sequences, ends)
+        if not cut and not same.any():
             return sample
+        overlong = np.isin(ends, cut).any(axis=1)
+        useless, identical = overlong | same, int((same & ~overlong).sum())
         if identical:
             reason = f"{identical} of {len(ends)} pairs have two sides of the same tokens"
             notes.append(RecordError(group.source, "", reason))
