@@ -381,9 +381,9 @@ class StudyConfig:
     """Train every method on every environment and test it on all: accuracies in and out of distribution, SFD, tests."""
 
     env: tuple[str, ...] = ()
-    """NAME=TRAIN,TEST: preference files such as VLFeedback, POVID, RLHF-V as published. Default: coloured shapes."""
+    """NAME=TRAIN,TEST: preference files as published; or names of shapes environments. Default: the first three."""
     methods: str = "standard,robust"
-    """Of standard, robust, robust-reference, robust-balanced, robust-white; compared with the first and with robust."""
+    """Of standard, robust, robust-X; X: reference, balanced, white, ngrams, probe, ngrams-balanced, probe-balanced."""
     model: Path | None = None
     """Local folder of the checkpoint that trainings start from. Default: the tiny one."""
     options: str = ""

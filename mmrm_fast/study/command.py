@@ -10,14 +10,14 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from tqdm import tqdm
 
 from mmrm_fast.config import StudyConfig
-from mmrm_fast.data.shapes import cached_environments
+from mmrm_fast.data.shapes import ALL_ENVIRONMENTS, ENVIRONMENTS, cached_environments
 from mmrm_fast.files import read_json, write_json
 from mmrm_fast.study.figures import SFD, Cell, Environment, Runs, means_table, study_figures
 from mmrm_fast.study.page import KINDS, comparison_rows, write_study
@@ -29,6 +29,10 @@ METHODS = {  # options of `mmrm-fast train`
     "robust-reference": "--robust --sfc-mode reference",
     "robust-balanced": "--robust --sfc-mode balanced",
     "robust-white": "--robust --proxy-image white",
+    "robust-ngrams": "--robust --proxy-model ngrams",
+    "robust-ngrams-balanced": "--robust --proxy-model ngrams --sfc-mode balanced",
+    "robust-probe": "--robust --proxy-model probe",
+    "robust-probe-balanced": "--robust --proxy-model probe --sfc-mode balanced",
 }
 OPTIONS = "options.json"  # in a cell's folder
 RESERVED = ("iid", "neutral", "reversed")  # names of test sets
@@ -50,11 +54,12 @@ def results_of(config: StudyConfig) -> dict:
     """Train the cells that are missing; what study.json holds."""
     root, started = config.output_dir, time.perf_counter()
     methods, environments = chosen_methods(config.methods), chosen_environments(config.env)
-    if config.best_of_n and config.env:
+    if config.best_of_n and not of_shapes(config.env):
         raise ValueError("--best-of-n: only where the truth is known, on the synthetic environments without --env")
     root.mkdir(parents=True, exist_ok=True)
     seeds = range(config.seeds)
-    cells = [Cell(method, name, seed) for seed in seeds for name in environments for method in methods]
+    trained = [name for name, own in environments.items() if own.is_trained]
+    cells = [Cell(method, name, seed) for seed in seeds for name in trained for method in methods]
     missing = [cell for cell in cells if not is_trained(cell, environments, config)]
     train_cells(missing, environments, config)
     results = {
@@ -81,9 +86,11 @@ def chosen_methods(text: str) -> list[str]:
 
 
 def chosen_environments(specs: tuple[str, ...]) -> dict[str, Environment]:
-    """Environments from NAME=TRAIN,TEST; the shapes' own where there are none. Raises `ValueError`."""
-    if not specs:
-        return {name: shapes_environment(folder) for name, folder in cached_environments().items()}
+    """Environments from NAME=TRAIN,TEST, or names of shapes environments, by default the first. Raises `ValueError`."""
+    if of_shapes(specs):
+        trained = specs or ENVIRONMENTS
+        folders = cached_environments(environments=tuple(dict.fromkeys((*trained, *ENVIRONMENTS))))
+        return {name: shapes_environment(name, folder, trained) for name, folder in folders.items()}
     environments = {}
     for spec in specs:
         name, _, paths = spec.partition("=")
@@ -99,10 +106,15 @@ def chosen_environments(specs: tuple[str, ...]) -> dict[str, Environment]:
     return environments
 
 
-def shapes_environment(folder: Path) -> Environment:
-    """One of the synthetic environments."""
-    probes = {name: folder / f"{name}.jsonl" for name in ("neutral", "reversed")}
-    return Environment(folder / "train.jsonl", folder / "iid.jsonl", probes)
+def of_shapes(specs: tuple[str, ...]) -> bool:
+    """Whether the environments are the synthetic ones."""
+    return all(spec in ALL_ENVIRONMENTS for spec in specs)
+
+
+def shapes_environment(name: str, folder: Path, trained: Collection[str]) -> Environment:
+    """One of the synthetic environments; trainings on any are tested on the first three."""
+    probes = {probe: folder / f"{probe}.jsonl" for probe in ("neutral", "reversed")}
+    return Environment(folder / "train.jsonl", folder / "iid.jsonl", probes, name in trained, name in ENVIRONMENTS)
 
 
 def is_trained(cell: Cell, environments: Mapping[str, Environment], config: StudyConfig) -> bool:
@@ -157,7 +169,7 @@ def command(cell: Cell, environments: Mapping[str, Environment], config: StudyCo
 def options(cell: Cell, environments: Mapping[str, Environment], config: StudyConfig) -> list[str]:
     """What a cell is trained with."""
     own = environments[cell.environment]
-    if config.env:
+    if not of_shapes(config.env):
         data = ["--data", str(own.train), "--eval", f"iid={own.test}"]
         others = [f"{name}={other.test}" for name, other in environments.items() if name != cell.environment]
         data += ["--eval-ood", *others] if others else []

@@ -15,7 +15,7 @@ from scipy.stats import permutation_test
 
 from mmrm_fast.data.records import Group, Records, iter_groups
 from mmrm_fast.evaluate.reliability import credit, mean_interval, text_controls
-from mmrm_fast.files import json_lines
+from mmrm_fast.files import json_lines, read_json
 from mmrm_fast.pairs import PairRow, accuracy, read_rows, shortcut_failure_degradation, truth_sign
 from mmrm_fast.tables import percent
 
@@ -28,6 +28,8 @@ FIGURES = {  # of a method, and their heads
     "iid labels": "i.i.d. labels", "iid": "i.i.d.", "ood": "o.o.d.", "neutral": "neutral", "reversed": "reversed",
     "sfd": "SFD",
 }  # fmt: skip
+COSTS = ("time", "memory")
+FITTED = Path("shortcut", "fitted.json")  # of a run whose proxy was fitted before its first step
 PARTS_OF_TRAINING = 25
 RESAMPLES = 9999
 BATCH_VALUES = 1 << 20  # resampled differences in memory at a time
@@ -53,6 +55,8 @@ class Environment:
     train: Path
     test: Path
     probes: Mapping[str, Path]
+    is_trained: bool = True
+    is_tested: bool = True  # by models of other environments
 
 
 class Runs:
@@ -67,7 +71,8 @@ class Runs:
     def sets(self, cell: Cell) -> list[tuple[str, str, str]]:
         """The test sets of a cell: what it is, its kind and the name that the run knows it by."""
         trained = cell.environment
-        sets = [(n, "iid", "iid") if n == trained else (n, "ood", n) for n in self.environments]
+        others = [name for name, own in self.environments.items() if own.is_tested and name != trained]
+        sets = [(trained, "iid", "iid"), *((name, "ood", name) for name in others)]
         return sets + [(probe, "probe", probe) for probe in self.environments[trained].probes]
 
     def ood(self, method: str) -> Iterator[tuple[str, list[PairRow]]]:
@@ -98,6 +103,7 @@ def study_figures(runs: Runs) -> dict:
         "significance": compare(pairs_of(runs.methods), credits) if len(runs.environments) > 1 else [],
         "rules": {name: rules(name, runs) for name in runs.environments},
         "controls": {method: controls(method, runs) for method in runs.methods},
+        "costs": {method: cost(method, runs) for method in runs.methods},
         "sfc": {method: sfc_over_training(method, runs) for method in runs.methods},
     }
 
@@ -138,10 +144,29 @@ def means_table(results: dict) -> tuple[list[str], list[list[str]]]:
     rows = []
     for method, overall in results["means"].items():
         for name in results["environments"]:
-            own = means([row for row in results["tests"] if (row["method"], row["environment"]) == (method, name)])
-            rows.append([method, name, *(percent(own.get(figure, {}).get("mean")) for figure in shown)])
-        rows += [[method, "mean ± spread", *(mean_and_spread(overall.get(figure)) for figure in shown)], []]
-    return ["method", "trained on", *map(FIGURES.get, shown)], rows[:-1]
+            tests = [row for row in results["tests"] if (row["method"], row["environment"]) == (method, name)]
+            own = means(tests)
+            cells = [percent(own.get(figure, {}).get("mean")) for figure in shown]
+            rows += [[method, name, *cells, *([""] * len(COSTS))]] if tests else []
+        cells = [mean_and_spread(overall.get(figure)) for figure in shown]
+        rows += [[method, "mean ± spread", *cells, *relative_costs(method, results)], []]
+    return ["method", "trained on", *map(FIGURES.get, shown), *COSTS], rows[:-1]
+
+
+def relative_costs(method: str, results: dict) -> list[str]:
+    """What a method's trainings take over the first method's, a dash where one is not known."""
+    own, first = results["costs"][method], next(iter(results["costs"].values()))
+    return [f"{own[name] / first[name]:.2f}" if own[name] and first[name] else "-" for name in COSTS]
+
+
+def cost(method: str, runs: Runs) -> dict[str, float | None]:
+    """Seconds of a training, what comes before its first step included, and its peak memory in bytes, as means."""
+    folders = [cell.folder(runs.root) for cell in runs.cells if cell.method == method]
+    steps = [[row for _, row in json_lines(folder / "metrics.jsonl")] for folder in folders]
+    before = [read_json(file)["seconds"] if (file := own / FITTED).exists() else 0.0 for own in folders]
+    seconds = [first + sum(row.get("seconds") or 0 for row in own) for first, own in zip(before, steps, strict=True)]
+    peaks = [max((row.get("peak_memory_bytes") or 0 for row in own), default=0) for own in steps]
+    return dict(zip(COSTS, (float(np.mean(values)) or None for values in (seconds, peaks)), strict=True))
 
 
 def mean_and_spread(figure: dict | None) -> str:

@@ -54,22 +54,28 @@ def dry_run(config: TrainConfig, *, num_gpus: int) -> None:
     print_table(title, heads, [*parameter_rows(apart), *memory_rows(memories)])
     print("\n".join(work_lines(config, models, work)))
     if isinstance(proxy, ShortcutProxy):
-        print(saved_line(config, num_gpus, work))
+        print("\n".join(spared_lines(proxy, models, num_gpus, work)))
     refuse(config, needed(memories) + WORKSPACE)
 
 
-def saved_line(config: TrainConfig, num_gpus: int, work: Work | None) -> str:
-    """What a run spares that would train the paper's full proxy instead."""
+def spared_lines(proxy: ShortcutProxy, models: list[RewardModel], num_gpus: int, work: Work | None) -> Iterator[str]:
+    """What a run spares that would train the paper's full proxy instead, and what its own takes before it begins."""
+    config = proxy.config
     branches = sized_branches(parse_proxy(with_options(config, proxy_model="full")))
-    models = [branch.root for branch in branches]
-    spared = memory(config.memory, models[1], 0, num_gpus=num_gpus)
+    full = [branch.root for branch in branches]
+    spared = memory(config.memory, full[1], 0, num_gpus=num_gpus)
     parts = ", ".join(f"{name} {getattr(spared, name) / GIB:.2f}" for name in ("weights", "gradients", "optimizer"))
     line = f"a full proxy would take {spared.total / GIB:.2f} GiB a GPU more before activations ({parts})"
     if work is None:
-        return line
-    rates = Rates(models, work.tokens_per_tile, torch.device("cpu"))
-    share = rates.flops(0, work.text_tokens, 0) / rates.flops(work.tokens, 0, work.tiles)
-    return f"{line} and {share:.0%} more FLOPs a step"
+        yield line
+        return
+    rates = Rates(full, work.tokens_per_tile, torch.device("cpu"))
+    step = rates.flops(work.tokens, 0, work.tiles)
+    yield f"{line} and {rates.flops(0, work.text_tokens, 0) / step:.0%} more FLOPs a step"
+    if "probe" in proxy.kinds:
+        once = 2 * count(models[0].model.language_model.layers) * work.text_tokens
+        total = f"{once * work.num_records:.3g} FLOPs, {once / step:.1%} of an epoch's"
+        yield f"the probe's forward over all texts: {total}; twice where they are many"
 
 
 def full_micro_batch(config: TrainConfig, number: int, work: Work | None) -> tuple[int, int]:

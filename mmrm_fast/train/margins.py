@@ -1,6 +1,7 @@
 """Margins of a text-only proxy as a file, a row a pair, and the ones that a run computes before its first step."""
 
 import math
+import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -89,7 +90,7 @@ def write_margins(
     reads a share; the folder appears complete or not at all.
     """
     ranks = Ranks(sharding.rank(), sharding.num_ranks(), sharding.gather_lists, sharding.on_first_rank)
-    fits = []
+    started, fits = time.perf_counter(), []
     for own in candidates:
         records, options = np.unique(train.table["record"]), {"progress": progress(f"fitting {own.name}")}
         fits.append(crossfit.fit(own.features(train), records, seed=seed, ranks=ranks, **options))
@@ -105,7 +106,8 @@ def write_margins(
             write_json_lines(aside / f"{name}.jsonl", rows) if aside else all(map(bool, rows))
         if aside:
             found = {own.name: loss for own, loss in zip(candidates, losses, strict=True)}
-            write_json(aside / FITTED, {"log_loss": found, "taken": candidates[taken].name})
+            seconds = time.perf_counter() - started
+            write_json(aside / FITTED, {"log_loss": found, "taken": candidates[taken].name, "seconds": seconds})
     sharding.on_first_rank(lambda: None)  # the folder is there
 
 

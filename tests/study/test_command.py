@@ -13,7 +13,7 @@ from mmrm_fast.config import StudyConfig, TrainConfig
 from mmrm_fast.data import shapes
 from mmrm_fast.pairs import PairRow, write_rows
 from mmrm_fast.study import command, selection
-from mmrm_fast.study.figures import Cell, compare, pairs_of
+from mmrm_fast.study.figures import Cell, Runs, compare, pairs_of
 from mmrm_fast.study.page import write_study
 
 ENVIRONMENTS = ("a", "b", "c")
@@ -25,7 +25,7 @@ def write_cell(root, method, environment, seed, num_right, truth=1.0):
     folder = Cell(method, environment, seed).folder(root)
     folder.mkdir(parents=True)
     (folder / "results.json").write_text("{}")
-    steps = [{"step": i, "sfc_mean": 1.0 if method == "standard" else i / 50} for i in range(50)]
+    steps = [{"step": i, "sfc_mean": 1.0 if method == "standard" else i / 50, "seconds": 2.0} for i in range(50)]
     steps[7]["sfc_mean"] = None  # was not finite
     (folder / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     for name in ("iid", *(name for name in ENVIRONMENTS if name != environment)):
@@ -68,6 +68,28 @@ def test_means_are_over_environments_and_spread_is_over_seeds(finished, files, c
     assert results["means"]["standard"]["ood"] == {"mean": 0.5, "spread": 0.0}
     assert results["means"]["robust"]["ood"] == {"mean": 0.875, "spread": 0.125}
     assert "87.5 ± 12.5" in capsys.readouterr().out
+
+
+def test_what_a_method_takes_is_told_over_the_first_ones(finished, files, capsys):
+    for folder in finished.glob("robust-*"):
+        (folder / "shortcut").mkdir()
+        (folder / "shortcut" / "fitted.json").write_text('{"seconds": 25.0}')
+    costs = run(finished, files)["costs"]
+    assert costs["standard"] == {"time": 100.0, "memory": None} and costs["robust"]["time"] == 125.0
+    (overall,) = (line for line in capsys.readouterr().out.splitlines() if "robust" in line and "mean" in line)
+    assert [cell.strip() for cell in overall.split("│")[-3:-1]] == ["1.25", "-"]
+
+
+def test_shapes_environments_are_trained_on_by_name_and_tested_on_the_first_three(monkeypatch, tmp_path):
+    made = lambda environments: {name: tmp_path / name for name in environments}  # noqa: E731
+    monkeypatch.setattr(command, "cached_environments", made)
+    chosen = command.chosen_environments(("order", "length"))
+    assert {name: (own.is_trained, own.is_tested) for name, own in chosen.items()} == {
+        "order": (True, False), "length": (True, True), "opening": (False, True), "hedging": (False, True),
+    }  # fmt: skip
+    assert [own.is_trained for own in command.chosen_environments(()).values()] == [True] * 3
+    (iid, *others) = Runs([], chosen, tmp_path).sets(Cell("robust", "order", 0))[:4]
+    assert iid[:2] == ("order", "iid") and {name for name, kind, _ in others} == set(shapes.ENVIRONMENTS)
 
 
 def test_there_is_a_row_a_model_and_test_set(finished, files):

@@ -202,6 +202,9 @@ def test_a_proxy_without_a_model_says_what_it_spares(eight, make_checkpoint, wri
     data = write_jsonl([{"prompt": "What?", "chosen": f"answer {i}", "rejected": "no"} for i in range(40)])
     assert run(with_options(TrainConfig(), model=tmp_path / "model"), "--data", str(data), *options) == 0
     assert "and 100% more FLOPs a step" in capsys.readouterr().out  # all of a record is text
+    options[1] = "probe"
+    assert run(with_options(TrainConfig(), model=tmp_path / "model"), "--data", str(data), *options) == 0
+    assert "the probe's forward over all texts: " in capsys.readouterr().out
 
 
 def test_tokens_and_steps_come_from_the_data(make_checkpoint, write_jsonl, tmp_path, capsys):
