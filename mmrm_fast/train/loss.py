@@ -126,48 +126,40 @@ def quantile(histogram: tuple[int, ...], share: float) -> float:
 
 
 class StepAccumulator:
-    """Adds up a rank's micro-batches, on the device until the step's end.
+    """Adds up a rank's micro-batches until the step's end: what is computed on the device, what is counted on the host.
 
     `request` adds a rank's wish to save to the same sums, so that all ranks grant it at the same step.
     """
 
     def __init__(self, device: torch.device):
-        self.names = (*SUMS, *MARGINS, *COUNTS, *REQUESTS)
-        self.zeros = torch.zeros(len(self.names) + NUM_BINS, dtype=torch.float64, device=device)
-        self.sums = self.zeros.clone()
+        self.zeros = torch.zeros(NUM_BINS + len(SUMS) + len(MARGINS), dtype=torch.float64, device=device)
+        self.sums, self.counts = self.zeros.clone(), dict.fromkeys((*COUNTS, *REQUESTS), 0)
         self.edges = torch.linspace(0, 1, NUM_BINS + 1, device=device)[1:-1]
 
     def add(
         self, loss: PairLoss, margin_P: Tensor, batch: PackedBatch, num_errors: int, balance: Tensor | None = None
     ) -> None:
         """Add one micro-batch; `margin_P` are the model's, on the device, the batch's tensors on either side."""
-        counts = [
-            len(batch.chosen_P),
-            len(batch.num_responses),
-            len(batch.main.source_T),
-            batch.main.num_tokens_unshared,
-            0 if batch.text is None else len(batch.text.source_T),
-            len(batch.tiles),
-            num_errors,
-            *[0] * len(REQUESTS),
-        ]
+        counts = (
+            len(batch.chosen_P), len(batch.num_responses), len(batch.main.source_T), batch.main.num_tokens_unshared,
+            0 if batch.text is None else len(batch.text.source_T), len(batch.tiles), num_errors,
+        )  # fmt: skip
+        for name, count in zip(COUNTS, counts, strict=True):
+            self.counts[name] += count
         values = [getattr(loss, name).detach().double() for name in SUMS]
         margin_P = margin_P.detach().double()
         router = values[0].new_zeros(()) if balance is None else loss.weight * balance.detach().double()
-        self.sums += torch.cat(
-            [
-                torch.stack([*values, margin_P.sum(), margin_P.square().sum(), router]),
-                torch.tensor(counts, dtype=torch.float64, device=self.sums.device),
-                one_hot(torch.bucketize(loss.sfc.detach(), self.edges), NUM_BINS).sum(0).double(),
-            ]
-        )
+        histogram = one_hot(torch.bucketize(loss.sfc.detach(), self.edges), NUM_BINS).sum(0).double()
+        self.sums += torch.cat([histogram, torch.stack([*values, margin_P.sum(), margin_P.square().sum(), router])])
 
     def request(self, name: str) -> None:
         """Ask all ranks for one of `REQUESTS` at the end of this step."""
-        self.sums[self.names.index(name)] += 1
+        self.counts[name] += 1
 
     def totals(self, all_sum: Callable[[Tensor], Tensor]) -> StepTotals:
         """The step's sums over all ranks (`all_sum` adds a tensor up over them); ready for the next step."""
-        sums, self.sums = all_sum(self.sums).tolist(), self.zeros.clone()
-        named = dict(zip(self.names, sums, strict=False))
-        return StepTotals(named, tuple(map(int, sums[len(self.names) :])))
+        counts = torch.tensor(list(self.counts.values())).to(self.sums)
+        sums = all_sum(torch.cat([self.sums, counts])).tolist()
+        names = (*SUMS, *MARGINS, *self.counts)
+        self.sums, self.counts = self.zeros.clone(), dict.fromkeys(self.counts, 0)
+        return StepTotals(dict(zip(names, sums[NUM_BINS:], strict=True)), tuple(map(int, sums[:NUM_BINS])))

@@ -10,7 +10,10 @@ from mmrm_fast.model.experts import EXPERTS, expert_share
 from mmrm_fast.model.reward_model import RewardModel
 from mmrm_fast.train.sharding import num_ranks
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}  # bf16
+PEAK_FLOPS = {  # dense bf16, by the first part of a GPU's name that is listed here
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12,
+    "L40S": 362e12, "L40": 181e12, "L4": 121e12,
+}  # fmt: skip
 
 
 class Rates:

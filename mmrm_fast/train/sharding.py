@@ -120,6 +120,7 @@ def shard(model: RewardModel, device: torch.device, config: MemoryConfig) -> Rew
     exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     groups = [fully_shard(block, mp_policy=policy, **options) for block in blocks(model)]
     groups += [fully_shard(head, mp_policy=exact, **options) for head in model.heads()]
+    options["reshard_after_forward"] = False  # what the backward pass begins with need not be gathered twice
     for group in [*groups, fully_shard(model, mp_policy=policy, **options)]:
         group.set_gradient_divide_factor(1.0)
         group.set_force_sum_reduction_for_comms(True)
