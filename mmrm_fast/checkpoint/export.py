@@ -22,6 +22,7 @@ from mmrm_fast.checkpoint.internvl_chat import LM_HEAD, SCORE, Source
 from mmrm_fast.checkpoint.tensors import as_stored, stored_names, write_tensors
 from mmrm_fast.checkpoint.tokenizer import SPACE
 from mmrm_fast.files import read_json
+from mmrm_fast.model.experts import experts_of_a_token, num_experts
 from mmrm_fast.model.reward_model import original_facts
 
 READ_AT = {"end": "token that ends the response", "last": "last token of the chat template"}
@@ -152,12 +153,14 @@ def inspect(folder: Path) -> dict[str, str]:
     thumbnail = " and a thumbnail" if tiling.thumbnail and tiling.max_tiles > 1 else ""
     beside = [path for path in (folder / "proxy", folder.resolve().parent / "proxy") if path.is_dir()]
     proxy = "in this folder" if has_proxy(folder) else f"in {beside[0]}" if beside else "none"
+    count = num_experts(checkpoint.model)
+    mixture = f", {experts_of_a_token(checkpoint.model)} of {count} experts a token" if count else ""
     vision, text, adapters = config.vision_config, config.text_config, opened.tensors.adapters
     return {
         "layout": "original internvl_chat" if opened.is_original else "native transformers internvl",
         "vision tower": f"{vision.num_hidden_layers} layers of {vision.hidden_size}, {vision.norm_type}",
         "language model": f"{facts.get('architecture') or text.model_type}, {text.num_hidden_layers} layers of"
-        f" {text.hidden_size}, {text.vocab_size:,} tokens, RoPE {text.rope_parameters['rope_type']}",
+        f" {text.hidden_size}, {text.vocab_size:,} tokens, RoPE {text.rope_parameters['rope_type']}{mixture}",
         "parameters": f"{sum(sizes.values()):,}, stored in {', '.join(dtypes)}",
         "template": facts.get("template") or "the folder's own chat template",
         "image": f"{tiling.min_tiles} to {tiling.max_tiles} tiles of {tiling.tile_size} pixels{thumbnail}, "
