@@ -35,27 +35,13 @@ def use_trie_attention(language_model: PreTrainedModel) -> None:
 
 
 def trie_attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    s_aux: Tensor | None = None,
-    **options,
-) -> tuple[Tensor, None]:
-    """transformers' calling convention around `trie_attention`: q, k, v are [1, heads, T, E].
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float | None = None,
+    dropout: float = 0.0, sliding_window: int | None = None, s_aux: Tensor | None = None, **options,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """transformers' calling convention around `trie_attention`: q, k, v are [1, heads, T, E], sinks `s_aux` [heads].
 
     The packing plan (`packing.TokenPlan.attention_plan`) travels as keyword arguments from the model's forward.
-
-    Args:
-        sliding_window: tokens of its path that a token sees, itself among them.
-        s_aux: sinks [heads].
-
-    Raises:
-        ValueError: an argument that is not honoured here.
+    Raises `ValueError` for any other argument, as it is not honoured here.
     """
     if "kv_index" not in options:
         raise ValueError("the packing plan did not reach the attention: pass **plan.attention_plan() to the model")

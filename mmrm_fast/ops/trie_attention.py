@@ -38,16 +38,7 @@ MAX_HEAD_SIZE = 256  # of the C++ kernel and of flash-attn
 
 
 def trie_attention_ref(
-    q_THE: Tensor,
-    k_SGE: Tensor,
-    v_SGE: Tensor,
-    cu_seqlens_q: Tensor,
-    kv_index: Tensor,
-    cu_seqlens_k: Tensor,
-    scale: float,
-    causal: bool = True,
-    window: int | None = None,
-    sink_H: Tensor | None = None,
+    q_THE, k_SGE, v_SGE, cu_seqlens_q, kv_index, cu_seqlens_k, scale, causal=True, window=None, sink_H=None
 ) -> Tensor:
     """What the op means: softmax attention per node, masked bottom-right, in plain differentiable torch."""
     outputs = [q_THE[:0]]
