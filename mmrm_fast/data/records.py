@@ -82,17 +82,21 @@ def parse_group(
         if not isinstance(fields, dict):
             raise FieldError("", f"a record is a JSON object, this is {kind_of(fields)}")
         own = Fields(fields)
-        fields = translated(own)
+        fields = translated(Fields({name: value for name, value in own.items() if name not in ignored}, own.read))
         refuse_unread(fields, FIELDS, ignored)
         form = parse_form(fields, ignored)
         where = {"image_root": image_root, "confined": confined, "beside": beside}
         extras = tuple(reply.extra for reply in form.replies)
-        truth = parse_truth(fields, len(form.responses))
-        return Group(
-            source, record, parse_id(fields), form.prompt, responses=form.responses, truth=truth,
-            tools=parse_tools(fields), extras=extras if any(extras) else None, **images_of(fields, form, where),
-            **preferences(form, max_pairs), **own.names(columns, READ_INSIDE),
-        )  # fmt: skip
+        said = {
+            "id": parse_id(fields),
+            "prompt": form.prompt,
+            "responses": form.responses,
+            "tools": parse_tools(fields),
+        }
+        said |= {"truth": parse_truth(fields, len(form.responses)), "extras": extras if any(extras) else None}
+        said |= {**images_of(fields, form, where), **preferences(form, max_pairs)}
+        own.read.difference_update(ignored)
+        return Group(source, record, **said, **own.names(columns, READ_INSIDE))
 
 
 def images_of(fields: dict, form: Form, where: dict) -> dict:

@@ -67,6 +67,14 @@ def test_what_is_about_a_record_passes():
     assert parse({**PLAIN, **METADATA}).responses == parse(PLAIN).responses
 
 
+def test_ignored_names_are_dropped_though_they_are_read_elsewhere():
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    fields = {**PLAIN, "image": "a.png", "rejected_images": ["b.png"], "tools": tools, "system": "Be brief."}
+    group = parse(fields, ignored=("rejected_images", "tools", "system"))
+    assert (group.images, group.seen, group.tools, group.prompt) == (("a.png",), None, (), PLAIN["prompt"])
+    assert {"rejected_images", "tools", "system"} <= {*group.unread}
+
+
 def test_ignored_names_are_dropped_at_every_level():
     fields = {**PLAIN, "videos": ["a.mp4"], "prompt": [{"role": "user", "content": "q", "name": "n"}]}
     assert parse(fields, ignored=("videos", "name")).prompt == "q"

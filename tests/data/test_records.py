@@ -58,6 +58,7 @@ def test_completions_may_be_a_list_of_objects():
         {"annotations": annotation, "model": "m", "response": response}
         for annotation, response in zip(columns["annotations"], columns["response"], strict=True)
     ]
+    columns["model"] = ["m"] * 3
     assert parse({"prompt": "p", "completions": rows}) == parse({"prompt": "p", "completions": columns})
 
 
