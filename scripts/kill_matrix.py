@@ -225,9 +225,13 @@ def dies_on_ray(run: Callable, draw: random.Random, moments: int, out: Path) -> 
     for target in targets:
         with suppress(psutil.NoSuchProcess):
             target.kill()
+    others = below(driver)
     if victims != "actor":
         process.kill()
     status = process.wait(LIMIT_SECONDS)
+    for left in others:  # of Ray, which outlives its driver for a while
+        with suppress(psutil.NoSuchProcess):
+            left.kill()
     print(f"{out.name}: {victims} killed {seconds:.2f} s after the start of an actor, ended with {status}", flush=True)
     return status == -signal.SIGKILL or bool(targets and status == 0)
 
@@ -235,11 +239,17 @@ def dies_on_ray(run: Callable, draw: random.Random, moments: int, out: Path) -> 
 def actors_of(driver: psutil.Process) -> list[psutil.Process]:
     """The scoring processes below a driver."""
     found = []
-    with suppress(psutil.NoSuchProcess):
-        for process in driver.children(recursive=True):
-            with suppress(psutil.NoSuchProcess):
-                found += [process] * ("ray::ScoringActor" in " ".join(process.cmdline()))
+    for process in below(driver):
+        with suppress(psutil.NoSuchProcess):
+            found += [process] * ("ray::ScoringActor" in " ".join(process.cmdline()))
     return found
+
+
+def below(driver: psutil.Process) -> list[psutil.Process]:
+    """The processes below a driver, none where it has ended."""
+    with suppress(psutil.NoSuchProcess):
+        return driver.children(recursive=True)
+    return []
 
 
 if __name__ == "__main__":

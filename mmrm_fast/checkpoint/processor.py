@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from mmrm_fast.checkpoint.schema import require
 from mmrm_fast.data.images import NORMALIZATION, Compat, Tiling
 from mmrm_fast.data.prompt import IMAGE_TOKENS
 from mmrm_fast.files import read_json
@@ -53,8 +54,7 @@ class Processor:
 
     def require(self, name: str, holds: bool, expected: str) -> None:
         """Raise `ValueError` for a setting that is not as expected."""
-        if not holds:
-            raise ValueError(f"{self.source}: {name} is {self.settings.get(name)!r}; expected {expected}")
+        require(holds, self.source, name, self.settings.get(name), expected)
 
     def number(self, name: str, default: float) -> float:
         """A number."""
