@@ -9,10 +9,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
+from mmrm_fast.checkpoint.folder import CheckpointFolder
 from mmrm_fast.data.pictures import ImageRoots
 from mmrm_fast.data.records import Records
+from mmrm_fast.data.samples import Preparer
 from mmrm_fast.data.types import RecordError
 from mmrm_fast.evaluate.audit_config import AuditConfig
 from mmrm_fast.evaluate.audit_page import advice, print_audit, write_audit
@@ -26,8 +29,10 @@ from mmrm_fast.shortcuts.features import GROUPS, MEASURES
 from mmrm_fast.shortcuts.fit import Fitted, cross_fit
 from mmrm_fast.shortcuts.health import Seen, own_health, shared
 from mmrm_fast.shortcuts.ngrams import NgramFeatures
+from mmrm_fast.shortcuts.probe import StateFeatures, states_of
 
 SAMPLED = 10_000  # pairs that cues are looked for in
+TOKENS = 16_384  # of a forward
 LIMIT = 200_000_000  # bytes of features, of all files
 SHOWN_PAIRS = 5
 CONFIDENT = float(np.log(19))  # a margin at which text gives a label 95 %
@@ -56,11 +61,30 @@ def audit(config: AuditConfig) -> None:
         for name in tqdm(files, desc="fitting", unit=" files", delay=1, leave=False)
     }
     results = figures(looks, fits, list(tests))
+    for name, scores in probed(config, {name: opened[name] for name in files}):
+        results["files"][name]["proxies"]["probe"] = scores
     results["advice"] = advice(results)
     config.output_dir.mkdir(parents=True, exist_ok=True)
     write_json(config.output_dir / "audit.json", results)
     write_audit(config.output_dir / "audit.html", results)
     print_audit(results, config.output_dir)
+
+
+def probed(config: AuditConfig, files: Mapping[str, Records]) -> Iterator[tuple[str, dict]]:
+    """By file, how often the states of a language model over text alone tell the preferred response."""
+    if config.model is None:
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    checkpoint = CheckpointFolder(config.model).load(dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    states = states_of(checkpoint.model.drop_vision().to(device).eval(), device)
+    preparer = Preparer(checkpoint.prompt_encoder(), checkpoint.tiling)
+    for name, records in files.items():
+        features = StateFeatures(records, preparer, states, TOKENS)
+        progress = partial(tqdm, desc=f"states of {name}", unit=" chunks", delay=1, leave=False)
+        numbers, options = np.arange(len(records)), {"seed": config.seed, "ranks": Ranks()}
+        part, _ = crossfit.sample(features, numbers, progress=progress, **options)
+        fit = cross_fit(part.differences_PF, part.fold_P)
+        yield name, scored(part, fit.margins_P) | {"log_loss": fit.log_loss}
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:
@@ -135,7 +159,7 @@ def figures(looks: Mapping[str, Look], fits: Mapping[str, Fitted], tests: Sequen
     samples = {name: Sample(own.chunks) for name, own in looks.items()}
     seen = {name: Seen.joined(own.seen) for name, own in looks.items()}
     matrix = {
-        name: {on: scored(own, fit.margins_P if on == name else margins_of(fit, own)) for on, own in looks.items()}
+        name: {on: scored(own.part, fit.margins_P if on == name else margins_of(fit, own)) for on, own in looks.items()}
         for name, fit in fits.items()
     }
     others = [(one, other) for one in looks for other in fits if one != other]
@@ -164,8 +188,10 @@ def file_figures(name: str, own: Look, fit: Fitted, samples: Mapping[str, Sample
         "problems": len(own.errors),
         "first_problem": str(own.errors[0]) if own.errors else None,
         "proxies": {
-            f"length alone ({'shorter' if shorter else 'longer'} wins)": scored(own, -length if shorter else length),
-            "words and form": scored(own, margins) | {"log_loss": fit.log_loss},
+            f"length alone ({'shorter' if shorter else 'longer'} wins)": scored(
+                own.part, -length if shorter else length
+            ),
+            "words and form": scored(own.part, margins) | {"log_loss": fit.log_loss},
         },
         "cues": [
             cue.row() | {"elsewhere": {other: told(cue, samples[other]) for other in everywhere}}
@@ -204,10 +230,10 @@ def health(own: Look, seen: Seen) -> dict[str, int]:
     return {"unreadable": len(own.errors), **own_health(seen)}
 
 
-def scored(own: Look, margins: np.ndarray) -> dict[str, float]:
+def scored(part: Part, margins: np.ndarray) -> dict[str, float]:
     """Accuracy with its 95 % interval; the pairs of a record count as one draw."""
     credits = credit(margins)
-    _, record_P = np.unique(own.part.record_P, return_inverse=True)
+    _, record_P = np.unique(part.record_P, return_inverse=True)
     mean = float(credits.mean())
     error = 1.96 * float(np.sqrt((np.bincount(record_P, credits - mean) ** 2).sum())) / len(credits)
     return {"accuracy": mean, "low": max(0.0, mean - error), "high": min(1.0, mean + error)}

@@ -14,6 +14,8 @@ class AuditConfig(ReadConfig):
 
     data: tyro.conf.Positional[tuple[Path, ...]]
     """Preference files of any layout that training reads."""
+    model: Path | None = None
+    """Folder of an InternVL checkpoint, whose states over text alone are a further proxy."""
     eval: tuple[str, ...] = ()
     """Test sets, NAME=FILE, that are tested on and looked for in the files."""
     output_dir: Path = Path("runs/audit")

@@ -16,6 +16,7 @@ from mmrm_fast.data.records import Records
 from mmrm_fast.data.samples import Preparer
 from mmrm_fast.data.schedule import cut
 from mmrm_fast.data.types import RecordError, at
+from mmrm_fast.model.reward_model import RewardModel
 from mmrm_fast.shortcuts.crossfit import Chunk
 from mmrm_fast.shortcuts.ngrams import usable
 
@@ -67,3 +68,13 @@ class StateFeatures:
         plan = plan_tokens(sequences, self.preparer.encoder.rope_regime)
         states_RD = self.states(plan)[: len(sequences)].float()
         return (states_RD * states_RD.square().mean(-1, keepdim=True).clamp(min=1e-12).rsqrt()).cpu().numpy()
+
+
+def states_of(model: RewardModel, device: torch.device) -> Callable[[TokenPlan], Tensor]:
+    """What gives the states of a plan's last tokens."""
+    return lambda plan: model(plan.to(device), head=last_states)
+
+
+def last_states(hidden_TD: Tensor, last_index_R: Tensor) -> Tensor:
+    """The states [R, D] of last tokens."""
+    return hidden_TD[last_index_R]

@@ -16,7 +16,7 @@ from mmrm_fast.data.mixture import PreferenceDataset
 from mmrm_fast.data.packing import Packed, PackedBatch
 from mmrm_fast.model.lora import MAIN, PROXY, TwoAdapterModel, add_lora
 from mmrm_fast.shortcuts.ngrams import NgramFeatures
-from mmrm_fast.shortcuts.probe import StateFeatures
+from mmrm_fast.shortcuts.probe import StateFeatures, states_of
 from mmrm_fast.train import sharding
 from mmrm_fast.train.branch import AdapterBranch, Branch, add_adapters, freeze
 from mmrm_fast.train.loss import margins, preference_loss, with_balance
@@ -202,17 +202,12 @@ class ShortcutProxy(FileProxy):
         """The model's states over the texts of a data set."""
         root = run.branches[0].root.eval()
         return StateFeatures(
-            dataset.records, dataset.preparer, lambda plan: root(plan.to(run.device), head=last_states),
+            dataset.records, dataset.preparer, states_of(root, run.device),
             self.config.batch.tokens_per_micro_batch, lambda number: max(sharding.gather_lists([number])),
         )  # fmt: skip
 
     def test_margins(self, name: str, branches: list[Branch], packed: Packed, batch: PackedBatch) -> Tensor | None:
         return self.tests[name].of(packed.samples) if name in self.tests else None
-
-
-def last_states(hidden_TD: Tensor, last_index_R: Tensor) -> Tensor:
-    """The states [R, D] of last tokens."""
-    return hidden_TD[last_index_R]
 
 
 def parse_proxy(config: TrainConfig) -> Proxy:

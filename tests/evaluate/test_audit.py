@@ -16,7 +16,7 @@ NAMES = {  # of each environment's dominant cue
 
 @pytest.fixture(scope="module")
 def environments(tmp_path_factory):
-    config = ShapesConfig(num_train=2000, num_test=2)
+    config = ShapesConfig(num_train=2000, num_test=40)
     folder = tmp_path_factory.mktemp("shapes") / "set"
     return make_environments(folder, config, ALL_ENVIRONMENTS, progress=False)
 
@@ -100,6 +100,13 @@ def test_labels_are_judged(faulty, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "train: 2 of 25 pairs: the same two responses stand with either one preferred" in printed
     assert "held: 1 records are in train with their image and prompt" in printed
+
+
+def test_a_model_s_states_are_a_further_proxy(environments, model_folder, tmp_path):
+    file = str(environments["hedging"] / "iid.jsonl")
+    assert main(["audit", file, "--model", str(model_folder), "--output-dir", str(tmp_path / "out")]) == 0
+    (own,) = json.loads((tmp_path / "out" / "audit.json").read_text())["files"].values()
+    assert {*own["proxies"]["probe"]} == {"accuracy", "low", "high", "log_loss"}
 
 
 @pytest.mark.parametrize(
