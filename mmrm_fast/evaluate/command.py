@@ -63,12 +63,14 @@ class ScoredPair:
         return self.item.record.responses[response]
 
     def row(self) -> dict:
-        """Its line in results.json."""
+        """Its line in results.json; lists are of its two responses, in the order of the record."""
+        both = sorted((self.chosen, self.rejected))
         return {
             "id": self.item.id, "source": self.source, "group": self.item.group, "subgroup": self.item.subgroup,
             "in_training_set": self.item.in_training_set, "chosen": self.chosen, "rejected": self.rejected,
-            "margin": self.margin, "scores": self.scored.rewards, "truncated": self.scored.truncated,
-            "lengths": list(map(len, self.item.record.responses)),
+            "margin": self.margin, "scores": [self.scored.rewards[response] for response in both],
+            "truncated": [self.scored.truncated[response] for response in both],
+            "lengths": [len(self.text(response)) for response in both],
         }  # fmt: skip
 
 

@@ -147,6 +147,7 @@ def test_pairs_over_the_most_of_a_record_are_counted(folder, tmp_path, capsys):
     path = write_json_lines(tmp_path / "pairs.jsonl", [row, {**row, "scores": [1, 1, 1, 1, 2]}])
     _, results = run(folder, "pairs", path, "--max-pairs", "5")
     assert (len(results["items"]), results["pairs_over_max_pairs"]) == (9, 5)
+    assert all(len(item[name]) == 2 for item in results["items"] for name in ("scores", "truncated", "lengths"))
     assert "5 pairs over --max-pairs 5 of a record were not drawn" in capsys.readouterr().out
 
 
