@@ -131,17 +131,24 @@ def tiny_config(model_type: str, **options) -> PreTrainedConfig:
     return kind(**{**sizes, **OWN.get(model_type, {}), **options})
 
 
-def tiny_model(text_config: PreTrainedConfig) -> InternVLModel:
-    """transformers' own InternVL around a text model, random."""
+def internvl_config(text_config: PreTrainedConfig) -> InternVLConfig:
+    """A tiny InternVL around a text model."""
     vision = InternVLVisionConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=28, patch_size=14
     )
-    config = InternVLConfig(
+    return InternVLConfig(
         vision_config=vision, text_config=text_config, image_token_id=VOCABULARY - 1, image_seq_length=1
     )
+
+
+def empty_model(config: InternVLConfig) -> InternVLModel:
+    """transformers' own model without weights."""
     with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in InternVLModel(copy.deepcopy(config)).parameters())
-    assert size <= MAXIMUM, f"{size} parameters"
+        return InternVLModel(copy.deepcopy(config)).eval()
+
+
+def tiny_model(config: InternVLConfig) -> InternVLModel:
+    """transformers' own model with random weights."""
     config.text_config._attn_implementation = "eager"
     torch.manual_seed(0)
     model = InternVLModel(config).float().eval()
@@ -162,15 +169,14 @@ def packed_values(model: RewardModel, sequences: list) -> torch.Tensor:
 
 
 @torch.no_grad()
-def difference(plain: InternVLModel, own: RewardModel) -> float:
+def difference(plain: InternVLModel, empty: RewardModel) -> float:
     """The largest difference of packed values, of a model and of one filled from the meta device."""
-    with torch.device("meta"):
-        empty = RewardModel(InternVLModel(copy.deepcopy(plain.config)), *NORMALIZATION["imagenet"]).eval()
     empty.model.to_empty(device="cpu")
     renew_rope(empty.model.language_model, "cpu")
     empty.model.load_state_dict(plain.state_dict())
     alone = [plain(input_ids=torch.from_numpy(ids)[None], use_cache=False).last_hidden_state for ids in SEQUENCES]
     expected = torch.cat([hidden[0, -1:] for hidden in alone])
+    own = RewardModel(plain, *NORMALIZATION["imagenet"])
     errors = [(packed_values(model, SEQUENCES) - expected).abs().max() for model in (own, empty)]
     return float(torch.stack(errors).max() / expected.abs().max())
 
@@ -178,17 +184,20 @@ def difference(plain: InternVLModel, own: RewardModel) -> float:
 def outcome(model_type: str, options: dict) -> tuple[str, str]:
     """What comes of a text model: `equal` or `DIFFERS` and by how much, `refused` or `none` and the words.
 
-    `none` is what transformers builds no InternVL of.
+    `none` is what transformers builds no InternVL of, or not from these sizes.
     """
     try:
-        plain = tiny_model(tiny_config(model_type, **options))
+        config = internvl_config(tiny_config(model_type, **options))
+        empty = empty_model(config)
     except Exception as error:
         return "none", f"{type(error).__name__}: {error}"
     try:
-        own = RewardModel(copy.deepcopy(plain), *NORMALIZATION["imagenet"])
+        empty = RewardModel(empty, *NORMALIZATION["imagenet"])
     except ValueError as error:
         return "refused", str(error)
-    worst = difference(plain, own)
+    size = sum(parameter.numel() for parameter in empty.parameters())
+    assert size <= MAXIMUM, f"{size} parameters"
+    worst = difference(tiny_model(config), empty)
     return "equal" if worst <= BOUND else "DIFFERS", f"{worst:.1e}"
 
 
