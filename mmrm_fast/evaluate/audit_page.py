@@ -40,7 +40,7 @@ def shortcut_advice(name: str, own: dict, row: dict) -> str:
     if best and told_rightly(best) > here + TRANSFERS:
         return (
             f"{best['cue']} alone is right on {percent(told_rightly(best))} %, which --proxy-model ngrams does not see "
-            f"({percent(here)} %): a proxy that reads (full, lora) is needed."
+            f"({percent(here)} %): a proxy that reads (probe, lora, full) is needed."
         )
     if here < NOTHING:
         return f"text alone tells next to nothing ({percent(here)} %); --robust would change little."
