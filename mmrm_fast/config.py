@@ -341,10 +341,7 @@ class InspectConfig:
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """Serve a reward model over HTTP: OpenRLHF's /get_reward, vLLM's /classify, /pooling, /score and /rerank, a page.
-
-    By default only this machine can reach it, and images come as data URLs. Nothing is ever fetched.
-    """
+    """Serve a reward model over HTTP, to this machine alone by default; images are data URLs, nothing is fetched."""
 
     model: Path = Path("runs/robust/final")
     """Folder of the reward model, such as runs/NAME/final."""
@@ -352,6 +349,8 @@ class ServeConfig:
     """Address to listen on; 0.0.0.0 lets other machines in: give a `--token-file` then."""
     port: int = 8000
     """Port of the API and the page."""
+    allowed_host: tuple[str, ...] = ()
+    """Names, beside localhost and any address, that requests may have for this machine in their `Host`."""
     token_file: Path | None = None
     """File whose content requests must carry as `Authorization: Bearer`. Default: no token is asked for."""
     image_root: Path | None = None
@@ -365,7 +364,7 @@ class ServeConfig:
     max_delay_ms: float = 3.0
     """Milliseconds that a request waits for company when the model is idle."""
     max_requests: int = 256
-    """Requests of a copy that wait or are being scored; the next is answered 429."""
+    """Requests of a copy that wait or are being scored, half of them of one address; the next is answered 429."""
     timeout: float = 60.0
     """Seconds that a request may take; then it is answered 504."""
     batch: tyro.conf.OmitArgPrefixes[BatchConfig] = BatchConfig()

@@ -2,32 +2,49 @@
 
 import base64
 import io
-import threading
 from contextlib import contextmanager
 
+import httpx
 import numpy as np
-import uvicorn
 from PIL import Image
 from runs import wait_until
 
-from mmrm_fast.serve.api import RewardService, make_app
+from mmrm_fast.serve.api import Front, make_app
+from mmrm_fast.serve.connections import listen, serving
+from mmrm_fast.serve.conversation import ConversationReader
 from mmrm_fast.serve.guard import Limits
+from mmrm_fast.serve.service import RewardService
+
+
+class Here:
+    """One replica in this process."""
+
+    def __init__(self, service):
+        self.score = service.score
+
+    async def ready(self):
+        return None
 
 
 @contextmanager
-def running(scorer, *, limits: Limits | None = None, image_root=None, token=None):
-    """The base URL of a server around `scorer`."""
-    service = RewardService(scorer, "tiny", limits=limits or Limits(), image_root=image_root)
-    app = make_app(service, token)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    wait_until(lambda: server.started or not thread.is_alive(), "the server does not start")
+def running(scorer, *, limits: Limits | None = None, image_root=None, token=None, hosts=(), replicas=None):
+    """The base URL of a server around `scorer`, or around `replicas`."""
+    limits = limits or Limits()
+    replicas = replicas or Here(RewardService(scorer, limits=limits, image_root=image_root))
+    reader = ConversationReader(scorer.checkpoint.prompt_encoder().chat, scorer.checkpoint.tokenizer)
+    bound = listen("127.0.0.1", 0)
+    url = f"http://127.0.0.1:{bound.getsockname()[1]}"
+    with serving(make_app(Front(replicas, reader, "tiny"), limits=limits, token=token, hosts=hosts), bound, limits):
+        wait_until(lambda: answers(url), "the server does not start", seconds=60)
+        yield url
+
+
+def answers(url):
+    """Whether a server is there."""
     try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(timeout=60)
+        return httpx.get(f"{url}/healthz").status_code == 200
+    except httpx.ConnectError:
+        return False
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (120, 60)) -> bytes:

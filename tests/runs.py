@@ -4,6 +4,8 @@ import json
 import subprocess
 import time
 
+import psutil
+
 
 def mixed_records(pictures):
     """Pairwise and K-wise, with one image, two and none; 11 records, so that some step is uneven."""
@@ -51,6 +53,19 @@ def descendants(root, name):
         pid = below.pop()
         below += children.get(pid, [])
         found += [pid] * (name in commands[pid])
+    return found
+
+
+def listening(root):
+    """(process, address, port) of every socket on which `root` and all below it listen, as procfs has them."""
+    found = set()
+    for process in (psutil.Process(root), *psutil.Process(root).children(recursive=True)):
+        try:
+            sockets = process.net_connections(kind="inet")
+        except psutil.Error:  # it ended
+            continue
+        open_here = [own.laddr for own in sockets if own.status == psutil.CONN_LISTEN]
+        found |= {(process.pid, address.ip.removeprefix("::ffff:"), address.port) for address in open_here}
     return found
 
 

@@ -9,10 +9,10 @@ aspect ratio is nearest, and a thumbnail follows when there is more than one til
 | EXIF orientation, in a PNG also behind the pixels | turned upright, also for the choice of the grid |
 | alpha, in any mode (RGBA, LA, PA), a transparent palette entry or colour | blended over white |
 | CMYK, YCbCr, palette, greyscale, 1-bit | Pillow's conversion to RGB |
-| greyscale of 9 to 16 bits (PNG, PGM, TIFF) | its upper 8 bits, white and black as the file means them |
+| greyscale of 9 to 16 bits (PNG, TIFF) | its upper 8 bits, white and black as the file means them |
 | 32-bit integer and floating point | clipped at 0 and 255, as Pillow does |
 | animated (GIF, WebP, APNG), several pages | its first frame |
-| over `MAX_PIXELS`, truncated, not a picture | an `ImageError` naming it |
+| over `MAX_PIXELS`, truncated, not a picture, of a kind that is not in `FORMATS` | an `ImageError` naming it |
 
 With `compat="reference"` a picture is what `Image.open(path).convert("RGB")` gives, as in the public reference
 implementation: EXIF is ignored, alpha dropped unblended, 16-bit values clipped at 255; and of grids that are equally
@@ -38,7 +38,7 @@ from mmrm_fast.data.types import FieldError
 from mmrm_fast.ops.resize_bicubic import resize_bicubic
 
 MAX_PIXELS = 178_956_970  # Pillow's own decompression-bomb limit, enforced here as an error
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")  # not EPS, for which Pillow runs Ghostscript
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # what people send; EPS would run Ghostscript
 FORMATS += ("AVIF",) if find_spec("PIL.AvifImagePlugin") else ()
 EXIF_ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC = 0x0112, 258, 262  # tags
 WHITE_IS_ZERO = 0
@@ -203,13 +203,27 @@ def open_image(source: Source) -> Image.Image:
     except ImageError:
         raise
     except UnidentifiedImageError:
-        raise ImageError(f"{name}: not an image of a kind that is read ({', '.join(FORMATS)})") from None
+        raise ImageError(f"{name}: {kind_of_file(source)}; save it as one of {', '.join(FORMATS)}") from None
     except Exception as error:  # a malformed file raises whatever its parser meets
         raise ImageError(f"{name}: {error or type(error).__name__}") from None
     if image.width * image.height > MAX_PIXELS:
         raise ImageError(f"{name}: {image.width} x {image.height} pixels is over the limit of {MAX_PIXELS}")
     image.filename = ""  # else Pillow maps a TIFF into memory, where turning it sideways mixes up its rows
     return image
+
+
+def kind_of_file(source: Source) -> str:
+    """What a file that is not read is, by its first bytes."""
+    if isinstance(source, str | Path):
+        with open(source, "rb") as file:
+            return kind_of_file(file)
+    if not isinstance(source, bytes):
+        source.seek(0)
+        source = source.read(16)
+    Image.init()
+    head = source[:16].ljust(16, b"\xff")
+    kind = next((kind for kind, (_, accept) in Image.OPEN.items() if accept and accept(head) is True), None)
+    return f"pictures of kind {kind} are not read" if kind and kind not in FORMATS else "not an image"
 
 
 def orientation(image: Image.Image) -> int:
@@ -260,7 +274,7 @@ def load_image(source: Source, compat: Compat = None) -> Image.Image:
             if compat:
                 return image.convert("RGB")
             turn = UPRIGHT.get(orientation(image))
-            if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+            if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
                 image = Image.fromarray(upper_bits(image))
             elif image.has_transparency_data:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))

@@ -2,10 +2,14 @@
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import ray
+from ray._private import ray_constants
 
+from mmrm_fast.score.watchdog import watched
+
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # what makes all of Ray listen on 127.0.0.1, as it does on a Mac
 NEEDS = (
     "Ray needs a HOME that can be written to, for its token; /dev/shm; and a short path in RAY_TMPDIR or TMPDIR, such"
     " as /tmp, for its sockets; with --address a cluster that is there."
@@ -16,10 +20,8 @@ NEEDS = (
 def ray_cluster(address: str | None = None, env: Mapping[str, str] | None = None) -> Iterator[None]:
     """Join the Ray cluster at `address`, or start one on this machine; one that is joined already is kept.
 
-    `env` is set in the processes that we start there.
-
-    Ray listens on every interface and runs what clients send; since 2.60 a cluster that `ray.init` starts takes only
-    clients that know the user's `~/.ray/auth_token`.
+    `env` is set in the processes that we start there. One that we start listens on 127.0.0.1 alone, takes only clients
+    that know the user's `~/.ray/auth_token` (Ray's default since 2.60), and ends with this process, however it dies.
 
     Raises:
         OSError: Ray does not start here; what it needs is said.
@@ -31,19 +33,34 @@ def ray_cluster(address: str | None = None, env: Mapping[str, str] | None = None
     if not address:  # all processes inherit ours
         os.environ.update(env)
     try:
-        ray.init(
-            address=address or "local",  # None would join what RAY_ADDRESS or an earlier `ray start` names
-            runtime_env={"env_vars": env} if address else None,
-            log_to_driver=False,
-            include_dashboard=False,
-            logging_level="ERROR",
-        )
+        with nullcontext() if address else on_loopback():
+            context = ray.init(
+                address=address or "local",  # None would join what RAY_ADDRESS or an earlier `ray start` names
+                runtime_env={"env_vars": env} if address else None,
+                log_to_driver=False,
+                include_dashboard=False,
+                logging_level="ERROR",
+            )
     except Exception as error:  # whatever of the machine it does not find
         raise OSError(f"Ray does not start: {error}\n{NEEDS}") from error
+    with nullcontext() if address else watched(context.address_info["session_dir"]):
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def on_loopback() -> Iterator[None]:
+    """What Ray starts meanwhile listens on 127.0.0.1; it has read the variable when our process imported it."""
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    os.environ.update(LOOPBACK)
     try:
         yield
     finally:
-        ray.shutdown()
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        for name in LOOPBACK:
+            del os.environ[name]
 
 
 def gpus_each(wanted: float | None = None) -> float:

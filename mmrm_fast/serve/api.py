@@ -1,10 +1,11 @@
-"""The HTTP API around one scorer: OpenRLHF's and vLLM's reward endpoints, a page, health and metrics."""
+"""The HTTP API: OpenRLHF's and vLLM's reward endpoints, a page, the API's description, health and metrics."""
 
 import asyncio
-import logging
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable
+from html import escape
 from pathlib import Path
-from typing import NamedTuple
+from typing import Protocol
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -13,160 +14,101 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from mmrm_fast import __version__
-from mmrm_fast.data.images import ImageError, image_size
-from mmrm_fast.data.records import Group, RecordError, parse_group
-from mmrm_fast.data.samples import Sample
-from mmrm_fast.data.types import FieldError, RewardError
-from mmrm_fast.score.scorer import Scorer, join
+from mmrm_fast.data.types import FieldError
 from mmrm_fast.serve import protocols
-from mmrm_fast.serve.batcher import Batcher
 from mmrm_fast.serve.conversation import ConversationReader
-from mmrm_fast.serve.guard import Guard, Limits, Refused, refusal
+from mmrm_fast.serve.guard import Guard, Limits, Refused, client_of, refusal
 from mmrm_fast.serve.metrics import Metrics
+from mmrm_fast.serve.service import Answer
 
-CHARACTERS_PER_TOKEN = 8  # more text than this a token is not even tokenised
 PAGE_POLICY = (
     "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+DOCS_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; frame-ancestors 'none'"
 REFUSALS = {status: {"description": reason} for status, reason in {
-    400: "Not JSON.", 401: "No token, or a wrong one.", 413: "The body is too large.",
+    400: "Not JSON.", 401: "No token, or a wrong one.", 408: "The body came too slowly.",
+    413: "The body is too large.", 421: "Not a name of this server.",
     422: "A field is missing, of the wrong type, or over a limit.", 429: "Too many requests.",
     500: "The model failed, or gave no number.", 503: "No replica answered.", 504: "Too slow.",
 }.items()}  # fmt: skip
 
 
-class Answer(NamedTuple):
-    """What came of a request's records, response by response."""
+class Replicas(Protocol):
+    """Copies of a model, wherever they run."""
 
-    rewards: list[float]
-    truncated: list[bool]
-    num_tokens: int  # of all sequences, as if nothing were shared
+    async def score(self, records: list[dict], client: str) -> Answer | Refused:
+        """Rewards of records, or why there are none; a cancelled call's work is dropped."""
 
-
-class RewardService:
-    """Scores the records of requests, within limits, batched with those of other requests."""
-
-    def __init__(
-        self, scorer: Scorer, name: str, *, limits: Limits, image_root: Path | None = None, max_delay: float = 0.003
-    ):
-        self.scorer, self.name, self.limits, self.image_root = scorer, name, limits, image_root
-        self.reader = ConversationReader(scorer.checkpoint.prompt_encoder().chat, scorer.checkpoint.tokenizer)
-        self.metrics = Metrics()
-        self.has_told = False  # of a reward that is no number
-        self.batcher = Batcher(scorer, max_delay=max_delay, on_batch=self.metrics.count_batch)
-
-    async def score(self, records: Sequence[dict]) -> Answer:
-        """Score records as parsed JSON. Raises `RecordError`, `Refused`."""
-        samples = await asyncio.to_thread(self.prepare, records)
-        pieces = [self.scorer.split(sample) for sample in samples]
-        outcomes = iter(await self.batcher.score([piece for parts in pieces for piece in parts]))
-        joined = [
-            join(sample.group, [next(outcomes) for _ in parts]) for sample, parts in zip(samples, pieces, strict=True)
-        ]
-        for outcome in joined:
-            if isinstance(outcome, RecordError):
-                raise outcome
-        rewards = [reward for scored in joined for reward in scored.rewards]
-        truncated = [cut for scored in joined for cut in scored.truncated]
-        self.metrics.responses.inc(len(rewards))
-        return Answer(rewards, truncated, sum(sample.num_tokens_unshared for sample in samples))
-
-    def prepare(self, records: Sequence[dict]) -> list[Sample]:
-        """Records to samples, everything checked that can be before the pixels are decoded."""
-        groups = [
-            parse_group(fields, source=f"record {i}", record=i, image_root=self.image_root, confined=True)
-            for i, fields in enumerate(records)
-        ]
-        limits, tile = self.limits, self.scorer.checkpoint.tokens_per_tile
-        require(sum(len(group.responses) for group in groups), limits.responses, "responses")
-        require(sum(map(len_text, groups)), limits.tokens * CHARACTERS_PER_TOKEN, "characters of text")
-        require(sum(len(group.images) for group in groups), limits.tokens // tile, "images")
-        for group in groups:
-            check_pixels(group, limits.pixels)
-        samples = [self.scorer.encode(group) for group in groups]
-        require(sum(map(self.scorer.cost, samples)), limits.tokens, "tokens of work")
-        return samples
-
-    async def no_reward(self, request: Request, error: RewardError) -> JSONResponse:
-        """500 for a reward that is no number; the first one is logged, a broken model would fill the log."""
-        if not self.has_told:
-            logging.getLogger(__name__).error("%s: %s; more of these are not logged", request.url.path, error)
-        self.has_told = True
-        return refusal(500, str(error), error.field)
+    async def ready(self) -> Refused | None:
+        """None where one of them is ready."""
 
 
-def require(number: int, limit: int, what: str) -> None:
-    """Raise `Refused` where there are too many."""
-    if number > limit:
-        raise Refused(422, f"{number} {what} are over the limit of {limit}")
+class Front:
+    """What stands between HTTP and the replicas: requests to records, answers counted."""
+
+    def __init__(self, replicas: Replicas, reader: ConversationReader, name: str):
+        self.replicas, self.reader, self.name, self.metrics = replicas, reader, name, Metrics()
+
+    async def score(self, records: list[dict], request: Request) -> Answer:
+        """The answer to a request's records. Raises `Refused`."""
+        answer = await self.replicas.score(records, client_of(request.scope.get("client")))
+        if isinstance(answer, Refused):
+            raise answer
+        self.metrics.count(len(answer.rewards), answer.work)
+        return answer
 
 
-def len_text(group: Group) -> int:
-    """Characters of a group; a turn is more than its text."""
-    turns = [group.prompt] if isinstance(group.prompt, str) else [turn.content + turn.extra for turn in group.prompt]
-    return sum(
-        len(text) + CHARACTERS_PER_TOKEN for text in (*turns, *group.responses, *group.tools, *(group.extras or ()))
-    )
-
-
-def check_pixels(group: Group, limit: int) -> None:
-    """Raise `RecordError` for an image whose header announces too many pixels, or that is none."""
-    for image in group.images:
-        try:
-            width, height = image_size(image)
-        except ImageError as error:
-            raise RecordError(group.source, "image", str(error)) from None
-        if width * height > limit:
-            raise RecordError(group.source, "image", f"{width} x {height} pixels are over the limit of {limit}")
-
-
-def make_app(service: RewardService, token: str | None = None) -> FastAPI:
-    """The ASGI application of one replica."""
-    app = FastAPI(title="mmrm_fast reward server", version=__version__, redoc_url=None)
-    add_openrlhf(app, service)
+def make_app(
+    front: Front, *, limits: Limits | None = None, token: str | None = None, hosts: Iterable[str] = ()
+) -> FastAPI:
+    """The ASGI application."""
+    app = FastAPI(title="mmrm_fast reward server", version=__version__, docs_url=None, redoc_url=None)
+    add_openrlhf(app, front)
     for endpoint in protocols.VLLM:
-        add_vllm(app, service, endpoint)
-    add_pages(app, service)
+        add_vllm(app, front, endpoint)
+    add_pages(app, front)
     app.add_exception_handler(RequestValidationError, invalid_request)
     app.add_exception_handler(HTTPException, http_error)
-    for kind in (RecordError, FieldError):
-        app.add_exception_handler(kind, invalid_record)
-    app.add_exception_handler(RewardError, service.no_reward)
+    app.add_exception_handler(FieldError, invalid_field)
+    app.add_exception_handler(Refused, refused_by_a_replica)
     paths = frozenset(route.path for route in app.routes)
-    app.add_middleware(Guard, limits=service.limits, metrics=service.metrics, token=token, paths=paths)
+    app.add_middleware(Guard, limits=limits or Limits(), metrics=front.metrics, token=token, hosts=hosts, paths=paths)
     return app
 
 
-def add_openrlhf(app: FastAPI, service: RewardService) -> None:
+def add_openrlhf(app: FastAPI, front: Front) -> None:
     """OpenRLHF's remote reward model."""
 
     @app.post("/get_reward", responses=REFUSALS, tags=["OpenRLHF"])
-    async def get_reward(request: protocols.RewardRequest) -> dict:
+    async def get_reward(body: protocols.RewardRequest, request: Request) -> dict:
         """Rewards of whole decoded queries, with `images` optionally."""
-        answer = await service.score(await asyncio.to_thread(protocols.reward_records, request, service.reader))
+        answer = await front.score(await asyncio.to_thread(protocols.reward_records, body, front.reader), request)
         return protocols.reward_answer(answer.rewards, answer.truncated)
 
 
-def add_vllm(app: FastAPI, service: RewardService, endpoint: protocols.Endpoint) -> None:
+def add_vllm(app: FastAPI, front: Front, endpoint: protocols.Endpoint) -> None:
     """One of the pooling endpoints of vLLM and SGLang, under all of its paths."""
 
-    async def respond(request: endpoint.body) -> dict:
-        answer = await service.score(await asyncio.to_thread(endpoint.records, request, service.reader))
-        return endpoint.respond(request, answer.rewards, model=service.name, num_tokens=answer.num_tokens)
+    async def respond(body: endpoint.body, request: Request) -> dict:
+        answer = await front.score(await asyncio.to_thread(endpoint.records, body, front.reader), request)
+        return endpoint.respond(body, answer.rewards, model=front.name, num_tokens=answer.num_tokens)
 
     for path in endpoint.paths:
         app.post(path, responses=REFUSALS, tags=["vLLM"], description=endpoint.answer.__doc__)(respond)
 
 
-def add_pages(app: FastAPI, service: RewardService) -> None:
-    """The page, health and metrics."""
+def add_pages(app: FastAPI, front: Front) -> None:
+    """The page, the API's description, health and metrics."""
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 
     @app.get("/", include_in_schema=False)
     async def index() -> HTMLResponse:
-        headers = {"content-security-policy": PAGE_POLICY, "x-content-type-options": "nosniff"}
-        return HTMLResponse(page, headers=headers)
+        return html(page, PAGE_POLICY)
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return html(described(app.openapi()), DOCS_POLICY)
 
     @app.get("/healthz", tags=["operations"])
     async def healthz() -> dict:
@@ -176,12 +118,33 @@ def add_pages(app: FastAPI, service: RewardService) -> None:
     @app.get("/readyz", tags=["operations"])
     async def readyz() -> dict:
         """The model is loaded."""
-        return {"status": "ready", "model": service.name}
+        if refused := await front.replicas.ready():
+            raise refused
+        return {"status": "ready", "model": front.name}
 
     @app.get("/metrics", tags=["operations"], response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Prometheus metrics."""
-        return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+        return Response(front.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+def html(content: str, policy: str) -> HTMLResponse:
+    """A page that may load nothing from elsewhere."""
+    return HTMLResponse(content, headers={"content-security-policy": policy, "x-content-type-options": "nosniff"})
+
+
+def described(schema: dict) -> str:
+    """An OpenAPI schema as a page without scripts."""
+    parts = [f"<h1>{escape(schema['info']['title'])} {escape(schema['info']['version'])}</h1>"]
+    for path, methods in schema["paths"].items():
+        for method, call in methods.items():
+            content = call.get("requestBody", {}).get("content", {})
+            body = "".join(part["schema"].get("$ref", "").rpartition("/")[2] for part in content.values())
+            parts.append(f"<h2>{method.upper()} {escape(path)}</h2><p>{escape(call.get('description', ''))} {body}</p>")
+    for name, body in schema["components"]["schemas"].items():
+        parts.append(f"<h3>{escape(name)}</h3><pre>{escape(json.dumps(body, indent=1))}</pre>")
+    parts.append("<p>The same as JSON: /openapi.json</p>")
+    return f'<!doctype html><html lang="en"><meta charset="utf-8"><title>API</title><body>{"".join(parts)}</html>'
 
 
 async def invalid_request(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -193,9 +156,14 @@ async def invalid_request(request: Request, error: RequestValidationError) -> JS
     return refusal(422, f"{field}: {first['msg']}" if field else first["msg"], field or None)
 
 
-async def invalid_record(request: Request, error: RecordError | FieldError) -> JSONResponse:
-    """422 for a record that cannot be scored."""
+async def invalid_field(request: Request, error: FieldError) -> JSONResponse:
+    """422 for a request that is no record."""
     return refusal(422, str(error), error.field or None)
+
+
+async def refused_by_a_replica(request: Request, error: Refused) -> JSONResponse:
+    """What a replica said, or that none said anything."""
+    return refusal(error.status, error.message, error.field)
 
 
 async def http_error(request: Request, error: HTTPException) -> JSONResponse:

@@ -1,19 +1,26 @@
 """Dynamic batching: samples of different requests wait a few milliseconds for each other and share forwards."""
 
 import asyncio
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from mmrm_fast.data.packing import PackedBatch
+import numpy as np
+
+from mmrm_fast.data.packing import Packed, PackedBatch, pack_items
 from mmrm_fast.data.prompt import Encoded
 from mmrm_fast.data.records import RecordError
 from mmrm_fast.data.samples import Sample
 from mmrm_fast.score.scorer import Scored, Scorer
 
+AHEAD = (
+    3  # batches that are decoded, packed or in the model at a time: one that decodes for long does not stop the rest
+)
 
-@dataclass(frozen=True)
+PIXELS_PER_TOKEN = 2_000  # that take about as long to decode as a token in the model
+
+
+@dataclass(frozen=True, eq=False)
 class Waiting:
     """A sample in the queue and where its outcome is awaited."""
 
@@ -21,21 +28,31 @@ class Waiting:
     outcome: asyncio.Future
     shared_cost: int  # paid once by all that ask about the same prompt and images
     own_cost: int
+    request_cost: int = 0  # of all entries of its request
 
     @property
     def key(self) -> tuple:
         group = self.sample.group
         return group.prompt, group.tools, group.images
 
+    @property
+    def cost(self) -> int:
+        """Its work, were it alone."""
+        return self.shared_cost + self.own_cost
+
 
 Batch = list[list[Waiting]]  # the entries of one merged sample together
 
 
 class Batcher:
-    """Batches what is waiting, oldest first, up to the scorer's token budget.
+    """Batches what is waiting up to the scorer's token budget, by turns the oldest and the least work first.
 
-    While the model runs one batch, a thread decodes and packs the next. Samples with the same prompt and images are
-    merged, so that prefix and images are read, decoded and computed once; the budget counts them so.
+    So a line overtakes what large requests have waiting, and no stream of lines holds up a large one: whatever waits
+    for w of older work is begun after 2w. (Start-time fair queueing, Goyal, Vin and Cheng 1996, with a flow a request
+    would hold it up for ever, since virtual time stands still while each new request starts at it.)
+
+    While the model runs one batch, threads decode and pack others. Samples with the same prompt and images are merged,
+    so that prefix and images are read, decoded and computed once; the budget counts them so, and pixels to decode.
 
     Args:
         scorer: its `tokens_per_micro_batch` is the budget of one batch.
@@ -47,20 +64,31 @@ class Batcher:
         self, scorer: Scorer, *, max_delay: float = 0.003, on_batch: Callable[[PackedBatch], None] = lambda batch: None
     ):
         self.scorer, self.max_delay, self.on_batch = scorer, max_delay, on_batch
-        self.queue: deque[Waiting] = deque()
-        self.arrived = asyncio.Event()
-        self.threads = ThreadPoolExecutor(2)
-        self.running: asyncio.Task | None = None
+        self.queue: list[Waiting] = []
+        self.is_oldest_s_turn = True
+        self.arrived, self.places = asyncio.Event(), asyncio.Semaphore(AHEAD)
+        self.packers, self.model = ThreadPoolExecutor(AHEAD - 1), ThreadPoolExecutor(1)
+        self.running: set[asyncio.Task] = set()  # the loop and its batches
 
-    async def score(self, samples: Sequence[Sample]) -> list[Scored | RecordError]:
-        """The outcome of each sample, in order; a cancelled call leaves the queue. Raises what the model raised."""
-        self.running = self.running or asyncio.create_task(self.run())
-        loop = asyncio.get_running_loop()
-        entries = []
-        for sample in samples:
+    async def score(self, samples: Sequence[Sample], pixels: Sequence[int] = ()) -> list[Scored | RecordError]:
+        """The outcome of each sample of a request, in order; a cancelled call leaves the queue.
+
+        Args:
+            samples: of the request.
+            pixels: of each sample's pictures, before they are tiles; none where not given.
+
+        Raises:
+            What the model raised.
+        """
+        if not self.running:
+            self.start(self.run())
+        loop, costs = asyncio.get_running_loop(), []
+        for sample, count in zip(samples, pixels or [0] * len(samples), strict=True):
             shared = self.scorer.shared_cost(sample)
-            entries.append(Waiting(sample, loop.create_future(), shared, self.scorer.cost(sample) - shared))
-        self.queue.extend(entries)
+            costs.append((shared + count // PIXELS_PER_TOKEN, self.scorer.cost(sample) - shared))
+        whole = sum(map(sum, costs))
+        entries = [Waiting(own, loop.create_future(), *cost, whole) for own, cost in zip(samples, costs, strict=True)]
+        self.queue += entries
         self.arrived.set()
         outcomes = await asyncio.gather(*(entry.outcome for entry in entries), return_exceptions=True)
         for outcome in outcomes:
@@ -68,40 +96,48 @@ class Batcher:
                 raise outcome
         return outcomes
 
+    def start(self, work: Coroutine) -> None:
+        """Run it beside all else, and keep it from being collected."""
+        task = asyncio.ensure_future(work)
+        self.running.add(task)
+        task.add_done_callback(self.running.discard)
+
     async def run(self) -> None:
-        """Batch without end: pack one batch while the one before it is in the model."""
-        forward: asyncio.Future | None = None
+        """Batch without end, each batch taken as late as there is a place for it."""
         while True:
             await self.arrived.wait()
-            if self.waiting_cost() < self.scorer.tokens_per_micro_batch:
+            if sum(entry.cost for entry in self.queue) < self.scorer.tokens_per_micro_batch:
                 await asyncio.sleep(self.max_delay)
-            if not (batch := self.take()):
-                continue
-            packing = self.pack(batch)
-            if forward is not None:
-                await forward
-            forward = asyncio.ensure_future(self.finish(batch, packing))
+            await self.places.acquire()
+            if batch := self.take():
+                self.start(self.finish(batch))
+            else:
+                self.places.release()
 
-    def pack(self, batch: Batch) -> asyncio.Future:
-        """Begin to decode and pack a batch."""
-        samples = [merge(entries) for entries in batch]
-        return asyncio.get_running_loop().run_in_executor(self.threads, self.scorer.pack, samples)
-
-    async def finish(self, batch: Batch, packing: asyncio.Future) -> None:
-        """Run a packed batch through the model and hand out what came of it."""
+    async def finish(self, batch: Batch) -> None:
+        """Score a batch and give its place to another."""
         try:
-            packed = await packing
-            loop = asyncio.get_running_loop()
-            outcomes = await loop.run_in_executor(self.threads, self.scorer.score_packed, packed)
+            await self.score_batch(batch)
+        finally:
+            self.places.release()
+
+    async def score_batch(self, batch: Batch) -> None:
+        """Decode, pack and run a batch, and hand out what came of it; nothing that nobody waits for any more."""
+        loop = asyncio.get_running_loop()
+        try:
+            packed = await loop.run_in_executor(self.packers, self.pack, batch)
+            outcomes = await loop.run_in_executor(self.model, self.forward, batch, packed)
         except Exception as error:
-            return await self.finish_halves(batch, error)
+            return await self.score_halves(batch, error)
+        if not outcomes:
+            return
         self.on_batch(packed.batch)
         for merged, outcome in zip(batch, outcomes, strict=True):
             for entry, own in zip(merged, unmerge(merged, outcome), strict=True):
                 if not entry.outcome.done():
                     entry.outcome.set_result(own)
 
-    async def finish_halves(self, batch: Batch, error: Exception) -> None:
+    async def score_halves(self, batch: Batch, error: Exception) -> None:
         """A batch that failed as a whole, half by half, so that only the entry at fault gets the error."""
         entries = [entry for merged in batch for entry in merged if not entry.outcome.done()]
         if len(entries) == 1:
@@ -109,18 +145,32 @@ class Batcher:
             return
         middle = len(entries) // 2
         for half in filter(None, (entries[:middle], entries[middle:])):
-            again = by_key(half)
-            await self.finish(again, self.pack(again))
+            await self.score_batch(by_key(half))
 
-    def waiting_cost(self) -> int:
-        """An upper bound of the work in the queue."""
-        return sum(entry.shared_cost + entry.own_cost for entry in self.queue)
+    def pack(self, batch: Batch) -> Packed:
+        """Decode and pack a batch."""
+        return pack_items(self.scorer.preparer, batch, lambda entries: (merge(entries), self.tiles(entries)))
+
+    def forward(self, batch: Batch, packed: Packed) -> list[Scored | RecordError]:
+        """The outcomes of a packed batch; none where nobody waits for it."""
+        return self.scorer.score_packed(packed) if any(map(is_awaited, batch)) else []
+
+    def tiles(self, entries: Sequence[Waiting]) -> list[np.ndarray]:
+        """Decode the pictures of merged entries; `RecordError` as soon as all who asked are gone."""
+        group, tiles = entries[0].sample.group, []
+        for images in ((), *((image,) for image in group.images)):
+            if not is_awaited(entries):
+                raise RecordError(group.source, "", "nobody waits for it")
+            tiles += self.scorer.preparer.tiles(replace(group, images=images))
+        return tiles
 
     def take(self) -> Batch:
-        """The oldest entries that fit one batch, and whoever shares their prompt and images while there is room."""
+        """The first entries that fit one batch, and whoever shares their prompt and images while there is room."""
+        order = self.queue if self.is_oldest_s_turn else sorted(self.queue, key=lambda entry: entry.request_cost)
+        self.is_oldest_s_turn = not self.is_oldest_s_turn
         budget, total, full = self.scorer.tokens_per_micro_batch, 0, False
-        keys, taken, left = set(), [], deque()
-        for entry in self.queue:
+        keys, taken, left = set(), [], set()
+        for entry in order:
             if entry.outcome.done():  # cancelled while it waited
                 continue
             known = entry.key in keys
@@ -132,11 +182,16 @@ class Batcher:
                 taken.append(entry)
                 total += cost
             else:
-                left.append(entry)
-        self.queue = left
+                left.add(entry)
+        self.queue = [entry for entry in self.queue if entry in left]
         if not left:
             self.arrived.clear()
         return by_key(taken)
+
+
+def is_awaited(entries: Iterable[Waiting]) -> bool:
+    """Whether anyone still waits for one of them."""
+    return not all(entry.outcome.done() for entry in entries)
 
 
 def by_key(entries: Iterable[Waiting]) -> Batch:

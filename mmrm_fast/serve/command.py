@@ -1,16 +1,16 @@
-"""The reward server on Ray Serve: replicas of one scorer behind one port, drained before they end."""
+"""The reward server: HTTP in this process, replicas of one scorer on Ray Serve behind it, drained before they end."""
 
+import asyncio
 import logging
-import os
 import signal
-import tempfile
 import threading
 from dataclasses import replace
 
 import ray
 import torch
-from fastapi import FastAPI
 from ray import serve as ray_serve
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from mmrm_fast.checkpoint.folder import CheckpointFolder
@@ -18,59 +18,111 @@ from mmrm_fast.config import ServeConfig
 from mmrm_fast.config_file import options
 from mmrm_fast.score.cluster import gpus_each, ray_cluster
 from mmrm_fast.score.scorer import Scorer, batch_spread
-from mmrm_fast.serve.api import RewardService, make_app
-from mmrm_fast.serve.guard import MAX_BODY, Limits
+from mmrm_fast.serve.api import Front, make_app
+from mmrm_fast.serve.connections import listen, serving
+from mmrm_fast.serve.conversation import ConversationReader
+from mmrm_fast.serve.guard import Limits, Refused
+from mmrm_fast.serve.service import Answer, RewardService
 
 APP = "mmrm_fast"
 LOCAL = ("127.0.0.1", "localhost", "::1")
 CPUS_PER_REPLICA = 2
-PROXY_SECONDS = 5.0  # that the proxy waits longer than a replica may take: the replica's answer says more
+PROBE_SECONDS = 5.0  # that a replica may take to say that it is ready
 LOAD_SECONDS = 5  # that a load lasts before a copy of the model is added
 HEALTH_SECONDS = 2  # between checks: a replica that died is missed so soon, and started again
+ENVIRONMENT = {
+    "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+    "MALLOC_ARENA_MAX": "2",  # else glibc keeps what bodies and activations of dozens of threads once took
+    "MALLOC_MMAP_THRESHOLD_": str(4 << 20),
+}
 
 
-@ray_serve.ingress()
 class Replica:
-    """One copy of the model and its API."""
+    """One copy of the model."""
 
-    def __init__(self, config: ServeConfig, token: str | None, num_threads: int):
+    def __init__(self, config: ServeConfig, num_threads: int):
         torch.set_num_threads(num_threads)
-        os.makedirs(os.environ["PROMETHEUS_MULTIPROC_DIR"], exist_ok=True)  # on another machine than the first
         scorer = Scorer.from_pretrained(config.model, **options(config.batch))
         dtype = str(scorer.model.model.dtype).removeprefix("torch.")
-        self.precision, self.token = f"{dtype}, rewards within {batch_spread(scorer):.1g}", token
+        self.precision = f"{dtype}, rewards within {batch_spread(scorer):.1g}"
         self.service = RewardService(
-            scorer, config.model.name, limits=Limits(requests=config.max_requests, seconds=config.timeout),
-            image_root=config.image_root, max_delay=config.max_delay_ms / 1000,
-        )  # fmt: skip
+            scorer, limits=limits_of(config), image_root=config.image_root, max_delay=config.max_delay_ms / 1000
+        )
 
-    def say_precision(self) -> str:
+    async def say_precision(self) -> str:
         """The dtype that the model computes in, and how far a reward moves with what shares its batch."""
         return self.precision
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        return make_app(self.service, self.token)
+    async def score(self, records: list[dict], client: str) -> Answer | Refused:
+        """See `RewardService.score`."""
+        return await self.service.score(records, client)
+
+
+class RayReplicas:
+    """The replicas behind a handle of Ray Serve, whose own refusals become ours."""
+
+    def __init__(self, handle: DeploymentHandle):
+        self.handle, self.probe = handle, None
+
+    async def score(self, records: list[dict], client: str) -> Answer | Refused:
+        """An answer of one of them."""
+        answer = self.handle.score.remote(records, client)
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            answer.cancel()
+            raise
+        except BackPressureError:
+            return Refused(503, "the replicas are all busy; try again later")
+        except RayTaskError:
+            raise
+        except (RayError, RayServeException):
+            return Refused(503, "no replica answered: it ended, or none is ready yet; try again")
+
+    async def ready(self) -> Refused | None:
+        """None where one is ready; however many ask, one question is under way."""
+        if self.probe is None or self.probe.done():
+            self.probe = asyncio.ensure_future(self.ask())
+        return await asyncio.shield(self.probe)
+
+    async def ask(self) -> Refused | None:
+        """Ask one whether it is ready."""
+        answer = self.handle.say_precision.remote()
+        try:
+            await asyncio.wait_for(answer, PROBE_SECONDS)
+        except Exception:  # whatever kept it from answering
+            answer.cancel()
+            return Refused(503, "no replica is ready; try again")
+        return None
 
 
 def serve(config: ServeConfig) -> None:
     """Serve until SIGINT or SIGTERM; requests under way are answered first."""
     config = checked(config)
-    token = read_token(config)
+    token, bound = read_token(config), listen(config.host, config.port)
+    limits = replace(limits_of(config), requests=config.max_requests * (config.max_replicas or config.replicas))
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    with (
-        tempfile.TemporaryDirectory(prefix="mmrm-metrics-") as metrics,
-        ray_cluster(config.address, environment(metrics, config)),
-    ):
-        replicas = start_replicas(config, token)
+    checkpoint = CheckpointFolder(config.model).load(with_weights=False)
+    reader = ConversationReader(checkpoint.prompt_encoder().chat, checkpoint.tokenizer)
+    with bound, ray_cluster(config.address, ENVIRONMENT):
+        handle = start_replicas(config)
         stop = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):  # after Ray has set its own
             signal.signal(number, lambda *_: stop.set())
-        precision = replicas.say_precision.remote().result()
-        print(f"computing in {precision} whatever shares their batch", flush=True)
-        print(f"serving {config.model} on http://{config.host}:{config.port} (API: /docs)", flush=True)
-        stop.wait()
-        print("draining", flush=True)
-        ray_serve.delete(APP)  # answers what is under way; shutdown alone would drop it
+        precision = handle.say_precision.remote().result()
+        front = Front(RayReplicas(handle), reader, config.model.name)
+        app = make_app(front, limits=limits, token=token, hosts=(config.host, *config.allowed_host))
+        with serving(app, bound, limits, on_end=stop.set):
+            print(f"computing in {precision} whatever shares their batch", flush=True)
+            print(f"serving {config.model} on http://{config.host}:{config.port} (API: /docs)", flush=True)
+            stop.wait()
+            print("draining", flush=True)
+        ray_serve.delete(APP)
+
+
+def limits_of(config: ServeConfig) -> Limits:
+    """The limits of one replica."""
+    return Limits(requests=config.max_requests, seconds=config.timeout)
 
 
 def checked(config: ServeConfig) -> ServeConfig:
@@ -98,19 +150,7 @@ def read_token(config: ServeConfig) -> str | None:
     return token
 
 
-def environment(metrics: str, config: ServeConfig) -> dict[str, str]:
-    """What replicas and proxy find in their environment; `metrics` is a folder for what the replicas count."""
-    return {
-        MAX_BODY: str(Limits().body),
-        "PROMETHEUS_MULTIPROC_DIR": metrics,
-        "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
-        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "mmrm_fast.serve.guard.proxy_middleware",
-        "MALLOC_ARENA_MAX": "2",  # else glibc keeps what bodies and activations of dozens of threads once took
-        "MALLOC_MMAP_THRESHOLD_": str(4 << 20),
-    }
-
-
-def start_replicas(config: ServeConfig, token: str | None) -> DeploymentHandle:
+def start_replicas(config: ServeConfig) -> DeploymentHandle:
     """Deploy the replicas; returns a handle to them when the first are ready."""
     gpus = gpus_each()
     count, most = config.replicas, config.max_replicas or config.replicas
@@ -125,13 +165,12 @@ def start_replicas(config: ServeConfig, token: str | None) -> DeploymentHandle:
         Replica,
         name="reward",
         ray_actor_options={"num_cpus": 0, "num_gpus": gpus},
-        max_ongoing_requests=2 * config.max_requests,  # so that the replica itself refuses, with a reason
-        max_queued_requests=config.max_requests,
+        max_ongoing_requests=config.max_requests + 1,  # a probe beside them
+        max_queued_requests=config.max_requests * most + 1,
         graceful_shutdown_timeout_s=config.timeout,
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=HEALTH_SECONDS,
         **scaling,
     )
-    http_options = {"host": config.host, "port": config.port, "request_timeout_s": config.timeout + PROXY_SECONDS}
-    ray_serve.start(http_options=http_options, logging_config={"log_level": "WARNING"})
-    return ray_serve.run(deployment.bind(config, token, threads), name=APP, route_prefix="/")
+    ray_serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
+    return ray_serve.run(deployment.bind(config, threads), name=APP, route_prefix=None)

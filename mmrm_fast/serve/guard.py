@@ -1,49 +1,50 @@
-"""What stands between the network and the API: who may ask, how much, how long; one JSON reason for every refusal.
-
-`Guard` is in every replica, `ProxyGuard` in Ray's proxy before them; that process imports neither torch nor a model.
-"""
+"""What stands between the network and the API: who may ask, how much, how long; one JSON reason for every refusal."""
 
 import asyncio
 import hmac
+import ipaddress
 import logging
-import os
 import time
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers
-from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 
-if TYPE_CHECKING:
-    from mmrm_fast.serve.metrics import Metrics
+from mmrm_fast.serve.metrics import Metrics
 
-OPEN_PATHS = ("/", "/docs", "/openapi.json", "/healthz", "/readyz")
-PROBES = ("/healthz", "/readyz")
-PROBE_SECONDS = 5.0  # without a replica that is ready, Ray lets requests wait
-BODIES_IN_FLIGHT = 8  # full-size bodies that all requests together may hold in memory
-MAX_BODY = "MMRM_MAX_BODY"  # variable: bytes of a body, which Ray's proxy would hold before any replica counts them
-RAYS_TIMEOUT = 408
+OPEN_PATHS = ("/", "/healthz", "/readyz")
+UNCOUNTED_PATHS = ("/docs", "/openapi.json", "/metrics")  # what a full server shows too, to those with the token
+CLIENT_GONE = 499  # nginx's number for a client that hung up; it gets no answer
+SITE = 64  # bits of an IPv6 address that one client has for itself
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of one replica. Sizes in bytes, times in seconds."""
+    """Bounds of a server; of one replica for `requests` and `replica_pixels`. Sizes in bytes, times in seconds."""
 
+    connections: int = 512  # open, from all clients
+    head: int = 16 << 10  # the line and headers of a request
+    head_seconds: float = 20.0  # until they are complete; also that a connection may idle or leave its answer unread
     body: int = 32 << 20
-    requests: int = 256  # in flight: read, waiting or being scored
+    bodies: int = 256 << 20  # in memory, of all requests
+    body_rate: int = 16 << 10  # bytes a second that a body arrives at, at least, after the first seconds
+    body_seconds: float = 5.0
+    requests: int = 256  # whose bodies are complete: waiting or being scored
     seconds: float = 60.0  # of a request, from its first byte to its answer
     responses: int = 1024  # of a request
     tokens: int = 65_536  # work of a request, in tokens after sharing
     pixels: int = 50_000_000  # of an image
+    request_pixels: int = 100_000_000  # of all images of a request
+    replica_pixels: int = 1_000_000_000  # of all requests at work
 
 
 class Refused(Exception):
     """A request that is answered with a status and a reason."""
 
     def __init__(self, status: int, message: str, field: str | None = None):
-        super().__init__(message)
+        super().__init__(status, message, field)
         self.status, self.message, self.field = status, message, field
 
 
@@ -55,53 +56,141 @@ def refusal(status: int, message: str, field: str | None = None) -> JSONResponse
     return JSONResponse({"error": {"code": status, "message": message, "param": field}}, status, headers)
 
 
-class Guard:
-    """ASGI middleware: token, requests in flight, size and time of a body, before anything parses it.
+class Share:
+    """So much of something for all clients, and half of it for one, so that nobody is kept out by another."""
 
-    A body is counted while it arrives and refused at the first byte over the limit. A fault of ours is logged, once.
+    def __init__(self, whole: int):
+        self.whole, self.held = whole, Counter()
+
+    def take(self, client: str, amount: int = 1) -> bool:
+        """Whether so much was left for this client; then it has it."""
+        half = (self.whole + 1) // 2
+        if self.held.total() + amount > self.whole or self.held[client] + amount > half:
+            return False
+        self.held[client] += amount
+        return True
+
+    def give(self, client: str, amount: int = 1) -> None:
+        """Give back what was taken."""
+        self.held[client] -= amount
+        if not self.held[client]:
+            del self.held[client]
+
+
+def client_of(address: tuple | None) -> str:
+    """Who a socket's peer is: its IPv4 address, or the network that an IPv6 address is of."""
+    if not address:
+        return ""
+    host = ipaddress.ip_address(address[0].partition("%")[0])
+    host = getattr(host, "ipv4_mapped", None) or host
+    return str(ipaddress.ip_network((host, SITE), strict=False) if host.version == 6 else host)
+
+
+class Exchange:
+    """One request under way: its ASGI callables, its client, its body as far as it has come and what was answered."""
+
+    def __init__(self, scope: dict, receive: Callable, send: Callable):
+        self.scope, self.receive, self.raw_send = scope, receive, send
+        self.headers, self.client = Headers(scope=scope), client_of(scope.get("client"))
+        self.body, self.status = bytearray(), None
+
+    async def send(self, message: dict) -> None:
+        """ASGI's `send`, which notes the status."""
+        self.status = message.get("status", self.status)
+        await self.raw_send(message)
+
+    def replay(self) -> Callable[[], Awaitable[dict]]:
+        """An ASGI `receive` that gives the body, then nothing more."""
+        messages = [{"type": "http.request", "body": bytes(self.body), "more_body": False}]
+
+        async def receive() -> dict:
+            return messages.pop() if messages else await asyncio.Event().wait()
+
+        return receive
+
+    async def finish(self, answering: Coroutine) -> None:
+        """Let the app answer; it is cancelled, and `Refused` raised, when the client hangs up before."""
+        work, gone = asyncio.ensure_future(answering), asyncio.ensure_future(self.receive())
+        try:
+            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not work.done() and self.status is None:
+                raise Refused(CLIENT_GONE, "the client hung up")
+            await work
+        finally:
+            gone.cancel()
+            work.cancel()
+
+
+class Guard:
+    """ASGI middleware: host, token, size and rate of bodies, requests at work and their time, before any parsing.
+
+    A body is counted while it arrives and refused at the first byte over the limit; it takes one of the places of
+    requests only when it is complete. A fault of ours is logged, once.
 
     Args:
         app: what answers the requests that pass.
         token: what `Authorization: Bearer` must carry, None for no token.
+        hosts: names that clients may know this machine by, beside `localhost` and any IP address.
         paths: paths that metrics name; any other is "other".
     """
 
-    def __init__(self, app: Callable, *, limits: Limits, metrics: "Metrics", token: str | None, paths: frozenset[str]):
+    def __init__(
+        self, app: Callable, *, limits: Limits, metrics: Metrics, token: str | None, hosts: Iterable[str],
+        paths: frozenset[str],
+    ):  # fmt: skip
         self.app, self.limits, self.metrics, self.token, self.paths = app, limits, metrics, token, paths
-        self.num_requests = self.num_bytes = 0
+        self.hosts = frozenset({"localhost", *map(str.lower, hosts)})
+        self.requests, self.bodies = Share(limits.requests), Share(limits.bodies)
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         path = scope["path"] if scope["path"] in self.paths else "other"
-        started, status = time.perf_counter(), None
-
-        async def send_noting_status(message: dict) -> None:
-            nonlocal status
-            status = message.get("status", status)
-            await send(message)
-
+        started, exchange = time.perf_counter(), Exchange(scope, receive, send)
         try:
-            await self.answer(scope, receive, send_noting_status)
+            await self.answer(exchange)
         except Refused as refused:
-            await refusal(refused.status, refused.message, refused.field)(scope, receive, send_noting_status)
+            if refused.status == CLIENT_GONE or exchange.status is not None:  # nobody to tell, or too late to
+                exchange.status = refused.status
+            else:
+                answer = refusal(refused.status, refused.message, refused.field)
+                await answer(scope, receive, exchange.send)
         except Exception:
-            if status is not None:  # too late for another answer
+            if exchange.status is not None:
                 raise
             logging.getLogger(__name__).exception("%s failed", path)
-            await refusal(500, "the server failed; its log says why")(scope, receive, send_noting_status)
+            await refusal(500, "the server failed; its log says why")(scope, receive, exchange.send)
         finally:
-            self.metrics.requests.labels(path, str(status or 500)).inc()
+            self.metrics.requests.labels(path, str(exchange.status or 500)).inc()
             self.metrics.seconds.labels(path).observe(time.perf_counter() - started)
 
-    async def answer(self, scope: dict, receive: Callable, send: Callable) -> None:
+    async def answer(self, exchange: Exchange) -> None:
         """Let the request through. Raises `Refused`."""
-        if scope["path"] in OPEN_PATHS:
-            return await self.app(scope, receive, send)
-        self.check_token(Headers(scope=scope))
-        if scope["path"] == "/metrics":  # what a full server shows too
-            return await self.app(scope, receive, send)
-        await self.admit(scope, receive, send)
+        path = exchange.scope["path"]
+        self.check_host(exchange.headers.get("host", ""))
+        if path not in OPEN_PATHS:
+            self.check_token(exchange.headers)
+        if path in OPEN_PATHS or path in UNCOUNTED_PATHS:
+            return await self.app(exchange.scope, exchange.receive, exchange.send)
+        try:
+            await asyncio.wait_for(self.admit(exchange), self.limits.seconds)
+        except (TimeoutError, asyncio.TimeoutError):
+            raise Refused(504, f"no answer within {self.limits.seconds:g} seconds") from None
+        finally:
+            self.bodies.give(exchange.client, len(exchange.body))
+
+    def check_host(self, host: str) -> None:
+        """Raise `Refused` for a name that is not ours: a page of that name would read our answers in a browser.
+
+        Such a page has a name that its owner lets point to this machine (DNS rebinding), never an IP address.
+        """
+        name = host.lower()
+        name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            if name not in self.hosts:
+                raise Refused(421, "this server does not go by that name; see --allowed-host", "host") from None
 
     def check_token(self, headers: Headers) -> None:
         """Raise `Refused` unless the request carries the token; the comparison takes the same time for any guess."""
@@ -112,108 +201,36 @@ class Guard:
         if scheme.lower() != "bearer" or not same:
             raise Refused(401, "this server needs its token: send `Authorization: Bearer TOKEN`")
 
-    async def admit(self, scope: dict, receive: Callable, send: Callable) -> None:
-        """Answer within the limits of requests and time."""
-        if self.num_requests >= self.limits.requests:
-            raise Refused(429, f"{self.limits.requests} requests are waiting already; try again later")
-        self.num_requests += 1
+    async def admit(self, exchange: Exchange) -> None:
+        """Take the body in, then let the app answer while there is place for the request."""
+        await self.read(exchange)
+        if not self.requests.take(exchange.client):
+            limit = self.limits.requests
+            raise Refused(429, f"{limit} requests, or half as many of one address, are waiting; try again later")
         self.metrics.in_flight.inc()
-        body = bytearray()
         try:
-            await asyncio.wait_for(self.read_and_answer(scope, receive, send, body), self.limits.seconds)
-        except (TimeoutError, asyncio.TimeoutError):
-            raise Refused(504, f"no answer within {self.limits.seconds:g} seconds") from None
+            await exchange.finish(self.app(exchange.scope, exchange.replay(), exchange.send))
         finally:
-            self.num_bytes -= len(body)
-            self.num_requests -= 1
             self.metrics.in_flight.dec()
+            self.requests.give(exchange.client)
 
-    async def read_and_answer(self, scope: dict, receive: Callable, send: Callable, body: bytearray) -> None:
-        """Read the body within its limits, then let the app answer."""
-        declared = Headers(scope=scope).get("content-length", "0")
+    async def read(self, exchange: Exchange) -> None:
+        """Read the body within its limits of size and rate."""
+        declared, body = exchange.headers.get("content-length", "0"), exchange.body
         if not declared.isdecimal() or int(declared) > self.limits.body:
             raise Refused(413, f"a body of {declared[:20]} bytes is over the limit of {self.limits.body}")
-        more = True
+        started, more = time.monotonic(), True
         while more:
-            message = await receive()
+            patience = started + self.limits.body_seconds + len(body) / self.limits.body_rate - time.monotonic()
+            try:
+                message = await asyncio.wait_for(exchange.receive(), max(patience, 0))
+            except (TimeoutError, asyncio.TimeoutError):
+                raise Refused(408, f"a body of under {self.limits.body_rate} bytes a second") from None
             if message["type"] == "http.disconnect":
-                return
+                raise Refused(CLIENT_GONE, "the client hung up")
             chunk, more = message.get("body", b""), message.get("more_body", False)
-            self.check_room(len(body) + len(chunk), len(chunk))
-            self.num_bytes += len(chunk)
+            if len(body) + len(chunk) > self.limits.body:
+                raise Refused(413, f"a body of over {self.limits.body} bytes is over the limit")
+            if not self.bodies.take(exchange.client, len(chunk)):
+                raise Refused(429, "too many large requests are waiting already; try again later")
             body += chunk
-        await self.app(scope, replay(bytes(body), receive), send)
-
-    def check_room(self, size: int, more: int) -> None:
-        """Raise `Refused` where a body of this size, or so many more bytes of all bodies, are over a limit."""
-        if size > self.limits.body:
-            raise Refused(413, f"a body of over {self.limits.body} bytes is over the limit")
-        if self.num_bytes + more > BODIES_IN_FLIGHT * self.limits.body:
-            raise Refused(429, "too many large requests are waiting already; try again later")
-
-
-def replay(body: bytes, receive: Callable) -> Callable[[], Awaitable[dict]]:
-    """An ASGI `receive` that gives a body already read, then what the client does next."""
-    given = False
-
-    async def receive_again() -> dict:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return receive_again
-
-
-class ProxyGuard:
-    """ASGI middleware of Ray's proxy: where no replica answers, the client gets JSON and may ask again.
-
-    Ray itself answers in plain text when its queue is full or no replica is there, and not at all when the replica
-    that had the request dies. A body of over `max_body` bytes is cut off as a client that went away.
-    """
-
-    def __init__(self, app: Callable, max_body: int):
-        self.app, self.max_body = app, max_body
-
-    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        status, is_rays, size = None, False, 0
-
-        async def receive_within_limit() -> dict:
-            nonlocal size
-            message = await receive()
-            size += len(message.get("body", b""))
-            return message if size <= self.max_body else {"type": "http.disconnect"}
-
-        async def send_unless_rays(message: dict) -> None:
-            nonlocal status, is_rays
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                kind = Headers(raw=message["headers"]).get("content-type", "")
-                is_rays = status >= 400 and not kind.startswith("application/json")
-            if not is_rays:
-                await send(message)
-
-        try:
-            limit = PROBE_SECONDS if scope["path"] in PROBES else None
-            await asyncio.wait_for(self.app(scope, receive_within_limit, send_unless_rays), limit)
-        except (TimeoutError, asyncio.TimeoutError):
-            status = None
-        if status is not None and not is_rays:
-            return
-        if size > self.max_body:
-            refused = refusal(413, f"a body of over {self.max_body} bytes is over the limit")
-        elif status is None:
-            refused = refusal(503, "no replica answered: it ended, or none is ready yet; try again")
-        elif status == RAYS_TIMEOUT:
-            refused = refusal(504, "no replica answered in time; try again later")
-        else:
-            refused = refusal(503, "the replicas are all busy, or none is ready; try again later")
-        await refused(scope, receive, send)
-
-
-def proxy_middleware() -> list[Middleware]:
-    """What Ray's proxy is told to load."""
-    return [Middleware(ProxyGuard, max_body=int(os.environ[MAX_BODY]))]

@@ -1,12 +1,46 @@
-"""Where Ray cannot start, the error says what it lacks and what it needs."""
+"""A Ray of our own: no other machine reaches it, nothing of it outlives the process that started it; where it cannot
+start, the error says what it lacks and what it needs."""
 
 import multiprocessing
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import ray
+from runs import listening, wait_until
 
 from mmrm_fast.score.cluster import ray_cluster
+from mmrm_fast.score.watchdog import of_session
+
+CODE = """
+import time, ray
+from mmrm_fast.score.cluster import ray_cluster
+with ray_cluster():
+    ray.get(ray.remote(lambda: 1).remote())
+    print(ray._private.worker.global_worker.node.get_session_dir_path(), flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def process():
+    with subprocess.Popen([sys.executable, "-c", CODE], stdout=-1, stderr=-1, text=True) as process:
+        yield process
+        process.kill()
+
+
+def test_it_listens_on_this_machine_alone_and_what_a_kill_leaves_of_it_is_ended_by_name(process):
+    session = process.stdout.readline().strip()
+    assert session, process.stderr.read()
+    found = listening(process.pid)
+    assert len(found) > 5 and {"127.0.0.1"} == {address for _, address, _ in found}, found
+    assert len(of_session(session)) > 3
+    process.send_signal(signal.SIGKILL)
+    wait_until(lambda: not of_session(session), lambda: of_session(session), seconds=60)
+    said = process.stderr.read()  # the watchdog's, until it ends
+    assert f"process {process.pid} was killed; ended what it left of Ray: " in said
 
 
 def fails_to_start(variables, reason):
