@@ -42,7 +42,7 @@ MORE = {  # further settings, by language model or by name
     "InternVL3.5-241B-A28B": {**MOE, "moe_intermediate_size": 1536},
     "InternVL3.5-20B-A4B": {"head_dim": 64, "num_local_experts": 32, "num_experts_per_tok": 4},
 }  # fmt: skip
-BILLIONS = {  # with the vocabulary head, as the models' pages say, cut or rounded
+BILLIONS = {  # with the vocabulary head, cut or rounded; of 3.5 as tables of the models say, of 2 to 3 as remembered
     "InternVL2-1B, 2.5-1B, 3-1B": 0.94, "InternVL2-2B, 2.5-2B": 2.21, "InternVL2-4B": 4.15,
     "InternVL2-8B, 2.5-8B": 8.08, "InternVL2-26B, 2.5-26B": 25.51, "InternVL2-40B": 40.07,
     "InternVL2-Llama3-76B": 76.26, "InternVL2.5-4B": 3.71, "InternVL3-2B": 2.09, "InternVL3-8B": 7.94,

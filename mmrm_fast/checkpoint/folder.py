@@ -175,7 +175,7 @@ class CheckpointFolder:
                 return internvl_chat.native_config(self.settings, vocab_size=rows, image_token_id=image_token)
             config = InternVLConfig.from_dict(self.settings)
         except KeyError as error:
-            raise ValueError(f"{self.path}/config.json: lacks {error}") from None
+            raise ValueError(f"{self.path}/config.json: lacks, or does not know, {error}") from None
         except Exception as error:  # transformers validates with errors of its own
             raise ValueError(f"{self.path}/config.json: {error}") from error
         config.text_config.vocab_size = max(getattr(config.text_config, "vocab_size", 0), len(tokenizer or ()))
