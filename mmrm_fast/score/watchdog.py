@@ -25,7 +25,7 @@ def watched(session: str) -> Iterator[None]:
         try:
             yield
         finally:
-            watchdog.stdin.write(DONE)
+            watchdog.communicate(DONE)
 
 
 def of_session(session: str) -> set[int]:

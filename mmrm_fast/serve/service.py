@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from mmrm_fast.serve.batcher import Batcher
 from mmrm_fast.serve.guard import Limits, Refused, Share
 from mmrm_fast.serve.metrics import Work
 
+FEW_RESPONSES = 16
 CHARACTERS_PER_TOKEN = 8  # more text than this a token is not even tokenised
 
 
@@ -35,6 +37,7 @@ class RewardService:
         self.scorer, self.limits = scorer, limits
         self.image_root = image_root and image_root.resolve()
         self.pixels = Share(limits.replica_pixels)
+        self.preparers = ThreadPoolExecutor(2), ThreadPoolExecutor(2)  # of small requests, which wait for no large one
         self.work, self.has_told = Work(), False  # of a reward that is no number
         self.batcher = Batcher(scorer, max_delay=max_delay, on_batch=self.count_batch)
 
@@ -65,7 +68,8 @@ class RewardService:
 
     async def scored(self, records: Sequence[dict], client: str) -> Answer:
         """The answer. Raises `RecordError`, `Refused`, and what the model raised."""
-        samples, pixels = await asyncio.to_thread(self.prepare, records)
+        pool = self.preparers[sum(len(record["responses"]) for record in records) > FEW_RESPONSES]
+        samples, pixels = await asyncio.get_running_loop().run_in_executor(pool, self.prepare, records)
         if not self.pixels.take(client, sum(pixels)):
             raise Refused(429, "too many pixels are waiting already; try again later")
         try:

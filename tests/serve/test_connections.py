@@ -88,6 +88,20 @@ def test_a_head_without_end_is_cut_off(url, line):
     connection.close()
 
 
+@pytest.mark.parametrize(
+    "sent", [b"not HTTP\r\n\r\n", HEAD + b"x: " + b"a" * (20 << 10)], ids=["no HTTP", "a long head"]
+)
+def test_a_head_that_is_none_or_too_long_is_refused_with_a_reason(url, sent):
+    answer = rest(connect(url, sent))
+    assert answer.startswith(b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\n") and b"over 16384 bytes" in answer
+
+
+def test_a_long_head_that_comes_at_once_is_refused_too(url):
+    for path in ("/rerank", "/healthz"):
+        answer = httpx.get(url + path, headers={"x": "a" * (17 << 10)})
+        assert answer.status_code == 400 and "16384 bytes" in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("sent", [b"", b"POST /re", HEAD], ids=["nothing", "half a line", "half a head"])
 def test_a_head_that_does_not_come_in_time_ends_the_connection(url, sent):
     assert rest(connect(url, sent)) == b""
