@@ -47,7 +47,7 @@ def images(tmp_path):
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "folder.png").mkdir()
     bad = {"truncated.png": "", "huge.png": "", "text.png": "not an image", "empty.png": "not an image"}
-    return [f"{name}.tiff" for name in GOOD_IMAGES], {**bad, "folder.png": "a folder, not a regular file", "missing.png": "no such image"}
+    return [f"{name}.tiff" for name in GOOD_IMAGES], {**bad, "folder.png": "a folder", "missing.png": "no such image"}
 
 
 @pytest.fixture
