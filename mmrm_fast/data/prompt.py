@@ -2,8 +2,8 @@
 
 A sequence is `template(system, user: images + prompt, assistant: response)` up to and including the token that a reward
 is read at, the one that ends the response or the template's last (`RewardToken`); a conversation has more turns before
-the response. A system message replaces the template's own. Image
-placeholder tokens become negative keys, -1 - row, `row` counting the image tokens of the record.
+the response. A system message replaces the template's own. Image placeholder tokens become negative keys, -1 - row,
+`row` counting the image tokens of the record.
 
 `compat="reference"` takes over the habits of the public reference implementation (for pictures see `images`):
 

@@ -30,7 +30,6 @@ class Seams:
     """What a template puts before the first turn and between turns."""
 
     start: str
-    first_role: str
     system_user: str | None  # where the conversation begins with a system turn
     user_assistant: str
     assistant_user: str
@@ -44,11 +43,11 @@ class ConversationReader:
         system, user, assistant, again = MARKS
         middle = [("user", user), ("assistant", assistant), ("user", again), ("assistant", system)]
         before, *between, tail = split_marks(self.rendered(middle), (user, assistant, again, system))
-        self.seams = [Seams(before, "user", None, between[0], between[1])]
+        self.seams = [Seams(before, None, between[0], between[1])]
         with suppress(FieldError):  # the template takes no system turn
             begun = self.rendered([("system", system), ("user", user), ("assistant", assistant)])
             start, first, _, _ = split_marks(begun, (system, user, assistant))
-            self.seams.append(Seams(start, "system", first, between[0], between[1]))
+            self.seams.append(Seams(start, first, between[0], between[1]))
         closing = {tokenizer.eos_token, tokenizer.pad_token} | {token for token in chat.specials if token in tail}
         self.closing = longest_first(closing)
         opening = map(re.escape, longest_first({tokenizer.bos_token, tokenizer.pad_token}))

@@ -30,7 +30,6 @@ class Fitted:
     """Weights that give a response its score: of each fold's regression, fitted on the others, and of all pairs'."""
 
     weights_FK: np.ndarray  # float32 [F, K + 1], the last one's fitted on everything
-    strengths: tuple[float, ...]  # that were chosen
     margins_P: np.ndarray  # of the pairs they were fitted on, each by its fold's
 
     @property
@@ -53,10 +52,10 @@ def cross_fit(differences_PF: Matrix, fold_P: np.ndarray) -> Fitted:
     with threadpool_limits(1):
         fits = [regressions.fit(fold) for fold in (*range(FOLDS), None)]
     weights_FK = np.zeros((differences_PF.shape[1], FOLDS + 1), np.float32)
-    weights_FK[kept] = np.stack([weights for weights, _ in fits], axis=1)
+    weights_FK[kept] = np.stack(fits, axis=1)
     margins_PK = np.asarray(differences_PF @ weights_FK)
     margins_P = margins_PK[np.arange(len(fold_P)), fold_P].astype(float)
-    return Fitted(weights_FK, tuple(strength for _, strength in fits), margins_P)
+    return Fitted(weights_FK, margins_P)
 
 
 def seen_columns(differences_PF: Matrix) -> np.ndarray:
@@ -80,14 +79,14 @@ class Regressions:
         every = max(1, -(-values // CHOOSING_VALUES))
         self.choosing_P = np.arange(len(fold_P)) // 2 % every == 0
 
-    def fit(self, fold: int | None) -> tuple[np.ndarray, float]:
-        """Calibrated weights [F] that are fitted without a fold, and the strength that the next fold chose for them."""
+    def fit(self, fold: int | None) -> np.ndarray:
+        """Calibrated weights [F] that are fitted without a fold, with the strength that the next fold chose."""
         inner = 0 if fold is None else (fold + 1) % FOLDS
         outside = np.ones(len(self.fold_P), bool) if fold is None else self.fold_P != fold
         judges = self.choosing_P & (self.fold_P == inner)
         tried = list(self.tried(outside & self.choosing_P & (self.fold_P != inner), judges))
         _, strength, temperature = min(tried, default=(0.0, USUAL, 1.0))
-        return self.weights(outside, strength) / temperature, strength
+        return self.weights(outside, strength) / temperature
 
     def tried(self, training_P: np.ndarray, judges_P: np.ndarray) -> Iterator[tuple[float, float, float]]:
         """(log-loss on the judges once calibrated, strength, temperature) of each strength."""

@@ -174,10 +174,10 @@ def find_copies(records: Records, table: np.ndarray, duplicates: str, *, by_file
     found = copies(table, records.spec_edges if by_file else (0, len(records)))
     opposed = contradictions(table[~np.isin(table["record"], found[:, 0])])
     fate = "left out, --duplicates keep trains on them" if duplicates == "drop" else "kept"
-    told = {f"the same prompt, images and pairs as others ({fate})": found}
-    told["the pairs of others the other way round (kept)"] = opposed
+    findings = {f"the same prompt, images and pairs as others ({fate})": found}
+    findings["the pairs of others the other way round (kept)"] = opposed
     if sharding.rank() == 0:
-        for what, both in ((what, both) for what, both in told.items() if len(both)):
+        for what, both in ((what, both) for what, both in findings.items() if len(both)):
             print_lines([f"{len(both)} records have {what}, such as {' and '.join(map(records.source, both[0]))}"])
     return found.tolist() if duplicates == "drop" else []
 
