@@ -120,15 +120,19 @@ def killed_scorings(root: Path, kills: int, draw: random.Random, tally: Counter,
     for number in count():
         out = root / f"{dies.__name__}-{number}.jsonl"
         config = score_config(root, out)
-        while left and dies(partial(score_here, config), draw, 40, out):
+        while left and not has_ended(out) and dies(partial(score_here, config), draw, 40, out):
             left -= 1
             tally["kills of scorings"] += 1
-        ended = out.exists() and not out.with_name(out.name + ".parts").exists()  # killed while it cleaned up
-        status = 0 if ended else in_child(partial(score_here, config))
+        status = 0 if has_ended(out) else in_child(partial(score_here, config))
         rows = [json.loads(line) for line in out.read_text().splitlines()] if status == 0 else []
         note(tally, rows == [json.loads(line) for line in (root / "whole.jsonl").read_text().splitlines()], out)
         if not left:
             return
+
+
+def has_ended(out: Path) -> bool:
+    """Whether a scoring is done, killed though it may have been on its way out: it would not be done over."""
+    return out.exists() and not out.with_name(out.name + ".parts").exists()
 
 
 def note(tally: Counter, is_same: bool, place: Path) -> None:
