@@ -13,8 +13,8 @@ first folder of its name), a data URL, bytes, or the `{"bytes", "path"}` object 
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from mmrm_fast.data.fields import Fields, ReadColumns, is_empty, refuse_unread
 from mmrm_fast.data.lines import Rows, open_rows
@@ -64,10 +64,6 @@ class Item:
     ordered: bool = True  # the order of the responses was published, not made by naming the better one `chosen`
 
 
-Parse = Callable[[dict], Group]  # a record that an item is made of
-Layout = Callable[[dict, Parse], Item]
-
-
 @dataclass(frozen=True)
 class Unread:
     """An item that cannot be scored, with the group it counts in where that is known."""
@@ -75,6 +71,15 @@ class Unread:
     id: str
     group: str
     error: RecordError
+
+
+class Published(NamedTuple):
+    """What a layout says in its own fields."""
+
+    record: dict  # in ours: a prompt with two responses, or with the chosen and the rejected one
+    labels: dict  # of the `Item`
+    better: int | None = None  # of two responses
+    names: dict[str, str] = {}  # noqa: RUF012 what the layout calls our fields
 
 
 def read_items(
@@ -106,7 +111,7 @@ def read_items(
         yield from read_pairs(Records(*taken, image_root=roots, name=str(data), **options))
         return
     for file in open_rows(taken, ReadColumns(COLUMNS)):
-        yield from read_layout(LAYOUTS[bench], file, roots.of(file.path, str(data)), ignored)
+        yield from read_layout(bench, file, roots.of(file.path, str(data)), ignored)
 
 
 def read_pairs(records: Records) -> Iterator[Item | Unread]:
@@ -124,11 +129,11 @@ def read_pairs(records: Records) -> Iterator[Item | Unread]:
 
 
 def read_layout(
-    layout: Layout, file: Rows, root: tuple[Path, Path | None], ignored: Collection[str]
+    bench: str, file: Rows, root: tuple[Path, Path | None], ignored: Collection[str]
 ) -> Iterator[Item | Unread]:
     """Items of one file in a benchmark's own layout; `root` as `ImageRoots.of` gives it."""
     for index in range(len(file)):
-        identity, group, source = str(index), "unknown", file.source(index)
+        identity, labels, source = str(index), {"group": "unknown"}, file.source(index)
         try:
             with at(source):
                 row = file.fields(index)
@@ -136,89 +141,79 @@ def read_layout(
                     raise FieldError("", f"an item is a JSON object, this is {kind_of(row)}")
                 fields = Fields(row)
                 identity = str(next((fields[name] for name in ID_FIELDS if not is_empty(fields.get(name))), index))
-                parse = partial(parse_group, source=source, ignored=ignored)
-                item = layout(fields, parse)
-                group = item.group
+                published = LAYOUTS[bench](fields)
+                labels = published.labels
+                record = parse(published, source, ignored)
                 refuse_unread(fields, COLUMNS, ignored)
-                found = find_images(fields, source, *root, required=layout is not rewardbench)
+                images = find_images(fields, source, *root, required=bench != "rewardbench")
         except RecordError as error:
-            yield Unread(identity, group, error)
+            yield Unread(identity, labels["group"], error)
         else:
-            record = replace(
-                item.record, id=identity, record=index, images=found, **fields.names(file.unread, READ_INSIDE)
-            )
-            yield replace(item, id=identity, record=record)
+            names = fields.names(file.unread, READ_INSIDE)
+            yield Item(identity, replace(record, id=identity, record=index, images=images, **names), **labels)
 
 
-def vl_rewardbench(fields: dict, parse: Parse) -> Item:
+def parse(published: Published, source: str, ignored: Collection[str]) -> Group:
+    """An item's record with its pair. Raises `FieldError` in the layout's names."""
+    try:
+        group = parse_group(published.record, source=source, ignored=ignored)
+    except RecordError as error:
+        ours = error.field.partition("[")[0]
+        raise FieldError(error.field.replace(ours, published.names.get(ours, ours)), error.reason) from None
+    if published.better is None:
+        return group
+    if len(group.responses) != 2:
+        raise FieldError(published.names["responses"], f"expected two responses, got {len(group.responses)}")
+    return replace(group, pairs=Pairs.of((published.better, 1 - published.better)))
+
+
+def vl_rewardbench(fields: dict) -> Published:
     """VL-RewardBench; `human_ranking` holds each response's rank, 0 the better."""
     ranking = fields.get("human_ranking", fields.get("ranking"))
     if ranking not in ([0, 1], [1, 0]):
         raise FieldError("human_ranking", f"expected [0, 1] or [1, 0], got {ranking!r}")
-    name, group = vl_source(fields)
-    record = two_responses(fields.get("query"), fields.get("response"), parse, ranking.index(0), ("query", "response"))
-    return Item("", record, group, in_training_set=name in TRAINING_SETS)
-
-
-def vl_source(fields: dict) -> tuple[str, str]:
-    """The data set an item comes from and the group it is reported in."""
     said = [str(fields.get(field) or "") for field in ("query_source", "image_path", "id")]
     names = " ".join(re.sub(r"[^a-z0-9]", "", name.lower()) for name in said)
-    for known, where in VL_SOURCES.items():
-        if known in names:
-            return where
-    raise FieldError("query_source", f"in no group: {said[0]!r}, id {said[2]!r}")
+    source, group = next((where for known, where in VL_SOURCES.items() if known in names), (None, None))
+    if source is None:
+        raise FieldError("query_source", f"in no group: {said[0]!r}, id {said[2]!r}")
+    return Published(
+        {"prompt": fields.get("query"), "responses": fields.get("response")},
+        {"group": group, "in_training_set": source in TRAINING_SETS},
+        ranking.index(0),
+        {"prompt": "query", "responses": "response"},
+    )
 
 
-def multimodal_rewardbench(fields: dict, parse: Parse) -> Item:
+def multimodal_rewardbench(fields: dict) -> Published:
     """Multimodal RewardBench; safety and reasoning are split by the prefix of the id."""
     better, category = fields.get("Better"), fields.get("Category")
     if better not in ("Output1", "Output2"):
         raise FieldError("Better", f"expected 'Output1' or 'Output2', got {better!r}")
     if not isinstance(category, str):
         raise FieldError("Category", f"expected a string, got {kind_of(category)}")
-    outputs = [fields.get("Output1"), fields.get("Output2")]
-    record = two_responses(fields.get("Text"), outputs, parse, int(better == "Output2"), ("Text", "Output1, Output2"))
-    if category not in MULTIMODAL_SPLITS:
-        return Item("", record, category)
-    prefix, with_prefix, without = MULTIMODAL_SPLITS[category]
-    part = with_prefix if str(fields.get("ID")).lower().startswith(prefix) else without
-    return Item("", record, category, f"{category}/{part}")
+    labels = {"group": category}
+    if category in MULTIMODAL_SPLITS:
+        prefix, with_prefix, without = MULTIMODAL_SPLITS[category]
+        part = with_prefix if str(fields.get("ID")).lower().startswith(prefix) else without
+        labels["subgroup"] = f"{category}/{part}"
+    record = {"prompt": fields.get("Text"), "responses": [fields.get("Output1"), fields.get("Output2")]}
+    names = {"prompt": "Text", "responses": "Output1, Output2"}
+    return Published(record, labels, int(better == "Output2"), names)
 
 
-def mm_rlhf_rewardbench(fields: dict, parse: Parse) -> Item:
-    """MM-RLHF-RewardBench; several pairs share an id."""
-    return Item("", chosen_rejected(fields, parse), ordered=False)
+def chosen_rejected(fields: dict) -> Published:
+    """MM-RLHF-RewardBench, of which several pairs share an id, and RewardBench, which is text grouped by its subset."""
+    record = {name: fields.get(name) for name in ("prompt", "chosen", "rejected")}
+    return Published(record, {"group": str(fields.get("subset", "all")), "ordered": False})
 
 
-def rewardbench(fields: dict, parse: Parse) -> Item:
-    """RewardBench, text alone."""
-    return Item("", chosen_rejected(fields, parse), str(fields.get("subset", "all")), ordered=False)
-
-
-LAYOUTS: dict[str, Layout] = {
+LAYOUTS: dict[str, Callable[[dict], Published]] = {
     "vl-rewardbench": vl_rewardbench,
     "multimodal-rewardbench": multimodal_rewardbench,
-    "mm-rlhf-rewardbench": mm_rlhf_rewardbench,
-    "rewardbench": rewardbench,
+    "mm-rlhf-rewardbench": chosen_rejected,
+    "rewardbench": chosen_rejected,
 }
-
-
-def two_responses(prompt: object, responses: object, parse: Parse, better: int, names: tuple[str, str]) -> Group:
-    """A record of two responses; `names` are what the layout calls prompt and responses."""
-    try:
-        group = parse({"prompt": prompt, "responses": responses})
-    except RecordError as error:
-        field = names[0] if error.field == "prompt" else error.field.replace("responses", names[1])
-        raise FieldError(field, error.reason) from None
-    if len(group.responses) != 2:
-        raise FieldError(names[1], f"expected two responses, got {len(group.responses)}")
-    return replace(group, pairs=Pairs.of((better, 1 - better)))
-
-
-def chosen_rejected(fields: dict, parse: Parse) -> Group:
-    """A record of `prompt`, `chosen` and `rejected`."""
-    return parse({name: fields.get(name) for name in ("prompt", "chosen", "rejected")})
 
 
 def find_images(
