@@ -235,12 +235,19 @@ class TrainConfig:
     run: tyro.conf.OmitArgPrefixes[RunConfig] = RunConfig()
 
 
-@dataclass(frozen=True)
-class ScoreConfig(ReadConfig):
-    """Score every response with a reward model, on Ray actors, in input order; started again, it goes on."""
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A reward model, and how records become its batches."""
 
     model: Path = Path("runs/robust/final")
     """Folder of the reward model, such as runs/NAME/final."""
+    batch: tyro.conf.OmitArgPrefixes[BatchConfig] = BatchConfig()
+
+
+@dataclass(frozen=True)
+class ScoreConfig(ReadConfig, ModelConfig):
+    """Score every response with a reward model, on Ray actors, in input order; started again, it goes on."""
+
     data: Path = Path("records.jsonl")
     """Records: a JSONL (.gz, .zst) or Parquet file, a folder or a glob; every response of any form is scored."""
     out: Path = Path("scores.jsonl")
@@ -263,11 +270,10 @@ class ScoreConfig(ReadConfig):
     """GPUs of an actor. Default: 1 where there are any."""
     address: str | None = None
     """Ray cluster to join. Default: start one on this machine."""
-    batch: tyro.conf.OmitArgPrefixes[BatchConfig] = BatchConfig()
 
 
 @dataclass(frozen=True)
-class EvaluateConfig(ReadConfig):
+class EvaluateConfig(ReadConfig, ModelConfig):
     """Score a benchmark of the field, or any preference file, and say how far its numbers can be trusted."""
 
     bench: Literal["vl-rewardbench", "multimodal-rewardbench", "mm-rlhf-rewardbench", "rewardbench", "pairs"] = "pairs"
@@ -276,11 +282,8 @@ class EvaluateConfig(ReadConfig):
     """Parquet, JSONL, JSON or CSV file, or the folder that holds it; of splits the test one, else validation."""
     max_pairs: int = 2048
     """Most pairs of a record: of more so many are drawn, and the others counted."""
-    model: Path = Path("runs/robust/final")
-    """Folder of the reward model, such as runs/NAME/final."""
     output_dir: Path = Path("runs/evaluate")
     """Folder of results.json, reliability.svg and margins.svg."""
-    batch: tyro.conf.OmitArgPrefixes[BatchConfig] = BatchConfig()
 
 
 @dataclass(frozen=True)
@@ -340,11 +343,9 @@ class InspectConfig:
 
 
 @dataclass(frozen=True)
-class ServeConfig:
+class ServeConfig(ModelConfig):
     """Serve a reward model over HTTP, to this machine alone by default; images are data URLs, nothing is fetched."""
 
-    model: Path = Path("runs/robust/final")
-    """Folder of the reward model, such as runs/NAME/final."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 lets other machines in: give a `--token-file` then."""
     port: int = 8000
@@ -361,13 +362,10 @@ class ServeConfig:
     """Copies under load; they come and go between the two numbers. Default: as many as `--replicas`."""
     address: str | None = None
     """Ray cluster to join. Default: start one on this machine."""
-    max_delay_ms: float = 3.0
-    """Milliseconds that a request waits for company when the model is idle."""
     max_requests: int = 256
     """Requests of a copy that wait or are being scored, half of them of one address; the next is answered 429."""
     timeout: float = 60.0
     """Seconds that a request may take; then it is answered 504."""
-    batch: tyro.conf.OmitArgPrefixes[BatchConfig] = BatchConfig()
 
 
 @dataclass(frozen=True)

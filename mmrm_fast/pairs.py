@@ -10,7 +10,6 @@ import numpy as np
 from mmrm_fast.data.types import Group, RewardError
 from mmrm_fast.files import json_lines, write_json_lines
 
-SFC_EPSILON, LEAST_WEIGHT = 1e-7, 0.05  # of `ops.pair_loss`
 FIGURES = ("accuracy", "truth_accuracy", "proxy_accuracy", "proxy_truth_accuracy", "sfd")
 
 
@@ -91,25 +90,6 @@ def shortcut_failure_degradation(margins: np.ndarray, proxy_margins: np.ndarray)
     Our reading of Li et al., arXiv 2503.03122; NaN where the proxy is always right or always wrong.
     """
     return accuracy(margins[proxy_margins > 0]) - accuracy(margins[proxy_margins < 0])
-
-
-def pair_weights(margins: np.ndarray, proxy_margins: np.ndarray, mode: str) -> np.ndarray:
-    """The weight that a training with this `--sfc-mode` gives each pair, [P] float; `ops.pair_loss` in numpy.
-
-    With the losses L = -log sigmoid(m) and L_t of the text-only proxy it is the shortcut-failure coefficient
-    L_t / (L + L_t) (Li et al., arXiv 2503.03122), or by the proxy alone in the mode `balanced`.
-    """
-    loss, proxy_loss = np.logaddexp(0, -margins), np.logaddexp(0, -proxy_margins)
-    half, total = SFC_EPSILON / 2, SFC_EPSILON + loss + proxy_loss
-    if mode == "paper":
-        return (half + proxy_loss) / total
-    if mode == "reference":
-        return half + proxy_loss / total
-    if mode == "balanced":
-        return np.minimum(1, LEAST_WEIGHT * np.exp(np.minimum(proxy_loss, 50)))  # exp(L_t) = 1 / sigmoid
-    if mode == "standard":
-        return np.ones_like(loss)
-    raise ValueError(f"sfc_mode {mode!r}: expected paper, reference, balanced or standard")
 
 
 def truth_sign(rows: Sequence[PairRow]) -> np.ndarray:

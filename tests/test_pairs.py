@@ -4,15 +4,12 @@ import math
 
 import numpy as np
 import pytest
-import torch
 
 from mmrm_fast.data.records import Group, Pair, Pairs
-from mmrm_fast.ops.pair_loss import MODES, pair_loss_ref
 from mmrm_fast.pairs import (
     PairRow,
     accuracy,
     pair_rows,
-    pair_weights,
     read_rows,
     shortcut_failure_degradation,
     summarize,
@@ -49,19 +46,6 @@ def test_accuracy_counts_a_tie_as_half(margins, share):
 def test_sfd_is_accuracy_where_the_proxy_is_right_minus_where_it_is_wrong(margins, proxy_margins, sfd):
     value = shortcut_failure_degradation(np.array(margins), np.array(proxy_margins))
     assert value == pytest.approx(sfd, nan_ok=True)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_a_pair_s_weight_is_that_of_the_loss(mode):
-    margins, proxy_margins = np.random.default_rng(0).normal(scale=8, size=(2, 500))
-    margins[:2], proxy_margins[:2] = [800, -800], [-800, 800]
-    weights = pair_loss_ref(*map(torch.from_numpy, (margins, proxy_margins)), None, None, mode, 0.0)[1]
-    assert pair_weights(margins, proxy_margins, mode) == pytest.approx(weights.numpy(), rel=1e-12, abs=1e-15)
-
-
-def test_a_mode_that_is_none_is_named():
-    with pytest.raises(ValueError, match="'normalized': expected paper"):
-        pair_weights(np.ones(1), np.ones(1), "normalized")
 
 
 # summarize

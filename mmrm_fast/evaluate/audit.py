@@ -3,7 +3,7 @@
 Shapes: P pairs, M measures.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,8 @@ from mmrm_fast.evaluate.audit_config import AuditConfig
 from mmrm_fast.evaluate.audit_page import advice, print_audit, write_audit
 from mmrm_fast.evaluate.report import text_of
 from mmrm_fast.files import write_json
-from mmrm_fast.pairs import credit, named_sets, pair_weights
+from mmrm_fast.ops.pair_loss import pair_loss
+from mmrm_fast.pairs import credit, named_sets
 from mmrm_fast.shortcuts import crossfit
 from mmrm_fast.shortcuts.crossfit import Chunk, Part, Ranks, level_of
 from mmrm_fast.shortcuts.cues import Cue, Sample, find_cues
@@ -31,6 +32,7 @@ from mmrm_fast.shortcuts.health import Seen, own_health, shared
 from mmrm_fast.shortcuts.ngrams import NgramFeatures
 from mmrm_fast.shortcuts.probe import StateFeatures, states_of
 
+SEED = 0  # of folds and samples
 SAMPLED = 10_000  # pairs that cues are looked for in
 TOKENS = 16_384  # of a forward
 LIMIT = 200_000_000  # bytes of features, of all files
@@ -46,16 +48,13 @@ def audit(config: AuditConfig) -> None:
     tests = {own.name: own.path for own in named_sets(config.eval, "iid")}
     if taken := files.keys() & tests.keys():
         raise ValueError(f"--eval {taken.pop()}: the name of a file")
-    options, looks = {"seed": config.seed, "ranks": Ranks()}, {}
-    opened = open_files(config, files, tests)
+    opened, looks = open_files(config, files | tests), {}
     for name, records in opened.items():
-        features = NgramFeatures(records, LIMIT // len(opened))
-        found, progress = Look(config.seed), partial(tqdm, desc=f"reading {name}", unit=" chunks", delay=1, leave=False)
-        found.part, _ = crossfit.sample(features, np.arange(len(records)), progress=progress, see=found.see, **options)
+        looks[name] = found = Look()
+        found.part = read(NgramFeatures(records, LIMIT // len(opened)), f"reading {name}", found.see)
         if not found.pairs:
             why = f"; the first problem: {found.errors[0]}" if found.errors else ""
             raise ValueError(f"{(files | tests)[name]}: no pair{why}")
-        looks[name] = found
     fits = {
         name: cross_fit(looks[name].part.differences_PF, looks[name].part.fold_P)
         for name in tqdm(files, desc="fitting", unit=" files", delay=1, leave=False)
@@ -70,6 +69,13 @@ def audit(config: AuditConfig) -> None:
     print_audit(results, config.output_dir)
 
 
+def read(features: NgramFeatures | StateFeatures, said: str, see: Callable[[Chunk], None]) -> Part:
+    """The pairs of a file that are fitted on; `see` is shown all its chunks."""
+    progress = partial(tqdm, desc=said, unit=" chunks", delay=1, leave=False)
+    records = np.arange(len(features.records))
+    return crossfit.sample(features, records, seed=SEED, ranks=Ranks(), progress=progress, see=see)[0]
+
+
 def probed(config: AuditConfig, files: Mapping[str, Records]) -> Iterator[tuple[str, dict]]:
     """By file, how often the states of a language model over text alone tell the preferred response."""
     if config.model is None:
@@ -79,10 +85,7 @@ def probed(config: AuditConfig, files: Mapping[str, Records]) -> Iterator[tuple[
     states = states_of(checkpoint.model.drop_vision().to(device).eval(), device)
     preparer = Preparer(checkpoint.prompt_encoder(), checkpoint.tiling)
     for name, records in files.items():
-        features = StateFeatures(records, preparer, states, TOKENS)
-        progress = partial(tqdm, desc=f"states of {name}", unit=" chunks", delay=1, leave=False)
-        numbers, options = np.arange(len(records)), {"seed": config.seed, "ranks": Ranks()}
-        part, _ = crossfit.sample(features, numbers, progress=progress, **options)
+        part = read(StateFeatures(records, preparer, states, TOKENS), f"states of {name}", lambda chunk: None)
         fit = cross_fit(part.differences_PF, part.fold_P)
         yield name, scored(part, fit.margins_P) | {"log_loss": fit.log_loss}
 
@@ -99,14 +102,11 @@ def names_of(paths: Sequence[Path]) -> list[str]:
     return stems
 
 
-def open_files(config: AuditConfig, files: Mapping[str, Path], tests: Mapping[str, Path]) -> dict[str, Records]:
-    """The preferences of files and test sets, of which each must have some, by name."""
-    roots, opened = ImageRoots.parse(config.image_root), {}
+def open_files(config: AuditConfig, files: Mapping[str, Path]) -> dict[str, Records]:
+    """The preferences of files by name."""
+    roots = ImageRoots.parse(config.image_root)
     options = {"image_root": roots, "ignored": config.ignore_fields, "need_pairs": True}
-    for name, path in {**files, **tests}.items():
-        opened[name] = Records(path, name=name, **options)
-        if not len(opened[name]):
-            raise ValueError(f"{path}: no records")
+    opened = {name: Records(path, name=name, **options) for name, path in files.items()}
     roots.refuse_unused(names for records in opened.values() for names in records.names)
     return opened
 
@@ -115,7 +115,6 @@ def open_files(config: AuditConfig, files: Mapping[str, Path], tests: Mapping[st
 class Look:
     """What one reading of a file finds; of its pairs a few numbers each stay, of its texts a sample."""
 
-    seed: int
     part: Part | None = None  # the pairs that are fitted on
     chunks: list[Chunk] = field(default_factory=list)  # sampled
     level: int = 0
@@ -123,7 +122,7 @@ class Look:
     num_records: int = 0
     errors: list[RecordError] = field(default_factory=list)
     seen: list[Seen] = field(default_factory=list)
-    wins_M2: np.ndarray = field(default_factory=lambda: np.zeros((len(MEASURES), 2), np.int64))
+    wins_M2: np.ndarray | int = 0  # pairs whose preferred response has more of a measure, and less
 
     @property
     def pairs(self) -> int:
@@ -135,81 +134,68 @@ class Look:
         self.num_records += len(chunk.groups)
         self.errors += chunk.errors
         self.seen.append(Seen.of(chunk))
-        self.measure(chunk)
+        values_RM = chunk.features_RF[:, : len(MEASURES)].toarray()
+        more_PM = values_RM[chunk.ends_P2[:, 0]] - values_RM[chunk.ends_P2[:, 1]]
+        self.wins_M2 += np.stack([(more_PM > 0).sum(axis=0), (more_PM < 0).sum(axis=0)], axis=1)
         self.sample(chunk)
 
     def sample(self, chunk: Chunk) -> None:
         """Keep some of the records, whatever order they come in."""
-        self.chunks.append(chunk.only(level_of(chunk.key_N, self.seed) >= self.level))
+        self.chunks.append(chunk.only(level_of(chunk.key_N, SEED) >= self.level))
         self.sampled += len(self.chunks[-1].place_P)
         while self.sampled > SAMPLED:
             self.level += 1
-            self.chunks = [own.only(level_of(own.key_N, self.seed) >= self.level) for own in self.chunks]
+            self.chunks = [own.only(level_of(own.key_N, SEED) >= self.level) for own in self.chunks]
             self.sampled = sum(len(own.place_P) for own in self.chunks)
-
-    def measure(self, chunk: Chunk) -> None:
-        """Count which side has more of what is measured."""
-        values_RM = chunk.features_RF[:, : len(MEASURES)].toarray()
-        signs_PM = np.sign(values_RM[chunk.ends_P2[:, 0]] - values_RM[chunk.ends_P2[:, 1]]).astype(np.int8)
-        self.wins_M2 += np.stack([(signs_PM > 0).sum(axis=0), (signs_PM < 0).sum(axis=0)], axis=1)
 
 
 def figures(looks: Mapping[str, Look], fits: Mapping[str, Fitted], tests: Sequence[str]) -> dict:
     """Everything that audit.json holds but the advice."""
     samples = {name: Sample(own.chunks) for name, own in looks.items()}
     seen = {name: Seen.joined(own.seen) for name, own in looks.items()}
-    matrix = {
-        name: {on: scored(own.part, fit.margins_P if on == name else margins_of(fit, own)) for on, own in looks.items()}
-        for name, fit in fits.items()
-    }
+
+    def margins(name: str, on: str) -> np.ndarray:  # in its own file cross-fitted, elsewhere of all of it
+        return fits[name].margins_P if on == name else looks[on].part.differences_PF @ fits[name].weights_FK[:, -1]
+
     others = [(one, other) for one in looks for other in fits if one != other]
     return {
         "files": {name: file_figures(name, looks[name], fit, samples, seen) for name, fit in fits.items()},
         "tests": {name: {"records": looks[name].num_records, **health(looks[name], seen[name])} for name in tests},
-        "matrix": matrix,
+        "matrix": {name: {on: scored(own.part, margins(name, on)) for on, own in looks.items()} for name in fits},
         "shared": [{"of": one, "in": other, **shared(seen[one], seen[other])} for one, other in others],
     }
-
-
-def margins_of(fit: Fitted, own: Look) -> np.ndarray:
-    """What the regression of all of another file says of a file's pairs."""
-    return np.asarray(own.part.differences_PF @ fit.weights_FK[:, -1])
 
 
 def file_figures(name: str, own: Look, fit: Fitted, samples: Mapping[str, Sample], seen: Mapping[str, Seen]) -> dict:
     """What is found of one file; what margins say is of the pairs that were fitted on."""
     margins, length = fit.margins_P, own.part.differences_PF[:, [LENGTH]].toarray()[:, 0]
-    shorter = np.sign(length).sum() < 0
-    judged, everywhere = len(margins), [other for other in samples if other != name]
+    wins, sign = ("shorter", -1) if np.sign(length).sum() < 0 else ("longer", 1)
     return {
         "records": own.num_records,
         "pairs": own.pairs,
-        "pairs_fitted_on": judged,
+        "pairs_fitted_on": len(margins),
         "problems": len(own.errors),
         "first_problem": str(own.errors[0]) if own.errors else None,
         "proxies": {
-            f"length alone ({'shorter' if shorter else 'longer'} wins)": scored(
-                own.part, -length if shorter else length
-            ),
+            f"length alone ({wins} wins)": scored(own.part, sign * length),
             "words and form": scored(own.part, margins) | {"log_loss": fit.log_loss},
         },
         "cues": [
-            cue.row() | {"elsewhere": {other: told(cue, samples[other]) for other in everywhere}}
+            cue.row() | {"elsewhere": {other: told(cue, there) for other, there in samples.items() if other != name}}
             for cue in find_cues(samples[name])
         ],
         "groups": dict(group_rows(own)),
         "surest": surest(samples[name], own, margins),
         "health": health(own, seen[name]) | {"likely wrong": int((margins < -CONFIDENT).sum())},
-        "listened_to": {mode: effective(pair_weights(np.zeros(1), margins, mode)) for mode in ("paper", "balanced")},
+        "listened_to": {mode: listened_to(margins, mode) for mode in ("paper", "balanced")},
     }
 
 
 def surest(sample: Sample, own: Look, margins: np.ndarray) -> dict[str, list[dict]]:
     """The sampled pairs on which text is surest, right and wrong."""
-    keys = zip(own.part.record_P.tolist(), map(tuple, own.part.ends_P2.tolist()), strict=True)
-    by_pair = dict(zip(keys, margins, strict=True))
+    by_pair = dict(zip(zip(own.part.record_P, *own.part.ends_P2.T, strict=True), margins, strict=True))
     chunk = sample.whole
-    keys = zip(chunk.record_P.tolist(), map(tuple, chunk.written_P2.tolist()), strict=True)
+    keys = zip(chunk.record_P, *chunk.written_P2.T, strict=True)
     margin_P = np.array([by_pair.get(key, 0.0) for key in keys])
     rows = {}
     for kind, turned_P in (("right", margin_P), ("wrong", -margin_P)):
@@ -239,8 +225,9 @@ def scored(part: Part, margins: np.ndarray) -> dict[str, float]:
     return {"accuracy": mean, "low": max(0.0, mean - error), "high": min(1.0, mean + error)}
 
 
-def effective(weights: np.ndarray) -> float:
-    """The share of equally weighted pairs that would say as much: (sum w)^2 / (n sum w^2)."""
+def listened_to(margins: np.ndarray, mode: str) -> float:
+    """The share of equally weighted pairs that would say as much to an untrained model: (sum w)^2 / (n sum w^2)."""
+    weights = pair_loss(torch.zeros(len(margins)).double(), torch.from_numpy(margins), mode=mode).sfc
     return float(weights.sum() ** 2 / (len(weights) * (weights**2).sum()))
 
 

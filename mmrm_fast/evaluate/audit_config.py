@@ -20,5 +20,3 @@ class AuditConfig(ReadConfig):
     """Test sets, NAME=FILE, that are tested on and looked for in the files."""
     output_dir: Path = Path("runs/audit")
     """Folder of audit.json and audit.html."""
-    seed: int = 0
-    """Of the folds that accuracies are cross-validated in."""

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mmrm_fast.evaluate.page import colour, write_page
-from mmrm_fast.evaluate.report import shortened
 from mmrm_fast.tables import percent, print_table
 
 NOTHING, STRONG, TRANSFERS = 0.55, 0.65, 0.05  # accuracies of text alone, and points lost elsewhere
 NAMES, PRINTED = 5, 3
+SHARED = ("pairs", "image and prompt", "image")
 LISTENED = 0.3  # share of the pairs under which robust weights listen to few
 
 
@@ -117,7 +117,8 @@ def write_audit(path: Path, results: dict) -> None:
         proxies=proxy_table(results),
         names=names,
         matrix=[[(share, colour(share, 0.0, 1.0)) for share in row] for row in shares],
-        sections=[section(name, own) for name, own in results["files"].items()],
+        cues={name: cue_table(own["cues"]) for name, own in results["files"].items()},
+        groups={name: group_rows(own["groups"]) for name, own in results["files"].items()},
         health=health_table(results),
         shared=[
             [f"{row['of']} in {row['in']}", *(f"{row[key]:,}" for key in SHARED)]
@@ -126,9 +127,6 @@ def write_audit(path: Path, results: dict) -> None:
         ],
         shared_heads=["", *SHARED],
     )
-
-
-SHARED = ("pairs", "image and prompt", "image")
 
 
 def health_table(results: dict) -> tuple[list[str], list[list[str]]]:
@@ -140,28 +138,10 @@ def health_table(results: dict) -> tuple[list[str], list[list[str]]]:
     ]
 
 
-def section(name: str, own: dict) -> dict:
-    """What the page shows of one file."""
-    groups = [
+def group_rows(groups: dict) -> list[list[str]]:
+    """How many pairs each named measure tells, and how often the preferred response has more of it."""
+    return [
         [f"{group}: {row['measure']}", percent(row["coverage"]), percent(row["preferred_has_more"])]
-        for group, rows in own["groups"].items()
+        for group, rows in groups.items()
         for row in rows
     ]
-    listened = ", ".join(f"{mode} {percent(share)} %" for mode, share in own["listened_to"].items())
-    return {
-        "name": name,
-        "cues": cue_table(own["cues"]),
-        "groups": groups,
-        "listened": listened,
-        "problem": own["first_problem"],
-        "galleries": [
-            {"title": title, "pairs": [card(pair) for pair in own["surest"][kind]]}
-            for kind, title in (("right", "surest and right"), ("wrong", "surest and wrong: is the label?"))
-        ],
-    }
-
-
-def card(pair: dict) -> dict:
-    """What is shown of a pair."""
-    texts = {key: shortened(pair[key]) for key in ("prompt", "chosen", "rejected")}
-    return pair | texts | {"margin": f"{pair['margin']:.2f}"}

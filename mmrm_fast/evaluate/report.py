@@ -2,11 +2,13 @@
 
 import base64
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from mmrm_fast.config import ReportConfig
 from mmrm_fast.data.images import load_image
@@ -17,12 +19,12 @@ from mmrm_fast.evaluate import plots
 from mmrm_fast.evaluate.page import write_page
 from mmrm_fast.evaluate.reliability import calibration
 from mmrm_fast.files import json_lines, read_json
-from mmrm_fast.pairs import judged_accuracy, pair_weights
+from mmrm_fast.ops.pair_loss import pair_loss
+from mmrm_fast.pairs import judged_accuracy
 from mmrm_fast.tables import percent
 
 SHOWN_PAIRS = 10
 THUMBNAIL = (480, 320)  # pixels
-MAX_TEXT = 1200  # characters of a prompt or response
 CURVES = {  # title: the metrics of it, by what is appended to the run's name
     "loss": {"": "loss_main", " proxy": "loss_proxy"},
     "training accuracy": {"": "accuracy", " proxy": "proxy_accuracy"},
@@ -58,15 +60,12 @@ def report(config: ReportConfig) -> None:
     if len({run.name for run in runs}) < len(runs):
         runs = [replace(run, name=str(run.folder)) for run in runs]
     out = config.out or config.runs[0] / "report.html"
-    heads, rows = accuracy_table(runs)
     write_page(
         out,
         "report.html",
         title=" · ".join(run.name for run in runs),
         runs=[section(run) for run in runs],
-        accuracy_heads=heads,
-        accuracy_rows=rows,
-        num_text=heads.index("pairs"),
+        accuracies=accuracy_table(runs),
         shared_charts=[*accuracy_chart(runs), *curve_charts(runs)],
     )
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
@@ -107,15 +106,14 @@ def section(run: Run) -> dict:
 def accuracy_table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     """Heads and rows of the figures of every test set and run, for the figures that any of them has."""
     sets = {name: None for run in runs for name in run.results}
-    rows = [(name, run, run.results[name]) for name in sets for run in runs if name in run.results]
-    found = [(head, key) for head, key in FIGURES.items() if any(key in figures for _, _, figures in rows)]
-    several = len(runs) > 1
-    heads = ["test set", *(["run"] if several else []), "kind", "pairs", *(head for head, _ in found)]
-    return heads, [
-        [name, *([run.name] if several else []), figures.get("kind", ""), str(figures.get("pairs", ""))]
-        + [percent(figures.get(key)) for _, key in found]
-        for name, run, figures in rows
+    rows = [(name, run.name, run.results[name]) for name in sets for run in runs if name in run.results]
+    found = {head: key for head, key in FIGURES.items() if any(key in figures for _, _, figures in rows)}
+    table = [
+        [name, run, own.get("kind", ""), str(own.get("pairs", "")), *(percent(own.get(key)) for key in found.values())]
+        for name, run, own in rows
     ]
+    heads = ["test set", "run", "kind", "pairs", *found]
+    return (heads, table) if len(runs) > 1 else tuple([row[:1] + row[2:] for row in part] for part in ([heads], table))
 
 
 def accuracy_chart(runs: Sequence[Run]) -> list[str]:
@@ -176,60 +174,42 @@ def test_accuracies(run: Run) -> dict[str, tuple[list, list]]:
     return curves
 
 
-def galleries(run: Run) -> list[dict]:
+def galleries(run: Run) -> list[tuple[str, str, list[dict]]]:
     """Heading, note and pairs of the pairs worth looking at."""
     mode = run.config.get("sfc_mode", "paper")
     rows = [{**row, "set": name} for name, rows in run.pairs.items() for row in rows]
     weighted = [row for row in rows if row.get("proxy_margin") is not None]
-    margins = np.array([(row["margin"], row["proxy_margin"]) for row in weighted]).reshape(-1, 2)
-    for row, weight in zip(weighted, pair_weights(*margins.T, mode), strict=True):
-        row["weight"] = float(weight)
+    margins = torch.tensor([(row["margin"], row["proxy_margin"]) for row in weighted]).double().reshape(-1, 2)
+    weights = pair_loss(*margins.unbind(1), mode=mode).sfc.tolist()
+    weighted = [{**row, "weight": weight} for row, weight in zip(weighted, weights, strict=True)]
     note = f"The evaluated pairs that the run's mode, {mode}, weighs most: the text-only proxy fails on them."
     found = [
         ("Most up-weighted pairs", note, sorted(weighted, key=lambda row: -row["weight"])),
         ("Worst pairs", "The evaluated pairs with the lowest margin.", sorted(rows, key=lambda row: row["margin"])),
     ]
-    roots = run.config.get("image_root") or []
-    files = Files([roots] if isinstance(roots, str) else roots)  # one, in earlier releases
-    return [
-        {"heading": heading, "note": note, "pairs": [files.card(row) for row in pairs[:SHOWN_PAIRS]]}
-        for heading, note, pairs in found
-        if pairs
-    ]
+    roots = ImageRoots.parse(run.config.get("image_root") or [])
+    open_file = cache(lambda path, name: Records(path, image_root=roots, name=name))
+    return [(*said, [row | shown(row, open_file) for row in pairs[:SHOWN_PAIRS]]) for *said, pairs in found]
 
 
-class Files:
-    """The record files that evaluated pairs come from, each opened once."""
+def shown(row: dict, open_file: Callable[[str, str], Records]) -> dict:
+    """As much of an evaluated pair's record as can be read."""
+    card = {"prompt": "", "chosen": "", "rejected": "", "images": []}
+    try:
+        group = record_at(row["source"], row["record"], open_file(file_of(row["source"]), row["set"]))
+        card |= {"prompt": text_of(group)} | {end: group.responses[row[end]] for end in ("chosen", "rejected")}
+        card["images"] = [thumbnail(image) for image in group.images]
+    except (ValueError, OSError, IndexError) as error:
+        card["problem"] = str(error)
+    return card
 
-    def __init__(self, image_root: Sequence[str]):
-        self.image_root = image_root
-        self.opened: dict[tuple[str, str], Records] = {}
 
-    def card(self, row: dict) -> dict:
-        """What is shown of a pair: its figures, and as much of its record as can be read."""
-        figures = ("margin", "proxy_margin", "weight")
-        card = {key: "" if row.get(key) is None else f"{row[key]:.3f}" for key in figures}
-        card |= {"set": row["set"], "source": row["source"], "prompt": "", "chosen": "", "rejected": ""}
-        card |= {"images": [], "problem": ""}
-        try:
-            group = self.group(row["source"], row["record"], row["set"])
-            card["prompt"] = shortened(text_of(group))
-            card |= {key: shortened(group.responses[row[key]]) for key in ("chosen", "rejected")}
-            card["images"] = [thumbnail(image) for image in group.images]
-        except (ValueError, OSError, IndexError) as error:
-            card["problem"] = str(error)
-        return card
-
-    def group(self, source: str, record: int, name: str) -> Group:
-        """The record that stands at `source`, "FILE:LINE" or "FILE[PLACE]", and was number `record` of its set."""
-        path = file_of(source)
-        if (path, name) not in self.opened:
-            self.opened[path, name] = Records(path, image_root=ImageRoots.parse(self.image_root), name=name)
-        file = self.opened[path, name]
-        for place in (record, *range(len(file))):
-            if place < len(file) and file.source(place) == source:
-                return file.group(place)
-        raise ValueError(f"{source}: no such record any more")
+def record_at(source: str, record: int, file: Records) -> Group:
+    """The record that stands at `source`, "FILE:LINE" or "FILE[PLACE]", and was number `record` of its set."""
+    for place in (record, *range(len(file))):
+        if place < len(file) and file.source(place) == source:
+            return file.group(place)
+    raise ValueError(f"{source}: no such record any more")
 
 
 def text_of(group: Group) -> str:
@@ -237,11 +217,6 @@ def text_of(group: Group) -> str:
     if isinstance(group.prompt, str):
         return group.prompt
     return "\n".join(f"{message.role}: {message.content} {message.extra}".strip() for message in group.prompt)
-
-
-def shortened(text: str) -> str:
-    """A text of at most `MAX_TEXT` characters."""
-    return text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + " …"
 
 
 def thumbnail(image: str | bytes) -> str:

@@ -45,9 +45,7 @@ class Replica:
         scorer = Scorer.from_pretrained(config.model, **options(config.batch))
         dtype = str(scorer.model.model.dtype).removeprefix("torch.")
         self.precision = f"{dtype}, rewards within {batch_spread(scorer):.1g}"
-        self.service = RewardService(
-            scorer, limits=limits_of(config), image_root=config.image_root, max_delay=config.max_delay_ms / 1000
-        )
+        self.service = RewardService(scorer, limits=limits_of(config), image_root=config.image_root)
 
     async def say_precision(self) -> str:
         """The dtype that the model computes in, and how far a reward moves with what shares its batch."""

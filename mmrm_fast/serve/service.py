@@ -33,13 +33,13 @@ class Answer(NamedTuple):
 class RewardService:
     """One replica: scores the records of requests."""
 
-    def __init__(self, scorer: Scorer, *, limits: Limits, image_root: Path | None = None, max_delay: float = 0.003):
+    def __init__(self, scorer: Scorer, *, limits: Limits, image_root: Path | None = None):
         self.scorer, self.limits = scorer, limits
         self.image_root = image_root and image_root.resolve()
         self.pixels = Share(limits.replica_pixels)
         self.preparers = ThreadPoolExecutor(2), ThreadPoolExecutor(2)  # of small requests, which wait for no large one
         self.work, self.has_told = Work(), False  # of a reward that is no number
-        self.batcher = Batcher(scorer, max_delay=max_delay, on_batch=self.count_batch)
+        self.batcher = Batcher(scorer, on_batch=self.count_batch)
 
     def count_batch(self, batch: PackedBatch) -> None:
         """Count one forward."""
