@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -12,7 +11,6 @@ from mmrm_fast.config import EvaluateConfig
 from mmrm_fast.config_file import options
 from mmrm_fast.data.census import Kind, counted, told_files
 from mmrm_fast.data.records import RecordError
-from mmrm_fast.data.samples import same_sides
 from mmrm_fast.evaluate import plots
 from mmrm_fast.evaluate.benchmarks import Item, MissingImage, Unread, read_items
 from mmrm_fast.evaluate.reliability import bootstrap, calibration, credit, rank_correlation, spread, text_controls
@@ -48,7 +46,6 @@ class ScoredPair:
     scored: Scored
     chosen: int
     rejected: int
-    identical: bool = False  # the two have the same tokens, so that their rewards cannot differ
 
     @property
     def margin(self) -> float:
@@ -83,12 +80,12 @@ def evaluate(config: EvaluateConfig) -> int:
         raise ValueError(f"{config.data}: no items")
     census = counted(Kind.of(item.record if isinstance(item, Item) else item.error) for item in items)
     print_lines(told_files(census, Counter(kind.file for kind in census.elements())))
-    scored, unscored = score_items(scorer, items)
-    pairs = [pair for pair in scored if not pair.identical]
+    readable = [item for item in items if isinstance(item, Item)]
+    pairs, identical, unscored = score_items(scorer, readable)
+    unscored = [*(item for item in items if isinstance(item, Unread)), *unscored]
     if not pairs:
         why = f", the first: {unscored[0].error}" if unscored else ": all pairs have two sides of the same tokens"
         raise ValueError(f"{config.data}: none of {len(items)} items could be scored{why}")
-    readable = [item for item in items if isinstance(item, Item)]
     results = {
         "bench": config.bench,
         "data": str(config.data),
@@ -98,31 +95,30 @@ def evaluate(config: EvaluateConfig) -> int:
         "controls": controls(pairs, ordered=all(item.ordered for item in readable)),
         "unscored": [unscored_row(item) for item in unscored],
         "pairs_over_max_pairs": sum(item.record.num_undrawn for item in readable),
-        "identical_pairs": [pair.row() for pair in scored if pair.identical],
+        "identical_pairs": [pair.row() for pair in identical],
         "items": [pair.row() for pair in pairs],
     }
-    write_results(config.output_dir, results, pairs)
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(config.output_dir / "results.json", results)
+    calibrations = {config.bench: results["reliability"]["calibration"]}
+    plots.save(plots.reliability(calibrations), config.output_dir / "reliability.svg")
+    plots.save(plots.margins(margins_of(pairs)), config.output_dir / "margins.svg")
     report(config, results)
     return EXIT_SOME_UNSCORED if unscored else 0
 
 
-def score_items(scorer: Scorer, items: Sequence[Item | Unread]) -> tuple[list[ScoredPair], list[Unread]]:
-    """Every labelled pair with its rewards, and every item that could not be scored with the reason."""
-    readable = [item for item in items if isinstance(item, Item)]
-    pairs, unscored = [], [item for item in items if isinstance(item, Unread)]
-    results = scorer.score_stream((item.record for item in readable), RECORDS_AT_ONCE)
-    both = zip(readable, results, strict=True)
-    for item, result in tqdm(both, total=len(readable), unit=" items", desc="scoring", delay=2):
+def score_items(scorer: Scorer, items: Sequence[Item]) -> tuple[list[ScoredPair], list[ScoredPair], list[Unread]]:
+    """Labelled pairs with their rewards, those that have twice the same tokens, and items that were not scored."""
+    pairs, identical, unscored = [], [], []
+    results = scorer.score_stream((item.record for item in items), RECORDS_AT_ONCE)
+    both = zip(items, results, strict=True)
+    for item, result in tqdm(both, total=len(items), unit=" items", desc="scoring", delay=2):
         if isinstance(result, RecordError):
             unscored.append(Unread(item.id, item.group, result))
-        else:
-            ends = item.record.pairs.ends
-            same = same_sides(scorer.encode(item.record).main.sequences, ends)
-            pairs += [
-                ScoredPair(item, result, *pair, is_same)
-                for pair, is_same in zip(ends.tolist(), same.tolist(), strict=True)
-            ]
-    return pairs, unscored
+            continue
+        for ends, is_same in zip(item.record.pairs.ends.tolist(), result.identical, strict=True):
+            (identical if is_same else pairs).append(ScoredPair(item, result, *ends))
+    return pairs, identical, unscored
 
 
 def metrics(bench: str, pairs: Sequence[ScoredPair], unscored: Sequence[Unread]) -> dict:
@@ -237,15 +233,6 @@ def unscored_row(item: Unread) -> dict:
         "id": item.id, "group": item.group, "source": error.source, "field": error.field, "reason": error.reason,
         "missing_image": isinstance(error, MissingImage),
     }  # fmt: skip
-
-
-def write_results(folder: Path, results: dict, pairs: Sequence[ScoredPair]) -> None:
-    """results.json, reliability.svg and margins.svg."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "results.json", results)
-    calibrations = {results["bench"]: results["reliability"]["calibration"]}
-    plots.save(plots.reliability(calibrations), folder / "reliability.svg")
-    plots.save(plots.margins(margins_of(pairs)), folder / "margins.svg")
 
 
 def report(config: EvaluateConfig, results: dict) -> None:

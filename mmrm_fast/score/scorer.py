@@ -17,7 +17,7 @@ from mmrm_fast.checkpoint.folder import Checkpoint, CheckpointFolder
 from mmrm_fast.data.images import Compat
 from mmrm_fast.data.packing import Packed, pack_items
 from mmrm_fast.data.records import Group, Pairs, RecordError, parse_group
-from mmrm_fast.data.samples import Preparer, Sample
+from mmrm_fast.data.samples import Preparer, Sample, same_sides
 from mmrm_fast.data.schedule import balance, cut
 from mmrm_fast.data.types import RewardError
 
@@ -35,6 +35,7 @@ class Scored:
     group: Group
     rewards: tuple[float, ...]
     truncated: tuple[bool, ...]
+    identical: tuple[bool, ...] = ()  # of the group's pairs: whose two sides have the same tokens
     num_tokens: int = 0  # that it took, images included, the prompt once
     num_tokens_unshared: int = 0  # as if each response were scored by itself
 
@@ -117,17 +118,20 @@ class Scorer:
         """
         results: list[Scored | RecordError] = list(groups)
         pieces: list[tuple[int, Sample]] = []
+        identical: dict[int, tuple[bool, ...]] = {}
         for place, group in enumerate(groups):
             try:
                 if isinstance(group, Group):
-                    pieces += [(place, piece) for piece in self.split(self.encode(group))]
+                    sample = self.encode(group)
+                    identical[place] = tuple(same_sides(sample.main.sequences, group.pairs.ends).tolist())
+                    pieces += [(place, piece) for piece in self.split(sample)]
             except RecordError as error:
                 results[place] = error
         outcomes: dict[int, list] = {place: [] for place, _ in pieces}
         for (place, _), outcome in zip(pieces, self.score_samples([piece for _, piece in pieces]), strict=True):
             outcomes[place].append(outcome)
         for place, parts in outcomes.items():
-            results[place] = join(groups[place], parts)
+            results[place] = join(groups[place], parts, identical[place])
         return results
 
     def score_stream(self, groups: Iterable[Group | RecordError], at_once: int) -> Iterator[Scored | RecordError]:
@@ -189,7 +193,7 @@ class Scorer:
         for place, sample, own in zip(places, packed.samples, values, strict=True):
             unshared = sample.num_tokens_unshared
             tokens = unshared - sample.main.prefix_length * (len(own) - 1)
-            outcomes[place] = Scored(sample.group, own, sample.main.truncated, tokens, unshared)
+            outcomes[place] = Scored(sample.group, own, sample.main.truncated, (), tokens, unshared)
         return [outcomes[place] for place in range(len(outcomes))]
 
 
@@ -220,7 +224,7 @@ def take_responses(sample: Sample, chosen: slice) -> Sample:
     return Sample(group, sample.tiles_per_image, main)
 
 
-def join(group: Group, parts: Sequence[Scored | RecordError]) -> Scored | RecordError:
+def join(group: Group, parts: Sequence[Scored | RecordError], identical: tuple[bool, ...] = ()) -> Scored | RecordError:
     """The outcome of a group that was scored in parts; an error where one of its rewards is no number."""
     for part in parts:
         if isinstance(part, RecordError):
@@ -233,6 +237,7 @@ def join(group: Group, parts: Sequence[Scored | RecordError]) -> Scored | Record
         group,
         rewards,
         tuple(cut for part in parts for cut in part.truncated),
+        identical,
         sum(part.num_tokens for part in parts),
         sum(part.num_tokens_unshared for part in parts),
     )

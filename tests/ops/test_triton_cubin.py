@@ -8,18 +8,21 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
 REPORT = """
-import io, json
+import io, json, sys
 from importlib import import_module
 import torch
 from rich.console import Console
-from mmrm_fast.ops import kernel_report
-from mmrm_fast.ops.triton.cubin import launch_resources
+sys.path.insert(0, "scripts")
+import kernel_report
+from kernel_report import launch_resources
 
 OPS = ("pack_image_tokens", "pair_loss")
 names = ("launch", *OPS)
@@ -49,7 +52,7 @@ print(json.dumps({"kernels": sorted(kernels), "rows": rows, "squeezed": squeezed
 def machine_code(tmp_path_factory):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "TRITON_DEFAULT_FP_FUSION": "1"}
-    result = subprocess.run([sys.executable, "-c", REPORT], env=environment, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", REPORT], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
     return json.loads(result.stdout.splitlines()[-1])
 
