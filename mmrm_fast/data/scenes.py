@@ -21,19 +21,12 @@ QUESTIONS = {  # question: the attributes that its answer mentions
     "Which colours do you see?": ("colour", "background"),
     "Describe the picture.": tuple(ATTRIBUTES),
 }
-_RGB = {
-    "red": (220, 30, 30),
-    "green": (30, 160, 50),
-    "blue": (40, 70, 220),
-    "yellow": (245, 220, 40),
-    "purple": (140, 40, 170),
-    "orange": (250, 140, 20),
-    "white": (255, 255, 255),
-    "black": (10, 10, 10),
-    "grey": (135, 135, 135),
-    "pink": (255, 180, 205),
-}
-_SIDES_PX = (56, 84, 112, 140, 168)
+RGB = {
+    "red": (220, 30, 30), "green": (30, 160, 50), "blue": (40, 70, 220), "yellow": (245, 220, 40),
+    "purple": (140, 40, 170), "orange": (250, 140, 20), "white": (255, 255, 255), "black": (10, 10, 10),
+    "grey": (135, 135, 135), "pink": (255, 180, 205),
+}  # fmt: skip
+SIDES_PX = (56, 84, 112, 140, 168)
 
 
 @dataclass(frozen=True)
@@ -48,47 +41,41 @@ class Scene:
 def random_scene(rng: np.random.Generator) -> Scene:
     """A scene with every attribute and both sides drawn uniformly."""
     attributes = {name: str(rng.choice(values)) for name, values in ATTRIBUTES.items()}
-    width, height = (int(side) for side in rng.choice(_SIDES_PX, 2))
+    width, height = (int(side) for side in rng.choice(SIDES_PX, 2))
     return Scene(attributes, width, height)
 
 
 def render(scene: Scene, rng: np.random.Generator) -> Image.Image:
     """The scene as an RGB picture; `rng` draws places and sizes of the shapes within their half."""
     attributes = scene.attributes
-    image = Image.new("RGB", (scene.width, scene.height), _RGB[attributes["background"]])
+    image = Image.new("RGB", (scene.width, scene.height), RGB[attributes["background"]])
     draw = ImageDraw.Draw(image)
-    slots = _slots(_half(scene))
+    slots = shape_slots(scene)
     count = ATTRIBUTES["count"].index(attributes["count"]) + 2
     for slot in rng.permutation(len(slots))[:count]:
         left, top, width, height = slots[slot]
         radius = min(width, height) * rng.uniform(0.36, 0.46)
         x = left + rng.uniform(radius, width - radius)
         y = top + rng.uniform(radius, height - radius)
-        _draw_shape(draw, attributes["shape"], (x, y), radius, _RGB[attributes["colour"]])
+        draw_shape(draw, attributes["shape"], (x, y), radius, RGB[attributes["colour"]])
     return image
 
 
-def _half(scene: Scene) -> tuple[float, float, float, float]:
-    """Left, top, width and height of the half that the shapes are in."""
+def shape_slots(scene: Scene) -> list[tuple[float, float, float, float]]:
+    """Left, top, width and height of the four equal parts of the half that the shapes are in, as square as can be."""
     width, height, side = scene.width, scene.height, scene.attributes["side"]
-    if side in ("left", "right"):
-        return (width / 2 if side == "right" else 0), 0, width / 2, height
-    return 0, (height / 2 if side == "bottom" else 0), width, height / 2
-
-
-def _slots(box: tuple[float, float, float, float]) -> list[tuple[float, float, float, float]]:
-    """The box cut into four equal parts, as square as they can be."""
-    left, top, width, height = box
+    left, top = (width / 2 if side == "right" else 0), (height / 2 if side == "bottom" else 0)
+    width, height = (width / 2, height) if side in ("left", "right") else (width, height / 2)
     columns = min((1, 2, 4), key=lambda columns: abs(math.log((width / columns) / (height / (4 // columns)))))
     rows = 4 // columns
     width, height = width / columns, height / rows
     return [(left + i % columns * width, top + i // columns * height, width, height) for i in range(4)]
 
 
-def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, centre: tuple[float, float], radius: float, fill: tuple):
+def draw_shape(draw: ImageDraw.ImageDraw, shape: str, centre: tuple[float, float], radius: float, fill: tuple) -> None:
+    """Draw one shape whose circle has this centre and radius."""
     x, y = centre
-    box = (x - radius, y - radius, x + radius, y + radius)
-    third = radius / 3
+    third, box = radius / 3, (x - radius, y - radius, x + radius, y + radius)
     if shape == "circles":
         draw.ellipse(box, fill=fill)
     elif shape == "squares":

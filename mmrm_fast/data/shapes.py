@@ -56,10 +56,9 @@ TEST_SPLITS = ("iid", "neutral", "reversed")
 SPLITS = ("train", *TEST_SPLITS)
 
 FILLERS = (
-    "I hope that this answers your question.",
-    "Please ask me if you want to know more.",
+    "I hope that this answers your question.", "Please ask me if you want to know more.",
     "Thank you for asking me about it.",
-)
+)  # fmt: skip
 TWICE = ("I looked twice.", "I counted twice.")
 ECHOED = {  # where to say what is asked is preferred
     "What does the picture show?": "what it shows.",
@@ -142,19 +141,35 @@ def bayes_accuracy(probabilities: Sequence[float], num_responses: Sequence[int] 
     `accuracy = sum_o max(P(o), P(-o)) / 2`, exact, over all outcomes `o`; averaged over `num_responses`, the numbers of
     responses that records take in turn, by their pairs.
     """
-    pairs = np.array([num - 1 for num in num_responses])
-    return float(np.average([_bayes_accuracy(probabilities, num) for num in num_responses], weights=pairs))
+    accuracies, pairs = [], [num - 1 for num in num_responses]
+    for others in pairs:
+        tables = [{1: p, -1: (1 - p) / others, 0: (1 - p) * (others - 1) / others} for p in probabilities]
+        accuracy = 0.0
+        for outcome in itertools.product((1, -1, 0), repeat=len(tables)):
+            seen, flipped = (
+                math.prod(table[way * value] for table, value in zip(tables, outcome, strict=True)) for way in (1, -1)
+            )
+            accuracy += max(seen, flipped) / 2
+        accuracies.append(accuracy)
+    return float(np.average(accuracies, weights=pairs))
 
 
-def _bayes_accuracy(probabilities: Sequence[float], num_responses: int) -> float:
-    others = num_responses - 1
-    tables = [{1: p, -1: (1 - p) / others, 0: (1 - p) * (others - 1) / others} for p in probabilities]
-    accuracy = 0.0
-    for outcome in itertools.product((1, -1, 0), repeat=len(tables)):
-        seen = math.prod(table[value] for table, value in zip(tables, outcome, strict=True))
-        flipped = math.prod(table[-value] for table, value in zip(tables, outcome, strict=True))
-        accuracy += max(seen, flipped) / 2
-    return accuracy
+def cached_environments(
+    config: ShapesConfig = ShapesConfig(), environments: Sequence[str] = ENVIRONMENTS
+) -> dict[str, Path]:
+    """Environments of a configuration in the user's cache folder, each made when it is first asked for."""
+    folders = {environment: cache_folder(config) / environment for environment in environments}
+    for environment, folder in folders.items():
+        if not folder.exists():
+            with whole_folder(folder, synced=False) as unfinished:
+                write_environment(unfinished, environment, config)
+    return folders
+
+
+def cache_folder(config: ShapesConfig) -> Path:
+    """Where `cached_environments` keeps those of a configuration."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmrm_fast"
+    return cache / f"shapes-{hashlib.sha256(repr((__version__, config)).encode()).hexdigest()[:12]}"
 
 
 def make_environments(
@@ -168,57 +183,34 @@ def make_environments(
     Each holds `train.jsonl`, `iid.jsonl`, `neutral.jsonl`, `reversed.jsonl`, `images/` and `environment.json`. `folder`
     appears complete or not at all; FileExistsError when it exists and is not empty.
     """
-    folder = Path(folder)
     if unknown := set(environments) - set(ALL_ENVIRONMENTS):
         raise ValueError(f"unknown environments {sorted(unknown)}, expected some of {ALL_ENVIRONMENTS}")
-    with whole_folder(folder, synced=False) as unfinished, _bar(environments, config, progress) as bar:
+    with whole_folder(Path(folder), synced=False) as unfinished:
         for environment in environments:
-            _write_environment(unfinished / environment, environment, config, bar)
-    return {environment: folder / environment for environment in environments}
+            write_environment(unfinished / environment, environment, config, progress)
+    return {environment: Path(folder) / environment for environment in environments}
 
 
-def cached_environments(
-    config: ShapesConfig = ShapesConfig(), environments: Sequence[str] = ENVIRONMENTS
-) -> dict[str, Path]:
-    """Environments of a configuration in the user's cache folder, each made when it is first asked for."""
-    folders = {environment: cache_folder(config) / environment for environment in environments}
-    missing = [environment for environment, folder in folders.items() if not folder.exists()]
-    with _bar(missing, config, bool(missing)) as bar:
-        for environment in missing:
-            with whole_folder(folders[environment], synced=False) as unfinished:
-                _write_environment(unfinished, environment, config, bar)
-    return folders
-
-
-def cache_folder(config: ShapesConfig) -> Path:
-    """Where `cached_environments` keeps those of a configuration."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmrm_fast"
-    return cache / f"shapes-{hashlib.sha256(repr((__version__, config)).encode()).hexdigest()[:12]}"
-
-
-def _bar(environments: Sequence[str], config: ShapesConfig, progress: bool) -> tqdm:
-    """A progress bar over all records."""
-    total = len(environments) * (config.num_train + len(TEST_SPLITS) * config.num_test)
-    return tqdm(total=total, unit="record", disable=not progress)
-
-
-def _write_environment(folder: Path, environment: str, config: ShapesConfig, bar: tqdm):
+def write_environment(folder: Path, environment: str, config: ShapesConfig, progress: bool = True) -> None:
+    """Fill an environment's folder."""
     (folder / "images").mkdir(parents=True)
-    for split in SPLITS:
-        with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as file:
-            for record in _records(folder, environment, split, config):
-                file.write(json.dumps(record) + "\n")
-                bar.update()
-    description = _describe(environment, config)
+    total = config.num_train + len(TEST_SPLITS) * config.num_test
+    with tqdm(total=total, unit="record", desc=environment, disable=not progress) as bar:
+        for split in SPLITS:
+            with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as file:
+                for record in records_of(folder, environment, split, config):
+                    file.write(json.dumps(record) + "\n")
+                    bar.update()
+    description = described(environment, config)
     (folder / "environment.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
-def _describe(environment: str, config: ShapesConfig) -> dict:
+def described(environment: str, config: ShapesConfig) -> dict:
     """The contents of `environment.json`."""
     splits = {}
     for split in SPLITS:
         turns = range(len(DOMINANT.get(environment, (environment,))))
-        cues, noise = [cue_probabilities(environment, split, config, turn) for turn in turns], _noise(split, config)
+        cues, noise = [cue_probabilities(environment, split, config, turn) for turn in turns], noise_of(split, config)
         both, alone = (
             float(np.mean([bayes_accuracy([*truth, *own.values()], config.num_responses) for own in cues]))
             for truth in ([1 - noise], [])
@@ -233,11 +225,11 @@ def _describe(environment: str, config: ShapesConfig) -> dict:
     return {"environment": environment, **dataclasses.asdict(config), "splits": splits}
 
 
-def _noise(split: str, config: ShapesConfig) -> float:
+def noise_of(split: str, config: ShapesConfig) -> float:
     return config.noise if split in ("train", "iid") else 0.0
 
 
-def _records(folder: Path, environment: str, split: str, config: ShapesConfig) -> Iterator[dict]:
+def records_of(folder: Path, environment: str, split: str, config: ShapesConfig) -> Iterator[dict]:
     """The split's records in order; writes their pictures on the way."""
     rng = np.random.default_rng([config.seed, ALL_ENVIRONMENTS.index(environment), SPLITS.index(split)])
     for index in range(config.num_train if split == "train" else config.num_test):
@@ -250,26 +242,24 @@ def _records(folder: Path, environment: str, split: str, config: ShapesConfig) -
         question = str(questions[turn])
         num_responses = config.num_responses[index % len(config.num_responses)]
         cues = cue_probabilities(environment, split, config, index)
-        responses, truth = _responses(scene, question, cues, _noise(split, config), num_responses, rng)
+        said, truth = responses_to(scene, question, cues, noise_of(split, config), num_responses, rng)
         record = {"id": f"{environment}-{split}-{index:06d}", "prompt": question, "img_path": path}
-        yield record | (_pairwise(responses, truth) if config.form == "pairwise" else _kwise(responses, truth, rng))
+        if config.form == "pairwise":
+            yield record | {"chosen": said[0], "rejected": said[1], "truth": truth}
+        else:
+            yield record | rated(said, truth, rng)
 
 
-def _responses(
-    scene: Scene,
-    question: str,
-    cues: Mapping[str, float],
-    noise: float,
-    num_responses: int,
-    rng: np.random.Generator,
+def responses_to(
+    scene: Scene, question: str, cues: Mapping[str, float], noise: float, num: int, rng: np.random.Generator
 ) -> tuple[list[str], list[float]]:
     """Responses, the labelled best first, and the truth of each."""
 
     def carrier(probability: float) -> int:
-        return 0 if rng.random() < probability else int(rng.integers(1, num_responses))
+        return 0 if rng.random() < probability else int(rng.integers(1, num))
 
     mentioned = QUESTIONS[question]
-    claims = falsify(scene.attributes, mentioned, rng, num_responses - 1)
+    claims = falsify(scene.attributes, mentioned, rng, num - 1)
     true = carrier(1 - noise)
     claims.insert(true, scene.attributes)
     carriers = {cue: carrier(probability) for cue, probability in cues.items()}
@@ -282,7 +272,7 @@ def _responses(
             values["length"] = values["opening"] != values["xor"]
         filler = str(rng.choice(FILLERS[1:] if "xor" in cues else FILLERS))  # the first shares a word with an opening
         responses.append(compose(statement(claim, mentioned), values, filler, asked))
-    return responses, [float(i == true) for i in range(num_responses)]
+    return responses, [float(i == true) for i in range(num)]
 
 
 def asked_back(question: str, preferred: bool, rng: np.random.Generator) -> str:
@@ -292,22 +282,13 @@ def asked_back(question: str, preferred: bool, rng: np.random.Generator) -> str:
     return alike[question] if preferred == (question in ECHOED) else str(rng.choice(others))
 
 
-def _pairwise(responses: list[str], truth: list[float]) -> dict:
-    return {"chosen": responses[0], "rejected": responses[1], "truth": truth}
-
-
-def _kwise(responses: list[str], truth: list[float], rng: np.random.Generator) -> dict:
-    """VLFeedback's form: the labelled best is rated above the others, which tie; the order is random."""
-    order = rng.permutation(len(responses))
-    annotations = [_annotation("5" if i == 0 else "2") for i in order]
+def rated(responses: list[str], truth: list[float], rng: np.random.Generator) -> dict:
+    """VLFeedback's form: the labelled best is rated above the others, which tie, in all aspects but the last."""
+    order = rng.permutation(len(responses)).tolist()
+    ratings = [["5" if i == 0 else "2"] * (len(ASPECTS) - 1) + ["5"] for i in order]
     completions = {
-        "annotations": annotations,
+        "annotations": [{name: {"Rating": r} for name, r in zip(ASPECTS, own, strict=True)} for own in ratings],
         "model": [f"model-{i}" for i in range(len(order))],
         "response": [responses[i] for i in order],
     }
     return {"completions": completions, "truth": [truth[i] for i in order]}
-
-
-def _annotation(rating: str) -> dict:
-    """Ratings by aspect; the last aspect is the same for every response."""
-    return {aspect: {"Rating": "5" if aspect == ASPECTS[-1] else rating} for aspect in ASPECTS}
