@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from mmrm_fast.data.records import Group, Pair, Pairs
+from mmrm_fast.data.types import Group, Pair, Pairs
 from mmrm_fast.pairs import (
     PairRow,
     accuracy,

@@ -36,7 +36,8 @@ PREFERENCE_FIELDS = {*CHOSEN_FIELDS, *REJECTED_FIELDS, "completions", "scores", 
 FORM_FIELDS = {
     *PREFERENCE_FIELDS, *PROMPT_FIELDS, "responses", "margin", "text", "system", "history", "rejected_images", "tools",
 }  # fmt: skip
-TRANSLATED = {"instruction", "input", "context", "response1", "response2"}  # of layouts with names of their own
+HELPSTEER = ("context", "response1", "response2", "overall_preference")
+TRANSLATED = {"instruction", "input", *HELPSTEER[:3]}  # of layouts with names of their own
 CONTEXTS = ("conversations", "messages")  # beside `chosen`
 
 
@@ -51,11 +52,6 @@ class Form:
     images: tuple[object, ...] = ()
     rejected_images: tuple[object, ...] | None = None  # of the rejected reply, where it has others
 
-    @property
-    def responses(self) -> tuple[str, ...]:
-        """The replies' texts."""
-        return tuple(reply.content for reply in self.replies)
-
 
 def translated(fields: Fields) -> Fields:
     """A record whose layout has names of its own, under those that are read; any other as it is."""
@@ -63,12 +59,21 @@ def translated(fields: Fields) -> Fields:
     if "instruction" in fields and not {*PROMPT_FIELDS, *CONTEXTS} & fields.keys():
         parts = [text(fields[name], name) for name in ("instruction", "input") if fields.get(name)]
         ours = {"instruction": None, "input": None, "prompt": "\n".join(parts)}
-    if {"context", "response1", "response2", "overall_preference"} <= fields.keys():
-        second = number(fields["overall_preference"])
-        responses = [fields["response1"], fields["response2"]]
-        ours |= dict.fromkeys(("response1", "response2", "overall_preference"))
-        ours |= {"context": None, "prompt": fields["context"], "responses": responses, "scores": [-second, second]}
+    if fields.keys() >= set(HELPSTEER):
+        prompt, first, second, preference = (fields[name] for name in HELPSTEER)
+        scores = [-number(preference), number(preference)]
+        ours |= dict.fromkeys(HELPSTEER) | {"prompt": prompt, "responses": [first, second], "scores": scores}
     return Fields(fields | ours, fields.read) if ours else fields
+
+
+def has_preferences(fields: dict) -> bool:
+    """Whether a record, `translated`, says which of its responses are preferred."""
+    return bool(PREFERENCE_FIELDS & fields.keys()) or in_text(fields)
+
+
+def in_text(fields: dict) -> bool:
+    """Whether the record is RLHF-V's, all of it in `text`; beside replies a `text` is anything, such as a caption."""
+    return "text" in fields and not {*PREFERENCE_FIELDS, "responses"} & fields.keys()
 
 
 def parse_form(fields: Fields, ignored: Collection[str] = ()) -> Form:
@@ -93,7 +98,7 @@ def parse_layout(fields: Fields, ignored: Collection[str]) -> Form:
     name = present(fields, PROMPT_FIELDS)
     prompt = prompt_turns(fields[name], name, ignored) if name in fields else None
     if "completions" in fields:
-        return kwise_form(require(prompt, name), *parse_completions(fields["completions"], ignored))
+        return rated_form(require(prompt, name), *parse_completions(fields["completions"], ignored))
     chosen, rejected = present(fields, CHOSEN_FIELDS), present(fields, REJECTED_FIELDS)
     context = next((name for name in CONTEXTS if chosen == "chosen" and name in fields), None)
     if context is not None and not is_repeated(fields, context, chosen, ignored):
@@ -102,20 +107,20 @@ def parse_layout(fields: Fields, ignored: Collection[str]) -> Form:
         prompt = prompt_turns(fields[context], context, ignored)
         for side in (chosen, rejected):
             if side in fields and reply(fields, side, ignored)[0]:
-                raise FieldError(
-                    side, f"goes on with further turns behind `{context}`; a pair answers one conversation"
-                )
+                why = f"goes on with further turns behind `{context}`; a pair answers one conversation"
+                raise FieldError(side, why)
     if "rejected_images" in fields and chosen in fields and rejected not in fields:
         fields = Fields({**fields, rejected: fields[chosen]}, fields.read)
     if chosen in fields or rejected in fields:
         return pairwise_form(fields, prompt, chosen, rejected, ignored)
     if "responses" not in fields:
         raise FieldError("", "needs `chosen` and `rejected`, or `completions`, or `responses`")
-    prompt = require(prompt, name)
-    responses = reply_list(fields["responses"], "responses", ignored)
-    if fields.get("scores") is None:
-        return Form(plain(prompt), responses, images=prompt.images)
-    return kwise_form(prompt, responses, parse_scores(fields["scores"], len(responses)))
+    prompt, responses = require(prompt, name), reply_list(fields["responses"], "responses", ignored)
+    if (scores := fields.get("scores")) is None:
+        return Form(prompt.prompt, responses, images=prompt.images)
+    if not isinstance(scores, list) or len(scores) != len(responses):
+        raise FieldError("scores", f"expected a list of {len(responses)}, one a response")
+    return rated_form(prompt, responses, [*map(number, scores)])
 
 
 def is_repeated(fields: Fields, context: str, side: str, ignored: Collection[str]) -> bool:
@@ -143,11 +148,6 @@ def present(fields: dict, names: Sequence[str]) -> str:
     return next((name for name in names if name in fields), names[0])
 
 
-def in_text(fields: dict) -> bool:
-    """Whether the record is RLHF-V's, all of it in `text`; beside replies a `text` is anything, such as a caption."""
-    return "text" in fields and not {*PREFERENCE_FIELDS, "responses"} & fields.keys()
-
-
 def decode_text(value: object) -> dict:
     """RLHF-V's `text`: a JSON string, or already an object."""
     if isinstance(value, str):
@@ -167,18 +167,7 @@ def require(prompt: Turns | None, name: str) -> Turns:
     return prompt
 
 
-def plain(turns: Turns) -> Prompt:
-    """A lone user turn as its text, anything else as messages."""
-    messages = turns.messages
-    return messages[0].content if messages == (Message("user", messages[0].content),) else messages
-
-
-# preferences
-
-
-def pairwise_form(
-    fields: dict, prompt: Turns | None, chosen: str, rejected: str, ignored: Collection[str] = ()
-) -> Form:
+def pairwise_form(fields: dict, prompt: Turns | None, chosen: str, rejected: str, ignored: Collection[str]) -> Form:
     """One preferred and one rejected reply to the same conversation."""
     (better_turns, better), (worse_turns, worse) = (reply(fields, name, ignored) for name in (chosen, rejected))
     if better_turns and worse_turns and better_turns.messages != worse_turns.messages:
@@ -192,7 +181,7 @@ def pairwise_form(
     margin = 0.0 if fields.get("margin") is None else number(fields["margin"])
     if not math.isfinite(margin):
         raise FieldError("margin", f"expected a finite number, got {fields['margin']!r}")
-    return Form(plain(turns), (better, worse), Pairs.of((0, 1, margin)), images=turns.images, rejected_images=others)
+    return Form(turns.prompt, (better, worse), Pairs.of((0, 1, margin)), images=turns.images, rejected_images=others)
 
 
 def check_same_prompt(prompt: Turns | None, context: Turns) -> None:
@@ -208,26 +197,24 @@ def check_same_prompt(prompt: Turns | None, context: Turns) -> None:
         raise FieldError("prompt", "is not the one inside of the replies' messages; leave one of them out")
 
 
-def kwise_form(prompt: Turns, responses: tuple[Message, ...], ratings: Sequence[float]) -> Form:
+def rated_form(prompt: Turns, responses: tuple[Message, ...], ratings: list[float]) -> Form:
     """Responses with ratings."""
-    return Form(plain(prompt), responses, ratings=np.array(ratings, float), images=prompt.images)
+    return Form(prompt.prompt, responses, ratings=np.array(ratings, float), images=prompt.images)
 
 
-def parse_completions(completions: object, ignored: Collection[str] = ()) -> tuple[tuple[Message, ...], list[float]]:
+def parse_completions(completions: object, ignored: Collection[str]) -> tuple[tuple[Message, ...], list[float]]:
     """VLFeedback's `completions`: responses and their mean ratings."""
     if isinstance(completions, list):  # as the public data set stores it: one object a response
         if not all(isinstance(item, dict) for item in completions):
             raise FieldError("completions", "expected objects with `annotations` and `response`")
         for index, item in enumerate(completions):
             refuse_unread(item, COMPLETION, ignored, f"completions[{index}]")
-        columns = {key: [item.get(key) for item in completions] for key in COMPLETION}
-    elif isinstance(completions, dict):
-        refuse_unread(completions, COMPLETION, ignored, "completions")
-        columns = completions
-    else:
+        completions = {key: [item.get(key) for item in completions] for key in COMPLETION}
+    elif not isinstance(completions, dict):
         raise FieldError("completions", f"expected an object or a list, got {kind_of(completions)}")
-    responses = reply_list(columns.get("response"), "completions.response", ignored)
-    annotations = columns.get("annotations")
+    refuse_unread(completions, COMPLETION, ignored, "completions")
+    responses = reply_list(completions.get("response"), "completions.response", ignored)
+    annotations = completions.get("annotations")
     if not isinstance(annotations, list) or len(annotations) != len(responses):
         raise FieldError("completions.annotations", f"expected a list of {len(responses)}, one a response")
     return responses, [mean_rating(annotation) for annotation in annotations]
@@ -238,15 +225,4 @@ def mean_rating(annotation: object) -> float:
     if not isinstance(annotation, dict) or not annotation:
         return math.nan
     ratings = [number(aspect.get("Rating")) if isinstance(aspect, dict) else math.nan for aspect in annotation.values()]
-    return finite_or_nan(sum(ratings) / len(ratings))
-
-
-def parse_scores(scores: object, count: int) -> list[float]:
-    """`scores`, one a response; NaN for what is not a finite number."""
-    if not isinstance(scores, list) or len(scores) != count:
-        raise FieldError("scores", f"expected a list of {count}, one a response")
-    return [finite_or_nan(number(score)) for score in scores]
-
-
-def finite_or_nan(value: float) -> float:
-    return value if math.isfinite(value) else math.nan
+    return number(sum(ratings) / len(ratings))

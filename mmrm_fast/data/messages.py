@@ -11,20 +11,15 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from mmrm_fast.data.fields import is_empty, refuse_unread
-from mmrm_fast.data.types import FieldError, Message, kind_of, some_list, text
+from mmrm_fast.data.types import FieldError, Message, Prompt, kind_of, some_list, text
 
 PICTURE_KEYS = ("image", "image_url", "url", "path", "base64")
 MESSAGE_EXTRAS = ("tool_calls", "reasoning_content", "name", "tool_call_id")  # of messages, for the chat template
 MAX_LEVELS = 100  # of calls and tools
 HARMLESS_KEYS = {"detail", "cache_control"}  # of parts
 ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "tool": "tool",
-}
+    "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "tool": "tool",
+}  # fmt: skip
 IMAGE_PART = "<image>\n"
 
 
@@ -32,11 +27,17 @@ IMAGE_PART = "<image>\n"
 class Turns:
     """Messages and the images inside them, as written."""
 
-    messages: tuple[Message, ...] = ()
+    messages: tuple[Message, ...]
     images: tuple[object, ...] = ()
 
+    @property
+    def prompt(self) -> Prompt:
+        """A lone user turn as its text, anything else as messages."""
+        first = self.messages[0]
+        return first.content if self.messages == (Message("user", first.content),) else self.messages
 
-def reply(fields: dict, name: str, ignored: Collection[str] = ()) -> tuple[Turns | None, Message]:
+
+def reply(fields: dict, name: str, ignored: Collection[str]) -> tuple[Turns | None, Message]:
     """A reply and, where its message list holds it, the conversation before it."""
     if name not in fields:
         raise FieldError(name, "missing")
@@ -54,19 +55,17 @@ def reply(fields: dict, name: str, ignored: Collection[str] = ()) -> tuple[Turns
 
 def reply_list(values: object, name: str, ignored: Collection[str]) -> tuple[Message, ...]:
     """A required, non-empty list of replies, each a string or the assistant's message."""
-    items = enumerate(some_list(values, name, of="strings"))
-    return tuple(lone_reply(value, f"{name}[{index}]", ignored) for index, value in items)
+    replies = []
+    for index, value in enumerate(some_list(values, name, of="strings")):
+        own = f"{name}[{index}]"
+        context, said = reply({own: value}, own, ignored)
+        if context:
+            raise FieldError(own, "expected the assistant's message alone; the conversation goes into `prompt`")
+        replies.append(said)
+    return tuple(replies)
 
 
-def lone_reply(value: object, name: str, ignored: Collection[str]) -> Message:
-    """A reply without a conversation."""
-    context, response = reply({name: value}, name, ignored)
-    if context:
-        raise FieldError(name, "expected the assistant's message alone; the conversation goes into `prompt`")
-    return response
-
-
-def prompt_turns(value: object, name: str, ignored: Collection[str] = ()) -> Turns:
+def prompt_turns(value: object, name: str, ignored: Collection[str]) -> Turns:
     """A prompt: a string is one user turn."""
     if not isinstance(value, (list, dict)):
         return Turns((Message("user", text(value, name)),))
@@ -83,7 +82,7 @@ def check_turns(messages: Sequence[Message], name: str) -> None:
         raise FieldError(name, "only the first message may be the system's")
 
 
-def parse_messages(value: list | dict, name: str, ignored: Collection[str] = ()) -> Turns:
+def parse_messages(value: list | dict, name: str, ignored: Collection[str]) -> Turns:
     """A message list, or one message."""
     images: list[object] = []
     if isinstance(value, dict):
@@ -93,7 +92,7 @@ def parse_messages(value: list | dict, name: str, ignored: Collection[str] = ())
     return Turns(tuple(messages), tuple(images))
 
 
-def parse_message(item: object, name: str, images: list[object], ignored: Collection[str] = ()) -> Message:
+def parse_message(item: object, name: str, images: list[object], ignored: Collection[str]) -> Message:
     """One message; images inside its parts are appended to `images`."""
     if not isinstance(item, dict):
         raise FieldError(name, f"expected a message with role and content, got {kind_of(item)}")
@@ -103,26 +102,19 @@ def parse_message(item: object, name: str, images: list[object], ignored: Collec
     if role is None:
         raise FieldError(f"{name}.{role_field}", "expected system, user, assistant or tool")
     refuse_unread(item, (role_field, content_field, *MESSAGE_EXTRAS), ignored, name)
-    extra, content = parse_extra(item, name, ignored), item.get(content_field)
+    extra = {key: item[key] for key in MESSAGE_EXTRAS if item.get(key) is not None and key not in ignored}
+    for key, value in extra.items():
+        parse = parse_objects if key == "tool_calls" else text
+        extra[key] = parse(value, f"{name}.{key}")
+    content = item.get(content_field)
     if content is None and role == "assistant" and extra:
         extra, content = extra | {"content": None}, ""
     said = as_json(extra, name) if extra else ""
     name = f"{name}.{content_field}"
     if isinstance(content, list):
-        parts = [parse_part(part, role, f"{name}[{index}]", images, ignored) for index, part in enumerate(content)]
+        parts = (parse_part(part, role, f"{name}[{index}]", images, ignored) for index, part in enumerate(content))
         content = "".join(parts)
     return Message(role, text(content, name), said)
-
-
-def parse_extra(item: dict, name: str, ignored: Collection[str]) -> dict:
-    """What a message has for the chat template beside its content; nulls are nothing."""
-    extra = {key: item[key] for key in MESSAGE_EXTRAS if item.get(key) is not None and key not in ignored}
-    for key, value in extra.items():
-        if key == "tool_calls":
-            extra[key] = parse_objects(value, f"{name}.{key}")
-        else:
-            text(value, f"{name}.{key}")
-    return extra
 
 
 def parse_objects(value: object, name: str) -> list[dict]:
@@ -154,7 +146,7 @@ def refuse_deep(value: object, name: str, levels: int = MAX_LEVELS) -> None:
         refuse_deep(item, name, levels - 1)
 
 
-def parse_part(part: object, role: str, name: str, images: list[object], ignored: Collection[str] = ()) -> str:
+def parse_part(part: object, role: str, name: str, images: list[object], ignored: Collection[str]) -> str:
     """One part of a message's content as text."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind not in ("text", "image", "image_url") or (kind != "text" and role != "user"):

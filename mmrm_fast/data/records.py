@@ -12,39 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from mmrm_fast.data.fields import Fields, ReadColumns, refuse_unread
-from mmrm_fast.data.forms import (
-    COMPLETION,
-    FORM_FIELDS,
-    PREFERENCE_FIELDS,
-    TRANSLATED,
-    Form,
-    in_text,
-    parse_form,
-    translated,
-)
+from mmrm_fast.data.forms import COMPLETION, FORM_FIELDS, TRANSLATED, Form, has_preferences, parse_form, translated
 from mmrm_fast.data.lines import open_rows
 from mmrm_fast.data.messages import MESSAGE_EXTRAS, as_json, parse_objects
 from mmrm_fast.data.pictures import IMAGE_FIELDS, ImageRoots, parse_images, resolve_image, shown_images
 from mmrm_fast.data.splits import Split, record_files
-from mmrm_fast.data.types import (
-    FieldError,
-    Group,
-    Message,
-    Pair,
-    Pairs,
-    Prompt,
-    RecordError,
-    at,
-    kind_of,
-    num_ranked,
-    number,
-    text,
-)
-
-__all__ = [
-    "Group", "Message", "Pair", "Pairs", "Prompt", "RecordError", "Records", "iter_groups", "parse_group",
-    "prompt_json",
-]  # fmt: skip
+from mmrm_fast.data.types import FieldError, Group, Pairs, Prompt, RecordError, at, kind_of, num_ranked, number, text
 
 ID_FIELDS = ("id", "idx")
 MAX_PAIRS = 2048  # of a record: all of 64 responses
@@ -63,6 +36,7 @@ def parse_group(
     ignored: Collection[str] = (),
     max_pairs: int = MAX_PAIRS,
     columns: Collection[str] = (),
+    need_pairs: bool = False,
 ) -> Group:
     """Turn one decoded record of any form into a `Group`.
 
@@ -73,6 +47,7 @@ def parse_group(
         ignored: names of fields that may be dropped though they may change what the record says.
         max_pairs: of more pairs so many are drawn, of equal responses with equal ratings always the same.
         columns: of its file that were not read.
+        need_pairs: refuse a record without preferences.
 
     Raises:
         RecordError: a field is missing, of the wrong type, not a finite number, over a limit, or not read here though
@@ -83,18 +58,22 @@ def parse_group(
             raise FieldError("", f"a record is a JSON object, this is {kind_of(fields)}")
         own = Fields(fields)
         fields = translated(Fields({name: value for name, value in own.items() if name not in ignored}, own.read))
+        if need_pairs and not has_preferences(fields):
+            raise FieldError("chosen", "missing; training and evaluation need chosen/rejected or completions")
         refuse_unread(fields, FIELDS, ignored)
         form = parse_form(fields, ignored)
-        where = {"image_root": image_root, "confined": confined, "beside": beside}
         extras = tuple(reply.extra for reply in form.replies)
+        where = {"image_root": image_root, "confined": confined, "beside": beside}
         said = {
             "id": parse_id(fields),
             "prompt": form.prompt,
-            "responses": form.responses,
-            "tools": parse_tools(fields),
+            "responses": tuple(reply.content for reply in form.replies),
+            "extras": extras if any(extras) else None,
+            "tools": tuple(as_json(tool, "tools") for tool in parse_objects(fields.get("tools"), "tools")),
+            "truth": parse_truth(fields, len(form.replies)),
+            **images_of(fields, form, where),
+            **preferences(form, max_pairs),
         }
-        said |= {"truth": parse_truth(fields, len(form.responses)), "extras": extras if any(extras) else None}
-        said |= {**images_of(fields, form, where), **preferences(form, max_pairs)}
         own.read.difference_update(ignored)
         return Group(source, record, **said, **own.names(columns, READ_INSIDE))
 
@@ -122,7 +101,8 @@ def preferences(form: Form, most: int) -> dict:
     """A group's pairs, and how many more there are: every two responses with different ratings make one."""
     if form.ratings is None:
         return {"pairs": form.pairs}
-    digest = hashlib.blake2b("\0".join(form.responses).encode(), digest_size=8).digest()
+    texts = "\0".join(reply.content for reply in form.replies)
+    digest = hashlib.blake2b(texts.encode(), digest_size=8).digest()
     pairs = Pairs.ranked(form.ratings, most, seed=int.from_bytes(digest, "little"))
     unrated = int(np.isnan(form.ratings).sum())
     return {"pairs": pairs, "num_unrated": unrated, "num_undrawn": num_ranked(form.ratings) - len(pairs)}
@@ -130,16 +110,9 @@ def preferences(form: Form, most: int) -> dict:
 
 def parse_id(fields: dict) -> str | None:
     """The record's own name, text or a number, as text."""
-    name = next((name for name in ID_FIELDS if fields.get(name) is not None), None)
-    if name is None:
-        return None
-    value = fields[name]
-    return str(value) if isinstance(value, (int, float)) else text(value, name)
-
-
-def parse_tools(fields: dict) -> tuple[str, ...]:
-    """JSON of each of the tools that the conversation may call."""
-    return tuple(as_json(tool, "tools") for tool in parse_objects(fields.get("tools"), "tools"))
+    found = ((name, fields[name]) for name in ID_FIELDS if fields.get(name) is not None)
+    name, value = next(found, ("id", None))
+    return str(value) if isinstance(value, (int, float)) else value and text(value, name)
 
 
 def parse_truth(fields: dict, num_responses: int) -> tuple[float, ...] | None:
@@ -154,9 +127,7 @@ def parse_truth(fields: dict, num_responses: int) -> tuple[float, ...] | None:
 
 def prompt_json(prompt: Prompt) -> str | list[dict]:
     """A group's prompt as JSON has it."""
-    if isinstance(prompt, str):
-        return prompt
-    return [message.as_json() for message in prompt]
+    return prompt if isinstance(prompt, str) else [message.as_json() for message in prompt]
 
 
 class Records:
@@ -167,8 +138,7 @@ class Records:
         split: of a folder whose files are splits, the one that is meant, see `splits.record_files`.
         image_root: folder that relative image paths start from, or one for some files; default each file's own folder.
         name: of the test set that the files are, for its own image root.
-        need_pairs: refuse records without preferences (training, evaluation).
-        ignored, max_pairs: see `parse_group`.
+        ignored, max_pairs, need_pairs: see `parse_group`.
 
     Raises:
         ValueError: no such file, or not of these kinds.
@@ -180,11 +150,11 @@ class Records:
         split: Split | None = None,
         image_root: str | Path | ImageRoots | None = None,
         name: str | None = None,
-        need_pairs: bool = False,
         ignored: Collection[str] = (),
         max_pairs: int = MAX_PAIRS,
+        need_pairs: bool = False,
     ):
-        self.need_pairs, self.options = need_pairs, {"ignored": frozenset(ignored), "max_pairs": max_pairs}
+        self.options = {"ignored": frozenset(ignored), "max_pairs": max_pairs, "need_pairs": need_pairs}
         roots = image_root if isinstance(image_root, ImageRoots) else ImageRoots(image_root and Path(image_root))
         found = [record_files(spec, split) for spec in specs]
         self.left = [file for _, left in found for file in left]  # of other splits
@@ -207,12 +177,9 @@ class Records:
         """
         number, row = self.place(index)
         file, (root, beside) = self.files[number], self.roots[number]
-        source, fields = file.source(row), file.fields(row)
-        if self.need_pairs and isinstance(fields, dict) and not (PREFERENCE_FIELDS & fields.keys() or in_text(fields)):
-            raise RecordError(source, "chosen", "missing; training and evaluation need chosen/rejected or completions")
         return parse_group(
-            fields, source=source, record=int(index), image_root=root, beside=beside if compare else None,
-            columns=file.unread, **self.options,
+            file.fields(row), source=file.source(row), record=int(index), image_root=root,
+            beside=beside if compare else None, columns=file.unread, **self.options,
         )  # fmt: skip
 
     def source(self, index: int) -> str:

@@ -200,13 +200,12 @@ def some_list(values: object, name: str, *, of: str) -> list:
 
 
 def number(value: object) -> float:
-    """A JSON number or numeric text as float; NaN for anything else."""
-    if isinstance(value, bool):
-        return math.nan
+    """A finite JSON number or numeric text as float; NaN for anything else."""
     try:
-        return float(value)
+        found = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         return math.nan
+    return found if math.isfinite(found) else math.nan
 
 
 def kind_of(value: object) -> str:

@@ -12,7 +12,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from mmrm_fast.checkpoint.tokenizer import IMAGE_TOKENS, load_tokenizer, named_template, template_names
 from mmrm_fast.data.prompt import PromptEncoder
-from mmrm_fast.data.records import Message
+from mmrm_fast.data.types import Message
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TEMPLATES = {"InternLM2ForCausalLM": "internlm2-chat", "Qwen2ForCausalLM": "Hermes-2"}

@@ -10,8 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mmrm_fast.checkpoint.tokenizer import load_tokenizer, template_names
 from mmrm_fast.data.prompt import PromptEncoder
-from mmrm_fast.data.records import Message
-from mmrm_fast.data.types import FieldError
+from mmrm_fast.data.types import FieldError, Message
 
 TOKENS_PER_TILE = 2
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "InternLM2ForCausalLM" / "checkpoint"

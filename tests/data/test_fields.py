@@ -11,7 +11,8 @@ from pyarrow import parquet
 from mmrm_fast.data.fields import MEANING
 from mmrm_fast.data.forms import FORM_FIELDS
 from mmrm_fast.data.messages import MESSAGE_EXTRAS
-from mmrm_fast.data.records import Message, RecordError, Records, parse_group
+from mmrm_fast.data.records import Records, parse_group
+from mmrm_fast.data.types import Message, RecordError
 
 PLAIN = {"prompt": "What is it?", "chosen": "A red thing.", "rejected": "A blue thing."}
 TURN = {"role": "user", "content": "q"}

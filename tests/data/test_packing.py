@@ -8,8 +8,8 @@ import torch
 from PIL import Image, ImageOps
 
 from mmrm_fast.data.packing import Step, pack, pack_items, unique_tiles
-from mmrm_fast.data.records import Group, Pair, Pairs
 from mmrm_fast.data.samples import Notes, Preparer
+from mmrm_fast.data.types import Group, Pair, Pairs
 
 TILES = {"tokens_per_tile": 4, "tile_size": 56}
 

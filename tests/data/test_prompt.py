@@ -8,8 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mmrm_fast.data.prompt import PromptEncoder, split_images, without_images
-from mmrm_fast.data.records import Message
-from mmrm_fast.data.types import FieldError
+from mmrm_fast.data.types import FieldError, Message
 
 TOKENS_PER_TILE = 4
 UNICODE = {

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mmrm_fast.data.records import Group, Pair, Pairs, RecordError
 from mmrm_fast.data.samples import Preparer, only_paired
+from mmrm_fast.data.types import Group, Pair, Pairs, RecordError
 from mmrm_fast.train.margins import ProxyMargins
 
 LONG = "I think so. " * 40
