@@ -66,8 +66,11 @@ def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
-def stream_of(tensor: Tensor) -> int:
-    """The caller's stream on a tensor's device."""
+def run(name: str, *arguments: object, on: Tensor) -> None:
+    """Run a function of the native module where a tensor is: with torch's threads, or on the caller's CUDA stream."""
     import torch
 
-    return torch.cuda.current_stream(tensor.device).cuda_stream
+    if on.is_cuda:
+        getattr(native(), f"{name}_cuda")(*arguments, torch.cuda.current_stream(on.device).cuda_stream)
+    else:
+        getattr(native(), f"{name}_cpu")(*arguments, torch.get_num_threads())

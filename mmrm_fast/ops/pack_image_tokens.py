@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmrm_fast.ops.native import contiguous, cuda_native, native, stream_of
-from mmrm_fast.ops.triton import use_triton
+from mmrm_fast.ops.native import contiguous, run
+from mmrm_fast.ops.triton import register
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX = "Tensor order, Tensor segment_ptr, Tensor segment_source"
@@ -66,38 +66,22 @@ def pack_image_tokens_composite(embedding, features, source, *_):
     return torch.ops.mmrm_fast.pack_image_tokens_fwd(embedding, features, source)
 
 
-library.impl("pack_image_tokens_fwd", pack_image_tokens_ref, "CompositeExplicitAutograd")
-library.impl("pack_image_tokens_bwd", pack_image_tokens_bwd_ref, "CompositeExplicitAutograd")
 library.impl("pack_image_tokens", pack_image_tokens_composite, "CompositeExplicitAutograd")
 
 
-def pack_image_tokens_fwd_cpu(embedding, features, source):
-    """`pack_image_tokens_ref` in C++."""
+def pack_image_tokens_fwd_native(embedding, features, source):
+    """`pack_image_tokens_ref` in C++ or CUDA C++."""
     out = _empty_stream(embedding, source)
-    native().pack_image_tokens_fwd_cpu(*contiguous(embedding, features, source), out, torch.get_num_threads())
+    run("pack_image_tokens_fwd", *contiguous(embedding, features, source), out, on=out)
     return out
 
 
-def pack_image_tokens_bwd_cpu(grad, order, segment_ptr, segment_source, num_embeddings, num_features, need_embedding):
-    """`pack_image_tokens_bwd_ref` in C++."""
-    inputs = contiguous(grad, order, segment_ptr, segment_source)
+def pack_image_tokens_bwd_native(
+    grad, order, segment_ptr, segment_source, num_embeddings, num_features, need_embedding
+):
+    """`pack_image_tokens_bwd_ref` in C++ or CUDA C++."""
     outputs = _empty_grads(grad, num_embeddings, num_features, need_embedding)
-    native().pack_image_tokens_bwd_cpu(*inputs, *outputs, torch.get_num_threads())
-    return outputs
-
-
-def pack_image_tokens_fwd_cuda(embedding, features, source):
-    """`pack_image_tokens_ref` in CUDA C++."""
-    out = _empty_stream(embedding, source)
-    native().pack_image_tokens_fwd_cuda(*contiguous(embedding, features, source), out, stream_of(out))
-    return out
-
-
-def pack_image_tokens_bwd_cuda(grad, order, segment_ptr, segment_source, num_embeddings, num_features, need_embedding):
-    """`pack_image_tokens_bwd_ref` in CUDA C++."""
-    inputs = contiguous(grad, order, segment_ptr, segment_source)
-    outputs = _empty_grads(grad, num_embeddings, num_features, need_embedding)
-    native().pack_image_tokens_bwd_cuda(*inputs, *outputs, stream_of(grad))
+    run("pack_image_tokens_bwd", *contiguous(grad, order, segment_ptr, segment_source), *outputs, on=grad)
     return outputs
 
 
@@ -110,34 +94,23 @@ def _empty_grads(grad: Tensor, num_embeddings: int, num_features: int, need_embe
     return tuple(grad.new_empty(size, grad.shape[1]) for size in sizes)
 
 
-if native() is not None:
-    library.impl("pack_image_tokens_fwd", pack_image_tokens_fwd_cpu, "CPU")
-    library.impl("pack_image_tokens_bwd", pack_image_tokens_bwd_cpu, "CPU")
-if cuda_native() is not None:
-    library.impl("pack_image_tokens_fwd", pack_image_tokens_fwd_cuda, "CUDA")
-    library.impl("pack_image_tokens_bwd", pack_image_tokens_bwd_cuda, "CUDA")
-else:
-    use_triton(
-        library,
-        "pack_image_tokens",
-        pack_image_tokens_fwd=pack_image_tokens_ref,
-        pack_image_tokens_bwd=pack_image_tokens_bwd_ref,
-    )
+register(
+    library,
+    "pack_image_tokens",
+    pack_image_tokens_fwd=(pack_image_tokens_ref, pack_image_tokens_fwd_native),
+    pack_image_tokens_bwd=(pack_image_tokens_bwd_ref, pack_image_tokens_bwd_native),
+)
 
 
 @torch.library.register_fake("mmrm_fast::pack_image_tokens_fwd", lib=library)
-def _(embedding, features, source):
+@torch.library.register_fake("mmrm_fast::pack_image_tokens", lib=library)
+def _(embedding, features, source, *_):
     return _empty_stream(embedding, source)
 
 
 @torch.library.register_fake("mmrm_fast::pack_image_tokens_bwd", lib=library)
-def _(grad, order, segment_ptr, segment_source, num_embeddings, num_features, need_embedding):
-    return _empty_grads(grad, num_embeddings, num_features, need_embedding)
-
-
-@torch.library.register_fake("mmrm_fast::pack_image_tokens", lib=library)
-def _(embedding, features, source, *_):
-    return _empty_stream(embedding, source)
+def _(grad, order, segment_ptr, segment_source, *sizes):
+    return _empty_grads(grad, *sizes)
 
 
 def _setup_context(ctx, inputs, output):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from mmrm_fast.ops.native import contiguous, cuda_native, native, stream_of
-from mmrm_fast.ops.triton import use_triton
+from mmrm_fast.ops.native import contiguous, native, run
+from mmrm_fast.ops.triton import register
 
 MODES = ("standard", "paper", "reference", "balanced")
 SFC_EPSILON = 1e-7
@@ -73,21 +73,13 @@ def _correct(margin: Tensor) -> Tensor:
     return (margin > 0).to(margin.dtype) + 0.5 * (margin == 0).to(margin.dtype)
 
 
-library.impl("pair_loss_fwd", pair_loss_ref, "CompositeExplicitAutograd")
-
-
-def pair_loss_fwd_cpu(margin, proxy_margin, demand, weight, mode, label_smoothing):
-    """`pair_loss_ref` in C++."""
+def pair_loss_fwd_native(margin, proxy_margin, demand, weight, mode, label_smoothing):
+    """`pair_loss_ref` in C++ or CUDA C++."""
     inputs, outputs = contiguous(margin, proxy_margin, demand, weight), _empty_outputs(margin, proxy_margin)
-    native().pair_loss_fwd_cpu(*inputs, mode, label_smoothing, *outputs, torch.get_num_threads())
-    return outputs
-
-
-def pair_loss_fwd_cuda(margin, proxy_margin, demand, weight, mode, label_smoothing):
-    """`pair_loss_ref` in CUDA C++."""
-    inputs, outputs = contiguous(margin, proxy_margin, demand, weight), _empty_outputs(margin, proxy_margin)
-    scratch = margin.new_empty(native().pair_loss_scratch_size(len(margin)), dtype=torch.float64)
-    native().pair_loss_fwd_cuda(*inputs, mode, label_smoothing, *outputs, scratch, stream_of(margin))
+    scratch = []
+    if margin.is_cuda:
+        scratch = [margin.new_empty(native().pair_loss_scratch_size(len(margin)), dtype=torch.float64)]
+    run("pair_loss_fwd", *inputs, mode, label_smoothing, *outputs, *scratch, on=margin)
     return outputs
 
 
@@ -97,12 +89,7 @@ def _empty_outputs(margin: Tensor, proxy_margin: Tensor | None) -> tuple[Tensor,
     return tuple(margin.new_empty(size) for size in sizes)
 
 
-if native() is not None:
-    library.impl("pair_loss_fwd", pair_loss_fwd_cpu, "CPU")
-if cuda_native() is not None:
-    library.impl("pair_loss_fwd", pair_loss_fwd_cuda, "CUDA")
-else:
-    use_triton(library, "pair_loss", pair_loss_fwd=pair_loss_ref)
+register(library, "pair_loss", pair_loss_fwd=(pair_loss_ref, pair_loss_fwd_native))
 
 
 @torch.library.register_fake("mmrm_fast::pair_loss_fwd", lib=library)

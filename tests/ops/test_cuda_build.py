@@ -81,14 +81,20 @@ def test_machine_code_runs_on_later_devices_of_its_generation():
 def test_cuda_errors_are_raised_with_their_message(monkeypatch):
     rows, source = torch.ones(3, 8), torch.tensor([0, -1])
     calls = [
-        (pair_loss, "pair_loss_fwd_cuda", op_args("paper", "plain")),
-        (pack_image_tokens, "pack_image_tokens_fwd_cuda", (rows, rows, source)),
-        (pack_image_tokens, "pack_image_tokens_bwd_cuda", (rows[:2], *segments(source), 3, 3, True)),
+        (pair_loss.pair_loss_fwd_native, op_args("paper", "plain")),
+        (pack_image_tokens.pack_image_tokens_fwd_native, (rows, rows, source)),
+        (pack_image_tokens.pack_image_tokens_bwd_native, (rows[:2], *segments(source), 3, 3, True)),
     ]
-    for module, name, arguments in calls:
-        monkeypatch.setattr(module, "stream_of", lambda tensor: 0)
+
+    def run_on_cuda(name, *arguments, on):
+        scratch = [torch.empty(native().pair_loss_scratch_size(len(on)), dtype=torch.float64)]
+        getattr(native(), f"{name}_cuda")(*arguments, *(scratch if name == "pair_loss_fwd" else []), 0)
+
+    for module in (pair_loss, pack_image_tokens):
+        monkeypatch.setattr(module, "run", run_on_cuda)
+    for function, arguments in calls:
         with pytest.raises(RuntimeError, match=r"CUDA: .*(driver|device)"):
-            getattr(module, name)(*arguments)
+            function(*arguments)
     assert native().cuda_devices() == []
 
 

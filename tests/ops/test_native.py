@@ -7,7 +7,7 @@ import torch
 from ops.test_pair_loss import op_args
 
 from mmrm_fast.ops.native import SOURCES, check_sources, contiguous, native
-from mmrm_fast.ops.pair_loss import pair_loss_fwd_cpu
+from mmrm_fast.ops.pair_loss import pair_loss_fwd_native
 
 
 def call(margin, **changes):
@@ -39,7 +39,7 @@ def test_what_an_op_does_not_read_is_refused(changes, error, message):
 
 def test_every_dtype_has_its_own_function():
     for dtype in (torch.float32, torch.float64):
-        assert pair_loss_fwd_cpu(*op_args("paper", dtype=dtype))[0].dtype == dtype
+        assert pair_loss_fwd_native(*op_args("paper", dtype=dtype))[0].dtype == dtype
         call(torch.zeros(3, dtype=dtype))
     with pytest.raises(TypeError, match="incompatible function arguments"):
         call(torch.zeros(3, dtype=torch.bfloat16))

@@ -10,15 +10,15 @@ from ops.common import DTYPES, is_same, is_same_for_any_thread_count
 from mmrm_fast.ops.pack_image_tokens import (
     SourceIndex,
     pack_image_tokens,
-    pack_image_tokens_bwd_cpu,
+    pack_image_tokens_bwd_native,
     pack_image_tokens_bwd_ref,
-    pack_image_tokens_fwd_cpu,
+    pack_image_tokens_fwd_native,
     pack_image_tokens_ref,
     source_index,
 )
 
 SIZES = [(40, 9, 6, 24), (1, 1, 1, 1), (500, 70, 3, 519), (0, 5, 4, 8), (7, 3, 0, 5), (7, 0, 3, 5), (3, 4, 4, 0)]
-cpp = SimpleNamespace(fwd=pack_image_tokens_fwd_cpu, bwd=pack_image_tokens_bwd_cpu)
+cpp = SimpleNamespace(fwd=pack_image_tokens_fwd_native, bwd=pack_image_tokens_bwd_native)
 
 
 def random_inputs(num_tokens, num_embeddings, num_features, width, dtype=torch.float32):
@@ -83,7 +83,7 @@ def test_a_frozen_table_costs_nothing_and_unread_features_still_take_part():
     out.backward(grad)
     assert torch.equal(features.grad, torch.zeros(6, 3))
     assert embedding.grad is None
-    none, _ = pack_image_tokens_bwd_cpu(grad, *astuple(source_index(source)), 9, 6, False)
+    none, _ = pack_image_tokens_bwd_native(grad, *astuple(source_index(source)), 9, 6, False)
     assert none.shape == (0, 3)
 
 

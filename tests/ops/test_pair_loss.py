@@ -11,7 +11,7 @@ from mmrm_fast.ops.pair_loss import (
     PairLoss,
     PairLossFunction,
     pair_loss,
-    pair_loss_fwd_cpu,
+    pair_loss_fwd_native,
     pair_loss_ref,
 )
 
@@ -109,7 +109,7 @@ def test_demand_and_smoothing_leave_the_coefficient_alone(mode):
 @by_mode
 def test_cpp_is_as_exact_as_torch(mode, options, scale, dtype):
     args = op_args(mode, options, dtype=dtype, scale=scale, num_pairs=2400)
-    assert_pair_loss_as_exact(pair_loss_fwd_cpu(*args), args)
+    assert_pair_loss_as_exact(pair_loss_fwd_native(*args), args)
 
 
 @by_dtype
@@ -181,7 +181,7 @@ def test_only_the_losses_carry_gradients():
 @by_mode
 def test_same_bits_for_any_thread_count(mode):
     args = op_args(mode, "all", num_pairs=24_006)
-    assert is_same_for_any_thread_count(lambda: pair_loss_fwd_cpu(*args))
+    assert is_same_for_any_thread_count(lambda: pair_loss_fwd_native(*args))
 
 
 @by_dtype

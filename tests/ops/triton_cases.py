@@ -3,7 +3,7 @@
 TRITON_INTERPRET=1 must be set before kernels are imported, so these cases have a process of their own.
 """
 
-from types import SimpleNamespace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from mmrm_fast.ops.pack_image_tokens import pack_image_tokens_bwd_ref, pack_imag
 from mmrm_fast.ops.pair_loss import MODES, pair_loss_ref
 from mmrm_fast.ops.triton import pack_image_tokens as pack
 from mmrm_fast.ops.triton import pair_loss as pairs
-from mmrm_fast.ops.triton import use_triton
+from mmrm_fast.ops.triton import run_triton
 from mmrm_fast.ops.triton.launch import sum_chunks
 
 FLOAT32_SUM = 1e-6  # of a sum whose terms cancel, relative to the largest result
@@ -113,11 +113,7 @@ def test_pair_loss_in_chunks():
 
 
 def test_float64_takes_the_reference():
-    references = []
-    library = SimpleNamespace(impl=lambda name, function, key: references.append((name, function, key)))
-    use_triton(library, "pair_loss", pair_loss_fwd=pair_loss_ref)
-    ((name, function, key),) = references
-    assert (name, key) == ("pair_loss_fwd", "CUDA")
+    function = partial(run_triton, "pair_loss", "pair_loss_fwd", pair_loss_ref)
     for dtype, expected in ((torch.float32, pairs.pair_loss_fwd_triton), (torch.float64, pair_loss_ref)):
         args = op_args("paper", dtype=dtype)
         assert all(torch.equal(a, b) for a, b in zip(function(*args), expected(*args), strict=True))

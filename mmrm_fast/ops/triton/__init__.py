@@ -7,23 +7,29 @@ from importlib.util import find_spec
 
 import torch
 
+from mmrm_fast.ops.native import cuda_native, native
 
-def use_triton(library: torch.library.Library, op: str, **references: Callable) -> None:
-    """Fill an op's CUDA keys with its Triton kernels; without Triton installed its references stay.
+
+def register(library: torch.library.Library, op: str, **passes: tuple[Callable, Callable]) -> None:
+    """Give each pass of an op its backends: its reference, C++ on CPUs, on GPUs CUDA C++, else Triton where it is.
 
     Args:
         library: that declares the schemas.
         op: file of the kernels in this folder.
-        references: by schema name, for float64, which the kernels do not take.
+        passes: by schema name the reference and what calls the native module.
     """
-    if find_spec("triton") is None:
-        return
-    for name, reference in references.items():
-        library.impl(name, partial(run_triton, op, name, reference), "CUDA")
+    for name, (reference, compiled) in passes.items():
+        library.impl(name, reference, "CompositeExplicitAutograd")
+        if native() is not None:
+            library.impl(name, compiled, "CPU")
+        if cuda_native() is not None:
+            library.impl(name, compiled, "CUDA")
+        elif find_spec("triton") is not None:
+            library.impl(name, partial(run_triton, op, name, reference), "CUDA")
 
 
 def run_triton(op: str, name: str, reference: Callable, *arguments):
-    """The schema `name` in Triton, or its reference where float64 is asked for."""
+    """The schema `name` in Triton, or its reference where float64 is asked for, which kernels do not take."""
     if any(getattr(argument, "dtype", argument) is torch.float64 for argument in arguments):
         return reference(*arguments)
     return getattr(import_module(f"{__name__}.{op}"), f"{name}_triton")(*arguments)
