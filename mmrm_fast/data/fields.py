@@ -12,13 +12,12 @@ from mmrm_fast.data.types import FieldError
 MEANING = {
     "video", "videos", "audio", "audios", "input", "instruction", "tools", "rejected_tools", "functions",
     "tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "system_prompt",
-    "custom_system_prompt", "images", "url", "path",
-    "base64", "image_url",
+    "custom_system_prompt", "images", "url", "path", "base64", "image_url",
 }  # fmt: skip
 CONVERSATION_KEYS = ({"role", "content"}, {"from", "value"})
 PICTURE_NAME = re.compile(r"image|img|picture|photo|pixel|video|audio", re.IGNORECASE)
 MEDIA_FILE = re.compile(
-    r"\.(png|jpe?g|jfif|webp|gif|bmp|tiff?|avif|heic|jp2|ppm|svg|mp4|webm|avi|mov|mkv|wav|mp3|flac)$", re.IGNORECASE
+    r"(?i)\.(png|jpe?g|jfif|webp|gif|bmp|tiff?|avif|heic|jp2|ppm|svg|mp4|webm|avi|mov|mkv|wav|mp3|flac)$"
 )
 SNIFFED = 300  # characters of a value that are looked at
 
@@ -35,11 +34,9 @@ def refuse_unread(fields: Mapping, read: Collection[str], ignored: Collection[st
     for name, value in fields.items():
         if name in read or name in ignored or is_empty(value) or not says_something(str(name), value):
             continue
-        raise FieldError(
-            f"{where}.{name}" if where else str(name),
-            "is not read here and may change what the record says; write it in a layout that is read, or drop it with"
-            f" --ignore-fields {name}",
-        )
+        remedy = f"write it in a layout that is read, or drop it with --ignore-fields {name}"
+        why = f"is not read here and may change what the record says; {remedy}"
+        raise FieldError(f"{where}.{name}" if where else str(name), why)
 
 
 def is_empty(value: object) -> bool:
@@ -103,23 +100,11 @@ class Fields(dict):
             known: keys that are read of messages and completions; others were not, told as "prompt[].key".
         """
         read = tuple(name for name in self if name in self.read)
-        lists = [name for name in read if is_conversation(self[name]) or name == "completions"]
-        items = (
-            (name, item) for name in lists for item in (self[name] if isinstance(self[name], list) else [self[name]])
-        )
-        objects = ((name, item) for name, item in items if isinstance(item, dict))
-        inside = (
-            f"{name}[].{key}" for name, item in objects for key in item if key not in known and not is_empty(item[key])
-        )
-        unread = (*(str(name) for name in self if name not in self.read), *dict.fromkeys(inside), *columns)
+        inside = {}  # in order
+        for name in read:
+            if is_conversation(self[name]) or name == "completions":
+                items = self[name] if isinstance(self[name], list) else [self[name]]
+                keys = [key for item in items if isinstance(item, dict) for key in item if not is_empty(item[key])]
+                inside |= dict.fromkeys(f"{name}[].{key}" for key in keys if key not in known)
+        unread = (*(str(name) for name in self if name not in self.read), *inside, *columns)
         return {"read": read, "unread": unread}
-
-
-class ReadColumns:
-    """The columns of a file that are read: those of a layout, and any that may have to be refused."""
-
-    def __init__(self, names: Collection[str]):
-        self.names = names
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.names or may_say_something(name)

@@ -8,20 +8,20 @@ workers.
 
 import csv
 import errno
-import gzip
 import json
 import os
 import resource
 import shutil
 import tempfile
 from array import array
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
+from mmrm_fast.data.fields import may_say_something
 from mmrm_fast.data.splits import CSV
 from mmrm_fast.data.types import RecordError
 
@@ -35,8 +35,8 @@ PARQUET, PACKED = ".parquet", (".gz", ".zst")
 MAX_OPEN = 64
 
 
-def open_rows(paths: Iterable[Path], columns: Container[str]) -> list["Rows"]:
-    """Open files; `columns` are what a record can hold, other Parquet columns are not read.
+def open_rows(paths: Iterable[Path], columns: Collection[str] = ()) -> list["Rows"]:
+    """Open files; of Parquet only `columns`, what a record can hold, are read, and what may have to be refused.
 
     At most `MAX_OPEN` stay open, and all that are unpacked. Raises `ValueError` where the system allows no more.
     """
@@ -54,18 +54,18 @@ def open_rows(paths: Iterable[Path], columns: Container[str]) -> list["Rows"]:
 def opened(path: Path, stamp: tuple[int, ...]) -> BinaryIO:
     """A file that is kept open while it is among the last `MAX_OPEN`. Raises `OSError` where it is another by now."""
     file = open(path, "rb")  # noqa: SIM115
-    if stamp_of(file) != stamp:
+    if stamp_of(file.fileno()) != stamp:
         raise OSError(f"{path} has changed since it was opened first")
     return file
 
 
-def stamp_of(file: BinaryIO | Path) -> tuple[int, ...]:
-    """What tells a file from another one, or a changed one, of its name."""
-    found = os.stat(file if isinstance(file, Path) else file.fileno())
+def stamp_of(file: int | Path) -> tuple[int, ...]:
+    """What tells a file, given as a path or descriptor, from another one, or a changed one, of its name."""
+    found = os.stat(file)
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def open_file(path: Path, columns: Container[str], kept: dict) -> "Rows":
+def open_file(path: Path, columns: Collection[str], kept: dict) -> "Rows":
     """One file, by its suffix and first byte. Raises `ValueError` where it is not what it says it is."""
     if path.name.endswith(PARQUET):
         return RowFile(path, columns, kept)
@@ -75,9 +75,8 @@ def open_file(path: Path, columns: Container[str], kept: dict) -> "Rows":
     if ".json" not in path.suffixes or file.read(SCAN_BYTES).lstrip()[:1] != b"[":
         return LineFile(path, file)
     if (size := os.fstat(file.fileno()).st_size) > MAX_LIST_BYTES:
-        raise ValueError(
-            f"{path}: one JSON array of {size} bytes; write a record a line: jq -c '.[]' {path} > records.jsonl"
-        )
+        remedy = f"write a record a line: jq -c '.[]' {path} > records.jsonl"
+        raise ValueError(f"{path}: one JSON array of {size} bytes; {remedy}")
     return ListFile(path, json_rows(path, file))
 
 
@@ -130,17 +129,13 @@ class LineFile:
     unread = ()
 
     def __init__(self, path: Path, file: BinaryIO):
-        self.path, self.stamp = path, stamp_of(file)
+        self.path, self.stamp = path, stamp_of(file.fileno())
         self.unpacked = file if path.suffix in PACKED else None
         self.size = os.fstat(file.fileno()).st_size
         self.offsets, self.line_numbers = scan_lines(file)
 
-    def content(self) -> BinaryIO:
-        """Its bytes, unpacked; only to be read at a place. Raises `OSError` where the file has changed."""
-        return self.unpacked or opened(self.path, self.stamp)
-
     def __reduce__(self):
-        return open_file, (self.path, set(), {})
+        return open_file, (self.path, (), {})
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -149,14 +144,17 @@ class LineFile:
         """Where the record stands: "file.jsonl:12"."""
         return f"{self.path}:{self.line_numbers[row]}"
 
+    def content(self) -> BinaryIO:
+        """Its bytes, unpacked; only to be read at a place. Raises `OSError` where the file has changed."""
+        return self.unpacked or opened(self.path, self.stamp)
+
     def fields(self, row: int) -> object:
         """The decoded JSON of a line. Raises `RecordError`."""
         start = int(self.offsets[row])
         stop = int(self.offsets[row + 1]) if row + 1 < len(self.offsets) else self.size
         if stop - start > MAX_LINE_BYTES:
-            raise RecordError(
-                self.source(row), "", f"a line of {stop - start} bytes is over the limit of {MAX_LINE_BYTES}"
-            )
+            why = f"a line of {stop - start} bytes is over the limit of {MAX_LINE_BYTES}"
+            raise RecordError(self.source(row), "", why)
         try:
             return json.loads(os.pread(self.content().fileno(), stop - start, start).strip())  # blank lines may follow
         except OSError as error:
@@ -167,28 +165,20 @@ class LineFile:
 
 def open_lines(path: Path) -> BinaryIO:
     """The file itself, or an anonymous temporary one that holds what it unpacks to."""
-    if path.suffix == ".gz":
-        return unpack(path, gzip.open(path))
-    if path.suffix == ".zst":
-        import pyarrow
+    if path.suffix not in PACKED:
+        return open(path, "rb")
+    import pyarrow
 
-        return unpack(path, pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"))
-    return open(path, "rb")
-
-
-def unpack(path: Path, packed: BinaryIO) -> BinaryIO:
-    """Copy a compressed stream into a temporary file, up to `MAX_UNPACKED_BYTES` and half of the free space."""
     limit = min(MAX_UNPACKED_BYTES, shutil.disk_usage(tempfile.gettempdir()).free // 2)
-    plain = tempfile.TemporaryFile()  # noqa: SIM115
+    packed, plain = pyarrow.input_stream(str(path)), tempfile.TemporaryFile()  # noqa: SIM115
     try:
         with packed:
             while chunk := packed.read(SCAN_BYTES):
                 plain.write(chunk)
                 if plain.tell() > limit:
-                    raise ValueError(
-                        f"{path}: unpacks to over {limit} bytes; unpack it yourself, or set TMPDIR to a larger disk"
-                    )
-    except (OSError, EOFError, gzip.zlib.error) as error:
+                    remedy = "unpack it yourself, or set TMPDIR to a larger disk"
+                    raise ValueError(f"{path}: unpacks to over {limit} bytes; {remedy}")
+    except OSError as error:
         raise ValueError(f"{path}: cannot be unpacked ({error})") from None
     plain.seek(0)
     return plain
@@ -213,7 +203,7 @@ def scan_lines(file: BinaryIO) -> tuple[np.ndarray, np.ndarray]:
 class RowFile:
     """A Parquet file read by row group; the last one read is kept, one for all files that share `kept`."""
 
-    def __init__(self, path: Path, columns: Container[str], kept: dict):
+    def __init__(self, path: Path, columns: Collection[str], kept: dict):
         import pyarrow
         from pyarrow import parquet
 
@@ -224,14 +214,13 @@ class RowFile:
                 self.metadata, names = file.metadata, file.schema_arrow.names
         except (OSError, pyarrow.ArrowException) as error:
             raise ValueError(f"{path}: not a Parquet file that can be read ({error})") from None
-        self.columns = [name for name in names if name in columns]
-        self.unread = tuple(name for name in names if name not in columns)
+        self.columns = [name for name in names if name in columns or may_say_something(name)]
+        self.unread = tuple(name for name in names if name not in self.columns)
         groups = [self.metadata.row_group(index) for index in range(self.metadata.num_row_groups)]
         largest = max((group.total_byte_size for group in groups), default=0)
         if largest > MAX_ROW_GROUP_BYTES:
-            raise ValueError(
-                f"{path}: a row group of {largest} bytes is too large to be read at random; write row_group_size=100"
-            )
+            why = f"a row group of {largest} bytes is too large to be read at random; write row_group_size=100"
+            raise ValueError(f"{path}: {why}")
         self.edges = np.cumsum([0, *(group.num_rows for group in groups)])
 
     def __reduce__(self):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmrm_fast.data.fields import Fields, ReadColumns, refuse_unread
+from mmrm_fast.data.fields import Fields, refuse_unread
 from mmrm_fast.data.forms import COMPLETION, FORM_FIELDS, TRANSLATED, Form, has_preferences, parse_form, translated
 from mmrm_fast.data.lines import open_rows
 from mmrm_fast.data.messages import MESSAGE_EXTRAS, as_json, parse_objects
@@ -158,7 +158,7 @@ class Records:
         roots = image_root if isinstance(image_root, ImageRoots) else ImageRoots(image_root and Path(image_root))
         found = [record_files(spec, split) for spec in specs]
         self.left = [file for _, left in found for file in left]  # of other splits
-        opened = [open_rows(taken, ReadColumns(FIELDS | TRANSLATED)) for taken, _ in found]
+        opened = [open_rows(taken, FIELDS | TRANSLATED) for taken, _ in found]
         self.files = [file for own in opened for file in own]
         called = [str(spec) for spec, own in zip(specs, opened, strict=True) for _ in own]
         self.names = [(file.path, *filter(None, (name, spec))) for file, spec in zip(self.files, called, strict=True)]

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from mmrm_fast.data.fields import Fields, ReadColumns, is_empty, refuse_unread
+from mmrm_fast.data.fields import Fields, is_empty, refuse_unread
 from mmrm_fast.data.lines import Rows, open_rows
 from mmrm_fast.data.pictures import ImageRoots, resolve_image
 from mmrm_fast.data.records import MAX_PAIRS, READ_INSIDE, Group, Records, iter_groups, parse_group
@@ -110,7 +110,7 @@ def read_items(
         options = {"need_pairs": True, "ignored": ignored, "max_pairs": max_pairs}
         yield from read_pairs(Records(*taken, image_root=roots, name=str(data), **options))
         return
-    for file in open_rows(taken, ReadColumns(COLUMNS)):
+    for file in open_rows(taken, COLUMNS):
         yield from read_layout(bench, file, roots.of(file.path, str(data)), ignored)
 
 
