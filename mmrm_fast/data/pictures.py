@@ -69,14 +69,8 @@ class ImageRoots:
             raise ValueError(f"--image-root {name}={self.own[name]}: no file or test set of this name is read")
 
 
-def parse_images(
-    fields: dict,
-    in_messages: tuple[object, ...],
-    image_root: Path | None,
-    confined: bool = False,
-    beside: Path | None = None,
-) -> tuple[str | list | None, tuple[str | bytes, ...]]:
-    """A record's images, of its own field or of its messages: as written, and as paths or encoded bytes.
+def parse_images(fields: dict, in_messages: tuple[object, ...], **where) -> tuple[str | list | None, tuple]:
+    """A record's images, of its own field or of its messages: as written, and as `resolve_image` gives them.
 
     Raises:
         FieldError: an image that cannot be used, or images in both places.
@@ -87,15 +81,12 @@ def parse_images(
         filled = encoded  # the path beside it says where it came from, as in RLAIF-V
     if any(fields[name] != fields[filled[0]] for name in filled[1:]):
         raise FieldError(filled[1], f"has other images than `{filled[0]}` beside it; use one of the two")
-    name = filled[0] if filled else None
-    written = fields.get(name)
-    items = written if isinstance(written, list) else [] if name is None else [written]
-    if in_messages:
-        if items:
-            raise FieldError(name, "there are images in the messages as well; use one of the two")
-        name, written = "image", list(in_messages)
-        items = written
-    return shown_images(written), tuple(resolve_image(item, name, image_root, confined, beside) for item in items)
+    if in_messages and filled:
+        raise FieldError(filled[0], "there are images in the messages as well; use one of the two")
+    name = filled[0] if filled else "image"
+    written = fields[name] if filled else [*in_messages] or None
+    items = written if isinstance(written, list) else [] if written is None else [written]
+    return shown_images(written), tuple(resolve_image(item, name, **where) for item in items)
 
 
 def is_encoded(value: object) -> bool:
@@ -134,11 +125,9 @@ def resolve_image(
         raise FieldError(name, "images are not downloaded; save it and give its path")
     path = file_url_path(item, name) if scheme.startswith("file://") else text(item, name)
     if beside and not Path(path).is_absolute() and not same_content(image_root / path, beside / path):
-        raise FieldError(
-            name,
-            f"{path} is one picture under --image-root {image_root} and another one beside the file, in {beside}; say"
-            f" which with --image-root FILE={image_root} or FILE={beside}",
-        )
+        remedy = f"say which with --image-root FILE={image_root} or FILE={beside}"
+        why = f"is one picture under --image-root {image_root} and another one beside the file, in {beside}; {remedy}"
+        raise FieldError(name, f"{path} {why}")
     if confined:
         return confined_path(path, name, image_root)
     return str(image_root / path if image_root else Path(path))
@@ -186,12 +175,12 @@ def confined_path(path: str, name: str, image_root: Path | None) -> str:
     try:
         root = image_root.resolve()
         resolved = (root / path).resolve()
-        special = resolved.exists() and not resolved.is_file()
-    except (OSError, RuntimeError, ValueError):
+        is_special = resolved.exists() and not resolved.is_file()
+    except (OSError, RuntimeError, ValueError):  # such as links in a circle
         resolved = root.parent
     if not resolved.is_relative_to(root):
         raise FieldError(name, "lies outside of the image root")
-    if special:  # opening a named pipe would wait without end
+    if is_special:  # opening a named pipe would wait without end
         raise FieldError(name, "is not a regular file")
     return str(resolved)
 
