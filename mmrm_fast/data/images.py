@@ -44,14 +44,10 @@ EXIF_ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC = 0x0112, 258, 262  # tags
 WHITE_IS_ZERO = 0
 MAX_CHUNKS = 1 << 16  # of a PNG that are looked through for an orientation behind its pixels
 UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
-}
+}  # fmt: skip
 SIDEWAYS = (5, 6, 7, 8)
 SPECIAL = {
     stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a named pipe", stat.S_ISSOCK: "a socket", stat.S_ISCHR: "a device",
@@ -110,13 +106,9 @@ def tile_grids(min_tiles: int, max_tiles: int, compat: Compat = None) -> tuple[t
     The reference sorts a Python set by area alone: among equal areas the order is that of the set, which for pairs of
     small integers depends on the values and on the order of insertion, not on the process.
     """
-    sides = range(1, max_tiles + 1)
-    if compat:
-        found = {(c, r) for n in range(min_tiles, max_tiles + 1) for c in range(1, n + 1) for r in range(1, n + 1)
-                 if min_tiles <= c * r <= max_tiles}  # fmt: skip
-        return tuple(sorted(found, key=lambda grid: grid[0] * grid[1]))
-    grids = [(c, r) for c in sides for r in sides if min_tiles <= c * r <= max_tiles]
-    return tuple(sorted(grids, key=lambda grid: (grid[0] * grid[1], grid)))
+    found = {(c, r) for n in range(min_tiles, max_tiles + 1) for c in range(1, n + 1) for r in range(1, n + 1)
+             if min_tiles <= c * r <= max_tiles}  # fmt: skip
+    return tuple(sorted(found, key=lambda grid: (grid[0] * grid[1], () if compat else grid)))
 
 
 def choose_grid(width: int, height: int, tiling: Tiling) -> tuple[int, int]:
@@ -139,19 +131,12 @@ def tile_image(image: Image.Image, tiling: Tiling) -> np.ndarray:
     """
     columns, rows = choose_grid(*image.size, tiling)
     if tiling.pad2square and tiling.max_tiles == 1:
-        image = pad_to_square(image, tiling.pad_colour)
-    thumbnail = tiling.thumbnail and columns * rows > 1
-    return resize_bicubic(
-        np.asarray(image), columns=columns, rows=rows, tile_size=tiling.tile_size, thumbnail=thumbnail
-    )
-
-
-def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    """The image in the middle of a square of one colour."""
-    side = max(image.size)
-    square = Image.new("RGB", (side, side), colour)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
+        side = max(image.size)
+        square = Image.new("RGB", (side, side), tiling.pad_colour)
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        image = square
+    options = {"columns": columns, "rows": rows, "thumbnail": tiling.thumbnail and columns * rows > 1}
+    return resize_bicubic(np.asarray(image), tile_size=tiling.tile_size, **options)
 
 
 def white_tile(tile_size: int) -> np.ndarray:
