@@ -44,6 +44,10 @@ class Turn(NamedTuple):
         """The message that the template sees, image slots as `IMAGE`."""
         return {"role": self.role, "content": IMAGE.join(self.pieces), **self.extra}
 
+    def replaced(self, old: str, new: str) -> "Turn":
+        """The same with another text for one."""
+        return self._replace(pieces=[piece.replace(old, new) for piece in self.pieces])
+
     def without(self, name: str) -> "Turn":
         """The same without one of its other fields."""
         return self._replace(extra={key: value for key, value in self.extra.items() if key != name})
@@ -126,8 +130,8 @@ class ChatTemplate:
             raise ValueError("the chat template does not render the text of user, assistant as given")
         behind = probe.partition(SLOT)[2]
         items = self.items(behind, Hidden(self.pattern), iter((0,)))
-        end = self.end_of(items)
-        self.behind_end = behind[len(items[0][1] + self.tokenizer.convert_ids_to_tokens(end)) :]
+        end = tokenizer.convert_ids_to_tokens(end_of(items))
+        self.behind_end = behind[len(items[0][1] + end) :]
 
     def render(
         self, turns: Turns, responses: Sequence[Turn], tiles_per_image: tuple[int, ...], tools: Sequence[dict] = ()
@@ -143,7 +147,7 @@ class ChatTemplate:
         self.check_images(slot, tiles_per_image)
         *prefix, (_, opening) = self.items(before, hidden, iter(tiles_per_image))
         tail = self.items(after, hidden, iter(()))
-        closing = [("id", self.end_of(tail)), *(tail[2:] if self.whole else ())]
+        closing = [("id", end_of(tail)), *(tail[2:] if self.whole else ())]
         answered = [self.answered(text, hidden, prefix, tail, tiles_per_image) for text in texts]
         return Rendered(prefix, opening, closing, tuple(answered))
 
@@ -200,8 +204,7 @@ class ChatTemplate:
 
     def check_images(self, text: str, tiles_per_image: tuple[int, ...]) -> None:
         """Raise `FieldError` unless the template renders every image once."""
-        if text.count(IMAGE) != len(tiles_per_image):
-            found = text.count(IMAGE)
+        if (found := text.count(IMAGE)) != len(tiles_per_image):
             raise FieldError("prompt", f"the chat template renders {found} of its {len(tiles_per_image)} images")
 
     def items(self, text: str, hidden: Hidden, tiles) -> list[Item]:
@@ -211,17 +214,17 @@ class ChatTemplate:
             if place % 2 == 0:
                 items.append(("text", hidden.show(part)))
             elif part == IMAGE:
-                start, end = self.marks
-                items += [("id", start), ("image", next(tiles)), ("id", end)]
+                items += [("id", self.marks[0]), ("image", next(tiles)), ("id", self.marks[1])]
             else:
                 items.append(("id", self.specials[part]))
         return items
 
-    def end_of(self, tail: list[Item]) -> int:
-        """The special token that ends a response, of the items behind it. Raises `ValueError` where there is none."""
-        if len(tail) < 2:
-            raise ValueError("the chat template puts no special token after the response; a reward needs an end token")
-        return tail[1][1]
+
+def end_of(tail: list[Item]) -> int:
+    """The special token that ends a response, of the items behind it. Raises `ValueError` where there is none."""
+    if len(tail) < 2:
+        raise ValueError("the chat template puts no special token after the response; a reward needs an end token")
+    return tail[1][1]
 
 
 def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict], **options: Any) -> str:

@@ -86,11 +86,6 @@ def without_images(turns: Turns) -> Turns:
     return [turn._replace(pieces=[joined(*turn.pieces)]) for turn in turns]
 
 
-def with_spaces(turn: Turn) -> Turn:
-    """A turn whose text has a space for each `SPACE`."""
-    return turn._replace(pieces=[piece.replace(SPACE, " ") for piece in turn.pieces])
-
-
 class PromptEncoder:
     """Encodes records with one tokenizer, chat template and image layout.
 
@@ -117,26 +112,30 @@ class PromptEncoder:
     ):
         self.tokenizer, self.tokens_per_tile, self.max_length = tokenizer, tokens_per_tile, max_length
         self.compat, self.rope_regime = compat, rope_regime
-        fields = text_fields(tokenizer, image_tokens)
+        fields = backend_fields(tokenizer, image_tokens)
         spaceless = without_first_space(fields)
-        self.first = self.backend = text_backend(fields, literal=compat is None)
+        self.first = self.backend = Tokenizer.from_str(json.dumps(fields))
         if spaceless != fields:
-            self.backend = text_backend(spaceless, literal=compat is None)
+            self.backend = Tokenizer.from_str(json.dumps(spaceless))
+        self.set_literal()
         self.writes_spaces = writes_spaces(fields)
         start, _, end = (self.backend.token_to_id(token) for token in image_tokens)
         if start is None or end is None:
             raise ValueError(f"the tokenizer lacks the image tokens {image_tokens}")
-        self.image_start, self.image_end = start, end
-        added = tokenizer.added_tokens_decoder
-        self.swallows_right = {id for id, token in added.items() if token.special and token.rstrip}
-        self.swallows_left = {id for id, token in added.items() if token.special and token.lstrip}
-        hidden = {*image_tokens, *(token.content for token in added.values() if token.special)}
+        specials = {id: token for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.swallows_right = {id for id, token in specials.items() if token.rstrip}
+        self.swallows_left = {id for id, token in specials.items() if token.lstrip}
+        hidden = {*image_tokens, *(token.content for token in specials.values())}
         self.chat = ChatTemplate(tokenizer, hidden, (start, end), whole=reward_token == "last")
+
+    def set_literal(self) -> None:
+        """Read special and image tokens in text as ordinary text, but with `compat`."""
+        for backend in (self.backend, self.first):
+            backend.encode_special_tokens = self.compat is None
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__ |= state
-        for backend in (self.backend, self.first):
-            backend.encode_special_tokens = self.compat is None  # tokenizers does not pickle it
+        self.set_literal()  # tokenizers does not pickle it
 
     def encode(
         self,
@@ -160,14 +159,10 @@ class PromptEncoder:
         turns = split_images(prompt, len(tiles_per_image), self.compat)
         if text_only:
             turns, tiles_per_image = without_images(turns), ()
-        return self.encode_turns(turns, [*map(Turn.of, responses)], tiles_per_image, [*map(json.loads, tools)])
-
-    def encode_turns(
-        self, turns: Turns, answers: Turns, tiles_per_image: tuple[int, ...], tools: Sequence[dict]
-    ) -> Encoded:
-        """Encode a prompt and its responses given as turns."""
+        answers = [*map(Turn.of, responses)]
         if self.writes_spaces:
-            turns, answers = [*map(with_spaces, turns)], [*map(with_spaces, answers)]
+            turns, answers = ([turn.replaced(SPACE, " ") for turn in own] for own in (turns, answers))
+        tools = [*map(json.loads, tools)]
         rendered = self.chat.render(turns, answers, tiles_per_image, tools)
         prefix = self.encode_items([*rendered.prefix, ("text", "")])
         before = rendered.prefix[-1][1] if rendered.prefix else None
@@ -177,8 +172,11 @@ class PromptEncoder:
             empty = self.encode_items(self.chat.unanswered(turns, tiles_per_image, tools))
             says = [answer.pieces != [""] or answer.extra for answer in answers]
             sequences = [keys if said else empty for said, keys in zip(says, sequences, strict=True)]
-            return cut_right(sequences, shared, self.max_length)
-        return self.cut_responses(sequences, self.encode_items([("text", ""), *rendered.closing]), shared)
+            return self.cut(sequences, shared, [])
+        closing = self.encode_items([("text", ""), *rendered.closing])
+        if shared + len(closing) >= self.max_length:
+            raise FieldError("prompt", f"is {shared} tokens with its images; --max-length is {self.max_length}")
+        return self.cut(sequences, shared, closing)
 
     def sequences(self, rendered: Rendered, prefix: list[int], opened: list[int]) -> tuple[list[list[int]], int]:
         """Token keys of every response behind the prompt, and how many of them come before all responses.
@@ -204,16 +202,12 @@ class PromptEncoder:
         before = items[place - 1][1] if place else None
         return self.swallow(items[place][1], before, items[place + 1][1])
 
-    def cut_responses(self, sequences: list[list[int]], closing: list[int], prefix_length: int) -> Encoded:
-        """Sequences of at most `max_length`, each with its `closing` keys: its end token and what follows it."""
-        if prefix_length + len(closing) >= self.max_length:
-            raise FieldError("prompt", f"is {prefix_length} tokens with its images; --max-length is {self.max_length}")
-        cut = [len(keys) > self.max_length for keys in sequences]
-        kept = [
-            np.array(keys[: self.max_length - len(closing)] + closing if is_cut else keys, np.int64)
-            for keys, is_cut in zip(sequences, cut, strict=True)
-        ]
-        return Encoded(tuple(kept), prefix_length, tuple(cut))
+    def cut(self, sequences: list[list[int]], prefix_length: int, closing: list[int]) -> Encoded:
+        """Sequences of at most `max_length`; one that is cut ends in `closing`: its end token and what follows it."""
+        most = self.max_length
+        kept = (keys if len(keys) <= most else keys[: most - len(closing)] + closing for keys in sequences)
+        arrays = tuple(np.array(keys, np.int64) for keys in kept)
+        return Encoded(arrays, min(prefix_length, most), tuple(len(keys) > most for keys in sequences))
 
     def encode_items(self, items: list[Item]) -> list[int]:
         """Token keys of items."""
@@ -253,13 +247,7 @@ def place_images(sequence: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return placed
 
 
-def cut_right(sequences: list[list[int]], prefix_length: int, max_length: int) -> Encoded:
-    """Sequences cut after `max_length` tokens, whatever stands there."""
-    cut = tuple(np.array(sequence[:max_length], np.int64) for sequence in sequences)
-    return Encoded(cut, min(prefix_length, max_length), tuple(len(sequence) > max_length for sequence in sequences))
-
-
-def text_fields(tokenizer: PreTrainedTokenizerBase, image_tokens: tuple[str, ...]) -> dict:
+def backend_fields(tokenizer: PreTrainedTokenizerBase, image_tokens: tuple[str, ...]) -> dict:
     """The tokenizer's backend as JSON, for runs of text between special tokens, which the image tokens are."""
     fields = json.loads(tokenizer.backend_tokenizer.to_str())
     for token in fields["added_tokens"]:
@@ -284,13 +272,6 @@ def writes_spaces(fields: dict) -> bool:
     """
     steps = (fields["normalizer"] or {}).get("normalizers", ())
     return [(step["type"], step.get("content")) for step in steps] == [("Replace", SPACE)]
-
-
-def text_backend(fields: dict, *, literal: bool) -> Tokenizer:
-    """A backend from its JSON; `literal` reads special and image tokens in text as ordinary text."""
-    backend = Tokenizer.from_str(json.dumps(fields))
-    backend.encode_special_tokens = literal
-    return backend
 
 
 def common_length(keys: Sequence[int], others: Sequence[int]) -> int:
