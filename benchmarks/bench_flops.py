@@ -61,11 +61,6 @@ def rows(name: str, sizes: Sizes) -> Iterator[Row]:
     )  # fmt: skip
 
 
-def prefix(tiles: int) -> int:
-    """Tokens before a response."""
-    return tiles * TOKENS_PER_TILE + TEXT
-
-
 def triangle(length: int) -> float:
     """(query, key) pairs of a causal sequence."""
     return length * (length + 1) / 2
@@ -75,7 +70,7 @@ def our_flops(sizes: Sizes) -> float:
     """Every prefix and image once; the proxy has no image; the last layer runs on what is read."""
     flops = vision_flops(sizes, PAIRS * TILES)
     for tiles in (TILES, 0):
-        start = prefix(tiles)
+        start = tiles * TOKENS_PER_TILE + TEXT
         pairs = triangle(start) + 2 * (RESPONSE * start + triangle(RESPONSE))
         read_pairs = 2 * (start + RESPONSE)
         flops += PAIRS * decoder_flops(sizes, start + 2 * RESPONSE, pairs, read=2, read_pairs=read_pairs)
@@ -86,7 +81,7 @@ def reference_flops(sizes: Sizes) -> float:
     """Chosen and rejected apart; the proxy sees a white tile in each; a vocabulary head on all tokens."""
     flops = 0.0
     for tiles in (TILES, 1):
-        length = prefix(tiles) + RESPONSE
+        length = tiles * TOKENS_PER_TILE + TEXT + RESPONSE
         decoder = decoder_flops(sizes, length, triangle(length), read=length, read_pairs=triangle(length))
         head = 2 * length * sizes.hidden * sizes.vocab
         flops += 2 * PAIRS * (decoder + head) + vision_flops(sizes, 2 * PAIRS * tiles)

@@ -1,13 +1,14 @@
-"""The table of ops: each on the same inputs as its baselines, verified against them in the same run.
+"""The table of ops and the loader: each on the same inputs as its baselines, verified against them in the same run.
 
 Results are what an op returns and, of what trains, the gradients. The bound is a copy into new memory of the bytes that
 the op must read and write; for `pair_loss` behind a dot product of the two margins and its gradients, the least that
 autograd does with them. At P = 100,000 that is not a tight bound: there are two exponentials, two logarithms and five
-divisions a pair.
+divisions a pair. The loader's two sides hash every bit of their micro-batches; its workers start anew in every pass.
 
 Shapes: P pairs; T packed tokens, F image features, V embeddings, D hidden size; I tiles, S pixels a tile side.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, is_dataclass
 from functools import partial
@@ -34,12 +35,20 @@ from benchmarks.harness import (
     relative_error,
 )
 from benchmarks.models import encoded_image, photograph
+from mmrm_fast.checkpoint.folder import CheckpointFolder
 from mmrm_fast.data.images import NORMALIZATION, Tiling, load_image, load_tiles
+from mmrm_fast.data.mixture import PreferenceDataset, unknown_samples
+from mmrm_fast.data.packing import Packed, map_tensors
+from mmrm_fast.data.records import Records
+from mmrm_fast.data.samples import Preparer
+from mmrm_fast.data.schedule import load
+from mmrm_fast.data.shapes import cached_environments
 from mmrm_fast.model.vision import normalized
 from mmrm_fast.ops.pack_image_tokens import SourceIndex, pack_image_tokens, source_index
 from mmrm_fast.ops.pair_loss import pair_loss
 from mmrm_fast.ops.plan_trie import plan_trie, plan_trie_ref
 from mmrm_fast.ops.resize_bicubic import resize_bicubic, resize_bicubic_ref
+from mmrm_fast.train.command import TINY_CHECKPOINT
 
 
 @dataclass(frozen=True)
@@ -63,9 +72,9 @@ class Op:
 Run = Callable[[Callable], tuple]  # an implementation to its results
 
 
-def cases(ops: Sequence[Op], suite: str, options: Options) -> Iterator[Case]:
+def cases(suite: str, options: Options) -> Iterator[Case]:
     """One case an op of the suite."""
-    for op in ops:
+    for op in OPS:
         if op.suite == suite:
             yield Case(f"{op.name}, {op.dtype}", partial(rows, op, options))
 
@@ -231,6 +240,31 @@ def sequences() -> tuple[np.ndarray, np.ndarray]:
     return keys.reshape(-1), np.arange(0, keys.size + 1, LENGTH)
 
 
+RECORDS, BUDGET = 512, 6_144  # records of an epoch; work of a step, as training on the tiny checkpoint has it
+
+
+def epoch() -> tuple[PreferenceDataset, np.ndarray]:
+    """A data set and an order of some of its records."""
+    checkpoint = CheckpointFolder(TINY_CHECKPOINT).load()
+    records = Records(cached_environments()["opening"] / "train.jsonl", need_pairs=True)
+    preparer = Preparer(checkpoint.prompt_encoder(), checkpoint.tiling, with_text=True, pairs="all")
+    dataset = PreferenceDataset(records, preparer, unknown_samples(range(len(records))))
+    return dataset, np.random.default_rng(0).permutation(len(dataset))[:RECORDS]
+
+
+def one_pass(dataset: PreferenceDataset, order: np.ndarray, *, num_workers: int) -> Tensor:
+    """A hash of every micro-batch [B, 32] uint8."""
+    batches = load(dataset, order, num_workers=num_workers, tokens_per_batch=BUDGET, tokens_per_micro_batch=BUDGET)
+    return torch.stack([digest(packed) for packed in batches])
+
+
+def digest(packed: Packed) -> Tensor:
+    """A hash of every tensor and number of a micro-batch [32] uint8."""
+    found = hashlib.sha256(repr(map_tensors(packed.batch, lambda tensor: (tensor.dtype, tensor.shape))).encode())
+    map_tensors(packed.batch, lambda tensor: found.update(tensor.numpy().tobytes()))
+    return torch.frombuffer(bytearray(found.digest()), dtype=torch.uint8)
+
+
 OPS = (
     *map(pair_loss_op, (64, 4096, 100_000)),
     stream_op("forward", (), bound_bytes=2 * NUM_TOKENS * WIDTH * 2),
@@ -247,5 +281,9 @@ OPS = (
         "resize_bicubic 1024 x 683 to 7 tiles", torch.uint8, lambda: [np.asarray(photograph(1024, 683))],
         partial(resize_bicubic, columns=3, rows=2, tile_size=SIDE, thumbnail=True),
         {"Pillow": lambda image: resize_bicubic_ref(image, 3, 2, SIDE, True)}, tolerance=0.0, suite="preprocess",
+    ),
+    Op(
+        "loader shapes, 2 workers", torch.uint8, epoch, partial(one_pass, num_workers=2),
+        {"1 process": partial(one_pass, num_workers=0)}, tolerance=0.0, count=(RECORDS, "samples"), suite="loader",
     ),
 )  # fmt: skip

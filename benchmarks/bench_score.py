@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.baselines import PaddedRewardModel, ReferenceRewardModel
 from benchmarks.flops import counted, work_bound
-from benchmarks.harness import Baseline, Case, Check, Comparison, Options, Row, compare, relative_error
+from benchmarks.harness import Baseline, Case, Comparison, Options, Row, check, compare, relative_error
 from benchmarks.models import DTYPES, Records, cast, geometry, make_backbone, make_model, make_records
 from mmrm_fast.model.reward_model import RewardModel
 
@@ -46,11 +46,12 @@ def rows(
     ours, number = rewards_of(model, batch.main, batch.tiles), sum(batch.num_responses)
     result, work = counted(ours)
     exact = None if dtype == torch.float32 else rewards_of(copy.deepcopy(model).float(), batch.main, batch.tiles)()
-    error = partial(relative_error, least=float(model.score.weight.detach().norm()))
+    least = float(model.score.weight.detach().norm())
+    error = lambda rewards, expected: [relative_error(rewards, expected, least=least)]  # noqa: E731
     baselines = {}
     for name in kinds:
         side = padded_side(name, model, records, dtype, device)
-        checks = [check(result, side(), exact, error)]
+        checks = check(error, result, side(), exact, bounds=[EXACT_BOUND], floors=[FLOOR])
         baselines[name] = Baseline(side, checks, {**details, "responses": number})
     comparison = Comparison(
         suite, title, dtype, ours, baselines, device, partial(work_bound, work, dtype, device), (number, "responses"),
@@ -74,10 +75,3 @@ def padded_side(
     padded = kind(make_backbone(records.sizes).to(device, dtype), model.score.weight).eval()
     forwards = [rewards_of(padded, records.padded("main", chunk, dtype, device)) for chunk in chunks]
     return lambda: torch.cat([forward() for forward in forwards])
-
-
-def check(ours: Tensor, theirs: Tensor, exact: Tensor | None, error: Callable[[Tensor, Tensor], float]) -> Check:
-    """The error of our rewards."""
-    if exact is None:
-        return Check(error(ours, theirs), EXACT_BOUND)
-    return Check(error(ours, exact), 2 * error(theirs, exact) + FLOOR)

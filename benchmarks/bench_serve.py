@@ -90,17 +90,14 @@ def rows(options: Options) -> Iterator[Row]:
             together = load(url, pid, requests, clients=CLIENTS, hostile=HOSTILE_SHARE, seconds=seconds)
             lines = [line.rsplit(" ", 1) for line in httpx.get(f"{url}/metrics").text.splitlines() if line[0] != "#"]
     metrics = {name: float(value) for name, value in lines}
-    wrong = (
-        alone.wrong
-        + calm.wrong
-        + together.wrong
-        + Counter({n: v for n, v in metrics.items() if 'status="500"' in n and v})
-    )
+    failed = Counter({name: value for name, value in metrics.items() if 'status="500"' in name and value})
+    wrong = alone.wrong + calm.wrong + together.wrong + failed
+    memory = [np.median(part) for part in np.array_split(together.memory, 3) if len(part)]
     p50, p99 = np.percentile(together.seconds, [50, 99])
     details = {
         "p99 seconds without hostile ones": np.percentile(calm.seconds, 99),
         "requests/s": together.rate, "p50 seconds": p50, "p99 seconds": p99, "requests": len(together.seconds),
-        "MB of all processes by third": thirds(together.memory),
+        "MB of all processes by third": " -> ".join(f"{mb:,.0f}" for mb in memory),
         "tokens unshared / shared": metrics["mmrm_tokens_unshared_total"] / metrics["mmrm_tokens_total"],
         "wrong": str(dict(wrong)),
     }  # fmt: skip
@@ -212,8 +209,3 @@ def resident_megabytes(pid: int) -> float:
         with suppress(psutil.NoSuchProcess):
             total += process.memory_info().rss
     return total / 2**20
-
-
-def thirds(samples: list[float]) -> str:
-    """Medians of the first, second and last third."""
-    return " -> ".join(f"{np.median(part):,.0f}" for part in np.array_split(samples, 3) if len(part))

@@ -27,7 +27,7 @@ from torch.nn.functional import logsigmoid
 
 from benchmarks.baselines import PaddedRewardModel, ReferenceRewardModel, robust_loss
 from benchmarks.flops import Work, counted, work_bound
-from benchmarks.harness import Baseline, Case, Check, Comparison, Options, Row, compare, gradient_error, relative_error
+from benchmarks.harness import Baseline, Case, Comparison, Options, Row, check, compare, gradient_error, relative_error
 from benchmarks.models import DTYPES, PROBE, Records, cast, geometry, make_backbone, make_model, make_records
 from mmrm_fast.data.packing import PackedBatch
 from mmrm_fast.model.reward_model import RewardModel
@@ -108,15 +108,8 @@ def baseline(side: Side, ours: Result, exact: Result | None) -> Baseline:
     theirs = side.result()
     flops, baseline_flops = ours.work.flops, theirs.work.flops
     details = {"GFLOP": flops / 1e9, "baseline GFLOP": baseline_flops / 1e9, "ratio of FLOP": baseline_flops / flops}
-    return Baseline(side.step, [] if side.name.endswith(ANOTHER_PROXY) else checks(ours, theirs, exact), details)
-
-
-def checks(ours: Result, theirs: Result, exact: Result | None) -> list[Check]:
-    """Errors of our rewards and of our gradients: against the baseline, or both sides' against the `exact` ones."""
-    if exact is None:
-        return list(map(Check, errors(ours, theirs), EXACT_BOUNDS))
-    limits = [2 * error + floor for error, floor in zip(errors(theirs, exact), FLOORS, strict=True)]
-    return list(map(Check, errors(ours, exact), limits))
+    checks = check(errors, ours, theirs, exact, bounds=EXACT_BOUNDS, floors=FLOORS)
+    return Baseline(side.step, [] if side.name.endswith(ANOTHER_PROXY) else checks, details)
 
 
 def errors(result: Result, expected: Result) -> tuple[float, float]:

@@ -25,8 +25,6 @@ ATTENTION = (
         for direction in ("", "_backward")
     ),
 )
-
-
 Product = tuple[int, int, int]  # [rows, inner] x [inner, columns]
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -162,6 +162,17 @@ def verdict(checks: Sequence[Check]) -> tuple[bool | None, float | None]:
     if not errors:
         return None, None
     return all(error <= bound for error, bound in checks), max(errors) if all(map(math.isfinite, errors)) else None
+
+
+def check(
+    errors: Callable[[Any, Any], Iterable[float]], ours: Any, theirs: Any, exact: Any, *, bounds: Sequence[float],
+    floors: Sequence[float],
+) -> list[Check]:  # fmt: skip
+    """Ours against theirs; where there are `exact` results, both against those: ours may err twice as much."""
+    if exact is None:
+        return list(map(Check, errors(ours, theirs), bounds))
+    limits = [2 * error + floor for error, floor in zip(errors(theirs, exact), floors, strict=True)]
+    return list(map(Check, errors(ours, exact), limits))
 
 
 def lone_row(suite: str, case: str, samples: Sequence[float], options: Options, details: dict) -> Row:

@@ -20,7 +20,6 @@ from tqdm import tqdm
 from benchmarks import (
     bench_end_to_end,
     bench_flops,
-    bench_loader,
     bench_ops,
     bench_scale,
     bench_score,
@@ -30,11 +29,10 @@ from benchmarks import (
 from benchmarks.harness import Case, Options
 from benchmarks.report import ResultFile, environment, plot, print_table, read_rows, regressions, results_path
 
-OPS = (*bench_ops.OPS, *bench_loader.OPS)
 SUITES = {
     "train-step": bench_train_step.cases,
     "score": bench_score.cases,
-    **{suite: partial(bench_ops.cases, OPS, suite) for suite in ("preprocess", "loader", "plan", "ops")},
+    **{suite: partial(bench_ops.cases, suite) for suite in ("preprocess", "loader", "plan", "ops")},
     "scale": bench_scale.cases,
     "end-to-end": bench_end_to_end.cases,
     "serve": bench_serve.cases,

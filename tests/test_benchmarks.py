@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import bench_flops, bench_ops, bench_score, bench_train_step, report
-from benchmarks.bench_loader import digest
+from benchmarks.bench_ops import digest
 from benchmarks.flops import counted, visible_pairs
 from benchmarks.harness import Baseline, Check, Comparison, Options, Row, compare, peak_bytes, relative_error
 from benchmarks.models import Geometry, make_model, make_records

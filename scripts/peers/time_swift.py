@@ -1,7 +1,7 @@
 """A training step of another trainer and of ours, side by side: the same weights, pairs and template, in turns.
 
     python -m venv swift && swift/bin/pip install ms-swift==4.6.0 timm torchvision "torch<2.14"
-    python benchmarks/peers.py --python swift/bin/python
+    python scripts/peers/time_swift.py --python swift/bin/python
 
 Both train the whole model but its vision tower on the CPU in fp32, four pairs with pictures a step, each program as
 its user would start it. A step's seconds are the trainer's own clock, start-up left out; the losses of the first step,
@@ -18,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
 import torch
