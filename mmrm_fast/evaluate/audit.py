@@ -24,13 +24,12 @@ from mmrm_fast.files import write_json
 from mmrm_fast.ops.pair_loss import pair_loss
 from mmrm_fast.pairs import credit, named_sets
 from mmrm_fast.shortcuts import crossfit
+from mmrm_fast.shortcuts.chunks import NgramFeatures, StateFeatures, states_of
 from mmrm_fast.shortcuts.crossfit import Chunk, Part, Ranks, level_of
 from mmrm_fast.shortcuts.cues import Cue, Sample, find_cues
 from mmrm_fast.shortcuts.features import GROUPS, MEASURES
 from mmrm_fast.shortcuts.fit import Fitted, cross_fit
 from mmrm_fast.shortcuts.health import Seen, own_health, shared
-from mmrm_fast.shortcuts.ngrams import NgramFeatures
-from mmrm_fast.shortcuts.probe import StateFeatures, states_of
 
 SEED = 0  # of folds and samples
 SAMPLED = 10_000  # pairs that cues are looked for in
@@ -233,7 +232,7 @@ def listened_to(margins: np.ndarray, mode: str) -> float:
 
 def told(cue: Cue, sample: Sample) -> dict:
     """How a cue of one file tells another's pairs; it flips where it is as clear the other way round."""
-    sign_P = cue.direction * cue.rule.signs(sample)
+    sign_P = cue.direction * cue.signs(sample)
     coverage, right = float((sign_P != 0).mean()), float((sign_P > 0).mean())
     flips = cue.advantage > FLIP and 2 * right - coverage < -FLIP
     return {"coverage": coverage, "accuracy": right / coverage if coverage else None, "flips": flips}

@@ -11,7 +11,7 @@ from scipy.special import expit
 from scipy.stats import spearmanr
 
 from mmrm_fast.pairs import accuracy, credit
-from mmrm_fast.shortcuts.calibration import best_temperature, log_loss
+from mmrm_fast.shortcuts.fit import best_temperature, log_loss
 
 BINS = 10
 RESAMPLES = 1000

@@ -8,9 +8,9 @@ Shapes: P pairs, R responses, C candidates.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 from scipy.sparse import vstack
@@ -82,73 +82,23 @@ class Sample:
         return np.sign(values_RC[self.ends_P2[:, 0]] - values_RC[self.ends_P2[:, 1]]).astype(np.int8)
 
 
-@dataclass(frozen=True)
-class Has:
-    """The response that has it, or more of it."""
-
-    column: int
-    name: str
-
-    def signs(self, sample: Sample) -> np.ndarray:
-        """+1, -1 or 0 [P] of a sample's pairs."""
-        return self.of(sample.differences([self.column])[:, 0], sample)
-
-    def of(self, sign_P: np.ndarray, sample: Sample) -> np.ndarray:
-        """The rule's signs from those of its feature."""
-        return sign_P
-
-
-@dataclass(frozen=True)
-class ByQuestion(Has):
-    """The response that has it after some beginnings of a prompt, the other one after others."""
-
-    directions: tuple[tuple[str, int], ...] = ()
-
-    def of(self, sign_P: np.ndarray, sample: Sample) -> np.ndarray:
-        direction_P = np.zeros(len(sign_P), np.int8)
-        for start, direction in self.directions:
-            direction_P[sample.start_P == start] = direction
-        return sign_P * direction_P
-
-
-@dataclass(frozen=True)
-class Before:
-    """The response that mentions one word before another, where both mention both."""
-
-    first: str
-    second: str
-
-    @property
-    def name(self) -> str:
-        return f"“{self.first}” before “{self.second}”"
-
-    def signs(self, sample: Sample) -> np.ndarray:
-        return order_signs(places(sample, (self.first, self.second)), 0, sample)[:, 1]
-
-
-@dataclass(frozen=True)
-class Either:
-    """The response that has exactly one of two things."""
-
-    columns: tuple[int, int]
-    name: str
-
-    def signs(self, sample: Sample) -> np.ndarray:
-        one_R = (sample.values(self.columns) > 0).sum(axis=1) == 1
-        return one_R[sample.ends_P2[:, 0]].astype(np.int8) - one_R[sample.ends_P2[:, 1]]
-
-
-Rule = Has | Before | Either
-
-
 @dataclass
 class Cue:
     """A rule, how well it tells the pairs of a sample, and other rules that tell the same."""
 
-    rule: Rule
-    sign_P: np.ndarray  # turned so that it is right more often than wrong
+    kind: str  # `Has`, `ByQuestion`, `Before` or `Either`
+    name: str
+    signs: Callable[[Sample], np.ndarray]  # +1, -1 or 0 [P] of any sample's pairs
+    sign_P: np.ndarray  # of this sample's, turned so that it is right more often than wrong
     direction: int  # 1: the preferred response has it, -1: the other one
+    column: int = -1  # of what `Has` is about
     also: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, kind: str, name: str, signs: Callable[[Sample], np.ndarray], sign_P: np.ndarray, **more) -> "Cue":
+        """A rule with its signs on a sample, turned the way that is right more often."""
+        direction = 1 if sign_P.sum(dtype=np.int64) >= 0 else -1
+        return cls(kind, name, signs, direction * sign_P, direction, **more)
 
     @property
     def right(self) -> float:
@@ -159,32 +109,22 @@ class Cue:
         return float((self.sign_P != 0).mean())
 
     @property
-    def accuracy(self) -> float:
-        return self.right / max(self.coverage, 1e-12)
-
-    @property
     def advantage(self) -> float:
         return 2 * self.right - self.coverage
 
     def row(self) -> dict:
         """What is told of it."""
         return {
-            "cue": self.rule.name, "also": self.also, "preferred": "has it" if self.direction > 0 else "has it not",
-            "kind": type(self.rule).__name__, "coverage": self.coverage, "accuracy": self.accuracy,
+            "cue": self.name, "also": self.also, "preferred": "has it" if self.direction > 0 else "has it not",
+            "kind": self.kind, "coverage": self.coverage, "accuracy": self.right / max(self.coverage, 1e-12),
         }  # fmt: skip
-
-
-def cue_of(rule: Rule, sign_P: np.ndarray) -> Cue:
-    """A rule on a sample, turned the way that is right more often."""
-    direction = 1 if sign_P.sum(dtype=np.int64) >= 0 else -1
-    return Cue(rule, direction * sign_P, direction)
 
 
 def find_cues(sample: Sample) -> list[Cue]:
     """The cues that are no chance, the most telling first, `SHOWN` at most."""
     if not len(sample.ends_P2):
         return []
-    singles = [cue_of(rule, sign_P) for rule, sign_P in has_rules(sample)]
+    singles = has(sample)
     found = [*singles, *by_question(sample, singles), *orders(sample), *either(sample)]
     least = SURE / len(sample.ends_P2) ** 0.5
     sure = [cue for cue in found if cue.advantage > least * max(cue.coverage, 1e-12) ** 0.5]
@@ -193,16 +133,15 @@ def find_cues(sample: Sample) -> list[Cue]:
 
 def rank(cue: Cue) -> tuple:
     """The more telling first, one thing before two; of equal ones what is there, in words, before what is not."""
-    is_single = type(cue.rule) is Has
-    words = -len(cue.rule.name.split()) if is_single and cue.rule.column >= len(MEASURES) else 0
-    return -round(cue.advantage, 6) + WORTH * (not is_single), -cue.direction, words
+    words = -len(cue.name.split()) if cue.column >= len(MEASURES) else 0
+    return -round(cue.advantage, 6) + WORTH * (cue.kind != "Has"), -cue.direction, words
 
 
 def merged(cues: Iterable[Cue]) -> list[Cue]:
     """Cues that tell the same are the first of them, by all their names."""
     kept: list[Cue] = []
     for cue in cues:
-        is_single = type(cue.rule) is Has
+        is_single = cue.kind == "Has"
         alike = [correlation(cue.sign_P, other.sign_P) for other in kept]
         most = max(alike, default=0.0)
         if most <= (SAME if is_single else LIKE):
@@ -210,7 +149,7 @@ def merged(cues: Iterable[Cue]) -> list[Cue]:
                 kept.append(cue)
         elif is_single and most > SAME:
             same = kept[int(np.argmax(alike))]
-            same.also.append(("" if cue.direction == same.direction else "not ") + cue.rule.name)
+            same.also.append(("" if cue.direction == same.direction else "not ") + cue.name)
     return kept
 
 
@@ -220,33 +159,43 @@ def correlation(one: np.ndarray, other: np.ndarray) -> float:
     return float(abs(one @ other) / max(np.sqrt((one @ one) * (other @ other)), 1e-12))
 
 
-def has_rules(sample: Sample) -> Iterable[tuple[Has, np.ndarray]]:
-    """What one of two responses has more often than the other, the measures and the most telling words."""
+def has(sample: Sample) -> list[Cue]:
+    """The response that has something, or more of it: of the measures and the most telling words."""
     differences_PF = sample.whole.features_RF[sample.ends_P2[:, 0]] - sample.whole.features_RF[sample.ends_P2[:, 1]]
     advantage_F = np.abs(np.asarray(differences_PF.sign().sum(axis=0))).ravel()
     advantage_F[: len(MEASURES)] = advantage_F.max(initial=0) + 1
     columns = np.argsort(-advantage_F, kind="stable")[:CANDIDATES]
     columns = [column for column in columns.tolist() if column in sample.names]
-    signs_PC = sample.differences(columns)
-    return [(Has(column, sample.names[column]), signs_PC[:, i]) for i, column in enumerate(columns)]
+    signs_CP = sample.differences(columns).T
+    rules = [lambda other, column=column: other.differences([column])[:, 0] for column in columns]
+    return [
+        Cue.of("Has", sample.names[column], rule, sign_P, column=column)
+        for column, rule, sign_P in zip(columns, rules, signs_CP, strict=True)
+    ]
 
 
 def by_question(sample: Sample, singles: Sequence[Cue]) -> Iterable[Cue]:
-    """Rules whose direction goes by how the prompt begins."""
+    """The response that has something after some beginnings of a prompt, the other one after others."""
     starts = [start for start, _ in Counter(sample.start_P.tolist()).most_common(STARTS)]
     if len(starts) < 2:
         return
     columns = sorted({*range(len(MEASURES)), *frequent(sample, CANDIDATES)})
-    signs_PC, plain = sample.differences(columns), {cue.rule.column: cue.advantage for cue in singles}
+    signs_PC, plain = sample.differences(columns), {cue.column: cue.advantage for cue in singles}
     sums_SC = np.stack([signs_PC[sample.start_P == start].sum(axis=0, dtype=np.int64) for start in starts])
     told_SC = np.stack([np.abs(signs_PC[sample.start_P == start]).sum(axis=0, dtype=np.int64) for start in starts])
     advantage_C = (np.abs(sums_SC) - BY_CHANCE * np.sqrt(told_SC)).sum(axis=0) / len(sample.ends_P2)
     for place, column in enumerate(columns):
         if advantage_C[place] > plain.get(column, 0.0) + WORTH:
-            directions = tuple(zip(starts, np.sign(sums_SC[:, place]).tolist(), strict=True))
-            says = ", ".join(f"{'+' if way > 0 else '−'} {start} …" for start, way in directions[:6] if way)
-            rule = ByQuestion(column, f"{sample.names[column]}, by the question: {says}", directions)
-            yield cue_of(rule, rule.of(signs_PC[:, place], sample))
+            ways = dict(zip(starts, np.sign(sums_SC[:, place]).tolist(), strict=True))
+            says = ", ".join(f"{'+' if way > 0 else '−'} {start} …" for start, way in [*ways.items()][:6] if way)
+            rule = partial(signs_by_question, column=column, ways=ways)
+            yield Cue.of("ByQuestion", f"{sample.names[column]}, by the question: {says}", rule, rule(sample))
+
+
+def signs_by_question(sample: Sample, *, column: int, ways: dict[str, int]) -> np.ndarray:
+    """Which response has more of a feature, the way [P] that goes with how the prompt begins."""
+    way_P = np.array([ways.get(start, 0) for start in sample.start_P.tolist()], np.int8)
+    return sample.differences([column])[:, 0] * way_P
 
 
 def frequent(sample: Sample, number: int) -> list[int]:
@@ -265,7 +214,13 @@ def orders(sample: Sample) -> Iterable[Cue]:
     for i, word in enumerate(words):
         signs_PW = order_signs(places_RW, i, sample)
         for j in (np.abs(signs_PW.mean(axis=0))[i + 1 :] > WORTH).nonzero()[0] + i + 1:
-            yield cue_of(Before(word, words[j]), signs_PW[:, j])
+            rule = partial(signs_before, words=(word, words[j]))
+            yield Cue.of("Before", f"“{word}” before “{words[j]}”", rule, signs_PW[:, j])
+
+
+def signs_before(sample: Sample, *, words: tuple[str, str]) -> np.ndarray:
+    """Which response mentions one word before another, where both mention both."""
+    return order_signs(places(sample, words), 0, sample)[:, 1]
 
 
 def places(sample: Sample, words: Sequence[str]) -> np.ndarray:
@@ -291,8 +246,14 @@ def either(sample: Sample) -> Iterable[Cue]:
     worth_CC = np.abs(advantage_CC) > np.maximum(alone_C[:, None], alone_C) + WORTH
     for i, j in np.argwhere(np.triu(worth_CC, 1)).tolist():
         name = f"exactly one of “{sample.names[columns[i]]}” and “{sample.names[columns[j]]}”"
-        rule = Either((columns[i], columns[j]), name)
-        yield cue_of(rule, rule.signs(sample))
+        rule = partial(signs_of_either, columns=(columns[i], columns[j]))
+        yield Cue.of("Either", name, rule, rule(sample))
+
+
+def signs_of_either(sample: Sample, *, columns: tuple[int, int]) -> np.ndarray:
+    """Which response has exactly one of two things."""
+    one_R = (sample.values(columns) > 0).sum(axis=1) == 1
+    return one_R[sample.ends_P2[:, 0]].astype(np.int8) - one_R[sample.ends_P2[:, 1]]
 
 
 def distinct(sample: Sample, columns: Sequence[int]) -> list[int]:

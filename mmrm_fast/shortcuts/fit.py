@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.optimize import minimize_scalar
 from scipy.sparse import csr_matrix, issparse
-
-from mmrm_fast.shortcuts.calibration import best_temperature, log_loss
 
 FOLDS = 5
 STRENGTHS = (0.001, 0.01, 0.1, 1.0)  # variances of a weight under the prior: one over L2
@@ -111,3 +110,14 @@ class Regressions:
             warnings.simplefilter("ignore", ConvergenceWarning)
             model.fit(self.signed_PF[training_P], labels)
         return model.coef_[0].astype(float)
+
+
+def log_loss(margins: np.ndarray) -> float:
+    """Mean of -log sigmoid(margin)."""
+    return float(np.mean(np.logaddexp(0, -margins)))
+
+
+def best_temperature(margins: np.ndarray) -> float:
+    """What margins are divided by for the least log-loss, between 1/100 and 100."""
+    found = minimize_scalar(lambda log_t: log_loss(margins / np.exp(log_t)), bounds=(-np.log(100), np.log(100)))
+    return float(np.exp(found.x))

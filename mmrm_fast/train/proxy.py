@@ -15,8 +15,7 @@ from mmrm_fast.data.lines import Rows, open_rows
 from mmrm_fast.data.mixture import PreferenceDataset
 from mmrm_fast.data.packing import Packed, PackedBatch
 from mmrm_fast.model.lora import MAIN, PROXY, TwoAdapterModel, add_lora
-from mmrm_fast.shortcuts.ngrams import NgramFeatures
-from mmrm_fast.shortcuts.probe import StateFeatures, states_of
+from mmrm_fast.shortcuts.chunks import NgramFeatures, StateFeatures, states_of
 from mmrm_fast.train import sharding
 from mmrm_fast.train.branch import AdapterBranch, Branch, add_adapters, freeze
 from mmrm_fast.train.loss import margins, preference_loss, with_balance

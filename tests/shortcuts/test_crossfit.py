@@ -9,9 +9,9 @@ from mmrm_fast.data.records import Records
 from mmrm_fast.data.types import Group, Message, Pairs
 from mmrm_fast.pairs import accuracy
 from mmrm_fast.shortcuts import crossfit
+from mmrm_fast.shortcuts.chunks import NgramFeatures
 from mmrm_fast.shortcuts.crossfit import Ranks, fold_of, level_of
 from mmrm_fast.shortcuts.features import COUNTED, MEASURES, measured, read_words, response_features, words_of
-from mmrm_fast.shortcuts.ngrams import NgramFeatures
 
 NOUNS = ("cat", "dog", "boat", "tree", "house", "lamp", "road", "cloud")
 
