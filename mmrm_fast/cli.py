@@ -28,8 +28,8 @@ COMMANDS = {  # what it takes, the function that runs it (None or 0 is success),
     "report": (config.ReportConfig, "evaluate.report:report", "an HTML page about runs"),
     "study": (config.StudyConfig, "study.command:study", "standard against robust on the shapes environments"),
     "convert": (config.ConvertConfig, "score.convert:convert", "an InternVL checkpoint to transformers' own format"),
-    "export": (config.ExportConfig, "checkpoint.command:export", "a reward model to the layout of other programs"),
-    "inspect": (config.InspectConfig, "checkpoint.command:inspect", "what a checkpoint folder holds"),
+    "export": (config.ExportConfig, "checkpoint.export:export", "a reward model to the layout of other programs"),
+    "inspect": (config.InspectConfig, "checkpoint.export:inspect", "what a checkpoint folder holds"),
     "doctor": (config.DoctorConfig, "doctor:doctor", "what was built here and what each op runs on"),
 }
 USAGE = "\n".join(

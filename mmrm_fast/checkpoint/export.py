@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from mmrm_fast.checkpoint import internvl_chat
@@ -21,12 +22,12 @@ from mmrm_fast.checkpoint.folder import (
 from mmrm_fast.checkpoint.internvl_chat import LM_HEAD, SCORE, Source
 from mmrm_fast.checkpoint.tensors import as_stored, stored_names, write_tensors
 from mmrm_fast.checkpoint.tokenizer import SPACE
+from mmrm_fast.config import ExportConfig, InspectConfig
 from mmrm_fast.files import read_json
 from mmrm_fast.model.experts import experts_of_a_token, num_experts
 from mmrm_fast.model.reward_model import original_facts
 
 READ_AT = {"end": "token that ends the response", "last": "last token of the chat template"}
-Progress = Callable[[Iterable], Iterable]
 # A conversation up to the token that a reward is read at: vLLM reads the last one of what its template renders.
 ENDED = (
     "{%- set whole %}{{ '' }}TEMPLATE{{ '' }}{% endset -%}"  # so that neither tag trims the template
@@ -39,7 +40,6 @@ def write_weights(
     checkpoint: Checkpoint,
     target: Path,
     place: Callable[[str], Source | None],
-    progress: Progress,
 ) -> None:
     """Write a folder's tensors as they are stored, each native one where `place` puts it, if anywhere.
 
@@ -62,10 +62,25 @@ def write_weights(
     text_model = folder.config.text_config.model_type
     sizes = {name: value.nbytes for name, value in tensors(groups.items(), native.size)}
     target.mkdir(parents=True, exist_ok=True)
-    write_tensors(target, tensors(progress(groups.items()), native.value), sizes)
+    write_tensors(
+        target, tensors(tqdm(groups.items(), desc=target.name, unit=" tensors", delay=1), native.value), sizes
+    )
 
 
-def convert_folder(source: Path, target: Path, *, progress: Progress = iter) -> None:
+def export(config: ExportConfig) -> None:
+    """Write a reward model for other programs."""
+    write = {"vllm": export_vllm, "original": export_original}[config.format]
+    write(config.source, config.target)
+    print(f"wrote {config.target}")
+
+
+def inspect(config: InspectConfig) -> None:
+    """Print what a checkpoint folder holds."""
+    for name, value in summary(config.folder).items():
+        print(f"{name:16} {value}")
+
+
+def convert_folder(source: Path, target: Path) -> None:
     """Write a folder's native twin, and its text-only proxy, where the reference implementation saved one, in `proxy/`.
 
     Raises:
@@ -75,7 +90,7 @@ def convert_folder(source: Path, target: Path, *, progress: Progress = iter) -> 
     for path, proxy in branches.items():
         folder = CheckpointFolder(source, proxy=proxy)
         checkpoint = folder.load(with_weights=False)
-        write_weights(folder, checkpoint, path, Source, progress)
+        write_weights(folder, checkpoint, path, Source)
         save_settings(path, checkpoint)
 
 
@@ -84,11 +99,11 @@ def has_proxy(folder: Path) -> bool:
     return any(name.startswith(PROXY) for name in stored_names(folder))
 
 
-def export_vllm(source: Path, target: Path, *, progress: Progress = iter) -> None:
+def export_vllm(source: Path, target: Path) -> None:
     """Write the native layout under the names and the architecture that vLLM's sequence classification reads."""
     folder = CheckpointFolder(source)
     checkpoint = folder.load(with_weights=False)
-    write_weights(folder, checkpoint, target, vllm_place, progress)
+    write_weights(folder, checkpoint, target, vllm_place)
     save_settings(target, checkpoint)
     rewrite_json(target / "config.json", {"architectures": [CLASSIFIER]})
     behind = checkpoint.prompt_encoder().chat.behind_end if checkpoint.reward_token == "end" else ""
@@ -105,12 +120,12 @@ def vllm_place(name: str) -> Source | None:
     return Source(("language_model." if name == SCORE else "model.") + name)
 
 
-def export_original(source: Path, target: Path, *, progress: Progress = iter) -> None:
+def export_original(source: Path, target: Path) -> None:
     """Write the original `internvl_chat` layout, which the reference implementation scores."""
     folder = CheckpointFolder(source)
     checkpoint = folder.load(with_weights=False)
     settings = internvl_chat.original_config(folder.config, checkpoint.tiling)
-    write_weights(folder, checkpoint, target, lambda name: internvl_chat.source(name, folder.config), progress)
+    write_weights(folder, checkpoint, target, lambda name: internvl_chat.source(name, folder.config))
     (target / "config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     save_original_tokenizer(target, checkpoint.tokenizer)
 
@@ -142,12 +157,12 @@ def save_original_tokenizer(target: Path, tokenizer: PreTrainedTokenizerBase) ->
     path.write_text(json.dumps(fields, ensure_ascii=False), encoding="utf-8")
 
 
-def inspect(folder: Path) -> dict[str, str]:
+def summary(folder: Path) -> dict[str, str]:
     """What a folder holds, in words, without reading a weight. Raises `ValueError` where it would not load."""
     opened = CheckpointFolder(folder)
     checkpoint, config = opened.load(with_weights=False), opened.config
     native = opened.native(checkpoint.model)
-    tiling, facts = checkpoint.tiling, original_facts(config)
+    tiling, original = checkpoint.tiling, original_facts(config)
     sizes = {name: int(np.prod(shape)) for name, shape in native.shapes.items() if name in native.stored()}
     dtypes = sorted({str(native.dtype(name)).removeprefix("torch.") for name in native.stored()})
     thumbnail = " and a thumbnail" if tiling.thumbnail and tiling.max_tiles > 1 else ""
@@ -159,10 +174,10 @@ def inspect(folder: Path) -> dict[str, str]:
     return {
         "layout": "original internvl_chat" if opened.is_original else "native transformers internvl",
         "vision tower": f"{vision.num_hidden_layers} layers of {vision.hidden_size}, {vision.norm_type}",
-        "language model": f"{facts.get('architecture') or text.model_type}, {text.num_hidden_layers} layers of"
+        "language model": f"{original.get('architecture') or text.model_type}, {text.num_hidden_layers} layers of"
         f" {text.hidden_size}, {text.vocab_size:,} tokens, RoPE {text.rope_parameters['rope_type']}{mixture}",
         "parameters": f"{sum(sizes.values()):,}, stored in {', '.join(dtypes)}",
-        "template": facts.get("template") or "the folder's own chat template",
+        "template": original.get("template") or "the folder's own chat template",
         "image": f"{tiling.min_tiles} to {tiling.max_tiles} tiles of {tiling.tile_size} pixels{thumbnail}, "
         f"{checkpoint.tokens_per_tile} tokens a tile",
         "max_length": f"{checkpoint.max_length:,} tokens",

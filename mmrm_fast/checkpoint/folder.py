@@ -96,22 +96,24 @@ class Checkpoint:
         return replace(self, tiling=tiling)
 
 
-def understood(method: Callable) -> Callable:
-    """A method of a folder; whatever a library makes of broken settings is a `ValueError` that names the folder."""
+def understood(file: str = "") -> Callable:
+    """Of a method of a folder: whatever a library makes of broken settings is a `ValueError` that names the file."""
 
-    @wraps(method)
-    def called(self, *arguments, **options):
-        try:
-            return method(self, *arguments, **options)
-        except (OSError, AssertionError):
-            raise
-        except Exception as error:
-            if isinstance(error, ValueError) and str(self.path) in str(error):
+    def decorated(method: Callable) -> Callable:
+        @wraps(method)
+        def called(self, *arguments, **options):
+            try:
+                return method(self, *arguments, **options)
+            except (OSError, AssertionError):
                 raise
-            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-            raise ValueError(f"{self.path}: {kind}{error}") from error
+            except Exception as error:
+                if isinstance(error, ValueError) and str(self.path) in str(error):
+                    raise
+                raise ValueError(f"{self.path / file}: {message(error)}") from error
 
-    return called
+        return called
+
+    return decorated
 
 
 class CheckpointFolder:
@@ -151,7 +153,7 @@ class CheckpointFolder:
         return self.settings["model_type"] == ORIGINAL
 
     @cached_property
-    @understood
+    @understood()
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer; an original folder's has the conversation template that config.json names."""
         if self.is_original:
@@ -164,7 +166,7 @@ class CheckpointFolder:
         return (self.path / "tokenizer_config.json").is_file()
 
     @cached_property
-    @understood
+    @understood("config.json")
     def config(self) -> InternVLConfig:
         """The native config, with room for every token of the tokenizer, where there is one."""
         tokenizer = self.tokenizer if self.has_tokenizer else None
@@ -176,13 +178,11 @@ class CheckpointFolder:
             config = InternVLConfig.from_dict(self.settings)
         except KeyError as error:
             raise ValueError(f"{self.path}/config.json: lacks, or does not know, {error}") from None
-        except Exception as error:  # transformers validates with errors of its own
-            raise ValueError(f"{self.path}/config.json: {error}") from error
         config.text_config.vocab_size = max(getattr(config.text_config, "vocab_size", 0), len(tokenizer or ()))
         return config
 
     @cached_property
-    @understood
+    @understood()
     def processor(self) -> Processor:
         """The image processor's settings."""
         image_size = self.config.vision_config.image_size[0]
@@ -212,7 +212,7 @@ class CheckpointFolder:
             return None
         return name.removeprefix(PROXY)
 
-    @understood
+    @understood("config.json")
     def model(self, dtype: torch.dtype = torch.float32, *, num_layers: int | None = None) -> RewardModel:
         """The reward model on the meta device, in evaluation mode; only config.json is needed.
 
@@ -227,13 +227,10 @@ class CheckpointFolder:
             part.num_hidden_layers = num_layers
             if getattr(part, "layer_types", None):
                 part.layer_types = part.layer_types[:num_layers]
-        try:
-            with torch.device("meta"):
-                return RewardModel(InternVLModel(config).to(dtype), *NORMALIZATION["imagenet"]).eval()
-        except Exception as error:  # whatever the model that is named raises
-            raise ValueError(f"{self.path}/config.json: {message(error)}") from error
+        with torch.device("meta"):
+            return RewardModel(InternVLModel(config).to(dtype), *NORMALIZATION["imagenet"]).eval()
 
-    @understood
+    @understood()
     def load(
         self,
         *,

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from mmrm_fast.checkpoint.export import convert_folder
 from mmrm_fast.checkpoint.folder import CheckpointFolder
@@ -17,7 +16,7 @@ from mmrm_fast.score.scorer import Scorer
 
 def convert(config: ConvertConfig) -> int:
     """Convert a folder; returns the exit status, 1 where the rewards differ."""
-    convert_folder(config.source, config.target, progress=lambda names: tqdm(names, desc="convert", unit="tensor"))
+    convert_folder(config.source, config.target)
     if not config.check:
         return 0
     before, after = sample_reward(config.source), sample_reward(config.target)

@@ -5,7 +5,7 @@ import torch
 from original import original_config, write_checkpoint
 from safetensors.torch import load_file, save_file
 
-from mmrm_fast.checkpoint.export import convert_folder, inspect
+from mmrm_fast.checkpoint.export import convert_folder, summary
 from mmrm_fast.checkpoint.folder import CheckpointFolder
 
 LAYER = "language_model.layers.1.mlp.experts"
@@ -41,7 +41,7 @@ def stack(state):
 def test_experts_that_are_stored_stacked_are_the_same_model(native, tmp_path):
     expected = CheckpointFolder(native).load().model.state_dict()
     stored = load_file(native / "model.safetensors")
-    assert inspect(native)["language model"].endswith("RoPE default, 3 of 8 experts a token")
+    assert summary(native)["language model"].endswith("RoPE default, 3 of 8 experts a token")
     rewrite(native, stack)
     again = CheckpointFolder(native).load().model.state_dict()
     assert again.keys() == expected.keys() and all(torch.equal(again[name], expected[name]) for name in expected)

@@ -9,7 +9,7 @@ from original import LLM, original_config, random_state, write_checkpoint
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, InternVLModel
 
-from mmrm_fast.checkpoint.export import convert_folder, export_original, export_vllm, inspect
+from mmrm_fast.checkpoint.export import convert_folder, export_original, export_vllm, summary
 from mmrm_fast.checkpoint.folder import CheckpointFolder, rewrite_json, save_checkpoint
 from mmrm_fast.checkpoint.tokenizer import named_template
 from mmrm_fast.cli import main
@@ -127,7 +127,7 @@ def test_a_sequence_classifier_of_another_program_is_read_at_the_last_token(tmp_
     assert [keys[-2:].tolist() for keys in encoded.sequences] == [[end, *newline]] * 2
     assert encoded.truncated == (False, True) and len(encoded.sequences[1]) == 240
     assert Scorer.from_pretrained(tmp_path / "final", device="cpu", max_length=240).score([asked]) != read_at_end
-    assert inspect(tmp_path / "final")["reward model"] == "yes, read at the last token of the chat template"
+    assert summary(tmp_path / "final")["reward model"] == "yes, read at the last token of the chat template"
 
 
 def test_an_unknown_place_of_the_reward_is_refused(tmp_path):
@@ -209,7 +209,7 @@ def test_adapters_are_merged_when_loaded(tmp_path, pictures, facts, scale):
     write_checkpoint(tmp_path / "merged", config, drop=names, extra=merged)
     (expected,) = rewards(tmp_path / "merged", pictures)
     assert rewards(tmp_path / "wrapped", pictures)[0] == pytest.approx(expected, abs=1e-5)
-    assert inspect(tmp_path / "wrapped")["adapters"] == "LoRA on 5 weights, merged when loaded"
+    assert summary(tmp_path / "wrapped")["adapters"] == "LoRA on 5 weights, merged when loaded"
 
 
 def test_the_proxy_of_the_reference_is_left_out_for_scoring_and_converted_beside_the_model(tmp_path, pictures):
@@ -221,8 +221,8 @@ def test_the_proxy_of_the_reference_is_left_out_for_scoring_and_converted_beside
     assert rewards(tmp_path / "both", pictures) == rewards(tmp_path / "alone", pictures)
     converted = load_file(tmp_path / "native" / "proxy" / "model.safetensors")
     assert torch.equal(converted["score.weight"], proxy["bias_reward_model.score.weight"])
-    assert inspect(tmp_path / "both")["text-only proxy"] == "in this folder"
-    assert inspect(tmp_path / "native")["text-only proxy"] == f"in {tmp_path / 'native' / 'proxy'}"
+    assert summary(tmp_path / "both")["text-only proxy"] == "in this folder"
+    assert summary(tmp_path / "native")["text-only proxy"] == f"in {tmp_path / 'native' / 'proxy'}"
     again = CheckpointFolder(tmp_path / "both", proxy=True).load().model.score.weight
     assert torch.equal(again, proxy["bias_reward_model.score.weight"].float())
 
