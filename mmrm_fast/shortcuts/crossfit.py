@@ -94,8 +94,7 @@ class Features(Protocol):
         """A chunk for each lot of record numbers, in order; on every rank as many."""
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """Pairs that may be fitted on."""
 
     record_P: np.ndarray
@@ -113,15 +112,18 @@ class Part:
     @classmethod
     def joined(cls, parts: Sequence["Part"]) -> "Part":
         """All of them, in the order of the records."""
-        order = np.argsort(np.concatenate([part.record_P for part in parts]), kind="stable")
-        columns = [[getattr(part, name) for part in parts] for name in cls.__dataclass_fields__]
-        whole = [vstack(own, format="csr") if issparse(own[0]) else np.concatenate(own) for own in columns]
-        return cls(*(own if (np.diff(order) == 1).all() else own[order] for own in whole))
+        columns = zip(*parts, strict=True)
+        whole = cls(*(vstack(own, format="csr") if issparse(own[0]) else np.concatenate(own) for own in columns))
+        order = np.argsort(whole.record_P, kind="stable")
+        return whole if (np.diff(order) == 1).all() else whole.only(order)
+
+    def only(self, pairs: np.ndarray) -> "Part":
+        """Some of the pairs, by place or mask."""
+        return Part(*(own[pairs] for own in self))
 
     def above(self, level: int) -> "Part":
         """The pairs of a level and more."""
-        kept = self.level_P >= level
-        return Part(*(getattr(self, name)[kept] for name in self.__dataclass_fields__))
+        return self.only(self.level_P >= level)
 
     def bytes_L(self) -> np.ndarray:
         """The bytes of each level's features."""

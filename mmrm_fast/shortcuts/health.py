@@ -3,18 +3,16 @@
 Shapes: N records, P pairs.
 """
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from hashlib import blake2b
+from typing import NamedTuple
 
 import numpy as np
 
-from mmrm_fast.data.types import Group
 from mmrm_fast.shortcuts.crossfit import Chunk
 
 
-@dataclass(frozen=True)
-class Seen:
+class Seen(NamedTuple):
     """What records are told by, as 64-bit hashes."""
 
     key_N: np.ndarray  # image and prompt
@@ -26,29 +24,18 @@ class Seen:
     @classmethod
     def of(cls, chunk: Chunk) -> "Seen":
         """Of a chunk's records."""
-        keys = np.repeat(chunk.key_N, [len(group.pairs) for group in chunk.groups])
-        ends = [texts for group in chunk.groups for texts in pair_texts(group)]
-        chosen_P, rejected_P = np.array(ends, np.uint64).reshape(-1, 2).T
+        texts = (response.encode("utf-8", "surrogatepass") for group in chunk.groups for response in group.responses)
+        hashes = (int.from_bytes(blake2b(text, digest_size=8).digest(), "little") for text in texts)
+        chosen_P, rejected_P = np.fromiter(hashes, np.uint64)[chunk.ends_P2].T
         low, high = np.minimum(chosen_P, rejected_P), np.maximum(chosen_P, rejected_P)
         with np.errstate(over="ignore"):
-            pair_P = keys ^ (low * np.uint64(0x9E3779B97F4A7C15) + high)
+            pair_P = chunk.key_N[chunk.place_P] ^ (low * np.uint64(0x9E3779B97F4A7C15) + high)
         return cls(chunk.key_N, chunk.image_N, pair_P, chosen_P == low, chosen_P == rejected_P)
 
     @classmethod
     def joined(cls, parts: Sequence["Seen"]) -> "Seen":
         """All of them."""
-        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in cls.__dataclass_fields__))
-
-
-def pair_texts(group: Group) -> list[tuple[int, int]]:
-    """Hashes of the preferred and the other text of every pair."""
-    hashes = [text_hash(response) for response in group.responses]
-    return [(hashes[pair.chosen], hashes[pair.rejected]) for pair in group.pairs]
-
-
-def text_hash(text: str) -> int:
-    """64 bits of a text."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+        return cls(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 def own_health(seen: Seen) -> dict[str, int]:
