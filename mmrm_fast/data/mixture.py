@@ -1,5 +1,6 @@
 """Files of preferences as one data set: its samples and what is known of them, a mixture's order, what is held out."""
 
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,20 +15,17 @@ from mmrm_fast.data.census import Kind
 from mmrm_fast.data.images import Source, opened
 from mmrm_fast.data.records import Group, RecordError, Records
 from mmrm_fast.data.samples import Preparer, Sample, Size
+from mmrm_fast.data.types import hash64
 
 HEAD_BYTES = 4096  # of an image file that, with its size, tell it from others
 UNKNOWN = -1  # cost of a sample that nobody looked at
-SAMPLE = np.dtype(
-    [
-        ("record", np.uint32),
-        ("part", np.uint32),  # which of its record's samples it is
-        ("key", np.uint64),  # see `record_key`; 0 where the record cannot be parsed
-        ("answers", np.uint64),  # see `answers_key`; 0 where it has no pairs
-        ("cost", np.int32),  # `Size` from here on
-        ("pairs", np.int32),
-        ("notes", object),
-    ]
-)
+SAMPLE = np.dtype([
+    ("record", np.uint32),
+    ("part", np.uint32),  # which of its record's samples it is
+    ("key", np.uint64),  # see `record_key`; 0 where the record cannot be parsed
+    ("answers", np.uint64),  # see `answers_key`; 0 where it has no pairs
+    ("cost", np.int32), ("pairs", np.int32), ("notes", object),  # its `Size`
+])  # fmt: skip
 
 
 def unknown_samples(records: range) -> np.ndarray:
@@ -88,20 +86,17 @@ class Look:
     decode: bool = False  # the pictures too
 
     def __call__(self, record: int) -> "Looked":
-        key = answers = 0
         try:
             group = self.records.group(record, compare=True)
         except RecordError as error:
-            kind, sizes = Kind.of(error), [Size.of_error(error)]
-        else:
-            kind = Kind.of(group)
-            with opened(group.images) as images:
-                group = replace(group, images=images)
-                key = record_key(group)
-                answers = answers_key(group, key)
-                chosen = self.testing if is_held_out(np.uint64(key), self.eval_fraction) else self.preparer
-                sizes = chosen.sizes(group, decode=self.decode)
-        return Looked(kind, [(record, part, key, answers, *size) for part, size in enumerate(sizes)])
+            return Looked(Kind.of(error), [(record, 0, 0, 0, *Size.of_error(error))])
+        with opened(group.images) as images:
+            seen = replace(group, images=images)
+            key = record_key(seen)
+            answers = answers_key(seen, key)
+            chosen = self.testing if is_held_out(np.uint64(key), self.eval_fraction) else self.preparer
+            sizes = chosen.sizes(seen, decode=self.decode)
+        return Looked(Kind.of(group), [(record, part, key, answers, *size) for part, size in enumerate(sizes)])
 
 
 class Looked(NamedTuple):
@@ -125,12 +120,10 @@ def parse_mixture(specs: Sequence[str]) -> Mixture:
     Raises:
         ValueError: some with a weight and some without, or a weight that is not a positive number.
     """
-    parsed = [split_weight(spec) for spec in specs]
-    weights = [weight for _, weight in parsed if weight is not None]
-    paths = tuple(path for path, _ in parsed)
-    if not weights:
+    paths, weights = zip(*map(split_weight, specs), strict=True)
+    if set(weights) == {None}:
         return Mixture(paths)
-    if len(weights) < len(parsed):
+    if None in weights:
         raise ValueError(f"--data {' '.join(specs)}: give every file a weight, or none")
     if not all(math.isfinite(weight) and weight > 0 for weight in weights):
         raise ValueError(f"--data {' '.join(specs)}: weights are positive numbers")
@@ -158,12 +151,9 @@ def record_order(sizes: Sequence[int], total: int, *, seed: int, weights: Sequen
         return permutations(sum(sizes), total, (seed,))
     edges = np.cumsum([0, *sizes])
     counts = np.diff(np.rint(np.cumsum([0, *weights]) * total).astype(np.int64))
-    order = np.concatenate(
-        [
-            permutations(size, count, (seed, number)) + np.uint32(first)
-            for number, (size, count, first) in enumerate(zip(sizes, counts, edges, strict=False))
-        ]
-    )
+    own = enumerate(zip(sizes, counts, edges, strict=False))
+    parts = [permutations(size, count, (seed, file)) + np.uint32(first) for file, (size, count, first) in own]
+    order = np.concatenate(parts)
     np.random.default_rng((seed, len(sizes))).shuffle(order)
     return order
 
@@ -187,10 +177,17 @@ def record_key(group: Group) -> int:
     """
     extras = [message.extra for message in group.prompt if message.extra] if isinstance(group.prompt, tuple) else []
     said = repr(group.prompt) + "".join([*extras, *group.tools])
-    digest = blake2b(said.encode("utf-8", "surrogatepass"), digest_size=8)
-    for image in group.images:
-        digest.update(image_head(image))
-    return int.from_bytes(digest.digest(), "little")
+    return hash64(said.encode("utf-8", "surrogatepass"), *map(image_head, group.images))
+
+
+def image_head(image: Source) -> bytes:
+    """What tells an open image file from others; its path where it could not be opened."""
+    if isinstance(image, str):
+        return image.encode("utf-8", "surrogateescape")
+    file = io.BytesIO(image) if isinstance(image, bytes) else image
+    num_bytes = file.seek(0, 2)
+    file.seek(0)
+    return num_bytes.to_bytes(8, "little") + file.read(HEAD_BYTES)
 
 
 def answers_key(group: Group, key: int) -> int:
@@ -205,8 +202,7 @@ def answers_key(group: Group, key: int) -> int:
     hashes = [blake2b(repr(side).encode(), digest_size=8).digest() for side in sides]
     ends = [(hashes[chosen], hashes[rejected]) for chosen, rejected in group.pairs.ends.tolist()]
     ways = (sorted(a + b for a, b in ends), sorted(b + a for a, b in ends))
-    digests = (blake2b(b"".join(way), digest_size=8, key=key.to_bytes(8, "little")).digest() for way in ways)
-    there, back = (int.from_bytes(digest, "little") for digest in digests)
+    there, back = (hash64(*way, key=key.to_bytes(8, "little")) for way in ways)
     return min(there, back) & ~1 | (there < back)
 
 
@@ -233,22 +229,11 @@ def paired_records(table: np.ndarray) -> np.ndarray:
 
 def with_answers(rows: np.ndarray, answers: np.ndarray) -> np.ndarray:
     """The first record with each of these pairs, -1 where there is none, int64."""
-    known, first = np.unique(rows["answers"], return_index=True)
-    if not len(known):
+    if not len(rows):
         return np.full(len(answers), -1)
+    known, first = np.unique(rows["answers"], return_index=True)
     place = np.minimum(np.searchsorted(known, answers), len(known) - 1)
     return np.where(known[place] == answers, rows["record"][first][place].astype(np.int64), -1)
-
-
-def image_head(image: Source) -> bytes:
-    """What tells an open image file from others; its path where it could not be opened."""
-    if isinstance(image, bytes):
-        return len(image).to_bytes(8, "little") + image[:HEAD_BYTES]
-    if isinstance(image, str):
-        return image.encode("utf-8", "surrogateescape")
-    num_bytes = image.seek(0, 2)
-    image.seek(0)
-    return num_bytes.to_bytes(8, "little") + image.read(HEAD_BYTES)
 
 
 def is_held_out(keys: np.ndarray, fraction: float) -> np.ndarray:

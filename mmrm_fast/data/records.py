@@ -4,7 +4,6 @@ Every layout of `forms` and every file of `lines` becomes one type, `Group`, so 
 asks where a record came from.
 """
 
-import hashlib
 import math
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from mmrm_fast.data.lines import open_rows
 from mmrm_fast.data.messages import MESSAGE_EXTRAS, as_json, parse_objects
 from mmrm_fast.data.pictures import IMAGE_FIELDS, ImageRoots, parse_images, resolve_image, shown_images
 from mmrm_fast.data.splits import Split, record_files
-from mmrm_fast.data.types import FieldError, Group, Pairs, Prompt, RecordError, at, kind_of, num_ranked, number, text
+from mmrm_fast.data.types import FieldError, Group, Pairs, RecordError, at, hash64, kind_of, num_ranked, number, text
 
 ID_FIELDS = ("id", "idx")
 MAX_PAIRS = 2048  # of a record: all of 64 responses
@@ -102,8 +101,7 @@ def preferences(form: Form, most: int) -> dict:
     if form.ratings is None:
         return {"pairs": form.pairs}
     texts = "\0".join(reply.content for reply in form.replies)
-    digest = hashlib.blake2b(texts.encode(), digest_size=8).digest()
-    pairs = Pairs.ranked(form.ratings, most, seed=int.from_bytes(digest, "little"))
+    pairs = Pairs.ranked(form.ratings, most, seed=hash64(texts.encode()))
     unrated = int(np.isnan(form.ratings).sum())
     return {"pairs": pairs, "num_unrated": unrated, "num_undrawn": num_ranked(form.ratings) - len(pairs)}
 
@@ -123,11 +121,6 @@ def parse_truth(fields: dict, num_responses: int) -> tuple[float, ...] | None:
     if not isinstance(truth, list) or len(truth) != num_responses or not all(math.isfinite(number(x)) for x in truth):
         raise FieldError("truth", f"expected a list of {num_responses} finite numbers, one a response")
     return tuple(map(number, truth))
-
-
-def prompt_json(prompt: Prompt) -> str | list[dict]:
-    """A group's prompt as JSON has it."""
-    return prompt if isinstance(prompt, str) else [message.as_json() for message in prompt]
 
 
 class Records:

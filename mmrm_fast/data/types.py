@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from itertools import repeat
 from typing import NamedTuple
 
@@ -122,6 +123,11 @@ def drawn(count: int, most: int | None, seed: int | tuple[int, ...]) -> np.ndarr
     return np.sort(np.random.default_rng(seed).choice(count, most, replace=False))
 
 
+def hash64(*parts: bytes, key: bytes = b"") -> int:
+    """64 bits of some bytes, one after the other, the same in every process."""
+    return int.from_bytes(blake2b(b"".join(parts), digest_size=8, key=key).digest(), "little")
+
+
 @dataclass(frozen=True)
 class Message:
     """One turn of a conversation; a user's `content` may hold `<image>` slots."""
@@ -136,6 +142,11 @@ class Message:
 
 
 Prompt = str | tuple[Message, ...]
+
+
+def prompt_json(prompt: Prompt) -> str | list[dict]:
+    """A prompt as JSON has it."""
+    return prompt if isinstance(prompt, str) else [message.as_json() for message in prompt]
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,9 @@ from mmrm_fast.config import ScoreConfig
 from mmrm_fast.config_file import options
 from mmrm_fast.data.census import peek, told
 from mmrm_fast.data.pictures import ImageRoots
-from mmrm_fast.data.records import Group, RecordError, Records, iter_groups, parse_group, prompt_json
+from mmrm_fast.data.records import Group, RecordError, Records, iter_groups, parse_group
 from mmrm_fast.data.splits import FAILURES
+from mmrm_fast.data.types import prompt_json
 from mmrm_fast.files import locked, read_json, write_json_lines
 from mmrm_fast.score.cluster import gpus_each, ray_cluster
 from mmrm_fast.score.poison import score_alone

@@ -4,11 +4,11 @@ Shapes: N records, P pairs.
 """
 
 from collections.abc import Sequence
-from hashlib import blake2b
 from typing import NamedTuple
 
 import numpy as np
 
+from mmrm_fast.data.types import hash64
 from mmrm_fast.shortcuts.crossfit import Chunk
 
 
@@ -25,8 +25,7 @@ class Seen(NamedTuple):
     def of(cls, chunk: Chunk) -> "Seen":
         """Of a chunk's records."""
         texts = (response.encode("utf-8", "surrogatepass") for group in chunk.groups for response in group.responses)
-        hashes = (int.from_bytes(blake2b(text, digest_size=8).digest(), "little") for text in texts)
-        chosen_P, rejected_P = np.fromiter(hashes, np.uint64)[chunk.ends_P2].T
+        chosen_P, rejected_P = np.fromiter(map(hash64, texts), np.uint64)[chunk.ends_P2].T
         low, high = np.minimum(chosen_P, rejected_P), np.maximum(chosen_P, rejected_P)
         with np.errstate(over="ignore"):
             pair_P = chunk.key_N[chunk.place_P] ^ (low * np.uint64(0x9E3779B97F4A7C15) + high)

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmrm_fast.data.forms import FORM_FIELDS
-from mmrm_fast.data.records import FIELDS, parse_group, prompt_json
-from mmrm_fast.data.types import Group, Message, Pairs, RecordError
+from mmrm_fast.data.records import FIELDS, parse_group
+from mmrm_fast.data.types import Group, Message, Pairs, RecordError, prompt_json
 
 USER = {"role": "user", "content": "q"}
 GOOD, BAD = {"role": "assistant", "content": "c"}, {"role": "assistant", "content": "r"}

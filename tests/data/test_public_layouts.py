@@ -9,8 +9,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from mmrm_fast.data.records import Records, prompt_json
-from mmrm_fast.data.types import Message, RecordError
+from mmrm_fast.data.records import Records
+from mmrm_fast.data.types import Message, RecordError, prompt_json
 
 PNG = {"bytes": b"\x89PNG", "path": "000.png"}
 TURNS = [{"role": "user", "content": "What is it?"}]

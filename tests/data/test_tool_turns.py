@@ -8,9 +8,9 @@ import pytest
 
 from mmrm_fast.config import ScoreConfig
 from mmrm_fast.data.prompt import PromptEncoder
-from mmrm_fast.data.records import RecordError, Records, iter_groups, parse_group, prompt_json
+from mmrm_fast.data.records import RecordError, Records, iter_groups, parse_group
 from mmrm_fast.data.samples import Preparer
-from mmrm_fast.data.types import FieldError
+from mmrm_fast.data.types import FieldError, prompt_json
 from mmrm_fast.score.command import rows_of
 from mmrm_fast.score.scorer import Scored
 from mmrm_fast.score.shards import PAIR_COLUMNS, Shards
