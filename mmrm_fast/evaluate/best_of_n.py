@@ -73,11 +73,6 @@ def log_choose(total: np.ndarray | int, size: int) -> np.ndarray:
     return gammaln(total + 1) - gammaln(size + 1) - gammaln(np.subtract(total, size) + 1)
 
 
-def kl(size: int) -> float:
-    """KL of best-of-N from the policy, in nats."""
-    return math.log(size) - (size - 1) / size
-
-
 def selected_quality(scores: Mapping, truth: Mapping, sizes: Sequence[int]) -> np.ndarray:
     """Expected quality [prompts, sizes]."""
     return np.stack([expected_best(scores[record], truth[record], sizes) for record in truth])
@@ -85,11 +80,10 @@ def selected_quality(scores: Mapping, truth: Mapping, sizes: Sequence[int]) -> n
 
 def curve(values: np.ndarray, sizes: Sequence[int]) -> list[dict]:
     """Mean over prompts with its 95 % bootstrap interval, a row an N."""
-    low, high = mean_interval(values)
-    means = values.mean(0)
+    columns = np.array([values.mean(0), *mean_interval(values)]).T.tolist()
     return [
-        {"n": n, "kl": kl(n), "quality": float(mean), "low": float(a), "high": float(b)}
-        for n, mean, a, b in zip(sizes, means, low, high, strict=True)
+        {"n": n, "kl": math.log(n) - (n - 1) / n, "quality": mean, "low": low, "high": high}
+        for n, (mean, low, high) in zip(sizes, columns, strict=True)
     ]
 
 
@@ -149,14 +143,12 @@ def read_values(path: Path, field: str) -> dict[int, np.ndarray]:
                 raise ValueError(f"{source}: {field}: expected a finite number, got {number!r}")
             if values[record].setdefault(index, number) != number:
                 raise ValueError(f"{source}: record {record} has another {field} for response {index}")
-    return {record: in_place(numbers, path, record) for record, numbers in sorted(values.items())}
-
-
-def in_place(numbers: dict[int, float], path: Path, record: int) -> np.ndarray:
-    """Values of the responses 0, 1, ... of a record."""
-    if sorted(numbers) != list(range(len(numbers))):
-        raise ValueError(f"{path}: record {record} lacks some of its responses, it has {len(numbers)}")
-    return np.array([numbers[index] for index in range(len(numbers))], float)
+    for record, numbers in values.items():
+        if sorted(numbers) != list(range(len(numbers))):
+            raise ValueError(f"{path}: record {record} lacks some of its responses, it has {len(numbers)}")
+    return {
+        record: np.array([value for _, value in sorted(own.items())], float) for record, own in sorted(values.items())
+    }
 
 
 def check(truth: Mapping, source: Path, models: Mapping[str, Mapping], largest: int) -> None:

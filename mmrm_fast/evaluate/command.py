@@ -13,7 +13,7 @@ from mmrm_fast.data.census import Kind, counted, told_files
 from mmrm_fast.data.records import RecordError
 from mmrm_fast.evaluate import plots
 from mmrm_fast.evaluate.benchmarks import Item, MissingImage, Unread, read_items
-from mmrm_fast.evaluate.reliability import bootstrap, calibration, credit, rank_correlation, spread, text_controls
+from mmrm_fast.evaluate.reliability import bootstrap, calibration, credit, rank_correlation, text_controls
 from mmrm_fast.files import write_json
 from mmrm_fast.pairs import accuracy
 from mmrm_fast.score.scorer import Scored, Scorer
@@ -205,8 +205,10 @@ def repeatability(scorer: Scorer, items: Sequence[Item]) -> dict:
     runs = []
     for size in BATCH_SIZES:
         results = scorer.score_stream((item.record for item in items[: max(BATCH_SIZES)]), size)
-        runs.append(np.array([reward for result in results if isinstance(result, Scored) for reward in result.rewards]))
-    return {"batch_sizes": BATCH_SIZES, "rewards": len(runs[0]), **spread(runs)}
+        runs.append([reward for result in results if isinstance(result, Scored) for reward in result.rewards])
+    ranges = np.ptp(runs, axis=0)
+    figures = {"largest": float(ranges.max()), "mean": float(ranges.mean())}
+    return {"batch_sizes": BATCH_SIZES, "rewards": len(ranges), **figures}
 
 
 def controls(pairs: Sequence[ScoredPair], *, ordered: bool) -> dict:

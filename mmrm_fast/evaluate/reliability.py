@@ -16,7 +16,7 @@ from mmrm_fast.shortcuts.fit import best_temperature, log_loss
 BINS = 10
 RESAMPLES = 1000
 RESAMPLED_AT_ONCE = 50
-LENGTH_EDGES = (-0.5, -0.1, 0.1, 0.5)
+LENGTH_EDGES = (-0.5, -0.1, 0.1, 0.5)  # of the difference over the longer one
 LENGTH_BUCKETS = ("much shorter", "shorter", "about equal", "longer", "much longer")
 
 
@@ -85,11 +85,6 @@ def mean_interval(values: np.ndarray) -> np.ndarray:
     return np.percentile(times @ values / number, [2.5, 97.5], axis=0)
 
 
-def length_difference(chosen: np.ndarray, rejected: np.ndarray) -> np.ndarray:
-    """Length of the preferred response over the other's, as (chosen - rejected) / the longer one: -1 to 1."""
-    return (chosen - rejected) / np.maximum(np.maximum(chosen, rejected), 1)
-
-
 def text_controls(margins: np.ndarray, chosen: Sequence[str], rejected: Sequence[str]) -> dict:
     """What length and format alone explain.
 
@@ -103,10 +98,12 @@ def text_controls(margins: np.ndarray, chosen: Sequence[str], rejected: Sequence
         difference in characters and in format marks, over pairs in both orders, so that it is 0 for a reward that
         ignores them and does not depend on which response is named first.
     """
-    size = np.array([list(map(len, texts)) for texts in (chosen, rejected)])
-    marks = np.array([list(map(format_marks, texts)) for texts in (chosen, rejected)])
-    longer, marked = (size[0] - size[1]).astype(float), (marks[0] - marks[1]).astype(float)
-    bucket = np.digitize(length_difference(size[0], size[1]), LENGTH_EDGES)
+    size, marks = (
+        np.array([list(map(of, texts)) for texts in (chosen, rejected)], float) for of in (len, format_marks)
+    )
+    longer, marked = size[0] - size[1], marks[0] - marks[1]
+    bucket = np.digitize(longer / np.maximum(size.max(0), 1), LENGTH_EDGES)
+    both_ways = np.concatenate([margins, -margins])
     return {
         "rules": {
             "longer wins": accuracy(longer),
@@ -117,7 +114,10 @@ def text_controls(margins: np.ndarray, chosen: Sequence[str], rejected: Sequence
             name: {"pairs": int(np.sum(bucket == i)), "accuracy": accuracy(margins[bucket == i])}
             for i, name in enumerate(LENGTH_BUCKETS)
         },
-        "correlation": {"length": swapped_correlation(margins, longer), "format": swapped_correlation(margins, marked)},
+        "correlation": {
+            name: rank_correlation(both_ways, np.concatenate([differences, -differences]))
+            for name, differences in (("length", longer), ("format", marked))
+        },
     }
 
 
@@ -128,19 +128,8 @@ def format_marks(text: str) -> int:
     return max(len(lines) - 1, 0) + starts + text.count("**") + text.count("`")
 
 
-def swapped_correlation(margins: np.ndarray, differences: np.ndarray) -> float:
-    """Rank correlation over the pairs in both orders."""
-    return rank_correlation(np.concatenate([margins, -margins]), np.concatenate([differences, -differences]))
-
-
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
     """Spearman's correlation; NaN where one of the two never changes."""
     if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return float("nan")
     return float(spearmanr(x, y).statistic)
-
-
-def spread(runs: Sequence[np.ndarray]) -> dict[str, float]:
-    """How much the same rewards differ between runs: the largest and mean range, [responses] each."""
-    ranges = np.ptp(np.stack(runs), axis=0)
-    return {"largest": float(ranges.max()), "mean": float(ranges.mean())}

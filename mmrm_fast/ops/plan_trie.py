@@ -57,11 +57,6 @@ def plan_trie(keys: np.ndarray, cu_seqlens: np.ndarray, *, min_shared: int = 32)
     _check_sequences(keys, cu_seqlens, min_shared)
     if native() is None:
         return plan_trie_ref(keys, cu_seqlens, min_shared)
-    return plan_trie_cpu(keys, cu_seqlens, min_shared)
-
-
-def plan_trie_cpu(keys: np.ndarray, cu_seqlens: np.ndarray, min_shared: int) -> TriePlan:
-    """`plan_trie_ref` in C++, without the interpreter lock."""
     return TriePlan(*native().plan_trie_cpu(np.ascontiguousarray(keys), np.ascontiguousarray(cu_seqlens), min_shared))
 
 

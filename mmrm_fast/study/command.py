@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -86,11 +86,22 @@ def chosen_methods(text: str) -> list[str]:
 
 
 def chosen_environments(specs: tuple[str, ...]) -> dict[str, Environment]:
-    """Environments from NAME=TRAIN,TEST, or names of shapes environments, by default the first. Raises `ValueError`."""
+    """Environments from NAME=TRAIN,TEST, or names of shapes environments, by default the first three, which all are
+    tested on. Raises `ValueError`.
+    """
     if of_shapes(specs):
         trained = specs or ENVIRONMENTS
         folders = cached_environments(environments=tuple(dict.fromkeys((*trained, *ENVIRONMENTS))))
-        return {name: shapes_environment(name, folder, trained) for name, folder in folders.items()}
+        return {
+            name: Environment(
+                folder / "train.jsonl",
+                folder / "iid.jsonl",
+                {probe: folder / f"{probe}.jsonl" for probe in ("neutral", "reversed")},
+                is_trained=name in trained,
+                is_tested=name in ENVIRONMENTS,
+            )
+            for name, folder in folders.items()
+        }
     environments = {}
     for spec in specs:
         name, _, paths = spec.partition("=")
@@ -109,12 +120,6 @@ def chosen_environments(specs: tuple[str, ...]) -> dict[str, Environment]:
 def of_shapes(specs: tuple[str, ...]) -> bool:
     """Whether the environments are the synthetic ones."""
     return all(spec in ALL_ENVIRONMENTS for spec in specs)
-
-
-def shapes_environment(name: str, folder: Path, trained: Collection[str]) -> Environment:
-    """One of the synthetic environments; trainings on any are tested on the first three."""
-    probes = {probe: folder / f"{probe}.jsonl" for probe in ("neutral", "reversed")}
-    return Environment(folder / "train.jsonl", folder / "iid.jsonl", probes, name in trained, name in ENVIRONMENTS)
 
 
 def is_trained(cell: Cell, environments: Mapping[str, Environment], config: StudyConfig) -> bool:

@@ -6,7 +6,7 @@ methods without a proxy have it too.
 """
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from scipy.stats import permutation_test
 from mmrm_fast.data.records import Group, Records, iter_groups
 from mmrm_fast.evaluate.reliability import credit, mean_interval, text_controls
 from mmrm_fast.files import json_lines, read_json
-from mmrm_fast.pairs import PairRow, accuracy, read_rows, shortcut_failure_degradation, truth_sign
+from mmrm_fast.pairs import PairRow, judged_accuracy, read_rows, summarize, truth_sign
 from mmrm_fast.tables import percent
 
 SFD = (
@@ -66,7 +66,12 @@ class Runs:
         self.cells, self.environments, self.root = tuple(cells), dict(environments), root
         self.methods = list(dict.fromkeys(cell.method for cell in cells))
         self.rows = cache(lambda cell, name: read_rows(cell.folder(root) / f"eval-{name}.jsonl"))
-        self.groups = cache(lambda name: paired_groups(environments[name].test))
+        self.groups = cache(self.read_groups)
+
+    def read_groups(self, environment: str) -> dict[int, Group]:
+        """The records of an environment's test by their position."""
+        groups = iter_groups(Records(self.environments[environment].test, split="test"))
+        return {group.record: group for group in groups if isinstance(group, Group)}
 
     def sets(self, cell: Cell) -> list[tuple[str, str, str]]:
         """The test sets of a cell: what it is, its kind and the name that the run knows it by."""
@@ -82,14 +87,13 @@ class Runs:
                 if kind == "ood":
                     yield test, self.rows(cell, name)
 
-    def proxy_margins(self, cell: Cell, name: str) -> np.ndarray | None:
-        """Margins of the text-only proxy that judges a cell on a test set; None where no method has one."""
-        for other in self.cells:
-            if (other.environment, other.seed) == (cell.environment, cell.seed):
-                rows = self.rows(other, name)
-                if rows and rows[0].proxy_margin is not None:
-                    return np.array([row.proxy_margin for row in rows])
-        return None
+    def figures(self, cell: Cell, name: str) -> dict[str, float]:
+        """The figures of a cell on a test set, with the first text-only proxy of its data and seed, if one is there."""
+        likes = [other for other in self.cells if (other.environment, other.seed) == (cell.environment, cell.seed)]
+        judged = ([row.proxy_margin for row in self.rows(other, name)] for other in likes)
+        rows = self.rows(cell, name)
+        proxies = next((found for found in judged if None not in found), [None] * len(rows))
+        return summarize([replace(row, proxy_margin=proxy) for row, proxy in zip(rows, proxies, strict=True)])
 
 
 def study_figures(runs: Runs) -> dict:
@@ -111,14 +115,10 @@ def study_figures(runs: Runs) -> dict:
 def test_rows(cell: Cell, runs: Runs) -> Iterator[dict]:
     """The figures of one model on every test set."""
     for test, kind, name in runs.sets(cell):
-        rows, proxy = runs.rows(cell, name), runs.proxy_margins(cell, name)
-        margins, sign = np.array([row.margin for row in rows]), truth_sign(rows)
-        known = sign != 0
-        figures = {"pairs": len(rows), "labels": accuracy(margins), "judged": accuracy((margins * sign)[known])}
-        if proxy is not None:
-            figures["proxy"] = accuracy(proxy)
-            figures["sfd"] = shortcut_failure_degradation((margins * sign)[known], (proxy * sign)[known])
-        yield {**vars(cell), "test": test, "kind": kind, **figures}
+        own = runs.figures(cell, name)
+        row = {"pairs": own["pairs"], "labels": own["accuracy"], "judged": judged_accuracy(own)}
+        proxy = {"proxy": own["proxy_accuracy"], "sfd": own["sfd"]} if "sfd" in own else {}
+        yield {**vars(cell), "test": test, "kind": kind, **row, **proxy}
 
 
 def means(tests: Sequence[dict]) -> dict[str, dict[str, float]]:
@@ -138,7 +138,8 @@ def means(tests: Sequence[dict]) -> dict[str, dict[str, float]]:
 def means_table(results: dict) -> tuple[list[str], list[list[str]]]:
     """Heads and rows of text: by method and trained environment (mean over seeds), then the means with their spread.
 
-    A row without cells stands between methods; figures that no method has are left out.
+    Time and memory are over the first method's. A row without cells stands between methods; figures that no method has
+    are left out.
     """
     shown = [figure for figure in FIGURES if any(figure in overall for overall in results["means"].values())]
     rows = []
@@ -149,14 +150,10 @@ def means_table(results: dict) -> tuple[list[str], list[list[str]]]:
             cells = [percent(own.get(figure, {}).get("mean")) for figure in shown]
             rows += [[method, name, *cells, *([""] * len(COSTS))]] if tests else []
         cells = [mean_and_spread(overall.get(figure)) for figure in shown]
-        rows += [[method, "mean ± spread", *cells, *relative_costs(method, results)], []]
+        own, first = results["costs"][method], next(iter(results["costs"].values()))
+        costs = [f"{own[name] / first[name]:.2f}" if own[name] and first[name] else "-" for name in COSTS]
+        rows += [[method, "mean ± spread", *cells, *costs], []]
     return ["method", "trained on", *map(FIGURES.get, shown), *COSTS], rows[:-1]
-
-
-def relative_costs(method: str, results: dict) -> list[str]:
-    """What a method's trainings take over the first method's, a dash where one is not known."""
-    own, first = results["costs"][method], next(iter(results["costs"].values()))
-    return [f"{own[name] / first[name]:.2f}" if own[name] and first[name] else "-" for name in COSTS]
 
 
 def cost(method: str, runs: Runs) -> dict[str, float | None]:
@@ -233,11 +230,6 @@ def ood_credits(method: str, runs: Runs) -> dict[tuple[str, int], list[float]]:
             if known:
                 credits.setdefault((test, row.record), []).append(float(right))
     return credits
-
-
-def paired_groups(test: Path) -> dict[int, Group]:
-    """The records of a test file by their position."""
-    return {group.record: group for group in iter_groups(Records(test, split="test")) if isinstance(group, Group)}
 
 
 def rules(environment: str, runs: Runs) -> dict[str, float]:

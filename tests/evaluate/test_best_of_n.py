@@ -12,7 +12,7 @@ import tyro
 from mmrm_fast.cli import main
 from mmrm_fast.data.records import Records
 from mmrm_fast.data.scenes import ATTRIBUTES
-from mmrm_fast.evaluate.best_of_n import expected_best, kl, named_files, parse_sizes
+from mmrm_fast.evaluate.best_of_n import curve, expected_best, named_files, parse_sizes
 from mmrm_fast.study.candidates import make_candidates
 
 
@@ -47,7 +47,8 @@ def test_the_expectation_is_exact_for_many_responses():
 
 
 def test_kl_of_best_of_n():
-    assert [kl(1), kl(2), kl(64)] == pytest.approx([0, np.log(2) - 0.5, np.log(64) - 63 / 64])
+    rows = curve(np.ones((2, 3)), [1, 2, 64])
+    assert [row["kl"] for row in rows] == pytest.approx([0, np.log(2) - 0.5, np.log(64) - 63 / 64])
 
 
 @pytest.mark.parametrize(

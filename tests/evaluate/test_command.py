@@ -1,6 +1,7 @@
 """The evaluate command end to end: a random reward model on small files in published layouts."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -98,6 +99,14 @@ def test_every_item_is_scored_as_the_scorer_scores_it(folder, tmp_path, pictures
     assert results["reliability"]["repeatability"]["rewards"] == 18
     assert results["reliability"]["repeatability"]["largest"] < 1e-5
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.json", "reliability.svg", "margins.svg"}
+
+
+def test_repeatability_is_the_range_of_each_reward_over_batch_sizes():
+    record = Group("f:1", 0, None, "?", None, (), ("a", "b"))
+    runs = iter([(1.0, 2.0), (1.5, 2.0), (1.25, 2.0)])
+    scorer = SimpleNamespace(score_stream=lambda records, size: [Scored(record, next(runs), (False,) * 2)])
+    figures = command.repeatability(scorer, [Item("a", record)])
+    assert (figures["rewards"], figures["largest"], figures["mean"]) == (2, 0.5, 0.25)
 
 
 def test_a_missing_image_is_listed_and_counted_and_neither_right_nor_wrong(folder, tmp_path, pictures, capsys):

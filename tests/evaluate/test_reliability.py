@@ -83,8 +83,3 @@ def test_correlation_does_not_depend_on_which_response_is_named_first():
     )
     assert straight == pytest.approx(flipped)
     assert straight > 0.9
-
-
-def test_spread_is_the_range_of_each_reward_over_the_runs():
-    runs = [np.array([1.0, 2.0]), np.array([1.5, 2.0]), np.array([1.25, 2.0])]
-    assert reliability.spread(runs) == {"largest": 0.5, "mean": 0.25}

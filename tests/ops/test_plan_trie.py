@@ -5,7 +5,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
-from mmrm_fast.ops.plan_trie import TriePlan, plan_trie, plan_trie_cpu, plan_trie_ref
+from mmrm_fast.ops.plan_trie import TriePlan, plan_trie, plan_trie_ref
 
 
 @pytest.fixture(params=["ref", "cpu"])
@@ -14,7 +14,7 @@ def backend(request):
         return plan_trie_ref
     import mmrm_fast._native  # noqa: F401, a missing build fails here instead of being skipped
 
-    return plan_trie_cpu
+    return lambda keys, cu_seqlens, min_shared: plan_trie(keys, cu_seqlens, min_shared=min_shared)
 
 
 def join(sequences):

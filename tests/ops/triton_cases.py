@@ -23,6 +23,10 @@ FLOAT32_SUM = 1e-6  # of a sum whose terms cancel, relative to the largest resul
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
+packed_by_triton = partial(run_triton, "pack_image_tokens", "pack_image_tokens_fwd", None)
+grads_by_triton = partial(run_triton, "pack_image_tokens", "pack_image_tokens_bwd", None)
+losses_by_triton = partial(run_triton, "pair_loss", "pair_loss_fwd", None)
+
 
 @pytest.fixture(autouse=True)
 def uninitialised_memory_is_nan():
@@ -68,21 +72,21 @@ def strided(tensor):
 def test_pack_image_tokens(source, width, dtype):
     embedding, features = random(4, width, dtype=dtype), random(5, width, dtype=dtype, seed=1)
     source = torch.tensor(source).long()
-    packed = pack.pack_image_tokens_fwd_triton(strided(embedding), strided(features), source)
+    packed = packed_by_triton(strided(embedding), strided(features), source)
     assert torch.equal(packed, pack_image_tokens_ref(embedding, features, source))
     index, grad = source_index(source), random(len(source), width, dtype=dtype, seed=2)
     index = (index.order, index.segment_ptr, index.segment_source)
     for need_embedding in (True, False):
         args = (strided(grad), *index, 4, 5, need_embedding)
-        assert_as_exact(pack.pack_image_tokens_bwd_triton, pack_image_tokens_bwd_ref, *args)
+        assert_as_exact(grads_by_triton, pack_image_tokens_bwd_ref, *args)
 
 
 @by_dtype
 @pytest.mark.parametrize("width", [0, 4])
 def test_pack_image_tokens_of_one_kind(width, dtype):
     table, none = random(3, width, dtype=dtype), torch.empty(0, width, dtype=dtype)
-    assert torch.equal(pack.pack_image_tokens_fwd_triton(table, none, torch.tensor([2, 0])), table[[2, 0]])
-    assert torch.equal(pack.pack_image_tokens_fwd_triton(none, table, torch.tensor([-3, -1])), table[[2, 0]])
+    assert torch.equal(packed_by_triton(table, none, torch.tensor([2, 0])), table[[2, 0]])
+    assert torch.equal(packed_by_triton(none, table, torch.tensor([-3, -1])), table[[2, 0]])
 
 
 @pytest.mark.parametrize(("num_chunks", "width"), [(700, 5), (70, 130), (1, 3), (0, 3)])
@@ -98,7 +102,7 @@ def test_sum_of_chunks(num_chunks, width):
 def test_pair_loss(mode, options, scale):
     for num_pairs in (0, 1, 30):
         args = [strided_tensor(a) for a in op_args(mode, options, num_pairs=num_pairs, scale=scale)]
-        assert_as_exact(pairs.pair_loss_fwd_triton, pair_loss_ref, *args)
+        assert_as_exact(losses_by_triton, pair_loss_ref, *args)
 
 
 def strided_tensor(value):
@@ -107,14 +111,14 @@ def strided_tensor(value):
 
 def test_pair_loss_in_chunks():
     args = op_args("paper", "all", num_pairs=3 * pairs.CHUNK + 100)
-    assert_as_exact(pairs.pair_loss_fwd_triton, pair_loss_ref, *args)
-    runs = [pairs.pair_loss_fwd_triton(*args) for _ in range(2)]
+    assert_as_exact(losses_by_triton, pair_loss_ref, *args)
+    runs = [losses_by_triton(*args) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 def test_float64_takes_the_reference():
     function = partial(run_triton, "pair_loss", "pair_loss_fwd", pair_loss_ref)
-    for dtype, expected in ((torch.float32, pairs.pair_loss_fwd_triton), (torch.float64, pair_loss_ref)):
+    for dtype, expected in ((torch.float32, losses_by_triton), (torch.float64, pair_loss_ref)):
         args = op_args("paper", dtype=dtype)
         assert all(torch.equal(a, b) for a, b in zip(function(*args), expected(*args), strict=True))
 

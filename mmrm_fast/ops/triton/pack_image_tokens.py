@@ -54,6 +54,7 @@ def pack_image_tokens_bwd_kernel(
 
 
 def pack_image_tokens_fwd_plan(embedding: Tensor, features: Tensor, source: Tensor) -> Plan:
+    """The packed stream [T, D]."""
     num_tokens, num_columns = source.shape[0], embedding.shape[1]
     out = embedding.new_empty(num_tokens, num_columns)
     block = block_size(num_columns)
@@ -73,6 +74,7 @@ def pack_image_tokens_bwd_plan(
     grad: Tensor, order: Tensor, segment_ptr: Tensor, segment_source: Tensor, num_embeddings: int, num_features: int,
     need_embedding: bool,
 ) -> Plan:  # fmt: skip
+    """Gradients of embedding [V, D] ([0, D] where not needed) and features [F, D], summed in float32 in token order."""
     num_segments, num_columns = segment_source.shape[0], grad.shape[1]
     num_rows = (num_embeddings if need_embedding else 0, num_features)
     outputs = tuple(torch.zeros(rows, num_columns, dtype=grad.dtype, device=grad.device) for rows in num_rows)
@@ -91,17 +93,3 @@ def pack_image_tokens_bwd_plan(
     }
     grid = (num_segments, triton.cdiv(num_columns, block))
     return Plan(outputs, (Launch(pack_image_tokens_bwd_kernel, grid, arguments, warps(block)),))
-
-
-def pack_image_tokens_fwd_triton(embedding, features, source):
-    """The packed stream [T, D]."""
-    return pack_image_tokens_fwd_plan(embedding, features, source).run()[0]
-
-
-def pack_image_tokens_bwd_triton(
-    grad, order, segment_ptr, segment_source, num_embeddings, num_features, need_embedding
-):
-    """Gradients of embedding [V, D] ([0, D] where not needed) and features [F, D], summed in float32 in token order."""
-    return pack_image_tokens_bwd_plan(
-        grad, order, segment_ptr, segment_source, num_embeddings, num_features, need_embedding
-    ).run()

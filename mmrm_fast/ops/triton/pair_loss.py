@@ -92,6 +92,7 @@ def pair_loss_fwd_kernel(
 
 
 def pair_loss_fwd_plan(margin, proxy_margin, demand, weight, mode, label_smoothing) -> Plan:
+    """Sums over pairs, SFC and both gradient factors, in float32; arguments as those of `pair_loss_ref`."""
     num_pairs = margin.shape[0]
     block = block_size(num_pairs, CHUNK)
     num_chunks = triton.cdiv(num_pairs, block)
@@ -113,8 +114,3 @@ def pair_loss_fwd_plan(margin, proxy_margin, demand, weight, mode, label_smoothi
     if num_chunks > 1:
         launches.append(sum_chunks(chunks, sums))
     return Plan((sums, sfc, slope, proxy_slope), tuple(launches))
-
-
-def pair_loss_fwd_triton(*arguments):
-    """Sums over pairs, SFC and both gradient factors, in float32; arguments as those of `pair_loss_ref`."""
-    return pair_loss_fwd_plan(*arguments).run()
