@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -47,9 +48,10 @@ class Machine:
 
 def this_machine() -> Machine:
     """The machine that this process runs on."""
-    gpus = range(torch.cuda.device_count())
+    gpus, info = range(torch.cuda.device_count()), Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*: (.*)$", info.read_text() if info.is_file() else "", re.MULTILINE)
     return Machine(
-        cpu=cpu_name(),
+        cpu=named[1] if named else platform.processor(),
         cpus=len(os.sched_getaffinity(0)),
         devices=tuple((torch.cuda.get_device_name(gpu), *torch.cuda.get_device_capability(gpu)) for gpu in gpus),
         driver=driver_version(),
@@ -76,25 +78,14 @@ def driver_version() -> int:
     return found.value if driver.cuDriverGetVersion(ctypes.byref(found)) == 0 else 0
 
 
-def cpu_name() -> str:
-    """The processor's name as the system gives it."""
-    info = Path("/proc/cpuinfo")
-    named = re.search(r"^model name\s*: (.*)$", info.read_text() if info.is_file() else "", re.MULTILINE)
-    return named[1] if named else platform.processor()
-
-
 def commit() -> str:
     """The commit of the clone that the package stands in, with a hash of what is changed; empty outside of one."""
     if not (CLONE / ".git").exists():
         return ""
-    head, changes = git("describe", "--always"), git("diff", "HEAD", "--", "*.py", "csrc", "CMakeLists.txt")
-    return f"{head}-{hashlib.sha256(changes.encode()).hexdigest()[:8]}" if changes else head
-
-
-def git(*arguments: str) -> str:
-    """What git prints in the clone; empty where it fails or is not installed."""
+    git = partial(subprocess.check_output, cwd=CLONE, text=True, stderr=subprocess.DEVNULL)
     try:
-        command = ["git", "-C", str(CLONE), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        head = git(["git", "describe", "--always"]).strip()
+        changes = git(["git", "diff", "HEAD", "--", "*.py", "csrc", "CMakeLists.txt"]).strip()
+    except (OSError, subprocess.CalledProcessError):  # git is not installed
         return ""
+    return f"{head}-{hashlib.sha256(changes.encode()).hexdigest()[:8]}" if changes else head

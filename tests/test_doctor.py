@@ -134,7 +134,7 @@ def test_results_say_which_code_they_are_of(monkeypatch, tmp_path):
     (tmp_path / ".git").mkdir()
     monkeypatch.setattr(machine, "CLONE", tmp_path)
     answers = {"describe": "abc1234", "diff": ""}
-    monkeypatch.setattr(machine, "git", lambda name, *_: answers[name])
+    monkeypatch.setattr(machine.subprocess, "check_output", lambda command, **_: answers[command[1]])
     commits = []
     for answers["diff"] in ("", "+ one", "+ another"):
         commits.append(machine.commit())

@@ -12,16 +12,14 @@ from mmrm_fast.ops.native import contiguous, run
 from mmrm_fast.ops.triton import register
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-INDEX = "Tensor order, Tensor segment_ptr, Tensor segment_source"
+INDEX = "Tensor order, Tensor segment_ptr, Tensor segment_source"  # to go back with
 
 library = torch.library.Library("mmrm_fast", "FRAGMENT")
-library.define("pack_image_tokens_fwd(Tensor embedding, Tensor features, Tensor source) -> Tensor")
+library.define(f"pack_image_tokens_fwd(Tensor embedding, Tensor features, Tensor source, {INDEX}) -> Tensor")
 library.define(
     f"pack_image_tokens_bwd(Tensor grad, {INDEX}, int num_embeddings, int num_features, bool need_embedding)"
     " -> (Tensor grad_embedding, Tensor grad_features)"
 )
-# The two as one differentiable op, which has the index to go back with.
-library.define(f"pack_image_tokens(Tensor embedding, Tensor features, Tensor source, {INDEX}) -> Tensor")
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class SourceIndex:
         return SourceIndex(*(t.to(device, non_blocking=non_blocking) for t in tensors))
 
 
-def pack_image_tokens_ref(embedding, features, source):
+def pack_image_tokens_ref(embedding, features, source, *_):
     """What the op means, in plain torch; any device."""
     out = embedding.new_empty(source.shape[0], embedding.shape[1])
     is_image = source < 0
@@ -61,15 +59,7 @@ def pack_image_tokens_bwd_ref(grad, order, segment_ptr, segment_source, num_embe
     return tuple(grads)
 
 
-def pack_image_tokens_composite(embedding, features, source, *_):
-    """The forward pass of the device; the index is for the backward."""
-    return torch.ops.mmrm_fast.pack_image_tokens_fwd(embedding, features, source)
-
-
-library.impl("pack_image_tokens", pack_image_tokens_composite, "CompositeExplicitAutograd")
-
-
-def pack_image_tokens_fwd_native(embedding, features, source):
+def pack_image_tokens_fwd_native(embedding, features, source, *_):
     """`pack_image_tokens_ref` in C++ or CUDA C++."""
     out = _empty_stream(embedding, source)
     run("pack_image_tokens_fwd", *contiguous(embedding, features, source), out, on=out)
@@ -103,7 +93,6 @@ register(
 
 
 @torch.library.register_fake("mmrm_fast::pack_image_tokens_fwd", lib=library)
-@torch.library.register_fake("mmrm_fast::pack_image_tokens", lib=library)
 def _(embedding, features, source, *_):
     return _empty_stream(embedding, source)
 
@@ -113,7 +102,7 @@ def _(grad, order, segment_ptr, segment_source, *sizes):
     return _empty_grads(grad, *sizes)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup(ctx, inputs, output):
     embedding, features, _, *index = inputs
     ctx.num_rows = embedding.shape[0], features.shape[0]
     ctx.save_for_backward(*index)
@@ -125,7 +114,7 @@ def _backward(ctx, grad):
     return *(g if need else None for g, need in zip(grads, needed, strict=True)), *[None] * 4
 
 
-torch.library.register_autograd("mmrm_fast::pack_image_tokens", _backward, setup_context=_setup_context, lib=library)
+torch.library.register_autograd("mmrm_fast::pack_image_tokens_fwd", _backward, setup_context=_setup, lib=library)
 
 
 def source_index(source: Tensor) -> SourceIndex:
@@ -166,6 +155,6 @@ def pack_image_tokens(embedding_VD: Tensor, features_FD: Tensor, source_T: Tenso
         raise ValueError(f"source must be [T] int64, got {list(source_T.shape)} {source_T.dtype}")
     if index.order.shape != source_T.shape:
         raise ValueError(f"the index is of {index.order.shape[0]} tokens, not of {source_T.shape[0]}")
-    return torch.ops.mmrm_fast.pack_image_tokens(
+    return torch.ops.mmrm_fast.pack_image_tokens_fwd(
         embedding_VD, features_FD, source_T, index.order, index.segment_ptr, index.segment_source
     )

@@ -80,19 +80,12 @@ def maps(results: dict) -> dict[str, dict[str, list]]:
 
 def matrix(results: dict, method: str, key: str, worst: float, best: float) -> list[list[tuple[float | None, str]]]:
     """A figure of one method, a row a trained environment, with its colour from `worst` (red) to `best` (blue)."""
-    names = list(results["environments"])
-    values = [[cell_mean(results, method, trained, tested, key) for tested in names] for trained in names]
+    found: dict[tuple[str, str], list[float]] = {}  # by seed
+    for row in (row for row in results["tests"] if row["method"] == method and key in row):
+        found.setdefault((row["environment"], row["test"]), []).append(row[key])
+    means, names = {place: float(np.mean(values)) for place, values in found.items()}, results["environments"]
+    values = [[means.get((trained, tested)) for tested in names] for trained in names]
     return [[(value, colour(value, worst, best)) for value in row] for row in values]
-
-
-def cell_mean(results: dict, method: str, trained: str, tested: str, key: str) -> float | None:
-    """A figure of one method, trained and tested environment, over seeds; None where there is none."""
-    values = [
-        row[key]
-        for row in results["tests"]
-        if (row["method"], row["environment"], row["test"]) == (method, trained, tested) and key in row
-    ]
-    return float(np.mean(values)) if values else None
 
 
 def controls(results: dict) -> dict[str, list]:

@@ -29,7 +29,8 @@ SPLITS = {"ood": "iid", "reversed": "reversed"}  # kinds of sets, and the split 
 
 def selection_figures(cells: Sequence[Cell], root: Path) -> dict:
     """What study.json holds of best-of-N: by model and set, and by kind of set curves over N and paired comparisons."""
-    tasks = [(cell, name) for cell in cells for name in sets_of(cell)]
+    sets = {cell: [("ood", name) for name in ENVIRONMENTS if name != cell.environment] for cell in cells}
+    tasks = [(cell, name) for cell, own in sets.items() for name in (*own, ("reversed", cell.environment))]
     truths = {name: read_values(candidates(root, *name), "truth") for name in dict.fromkeys(name for _, name in tasks)}
     score_missing([task for task in tasks if not scores_file(root, *task).exists()], root)
     selected = {
@@ -48,22 +49,14 @@ def kind_figures(kind: str, selected: Selected, truths: Mapping) -> dict:
     methods, curves, last = list(dict.fromkeys(cell.method for cell, _ in selected)), {}, {}
     for method in methods:
         own = {task: v for task, v in selected.items() if (task[0].method, task[1][0]) == (method, kind)}
-        prompts = by_prompt(own)
-        rows = curve(np.array([np.mean(values, axis=0) for values in prompts.values()]), SIZES)
-        curves[method] = [row | {"spread": spread} for row, spread in zip(rows, seed_spread(own), strict=True)]
-        last[method] = {prompt: [float(v[-1]) for v in values] for prompt, values in prompts.items()}
+        sets = {name: [v for (_, other), v in own.items() if other == name] for _, name in own}
+        quality = np.concatenate([np.mean(models, axis=0) for models in sets.values()])  # [prompts of all sets, sizes]
+        spreads = seed_spread(own)
+        curves[method] = [row | {"spread": own} for row, own in zip(curve(quality, SIZES), spreads, strict=True)]
+        last[method] = dict(enumerate(quality[:, -1:]))
     known = [selected_quality(truth, truth, SIZES) for name, truth in truths.items() if name[0] == kind]
     curves[ORACLE] = curve(np.concatenate(known), SIZES)
     return {"curves": curves, "comparisons": compare(pairs_of(methods), last)}
-
-
-def by_prompt(own: Selected) -> dict[tuple, list[np.ndarray]]:
-    """The quality [sizes] that each model selects, by set and prompt."""
-    prompts: dict[tuple, list[np.ndarray]] = {}
-    for (_, name), values in own.items():
-        for prompt, qualities in enumerate(values):
-            prompts.setdefault((*name, prompt), []).append(qualities)
-    return prompts
 
 
 def seed_spread(own: Selected) -> list[float | None]:
@@ -71,12 +64,6 @@ def seed_spread(own: Selected) -> list[float | None]:
     seeds = {cell.seed for cell, _ in own}
     means = [np.mean([v.mean(0) for (cell, _), v in own.items() if cell.seed == seed], axis=0) for seed in seeds]
     return np.std(means, axis=0).tolist() if len(seeds) > 1 else [None] * len(SIZES)
-
-
-def sets_of(cell: Cell) -> list[tuple[str, str]]:
-    """The (kind, environment) of the sets that a model selects from."""
-    others = [("ood", name) for name in ENVIRONMENTS if name != cell.environment]
-    return [*others, ("reversed", cell.environment)]
 
 
 def candidates(root: Path, kind: str, environment: str) -> Path:

@@ -53,7 +53,7 @@ def pack_image_tokens_bwd_kernel(
             tl.store(grad_features + (-1 - row) * num_columns + column, x, mask=mask)
 
 
-def pack_image_tokens_fwd_plan(embedding: Tensor, features: Tensor, source: Tensor) -> Plan:
+def pack_image_tokens_fwd_plan(embedding: Tensor, features: Tensor, source: Tensor, *_) -> Plan:
     """The packed stream [T, D]."""
     num_tokens, num_columns = source.shape[0], embedding.shape[1]
     out = embedding.new_empty(num_tokens, num_columns)
