@@ -49,9 +49,10 @@ def choose(op: str, machine: Built) -> Choice:
     if op in HOST_OPS or not machine.devices:
         return choose_on_cpu(op, machine)
     if op == "trie_attention":
-        if machine.packages["flash-attn"]:
-            return Choice("flash-attn", "it is installed; fp32 runs node by node in torch")
-        return Choice("torch", "flash-attn is not installed: the slow path, node by node")
+        old = [f"{name} is sm_{major}{minor}" for name, major, minor in machine.devices if major < 8]
+        if old:
+            return Choice("torch", f"{old[0]}, FlashAttention needs sm_80: the slow path, node by node")
+        return Choice("FlashAttention", "torch's own; fp32 runs node by node in torch")
     obstacle, _ = cuda_obstacle(machine)
     if not obstacle:
         return Choice("CUDA C++", "compiled for these GPUs, and the driver takes its cudart")
@@ -100,9 +101,6 @@ def remedies(machine: Built) -> Iterator[str]:
         yield f"CUDA kernels: {obstacle}: {remedy}"
     if not machine.packages["triton"]:
         yield "Triton: pip install 'triton>=3.5'; without it ops run their references on the GPU"
-    if not machine.packages["flash-attn"]:
-        install = "pip install 'flash-attn>=2.8' --no-build-isolation"
-        yield f"flash-attn: {install}; without it attention on the GPU takes the slow path"
 
 
 def cuda(version: int) -> str:
@@ -128,8 +126,8 @@ def facts(machine: Built) -> dict[str, str]:
 def lines(machine: Built) -> Iterator[str]:
     """The report."""
     yield from (f"{name:<20}{value}" for name, value in facts(machine).items())
-    yield f"\n{'op':<20}{'runs here on':<14}why"
-    yield from (f"{op:<20}{backend:<14}{why}" for op in OPS for backend, why in [choose(op, machine)])
+    yield f"\n{'op':<20}{'runs here on':<16}why"
+    yield from (f"{op:<20}{backend:<16}{why}" for op in OPS for backend, why in [choose(op, machine)])
     missing = list(remedies(machine))
     yield "\nto do:" if missing else "\nnothing is missing"
     yield from (f"  {remedy}" for remedy in missing)

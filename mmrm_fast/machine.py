@@ -15,7 +15,7 @@ import torch
 
 from mmrm_fast import __version__
 
-PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pillow", "triton", "flash-attn", "ray")
+PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pillow", "triton", "ray")
 CLONE = Path(__file__).parents[1]
 
 

@@ -18,7 +18,7 @@ from mmrm_fast.data.prompt import image_rows, place_images
 from mmrm_fast.data.samples import Notes, Preparer, ProxyImage, Sample
 from mmrm_fast.data.types import RecordError
 from mmrm_fast.ops.pack_image_tokens import SourceIndex, source_index
-from mmrm_fast.ops.plan_trie import TriePlan, plan_trie
+from mmrm_fast.ops.plan_trie import TriePlan, attention_calls, plan_trie
 
 MIN_SHARED = 32  # shorter shared runs are recomputed instead of becoming a node
 REGIME_SHIFT = 40  # token keys are far below it
@@ -56,6 +56,10 @@ class TokenPlan(OnDevice):
     read_row_R: Tensor  # int64: each response's row among those
     read_kv_index: Tensor  # int64: what each of the distinct ones attends over, one after another
     read_cu_seqlens_k: Tensor  # int32: their edges
+    calls: Tensor  # int32, see `plan_trie.AttentionCalls`
+    call_sizes: tuple[int, ...]
+    read_calls: Tensor  # of the tokens that are read alone
+    read_call_sizes: tuple[int, ...]
     max_seqlen_q: int
     max_seqlen_k: int
     num_tokens_unshared: int  # tokens of all sequences, as if nothing were shared
@@ -68,8 +72,8 @@ class TokenPlan(OnDevice):
 
     def attention_plan(self) -> dict[str, Tensor | int]:
         """The keyword arguments that the attention reads, the last layer's among them."""
-        names = ("cu_seqlens_q", "kv_index", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
-        names += ("read_index", "read_kv_index", "read_cu_seqlens_k")
+        names = ("cu_seqlens_q", "kv_index", "cu_seqlens_k", "calls", "call_sizes", "max_seqlen_q", "max_seqlen_k")
+        names += ("read_index", "read_kv_index", "read_cu_seqlens_k", "read_calls", "read_call_sizes")
         return {name: getattr(self, name) for name in names}
 
 
@@ -168,6 +172,7 @@ def plan_tokens(sequences: Sequence[np.ndarray], rope_regime: Callable[[int], in
     source_T = torch.from_numpy(keys[plan.token_index])
     read_index, read_row = np.unique(plan.last_index, return_inverse=True)
     paths = [*map(partial(path, plan), read_index)]
+    calls, read_calls = attention_calls(plan), attention_calls(plan, read_index)
     return TokenPlan(
         source_T=source_T,
         source_index=source_index(source_T),
@@ -180,6 +185,10 @@ def plan_tokens(sequences: Sequence[np.ndarray], rope_regime: Callable[[int], in
         read_row_R=torch.from_numpy(read_row),
         read_kv_index=torch.from_numpy(np.concatenate(paths)),
         read_cu_seqlens_k=torch.from_numpy(np.cumsum([0, *map(len, paths)], dtype=np.int32)),
+        calls=torch.from_numpy(calls.edges),
+        call_sizes=calls.sizes,
+        read_calls=torch.from_numpy(read_calls.edges),
+        read_call_sizes=read_calls.sizes,
         max_seqlen_q=int(np.diff(plan.cu_seqlens_q).max()),
         max_seqlen_k=int(np.diff(plan.cu_seqlens_k).max()),
         num_tokens_unshared=len(keys),

@@ -18,8 +18,11 @@ from mmrm_fast.data.packing import TokenPlan
 from mmrm_fast.ops.trie_attention import trie_attention
 
 NAME = "mmrm_trie"
-PLAN = ("cu_seqlens_q", "kv_index", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
-READ_ELSEWHERE = ("read_index", "read_kv_index", "read_cu_seqlens_k", "position_ids", "output_router_logits")
+PLAN = ("cu_seqlens_q", "kv_index", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "calls", "call_sizes")
+READ_ELSEWHERE = (
+    "read_index", "read_kv_index", "read_cu_seqlens_k", "read_calls", "read_call_sizes", "position_ids",
+    "output_router_logits",
+)  # fmt: skip
 PRE_NORM_LAYERS = (
     "GptOssDecoderLayer", "LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "Qwen3MoeDecoderLayer",
 )  # fmt: skip
@@ -48,7 +51,7 @@ def trie_attention_forward(
     check_options(module, {**options, "attention_mask": attention_mask, "dropout": dropout or None})
     out = trie_attention(
         *(x[0].transpose(0, 1) for x in (query, key, value)),
-        **{name: options[name] for name in PLAN},
+        **{name: options[name] for name in PLAN if name in options},
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=sliding_window,
         sink_H=s_aux,
@@ -102,6 +105,8 @@ def read_attention(
     position_embeddings: tuple[Tensor, Tensor],
     read_kv_index: Tensor,
     read_cu_seqlens_k: Tensor,
+    read_calls: Tensor,
+    read_call_sizes: tuple[int, ...],
     max_seqlen_k: int,
     **kwargs,
 ) -> Tensor:
@@ -122,6 +127,7 @@ def read_attention(
         s_aux=getattr(attention, "sinks", None),
         cu_seqlens_q=torch.arange(len(read_index) + 1, dtype=torch.int32, device=read_index.device),
         kv_index=read_kv_index, cu_seqlens_k=read_cu_seqlens_k, max_seqlen_q=1, max_seqlen_k=max_seqlen_k,
+        calls=read_calls, call_sizes=read_call_sizes,
     )  # fmt: skip
     return attention.o_proj(out.flatten(2))
 

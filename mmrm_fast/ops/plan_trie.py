@@ -31,6 +31,59 @@ class TriePlan:
     last_index: np.ndarray  # [N] int64, packed index of each sequence's last token
 
 
+class AttentionCalls(NamedTuple):
+    """Calls of a variable-length kernel over a trie: the first of each node's queries over its own tokens, causal; one
+    more a level of ancestors, of all their descendants' queries over their tokens, each over all of them.
+    """
+
+    edges: np.ndarray  # int32; a call: its queries among all (of the first none, as it has all), cu_seqlens_q and _k
+    sizes: tuple[int, ...]  # a call: its queries, its runs of them, the longest of those, and of keys
+
+
+def attention_calls(plan: TriePlan, queries: np.ndarray | None = None) -> AttentionCalls:
+    """How attention goes over a plan without a copy of any key, as a node's descendants are neighbours.
+
+    Args:
+        queries: [Q] int64, increasing: packed tokens that attend, where not all do.
+    """
+    edges = plan.cu_seqlens_q
+    if queries is not None:
+        edges = np.union1d(edges, queries + 1)  # nodes are cut behind them, so that what a query sees of one is all
+    parents = _parents(plan, edges)
+    depths, ends = np.full(len(edges), -1), edges[1:].copy()
+    for node, parent in enumerate(parents):
+        depths[node] = depths[parent] + 1
+    for node in reversed(range(len(parents))):
+        if parents[node] >= 0:
+            ends[parents[node]] = max(ends[parents[node]], ends[node])
+    calls = [(np.arange(0), edges if queries is None else np.searchsorted(queries, edges), edges)]
+    for depth in range(depths.max()):
+        own = np.flatnonzero((depths[:-1] == depth) & (ends > edges[1:]))
+        runs = np.stack([edges[own + 1], ends[own]])
+        runs = runs if queries is None else np.searchsorted(queries, runs)
+        rows = np.concatenate([np.arange(begin, end) for begin, end in runs.T])
+        cu_seqlens_q = np.repeat(np.cumsum([0, *(runs[1] - runs[0])]), 2)  # keys between ancestors have no queries
+        calls.append((rows, cu_seqlens_q, [0, *np.stack([edges[own], edges[own + 1]], 1).flat, edges[-1]]))
+    return AttentionCalls(
+        edges=np.concatenate([part for call in calls for part in call]).astype(np.int32),
+        sizes=tuple(int(n) for rows, *runs in calls for n in (len(rows), len(runs[0]) - 1, *map(_longest, runs))),
+    )
+
+
+def _parents(plan: TriePlan, edges: np.ndarray) -> np.ndarray:
+    """The parent of each node, -1 for a root; of nodes that were cut at `edges`, the part before or its last one."""
+    starts = edges[:-1]
+    node = np.searchsorted(plan.cu_seqlens_q, starts, side="right") - 1
+    shared = np.diff(plan.cu_seqlens_k)[node] - np.diff(plan.cu_seqlens_q)[node]  # ancestors' tokens
+    above = np.where(shared > 0, plan.kv_index[plan.cu_seqlens_k[node] + shared - 1], -1)
+    above = np.where(starts > plan.cu_seqlens_q[node], starts - 1, above)
+    return np.searchsorted(edges, above, side="right") - 1
+
+
+def _longest(edges: np.ndarray) -> int:
+    return np.diff(edges).max()
+
+
 class _Node(NamedTuple):
     sequences: list[int]  # those that pass through this node or end in it
     start: int

@@ -10,7 +10,7 @@ from torch.library import opcheck
 from mmrm_fast.data.packing import path
 from mmrm_fast.model.decoder import trie_attention_forward
 from mmrm_fast.ops import trie_attention as op
-from mmrm_fast.ops.plan_trie import plan_trie
+from mmrm_fast.ops.plan_trie import attention_calls, plan_trie
 from mmrm_fast.ops.trie_attention import trie_attention, trie_attention_ref
 
 HEADS, KV_HEADS, SIZE = 4, 2, 8
@@ -36,10 +36,13 @@ def edges_of(plan):
 
 def keywords(plan):
     cu_seqlens_q, kv_index, cu_seqlens_k = edges_of(plan)
+    calls = attention_calls(plan)
     return {
         "cu_seqlens_q": cu_seqlens_q,
         "kv_index": kv_index,
         "cu_seqlens_k": cu_seqlens_k,
+        "calls": torch.from_numpy(calls.edges),
+        "call_sizes": calls.sizes,
         "max_seqlen_q": int(cu_seqlens_q.diff().max()),
         "max_seqlen_k": int(cu_seqlens_k.diff().max()),
     }

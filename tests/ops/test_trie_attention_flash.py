@@ -1,149 +1,223 @@
-"""The CUDA paths of `trie_attention`: without flash-attn, and against an emulation of its variable-length contract.
+"""The CUDA paths of `trie_attention`: node by node, and against an emulation of torch's variable-length FlashAttention.
 
-The contract: sequence n has queries cu_seqlens_q[n] : cu_seqlens_q[n+1] and keys cu_seqlens_k[n] : cu_seqlens_k[n+1],
-causal attention is aligned bottom-right, query heads share key/value heads in groups, backward writes into dq, dk, dv.
+The contract: run n has queries cu_seqlens_q[n] : cu_seqlens_q[n+1] and keys cu_seqlens_k[n] : cu_seqlens_k[n+1], either
+may be none, causal attention is aligned bottom-right, query heads share key/value heads in groups.
 """
 
-import inspect
-import warnings
-from importlib.util import find_spec
-from types import SimpleNamespace
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
-from mmrm_fast.ops import trie_attention as op
-from mmrm_fast.ops.plan_trie import plan_trie_ref
+from mmrm_fast.data.packing import path
+from mmrm_fast.ops import trie_attention_cuda as op
+from mmrm_fast.ops.plan_trie import attention_calls, plan_trie_ref
+from mmrm_fast.ops.trie_attention import trie_attention_ref
 
 HEADS, KV_HEADS, HEAD_SIZE, SCALE = 4, 2, 8, 0.3
+PREFIX, MIDDLE = [*range(100, 109)], [*range(200, 205)]
+FORESTS = {
+    "two levels": [[*PREFIX, 1, 2, 3], [*PREFIX, 4, 5], [7, 8, 9]],
+    "three levels": [[*PREFIX, *MIDDLE, 1, 2, 3], [*PREFIX, *MIDDLE, 4], [*PREFIX, 5, 6], [7, 8]],
+    "ends inside a node": [[*PREFIX, *MIDDLE, 1], [*PREFIX, *MIDDLE, 4], PREFIX[:5], [*PREFIX, *MIDDLE[:2]]],
+    "one sequence": [PREFIX],
+}
 
 
-def attend(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, left):
-    """Output [T, H, E] and log-sum-exp [H, T] of each sequence's queries over its keys."""
-    outputs, sums = [], []
+def visible(num_queries, num_keys, causal, left):
+    """[queries, keys], aligned bottom-right."""
+    last = torch.arange(num_keys - num_queries, num_keys)[:, None]
+    keys = torch.arange(num_keys)
+    return ((keys <= last) | (not causal)) & ((keys >= last - left) | (left < 0))
+
+
+def runs(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, dropout_p, is_causal, scale, left, right):
+    """Each run's rows of queries and of keys, and its scores [H, queries, keys]."""
+    for edges, tensor, longest in ((cu_seqlens_q, q, max_q), (cu_seqlens_k, k, max_k)):
+        assert edges.dtype == torch.int32 and edges.is_contiguous() and (edges[0], edges[-1]) == (0, len(tensor))
+        assert edges.diff().min() >= 0 and edges.diff().max() <= longest
+    assert max_q > 1, "each run would have to have one query"
+    assert dropout_p == 0 and q.is_contiguous() and k.stride(2) == v.stride(2) == 1
+    assert (left is None) == (right is None) and (left is None or (is_causal and right == 0))
     for n in range(len(cu_seqlens_q) - 1):
-        own_q = q[cu_seqlens_q[n] : cu_seqlens_q[n + 1]]
-        keys, values = (
-            x[cu_seqlens_k[n] : cu_seqlens_k[n + 1]].repeat_interleave(HEADS // KV_HEADS, 1) for x in (k, v)
-        )
-        scores = torch.einsum("qhe,khe->hqk", own_q, keys) * scale
-        last = torch.arange(len(keys) - len(own_q), len(keys))[:, None]
-        hidden = (torch.arange(len(keys)) > last) | ((torch.arange(len(keys)) < last - left) & (left >= 0))
-        scores = scores.masked_fill(hidden, float("-inf"))
-        outputs.append(torch.einsum("hqk,khe->qhe", scores.softmax(-1), values))
-        sums.append(scores.logsumexp(-1))
-    return torch.cat(outputs), torch.cat(sums, 1)
+        rows, keys = (slice(edges[n], edges[n + 1]) for edges in (cu_seqlens_q, cu_seqlens_k))
+        scores = torch.einsum("qhe,khe->hqk", q[rows], k[keys].repeat_interleave(HEADS // KV_HEADS, 1)) * scale
+        shown = visible(*scores.shape[1:], is_causal, -1 if left is None else left)
+        yield rows, keys, scores.masked_fill(~shown, float("-inf"))
 
 
-def varlen_forward(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
-    window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False, block_table=None,
-    leftpad_k=None, seqused_k=None, zero_tensors=False,
+def forward(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, dropout_p, is_causal, debug, *, scale, window_size_left=None,
+    window_size_right=None,
 ):  # fmt: skip
-    check(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, causal)
-    assert (window_size_left < 0) == (window_size_right < 0) and window_size_right <= 0
-    return *attend(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, window_size_left), None, None
+    edges = (cu_seqlens_q, cu_seqlens_k, max_q, max_k, dropout_p, is_causal, scale, window_size_left, window_size_right)
+    out, lse = torch.zeros_like(q), q.new_full((HEADS, len(q)), float("inf"))  # of a query without keys
+    for rows, keys, scores in runs(q, k, v, *edges):
+        if scores.shape[2]:
+            out[rows] = torch.einsum("hqk,khe->qhe", scores.softmax(-1), v[keys].repeat_interleave(2, 1))
+            lse[:, rows] = scores.logsumexp(-1)
+    return out, lse, None, None, None
 
 
-def varlen_backward(
-    dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
-    softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
-    zero_tensors=False,
+def backward(
+    grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_q, max_k, dropout_p, is_causal, rng_state, unused, *,
+    scale, window_size_left=None, window_size_right=None,
 ):  # fmt: skip
-    check(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, causal)
-    assert (window_size_left < 0) == (window_size_right < 0) and window_size_right <= 0
-    assert (softcap, alibi_slopes) == (0.0, None)
-    with torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-        expected, lse = attend(*inputs, cu_seqlens_q, cu_seqlens_k, softmax_scale, window_size_left)
-    torch.testing.assert_close((out, softmax_lse), (expected.detach(), lse.detach()))
-    for place, gradient in zip((dq, dk, dv), torch.autograd.grad(expected, inputs, dout), strict=True):
-        place.copy_(gradient)
-
-
-def check(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, causal):
-    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
-    assert (cu_seqlens_q[-1], cu_seqlens_k[-1]) == (len(q), len(k)) and q.is_contiguous() and k.is_contiguous()
-    assert (cu_seqlens_q.diff().max(), cu_seqlens_k.diff().max()) == (max_seqlen_q, max_seqlen_k)
-    assert dropout_p == 0 and causal
-
-
-EMULATED = SimpleNamespace(_flash_attn_varlen_forward=varlen_forward, _flash_attn_varlen_backward=varlen_backward)
+    edges = (cu_seqlens_q, cu_seqlens_k, max_q, max_k, dropout_p, is_causal, scale, window_size_left, window_size_right)
+    assert lse.shape == (HEADS, len(q)) and lse.is_contiguous() and grad.is_contiguous()
+    dq, dk, dv = (torch.zeros(len(x), HEADS, HEAD_SIZE, dtype=x.dtype) for x in (q, k, v))
+    for rows, keys, scores in runs(q, k, v, *edges):
+        weights = (scores - lse[:, rows, None]).exp()
+        delta = (grad[rows] * out[rows]).sum(-1).T.unsqueeze(-1)
+        values = v[keys].repeat_interleave(2, 1)
+        slopes = weights * (torch.einsum("qhe,khe->hqk", grad[rows], values) - delta) * scale
+        dq[rows] = torch.einsum("hqk,khe->qhe", slopes, k[keys].repeat_interleave(2, 1))
+        dk[keys] = torch.einsum("hqk,qhe->khe", slopes, q[rows])
+        dv[keys] = torch.einsum("hqk,qhe->khe", weights, grad[rows])
+    return dq, *(x.unflatten(1, (KV_HEADS, -1)).sum(2) for x in (dk, dv))
 
 
 @pytest.fixture
-def forest():
-    """q, k, v of a forest of three levels and its plan."""
-    prefix, middle = list(range(100, 109)), list(range(200, 205))
-    sequences = [[*prefix, *middle, 1, 2, 3], [*prefix, *middle, 4], [*prefix, 5, 6], [7, 8]]
-    keys = torch.tensor([key for sequence in sequences for key in sequence]).numpy()
-    edges = torch.tensor([0, *map(len, sequences)]).cumsum(0).numpy()
-    plan = plan_trie_ref(keys, edges, min_shared=2)
-    index = [torch.from_numpy(x) for x in (plan.cu_seqlens_q, plan.kv_index, plan.cu_seqlens_k)]
-    longest = [int(index[0].diff().max()), int(index[2].diff().max())]
+def flash(monkeypatch):
+    monkeypatch.setattr(op, "takes_flash", lambda *about: True)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", forward)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", backward)
+
+
+@pytest.fixture(params=FORESTS)
+def forest(request):
+    """q, k, v of a forest, and its plan."""
+    sequences = FORESTS[request.param]
+    plan = plan_trie_ref(np.concatenate(sequences), np.cumsum([0, *map(len, sequences)]), min_shared=2)
     torch.manual_seed(0)
-    q, k, v = (torch.randn(len(plan.token_index), heads, HEAD_SIZE) for heads in (HEADS, KV_HEADS, KV_HEADS))
-    return q, k, v, index, longest
+    heads = (HEADS, KV_HEADS, KV_HEADS)
+    return [torch.randn(len(plan.token_index), n, HEAD_SIZE, dtype=torch.float64) for n in heads], plan
 
 
-@pytest.mark.parametrize("window", [None, 1, 4])
-def test_the_flash_path_equals_the_reference(forest, monkeypatch, window):
-    monkeypatch.setattr(op, "flash_attn", lambda dtype, head_size: EMULATED)
-    q, k, v, index, longest = forest
-    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-    expected = op.trie_attention_ref(*inputs, *index, SCALE, window=window)
+def among_all(plan):
+    """What the op is told of attention of all tokens."""
+    edges = [torch.from_numpy(x) for x in (plan.cu_seqlens_q, plan.kv_index, plan.cu_seqlens_k)]
+    calls = attention_calls(plan)
+    longest = [int(edges[0].diff().max()), int(edges[2].diff().max())]
+    return partial(op.Plan, *edges, torch.from_numpy(calls.edges), calls.sizes, *longest, SCALE)
+
+
+def alone(plan, index):
+    """What the op is told of attention of single tokens."""
+    paths = [path(plan, token) for token in index]
+    edges = [np.arange(len(index) + 1), np.concatenate(paths), np.cumsum([0, *map(len, paths)])]
+    edges = [
+        torch.from_numpy(x).to(kind) for x, kind in zip(edges, (torch.int32, torch.int64, torch.int32), strict=True)
+    ]
+    calls = attention_calls(plan, index)
+    longest = [1, max(map(len, paths))]
+    return partial(op.Plan, *edges, torch.from_numpy(calls.edges), calls.sizes, *longest, SCALE)
+
+
+def assert_exact(tensors, plan):
+    """Output, log-sum-exp and gradients of the CUDA path, against plain torch and the path node by node."""
+    inputs = [x.clone().requires_grad_() for x in tensors]
+    expected = trie_attention_ref(*inputs, *plan[:3], SCALE, plan.causal, plan.window)
     grad = torch.randn_like(expected)
-    out, lse = op.trie_attention_fwd_cuda(q, k, v, *index, *longest, SCALE, True, window)
-    torch.testing.assert_close(out, expected.detach())
-    grads = op.trie_attention_bwd_cuda(grad, q, k, v, out, lse, *index, *longest, SCALE, True, window)
-    torch.testing.assert_close(grads, torch.autograd.grad(expected, inputs, grad))
+    out, lse = op.trie_attention_fwd_cuda(*tensors, plan)
+    torch.testing.assert_close((out, lse), op.trie_attention_fwd_nodes(*tensors, plan), rtol=0, atol=1e-14)
+    grads = op.trie_attention_bwd_cuda(grad, *tensors, out, lse, plan)
+    torch.testing.assert_close(grads, torch.autograd.grad(expected, inputs, grad), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 40])
+def test_calls_of_flash_attention_add_up_to_the_reference(flash, forest, window):
+    tensors, plan = forest
+    assert_exact(tensors, among_all(plan)(window=window))
 
 
 @pytest.mark.parametrize("window", [None, 4])
-def test_both_paths_keep_the_same_log_sum_exp(forest, monkeypatch, window):
-    monkeypatch.setattr(op, "flash_attn", lambda dtype, head_size: EMULATED)
-    q, k, v, index, longest = forest
-    functions = (op.trie_attention_fwd_cpu, op.trie_attention_fwd_cuda)
-    results = [f(q, k, v, *index, *longest, SCALE, True, window) for f in functions]
-    torch.testing.assert_close(*results)
+def test_so_do_the_calls_of_the_tokens_that_are_read_alone(flash, forest, window):
+    (q, k, v), plan = forest
+    index = np.unique(plan.last_index)
+    assert_exact([q[index], k, v], alone(plan, index)(window=window))
 
 
-@pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash-attn is installed")
-def test_without_flash_attn_cuda_goes_on_and_says_once_what_to_install():
-    op.flash_attn.cache_clear()
-    with pytest.warns(UserWarning, match="slow without flash-attn: pip install 'flash-attn>=2.8' --no-build-isolation"):
-        assert op.flash_attn(torch.bfloat16, 64) is None
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert op.flash_attn(torch.bfloat16, 64) is None
+def test_without_calls_keys_are_copied_together(flash, forest):
+    tensors, plan = forest
+    assert_exact(tensors, among_all(plan)()._replace(calls=None))
 
 
-@pytest.mark.parametrize(("dtype", "head_size"), [(torch.float32, 64), (torch.float64, 64), (torch.bfloat16, 257)])
-def test_what_flash_attn_does_not_take_goes_node_by_node(dtype, head_size):
-    assert op.flash_attn(dtype, head_size) is None
+def test_no_key_is_copied_where_there_is_no_window(flash, forest, monkeypatch):
+    """Every call but those of windows has the very keys and values that the op was given."""
+    (q, k, v), plan = forest
+
+    def look(q, keys, values, *rest, **options):
+        assert keys is k and values is v
+        return forward(q, keys, values, *rest, **options)
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", look)
+    op.trie_attention_fwd_cuda(q, k, v, among_all(plan)())
 
 
-@pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash-attn is installed")
-@pytest.mark.filterwarnings("ignore:attention on CUDA is slow")
+def test_a_level_of_ancestors_is_one_call():
+    prefixes = [[*range(100 * n, 100 * n + 40)] for n in range(1, 6)]
+    sequences = [[*prefix, n] for prefix in prefixes for n in range(7)]
+    plan = plan_trie_ref(np.concatenate(sequences), np.cumsum([0, *map(len, sequences)]), min_shared=2)
+    num_rows, num_runs = np.reshape(attention_calls(plan).sizes, (-1, 4)).T[:2]
+    assert list(num_rows) == [0, 5 * 7]
+    assert list(num_runs) == [5 + 5 * 7, 2 * 5 + 1]  # a run without queries before, between and behind the prefixes
+
+
+@pytest.mark.parametrize("read_alone", [False, True])
+def test_the_installed_torch_has_the_functions_as_they_are_called(forest, monkeypatch, read_alone):
+    """Their shapes and dtypes too, by torch's own meta functions."""
+    monkeypatch.setattr(op, "takes_flash", lambda *about: True)
+    tensors, plan = forest
+    index = np.unique(plan.last_index)
+    plan = alone(plan, index)() if read_alone else among_all(plan)(window=4)
+    plan = op.Plan(*(x.to("meta") if isinstance(x, torch.Tensor) else x for x in plan))
+    q, k, v = (x.to("meta", torch.bfloat16) for x in tensors)
+    q = q[: len(index)] if read_alone else q
+    out, lse = op.trie_attention_fwd_cuda(q, k, v, plan)
+    assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, (HEADS, len(q)), torch.float32)
+    grads = op.trie_attention_bwd_cuda(out, q, k, v, out, lse, plan)
+    assert [x.shape for x in grads] == [q.shape, k.shape, v.shape]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_size", "capability", "taken"),
+    [
+        (torch.float32, 64, (9, 0), False),
+        (torch.float64, 64, (9, 0), False),
+        (torch.bfloat16, 264, (9, 0), False),
+        (torch.bfloat16, 60, (9, 0), False),
+        (torch.bfloat16, 96, (8, 0), True),
+        (torch.float16, 256, (12, 0), True),
+    ],
+)
+def test_what_flash_attention_does_not_take_goes_node_by_node(monkeypatch, dtype, head_size, capability, taken):
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert op.takes_flash.__wrapped__(dtype, head_size, torch.device("cuda", 0)) is taken
+
+
+def test_a_gpu_without_flash_attention_is_named(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.warns(UserWarning, match="attention on cuda:0 goes node by node, slowly: .*compute capability 8.0"):
+        assert not op.takes_flash.__wrapped__(torch.float16, 64, torch.device("cuda", 0))
+
+
 @pytest.mark.parametrize("mask", [(True, None), (True, 4), (False, None)], ids=["causal", "window", "all"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_the_path_of_cuda_without_flash_attn_is_exact(forest, dtype, mask):
+def test_node_by_node_is_exact(forest, dtype, mask):
     """Values and the gradients of queries, keys and values, against float64."""
-    q, k, v, index, longest = forest
-    tensors = [x.to(dtype) for x in (q, k, v)]
+    tensors, plan = forest
+    plan = among_all(plan)(*mask)
+    tensors = [x.to(dtype) for x in tensors]
     wide = [x.double().requires_grad_() for x in tensors]
-    expected = op.trie_attention_ref(*wide, *index, SCALE, *mask)
+    expected = trie_attention_ref(*wide, *plan[:3], SCALE, *mask)
     grad = torch.randn(expected.shape).to(dtype)
-    out, lse = op.trie_attention_fwd_cuda(*tensors, *index, *longest, SCALE, *mask)
-    grads = op.trie_attention_bwd_cuda(grad, *tensors, out, lse, *index, *longest, SCALE, *mask)
+    out, lse = op.trie_attention_fwd_nodes(*tensors, plan)
+    grads = op.trie_attention_bwd_nodes(grad, *tensors, out, lse, plan)
     exact = [expected.detach(), *torch.autograd.grad(expected, wide, grad.double())]
     for value, truth in zip((out, *grads), exact, strict=True):
         assert value.dtype == dtype
         torch.testing.assert_close(value.double(), truth, rtol=0, atol=4 * torch.finfo(dtype).eps * truth.abs().max())
-
-
-@pytest.mark.skipif(find_spec("flash_attn") is None, reason="flash-attn needs a GPU toolchain and is not installed")
-@pytest.mark.parametrize("name", vars(EMULATED))
-def test_the_emulated_signature_is_that_of_the_installed_flash_attn(name):
-    installed = inspect.signature(getattr(op.flash_attn(torch.bfloat16, 64), name)).parameters
-    assert list(installed) == list(inspect.signature(getattr(EMULATED, name)).parameters)
