@@ -18,53 +18,14 @@ from typing import Any, TypeVar, get_origin, get_type_hints
 import tyro
 import yaml
 
+from mmrm_fast.files import read_table
+
 PRESETS = Path(__file__).parent / "configs"
 Config = TypeVar("Config")
 
-# Keys of the reference implementation's files. What none of the tables holds is named as it is here.
-MARKS = ("model_name_or_path", "bias_model_path", "dataset_path", "deepspeed", "conv_style", "learning_rate")
-DEFAULTS = {
-    "freeze_backbone": False, "dynamic_image_size": False, "use_thumbnail": False, "max_dynamic_patch": 12,
-    "max_length": 8192, "num_train_epochs": 3.0, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1,
-    "learning_rate": 5e-5, "weight_decay": 0.0, "adam_beta2": 0.999, "warmup_ratio": 0.0,
-    "lr_scheduler_type": "linear", "lora_dropout": 0.05,
-}  # fmt: skip
-RENAMED = {
-    "model_name_or_path": "model", "dataset_path": "data", "num_train_epochs": "epochs", "learning_rate": "lr",
-    "adam_beta2": "beta2", "dataloader_num_workers": "num_workers", "save_steps": "save_every",
-    "save_total_limit": "keep", "eval_steps": "eval_every", "overwrite_output_dir": "overwrite",
-    "resume_from_checkpoint": "resume", "center_rewards_coefficient": "center_rewards", "use_llm_lora": "llm_lora",
-    "use_backbone_lora": "vision_lora", "min_dynamic_patch": "min_tiles", "use_thumbnail": "thumbnail",
-}  # fmt: skip
-MEANINGLESS = {
-    "deepspeed": "FSDP2 shards weights, gradients and optimizer as ZeRO-3 does",
-    "conv_style": "the checkpoint's own chat template is used",
-    "force_image_size": "the tile size is the checkpoint's",
-    "per_device_eval_batch_size": "batches are filled to --tokens-per-micro-batch",
-    **dict.fromkeys(("logging_steps", "logging_first_step", "logging_strategy"), "every step is logged"),
-    "save_strategy": "see --save-every and --save-minutes",
-    **dict.fromkeys(("eval_strategy", "evaluation_strategy"), "see --eval-every"),
-    "bf16": "bfloat16 is the default with a GPU",
-    "tf32": "nothing large is computed in float32",
-    "remove_unused_columns": "records have no columns",
-    "use_data_resampling": "the reference does not use it either",
-    "drop_path_rate": "the vision tower runs without noise",
-}
-ONLY = {  # options of which one value is supported, with the remedy for others
-    "ps_version": ("v2", "checkpoints in transformers' format shuffle pixels as v2"),
-    "vision_select_layer": (-1, "the last vision layer is used"),
-    "down_sample_ratio": (0.5, "pixels are shuffled 2 x 2"),
-    "lora_bias": ("none", "adapters have no bias"),
-    "fp16": (False, "use bfloat16 or float32"),
-    "adam_beta1": (0.9, "beta1 is 0.9"),
-    "warmup_steps": (0, "use warmup_ratio"),
-}
-COMBINED = (
-    "grad_checkpoint", "gradient_checkpointing", "dynamic_image_size", "max_dynamic_patch", "bias_model_path",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "use_text_only", "use_image_only",
-    "lr_scheduler_type", "report_to", "max_steps",
-)  # fmt: skip
-KEYS = {*RENAMED, *MEANINGLESS, *ONLY, *COMBINED}
+REFERENCE = read_table("reference_options")
+RENAMED, MEANINGLESS, ONLY = (REFERENCE[name] for name in ("renamed", "meaningless", "only"))
+KEYS = {*RENAMED, *MEANINGLESS, *ONLY, *REFERENCE["combined"]}
 
 
 def options(config: Any) -> dict[str, Any]:
@@ -113,7 +74,7 @@ def read_config(name: str, config_type: type[Config], *, num_ranks: int = 1, pro
     path, said = find(name), io.StringIO()
     try:
         given = read_yaml(path)
-        if any(mark in given for mark in MARKS):
+        if any(mark in given for mark in REFERENCE["marks"]):
             check_names(given, {*types(config_type), *KEYS})
             given, notes = translate(given, num_ranks=num_ranks)
             say(path, notes)
@@ -183,7 +144,7 @@ def translate(given: Mapping, *, num_ranks: int) -> tuple[dict, dict[str, str]]:
     Raises:
         ValueError: an option with a value that is not supported.
     """
-    given = {**DEFAULTS, **given}
+    given = {**REFERENCE["defaults"], **given}
     for key, (value, remedy) in ONLY.items():
         if given.get(key, value) != value:
             raise ValueError(f"{key}: {given[key]!r} is not supported: {remedy}")

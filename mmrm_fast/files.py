@@ -14,8 +14,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+import yaml
+
 UNFINISHED, REPLACED, LOCK = ".unfinished", ".replaced", ".lock"
 
+TABLES = Path(__file__).parent / "assets" / "tables"
 CHUNK_BYTES = 1 << 24
 LFS_POINTER = b"version https://git-lfs.github.com/spec"
 
@@ -197,6 +200,11 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
+
+
+def read_table(name: str) -> dict:
+    """A table of names that comes with the package."""
+    return yaml.safe_load((TABLES / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
 def refuse_pointer(path: Path) -> None:

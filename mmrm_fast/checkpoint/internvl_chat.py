@@ -11,62 +11,12 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, InternVLConfig, InternVLVisionConfig, PreTrainedConfig
 
 from mmrm_fast.data.images import NORMALIZATION, Tiling
+from mmrm_fast.files import read_table
 from mmrm_fast.model.reward_model import original_facts
 
-TEXT_MODELS = {  # an original architecture's model in transformers
-    "InternLM2ForCausalLM": "llama", "LlamaForCausalLM": "llama", "Phi3ForCausalLM": "phi3",
-    "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3", "Qwen3MoeForCausalLM": "qwen3_moe",
-    "GptOssForCausalLM": "gpt_oss",
-}  # fmt: skip
+TABLES = read_table("internvl_chat")
+TEXT_MODELS, TEXT_FIELDS, TEXT_TOKENS = (TABLES[name] for name in ("text_models", "text_fields", "text_tokens"))
 ARCHITECTURES = {model: name for name, model in TEXT_MODELS.items()}  # a `llama` is a Llama
-TEXT_FIELDS = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
-    "attention_bias", "mlp_bias", "sliding_window", "use_sliding_window", "max_window_layers",
-    "original_max_position_embeddings", "initializer_range", "layer_types", "num_experts", "num_local_experts",
-    "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step", "mlp_only_layers", "norm_topk_prob",
-    "router_aux_loss_coef", "swiglu_limit",
-)  # fmt: skip
-TEXT_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # absent is none, not the class's default
-REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-VISION_FIELDS = {  # native name: original name and its default (InternViT-6B's)
-    "hidden_size": ("hidden_size", 3200),
-    "num_hidden_layers": ("num_hidden_layers", 48),
-    "num_attention_heads": ("num_attention_heads", 25),
-    "intermediate_size": ("intermediate_size", 12800),
-    "attention_bias": ("qkv_bias", False),
-    "use_qk_norm": ("qk_normalization", True),
-    "norm_type": ("norm_type", "rms_norm"),
-    "hidden_act": ("hidden_act", "gelu"),
-    "layer_norm_eps": ("layer_norm_eps", 1e-6),
-    "image_size": ("image_size", 224),
-    "patch_size": ("patch_size", 14),
-    "num_channels": ("num_channels", 3),
-    "initializer_range": ("initializer_range", 0.02),
-}
-VISION_NAMES = {
-    "embeddings.cls_token": "embeddings.class_embedding",
-    "embeddings.patch_embeddings.projection": "embeddings.patch_embedding",
-    "embeddings.position_embeddings": "embeddings.position_embedding",
-    "encoder.layer": "encoder.layers",
-    "attention.q_norm": "attn.q_norm",
-    "attention.k_norm": "attn.k_norm",
-    "attention.projection_layer": "attn.proj",
-    "layernorm_before": "norm1",
-    "layernorm_after": "norm2",
-    "lambda_1": "ls1",
-    "lambda_2": "ls2",
-}
-PROJECTOR_NAMES = {"layer_norm": "0", "linear_1": "1", "linear_2": "3"}
-INTERNLM2_NAMES = {
-    "embed_tokens": "tok_embeddings",
-    "self_attn.o_proj": "attention.wo",
-    "mlp.gate_proj": "feed_forward.w1",
-    "mlp.up_proj": "feed_forward.w3",
-    "mlp.down_proj": "feed_forward.w2",
-    "input_layernorm": "attention_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
 EMBEDDING = "language_model.embed_tokens.weight"
 LM_HEAD, SCORE = "lm_head.weight", "score.weight"
 
@@ -132,7 +82,7 @@ def image_processor(original: dict) -> dict:
 
 def vision_config(original: dict) -> InternVLVisionConfig:
     """InternViT's config; it has no norm after its last layer."""
-    fields = {name: original.get(theirs, default) for name, (theirs, default) in VISION_FIELDS.items()}
+    fields = {name: original.get(theirs, default) for name, (theirs, default) in TABLES["vision_fields"].items()}
     if fields["use_qk_norm"] and fields["layer_norm_eps"] != 1e-6:
         raise ValueError(
             f"vision_config.layer_norm_eps with qk_normalization must be 1e-6, got {fields['layer_norm_eps']}"
@@ -151,7 +101,7 @@ def llm_architecture(llm: dict) -> str:
 def text_config(llm: dict, vocab_size: int) -> PreTrainedConfig:
     """transformers' config of the LLM; InternLM2 is Llama with packed projections."""
     architecture = llm_architecture(llm)
-    missing = [name for name in REQUIRED if name not in llm]
+    missing = [name for name in TABLES["required"] if name not in llm]
     if missing:
         raise ValueError(f"llm_config lacks {', '.join(missing)}")
     config_type = CONFIG_MAPPING[TEXT_MODELS[architecture]]
@@ -182,7 +132,7 @@ def source(name: str, config: InternVLConfig) -> Source:
     if part == "vision_tower":
         return vision_source(rest, config.vision_config.hidden_size)
     if part == "multi_modal_projector":
-        return Source("mlp1." + renamed(rest, PROJECTOR_NAMES))
+        return Source("mlp1." + renamed(rest, TABLES["projector_names"]))
     if part == "language_model":
         return text_source(rest, config)
     if name == LM_HEAD:
@@ -198,7 +148,7 @@ def vision_source(name: str, hidden_size: int) -> Source:
         start = "qkv".index(which) * hidden_size
         packed = layer.replace("encoder.layer.", "encoder.layers.") + ".attn.qkv." + projection.rpartition(".")[2]
         return Source("vision_model." + packed, ((start, start + hidden_size),))
-    return Source("vision_model." + renamed(name, VISION_NAMES))
+    return Source("vision_model." + renamed(name, TABLES["vision_names"]))
 
 
 def text_source(name: str, config: InternVLConfig) -> Source:
@@ -209,7 +159,7 @@ def text_source(name: str, config: InternVLConfig) -> Source:
     layer, found, projection = name.rpartition(".self_attn.")
     which = projection.partition("_proj.")[0]
     if not found or which not in ("q", "k", "v"):
-        return Source("language_model.model." + renamed(name, INTERNLM2_NAMES))
+        return Source("language_model.model." + renamed(name, TABLES["internlm2_names"]))
     groups, size = text.num_attention_heads // text.num_key_value_heads, text.head_dim
     first, last = {"q": (0, groups), "k": (groups, groups + 1), "v": (groups + 1, groups + 2)}[which]
     heads = [head * (groups + 2) for head in range(text.num_key_value_heads)]
@@ -247,7 +197,7 @@ def is_internlm2(config: InternVLConfig) -> bool:
 def original_config(config: InternVLConfig, tiling: Tiling) -> dict:
     """config.json of the original layout for a native config."""
     vision, facts = config.vision_config, original_facts(config)
-    vision_fields = {theirs: getattr(vision, ours) for ours, (theirs, _) in VISION_FIELDS.items()}
+    vision_fields = {theirs: getattr(vision, ours) for ours, (theirs, _) in TABLES["vision_fields"].items()}
     vision_fields |= {name: vision_fields[name][0] for name in ("image_size", "patch_size")}
     return {
         "model_type": "internvl_chat",

@@ -22,6 +22,7 @@ from mmrm_fast.data.pictures import ImageRoots, resolve_image
 from mmrm_fast.data.records import MAX_PAIRS, READ_INSIDE, Group, Records, iter_groups, parse_group
 from mmrm_fast.data.splits import record_files, said_left
 from mmrm_fast.data.types import FieldError, Pairs, RecordError, at, kind_of
+from mmrm_fast.files import read_table
 from mmrm_fast.tables import print_lines
 
 IMAGE_FIELDS = ("image", "Image", "image_path", "images", "img_path")
@@ -31,21 +32,7 @@ COLUMNS = {  # that are read; others may say nothing that changes an item
     "Category", "prompt", "chosen", "rejected", "subset", *IMAGE_FIELDS,
 }  # fmt: skip
 
-VL_SOURCES = {  # what a source is called in query_source, image_path or id: the source and its group; first match
-    "povid": ("povid", "hallucination"),
-    "hallucinationpair": ("povid", "hallucination"),
-    "rlhfv": ("rlhf-v", "hallucination"),
-    "rlaifv": ("rlaif-v", "hallucination"),
-    "wildvision": ("wildvision", "general"),
-    "mathverse": ("mathverse", "reasoning"),
-    "mmmu": ("mmmu", "reasoning"),
-    **dict.fromkeys(
-        ("vlfeedback", "lrvinstruction", "svit", "llavar", "llavamed", "comvint", "pcaeval", "m3it"),
-        ("vlfeedback", "general"),
-    ),
-}
-TRAINING_SETS = ("povid", "rlhf-v")  # VL-RewardBench items from what reward models are trained on
-MULTIMODAL_SPLITS = {"safety": ("pairs", "bias", "toxicity"), "reasoning": ("math", "math", "coding")}
+TABLES = read_table("benchmarks")
 
 
 class MissingImage(RecordError):
@@ -174,12 +161,12 @@ def vl_rewardbench(fields: dict) -> Published:
         raise FieldError("human_ranking", f"expected [0, 1] or [1, 0], got {ranking!r}")
     said = [str(fields.get(field) or "") for field in ("query_source", "image_path", "id")]
     names = " ".join(re.sub(r"[^a-z0-9]", "", name.lower()) for name in said)
-    source, group = next((where for known, where in VL_SOURCES.items() if known in names), (None, None))
+    source, group = next((where for known, where in TABLES["vl_sources"].items() if known in names), (None, None))
     if source is None:
         raise FieldError("query_source", f"in no group: {said[0]!r}, id {said[2]!r}")
     return Published(
         {"prompt": fields.get("query"), "responses": fields.get("response")},
-        {"group": group, "in_training_set": source in TRAINING_SETS},
+        {"group": group, "in_training_set": source in TABLES["training_sets"]},
         ranking.index(0),
         {"prompt": "query", "responses": "response"},
     )
@@ -193,8 +180,8 @@ def multimodal_rewardbench(fields: dict) -> Published:
     if not isinstance(category, str):
         raise FieldError("Category", f"expected a string, got {kind_of(category)}")
     labels = {"group": category}
-    if category in MULTIMODAL_SPLITS:
-        prefix, with_prefix, without = MULTIMODAL_SPLITS[category]
+    if category in TABLES["multimodal_splits"]:
+        prefix, with_prefix, without = TABLES["multimodal_splits"][category]
         part = with_prefix if str(fields.get("ID")).lower().startswith(prefix) else without
         labels["subgroup"] = f"{category}/{part}"
     record = {"prompt": fields.get("Text"), "responses": [fields.get("Output1"), fields.get("Output2")]}

@@ -12,7 +12,7 @@ from mmrm_fast.config_file import options
 from mmrm_fast.data.census import Kind, counted, told_files
 from mmrm_fast.data.records import RecordError
 from mmrm_fast.evaluate import plots
-from mmrm_fast.evaluate.benchmarks import Item, MissingImage, Unread, read_items
+from mmrm_fast.evaluate.benchmarks import TABLES, Item, MissingImage, Unread, read_items
 from mmrm_fast.evaluate.reliability import bootstrap, calibration, credit, rank_correlation, text_controls
 from mmrm_fast.files import write_json
 from mmrm_fast.pairs import accuracy
@@ -23,19 +23,6 @@ RECORDS_AT_ONCE = 64
 BATCH_SIZES = (1, 7, 64)  # records a call, for the spread of the same rewards
 EXIT_SOME_UNSCORED = 3
 MAX_LISTED = 20
-
-REWARDBENCH_SECTIONS = {  # the leaderboard's sections, whose subsets weigh as many prompts as they have
-    "Chat": ("alpacaeval-easy", "alpacaeval-length", "alpacaeval-hard", "mt-bench-easy", "mt-bench-med"),
-    "Chat Hard": (
-        "mt-bench-hard", "llmbar-natural", "llmbar-adver-neighbor", "llmbar-adver-GPTInst", "llmbar-adver-GPTOut",
-        "llmbar-adver-manual",
-    ),
-    "Safety": (
-        "refusals-dangerous", "refusals-offensive", "xstest-should-refuse", "xstest-should-respond", "donotanswer",
-    ),
-    "Reasoning": ("math-prm", "hep-cpp", "hep-go", "hep-java", "hep-js", "hep-python", "hep-rust"),
-}  # fmt: skip
-MATH, MATH_WEIGHT = "math-prm", 984  # counted as often as the code subsets together
 
 
 @dataclass(frozen=True)
@@ -181,10 +168,10 @@ def accuracy_plus(pairs: Sequence[ScoredPair], unscored: Sequence[Unread]) -> di
 def rewardbench_sections(groups: dict[str, dict]) -> dict[str, float]:
     """The leaderboard's sections that have items here, and `score`, their mean."""
     sections = {}
-    for section, subsets in REWARDBENCH_SECTIONS.items():
+    for section, subsets in TABLES["rewardbench_sections"].items():
         present = [name for name in subsets if name in groups]
         if present:
-            weights = [MATH_WEIGHT if name == MATH else groups[name]["pairs"] for name in present]
+            weights = [TABLES["rewardbench_weights"].get(name, groups[name]["pairs"]) for name in present]
             sections[section] = float(np.average([groups[name]["accuracy"] for name in present], weights=weights))
     return sections | ({"score": float(np.mean(list(sections.values())))} if sections else {})
 
