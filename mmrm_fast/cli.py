@@ -3,11 +3,13 @@
 import os
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import import_module
 
 from mmrm_fast import config
 from mmrm_fast.config_file import parse
 from mmrm_fast.evaluate.audit_config import AuditConfig
+from mmrm_fast.train.starter import InitConfig
 
 # GNU OpenMP's waiting threads otherwise spin without end: one busy neighbour made a training step ten times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -15,27 +17,31 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 COMMANDS = {  # what it takes, the function that runs it (None or 0 is success), what it is for
+    "init": (InitConfig, "train.starter:init", "write a commented YAML file for your data"),
     "train": (config.TrainConfig, "train.command:run", "train a reward model, standard or --robust"),
-    "score": (config.ScoreConfig, "score.command:score", "score a JSONL with a reward model"),
-    "serve": (config.ServeConfig, "serve.command:serve", "answer reward requests over HTTP, with a page to try it"),
-    "evaluate": (
-        config.EvaluateConfig,
-        "evaluate.command:evaluate",
-        "a benchmark of the field, with calibration and intervals",
-    ),
-    "best-of-n": (config.BestOfNConfig, "evaluate.best_of_n:best_of_n", "true quality of what models select out of N"),
+    "study": (config.StudyConfig, "study.command:study", "methods against each other, in and out of distribution"),
     "audit": (AuditConfig, "evaluate.audit:audit", "what text alone can tell of preference files"),
+    "evaluate": (config.EvaluateConfig, "evaluate.command:evaluate", "a benchmark, with calibration and intervals"),
+    "best-of-n": (config.BestOfNConfig, "evaluate.best_of_n:best_of_n", "true quality of what models select out of N"),
     "report": (config.ReportConfig, "evaluate.report:report", "an HTML page about runs"),
-    "study": (config.StudyConfig, "study.command:study", "standard against robust on the shapes environments"),
+    "score": (config.ScoreConfig, "score.command:score", "score a file with a reward model"),
+    "serve": (config.ServeConfig, "serve.command:serve", "answer reward requests over HTTP, with a page to try it"),
+    "inspect": (config.InspectConfig, "checkpoint.export:inspect", "what a checkpoint folder holds"),
     "convert": (config.ConvertConfig, "score.convert:convert", "an InternVL checkpoint to transformers' own format"),
     "export": (config.ExportConfig, "checkpoint.export:export", "a reward model to the layout of other programs"),
-    "inspect": (config.InspectConfig, "checkpoint.export:inspect", "what a checkpoint folder holds"),
     "doctor": (config.DoctorConfig, "doctor:doctor", "what was built here and what each op runs on"),
 }
+TASKS = {
+    "train": ("init", "train", "study"), "judge": ("audit", "evaluate", "best-of-n", "report"),
+    "use": ("score", "serve"), "checkpoints": ("inspect", "convert", "export"), "diagnose": ("doctor",),
+}  # fmt: skip
 USAGE = "\n".join(
     [
-        "usage: mmrm-fast COMMAND [options]\n\ncommands:",
-        *(f"  {name:10} {purpose}" for name, (_, _, purpose) in COMMANDS.items()),
+        "usage: mmrm-fast COMMAND [options]",
+        *(
+            f"\n{task}:\n" + "\n".join(f"  {name:10} {COMMANDS[name][2]}" for name in names)
+            for task, names in TASKS.items()
+        ),
         "\n`mmrm-fast COMMAND --help` explains every option.",
     ]
 )
@@ -47,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] not in COMMANDS:
         asked = arguments[:1] in (["-h"], ["--help"])
         print(USAGE, file=sys.stdout if asked else sys.stderr)
+        if near := get_close_matches(arguments[0], COMMANDS, n=1) if arguments and not asked else []:
+            print(f"\n{arguments[0]}: did you mean `{near[0]}`?", file=sys.stderr)
         return 0 if asked else 2
     name, *rest = arguments
     config_type, place, _ = COMMANDS[name]

@@ -223,7 +223,10 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a reward model on preference pairs: standard, or shortcut-aware with `--robust`; by default on shapes."""
+    """Train a reward model on preference pairs: standard, or shortcut-aware with `--robust`; by default on shapes.
+
+    Most runs set --data --eval --eval-ood --image-root --model --robust --proxy-model --config --output-dir --resume.
+    `--dry-run` says what a run takes, `mmrm-fast init` writes all options into a commented file."""
 
     records: tyro.conf.OmitArgPrefixes[RecordsConfig] = RecordsConfig()
     weights: tyro.conf.OmitArgPrefixes[WeightsConfig] = WeightsConfig()
@@ -384,7 +387,7 @@ class StudyConfig:
     model: Path | None = None
     """Local folder of the checkpoint that trainings start from. Default: the tiny one."""
     options: str = ""
-    """Further options of `mmrm-fast train` for every training, such as '--epochs 2 --max-tiles 6'."""
+    """Further options of `mmrm-fast train` for every training: --options='--epochs 2 --max-tiles 6'."""
     processes: int = 1
     """Ranks of a training, such as the number of GPUs; over 1 they are started by torchrun."""
     best_of_n: bool = False

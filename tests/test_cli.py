@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mmrm_fast import config
-from mmrm_fast.cli import COMMANDS, main
+from mmrm_fast.cli import COMMANDS, TASKS, main
 from mmrm_fast.config import TrainConfig
 from mmrm_fast.config_file import types
 
@@ -17,6 +17,15 @@ def test_without_a_command_the_commands_are_listed(arguments, status, capsys):
     assert main(arguments) == status
     printed = capsys.readouterr()
     assert all(f"\n  {name} " in printed.out + printed.err for name in ("train", "score", "study"))
+
+
+def test_a_misspelt_command_is_told_the_nearest(capsys):
+    assert main(["evalaute"]) == 2
+    assert "did you mean `evaluate`" in capsys.readouterr().err
+
+
+def test_every_command_is_of_one_task():
+    assert sorted(name for names in TASKS.values() for name in names) == sorted(COMMANDS)
 
 
 @pytest.mark.parametrize("command", ["train", "score", "serve", "evaluate", "best-of-n", "study"])
