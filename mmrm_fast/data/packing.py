@@ -24,14 +24,6 @@ MIN_SHARED = 32  # shorter shared runs are recomputed instead of becoming a node
 REGIME_SHIFT = 40  # token keys are far below it
 
 
-class OnDevice:
-    """A dataclass whose tensors move together."""
-
-    def to(self, device: torch.device | str):
-        """A copy with every tensor on `device`, without waiting for page-locked ones."""
-        return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
-
-
 def map_tensors(value, function: Callable[[Tensor], Tensor]):
     """A dataclass with `function` applied to every tensor in it."""
     if isinstance(value, Tensor):
@@ -39,6 +31,14 @@ def map_tensors(value, function: Callable[[Tensor], Tensor]):
     if not is_dataclass(value):
         return value
     return replace(value, **{field.name: map_tensors(getattr(value, field.name), function) for field in fields(value)})
+
+
+class OnDevice:
+    """A dataclass whose tensors move together."""
+
+    def to(self, device: torch.device | str):
+        """A copy with every tensor on `device`, without waiting for page-locked ones."""
+        return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True)
@@ -101,37 +101,30 @@ def pack(
     proxy_image: ProxyImage = "none",
     rope_regime: Callable[[int], int] | None = None,
 ) -> PackedBatch:
-    """Pack samples and their images' tiles into one batch.
+    """Pack samples and their images' uint8 tiles [I, S, S, 3] into one batch.
+
+    Without samples it has one token, no pair and no weight, and still runs; without images one black tile, whose
+    features nothing reads, so that every rank runs the same modules.
 
     Args:
-        samples: the groups; none gives a batch of one token, no pair and no weight, which still runs.
-        images: each sample's images as uint8 tiles [I, S, S, 3].
-        tokens_per_tile: image tokens of a tile.
-        tile_size: S, for a batch without images: one black tile stands in, whose features nothing reads, so that
-            every rank runs the same modules.
         with_text: also plan the text-only proxy's tokens.
         proxy_image: `white` where the samples' `text` was encoded with white tiles.
         rope_regime: see `decoder.RopeRegime`; only sequences of one regime share a prefix.
     """
     tiles, places = unique_tiles(images, tile_size)
     rows = [image_rows(own, tokens_per_tile) for own in places]
-    main = [
-        place_images(sequence, own)
-        for sample, own in zip(samples, rows, strict=True)
-        for sequence in sample.main.sequences
-    ]
-    white = with_text and proxy_image == "white"
-    text = [
-        white_images(sequence, tokens_per_tile) if white else sequence
-        for sample in samples
-        for sequence in (sample.text.sequences if with_text else ())
-    ]
+    sharing = zip(samples, rows, strict=True)
+    main = [place_images(sequence, own) for sample, own in sharing for sequence in sample.main.sequences]
+    text = [sequence for sample in samples for sequence in sample.text.sequences] if with_text else []
+    is_white = with_text and proxy_image == "white"
+    if is_white:  # every image is the same one of one tile
+        text = [np.where(keys < 0, -1 - (-1 - keys) % tokens_per_tile, keys) for keys in text]
     chosen_P, rejected_P, margin_P = flatten_pairs(samples)
     return PackedBatch(
         main=plan_tokens(main, rope_regime),
         text=plan_tokens(text, rope_regime) if with_text else None,
         tiles=torch.from_numpy(tiles),
-        text_tiles=torch.from_numpy(white_tile(tile_size)) if white else None,
+        text_tiles=torch.from_numpy(white_tile(tile_size)) if is_white else None,
         chosen_P=chosen_P,
         rejected_P=rejected_P,
         margin_P=margin_P,
@@ -144,22 +137,16 @@ def unique_tiles(images: Sequence[Sequence[np.ndarray]], tile_size: int) -> tupl
     first_tile: dict[bytes, int] = {}
     distinct, places, count = [], [], 0
     for sample_images in images:
-        places.append(np.zeros(0, np.int64))
+        own = [np.zeros(0, np.int64)]
         for tiles in sample_images:
             key = hashlib.blake2b(tiles, digest_size=16).digest()
             if key not in first_tile:
                 first_tile[key] = count
                 distinct.append(tiles)
                 count += len(tiles)
-            places[-1] = np.append(places[-1], first_tile[key] + np.arange(len(tiles)))
-    if not distinct:
-        return np.zeros((1, tile_size, tile_size, 3), np.uint8), places
-    return np.concatenate(distinct), places
-
-
-def white_images(sequence: np.ndarray, tokens_per_tile: int) -> np.ndarray:
-    """A sequence's keys with every image of one tile being the same."""
-    return np.where(sequence < 0, -1 - (-1 - sequence) % tokens_per_tile, sequence)
+            own.append(first_tile[key] + np.arange(len(tiles)))
+        places.append(np.concatenate(own))
+    return np.concatenate(distinct or [np.zeros((1, tile_size, tile_size, 3), np.uint8)]), places
 
 
 def plan_tokens(sequences: Sequence[np.ndarray], rope_regime: Callable[[int], int] | None = None) -> TokenPlan:

@@ -73,28 +73,28 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True)
 class Preparer:
-    """How groups become samples and their pictures tiles: one checkpoint's prompt and tiling, with a run's options."""
+    """How groups become samples and their pictures tiles: one checkpoint's prompt and tiling, with a run's options.
+
+    Args:
+        overlong: `truncate` cuts a response that does not fit into `max_length`, as the encoder's `compat` always does;
+            `skip` drops the pairs with it, `error` raises.
+        with_text: also encode the text-only proxy's sequences.
+        proxy_image: what that has for each image: nothing, or the tokens of one white tile, as the reference has it.
+        inputs: for ablations; `text` has a white tile for each image, `image` an empty question.
+        pairs: the preferences that are used: `all` in one sample; `expand`, a sample a pair; or so many, drawn by
+            `seed`. Responses in none are left out. None: preferences do not matter and every response is scored.
+        seconds: how long reading an image from a disk may take.
+    """
 
     encoder: PromptEncoder
     tiling: Tiling
     overlong: Overlong = "truncate"
-    """A response that does not fit into the encoder's `max_length`: `skip` drops the pairs with it, `truncate` cuts it,
-    `error` raises; with the encoder's `compat` it is always cut."""
     with_text: bool = False
-    """Also encode the text-only proxy's sequences."""
     proxy_image: ProxyImage = "none"
-    """What the proxy has in place of each image: `none`, no placeholder either, or `white`, the tokens of one white
-    tile, as in the reference implementation."""
     inputs: Inputs = "all"
-    """What the model sees of a record, for ablations: `all`; `text`, one white tile in place of each image; or `image`,
-    an empty question."""
     pairs: UsedPairs = None
-    """Which preferences of a record are used: `all` in one sample; `expand`, a sample a pair; or so many of them, taken
-    at random. Responses in no used pair are left out. None: preferences do not matter and every response is scored."""
     seed: int = 0
-    """Of the random pairs, for a record always the same."""
     seconds: float | None = None
-    """How long reading an image from a disk may take."""
 
     def parts(self, group: Group) -> Iterator[Group]:
         """What a record's samples are made of."""
@@ -124,7 +124,7 @@ class Preparer:
         if self.inputs == "text":
             return [white_tile(self.tiling.tile_size) for _ in group.images]
         with at(group.source):
-            return [self.in_time(image, partial(load_tiles, image, self.tiling)) for image in group.images]
+            return [self.in_time(load_tiles, image, self.tiling) for image in group.images]
 
     def whole(self, group: Group) -> tuple[Sample, list[np.ndarray]]:
         """A group's sample, without its pictures, and their tiles; each is opened once. Raises `RecordError`."""
@@ -156,11 +156,11 @@ class Preparer:
     def encode(self, group: Group, tiles_per_image: tuple[int, ...]) -> Sample:
         """Encode one group whose images have `tiles_per_image` tiles."""
         prompt, tools = ("", ()) if self.inputs == "image" else (group.prompt, group.tools)
-        main = self.with_images(partial(self.encoder.encode, prompt, tools=tools), group, tiles_per_image)
-        if not self.with_text:
-            return Sample(group, tiles_per_image, main)
-        encode = partial(self.encoder.encode, prompt, tools=tools, text_only=self.proxy_image == "none")
-        text = self.with_images(encode, group, (1,) * len(group.images))
+        encode = partial(self.encoder.encode, prompt, tools=tools)
+        main, text = self.with_images(encode, group, tiles_per_image), None
+        if self.with_text:
+            encode = partial(encode, text_only=self.proxy_image == "none")
+            text = self.with_images(encode, group, (1,) * len(group.images))
         return Sample(group, tiles_per_image, main, text)
 
     def with_images(self, encode: Encode, group: Group, tiles_per_image: tuple[int, ...]) -> Encoded:
@@ -179,18 +179,18 @@ class Preparer:
         shared = [common_length(sequences[0], sequence) for sequence in sequences]
         return Encoded(tuple(sequences), min([*prefixes, *shared], default=0), tuple(truncated))
 
-    def num_tiles(self, image: object) -> int:
+    def num_tiles(self, image: Source) -> int:
         """Tiles that an image becomes, from its header. Raises `ImageError`."""
         if self.inputs == "text":
             return 1
-        return self.tiling.num_tiles(*self.in_time(image, partial(image_size, image, self.tiling.compat)))
+        return self.tiling.num_tiles(*self.in_time(image_size, image, self.tiling.compat))
 
-    def in_time(self, image: Source, read: Callable[[], Any]) -> Any:
+    def in_time(self, read: Callable, image: Source, how: Any) -> Any:
         """What reading an image gives. Raises `ImageError`, also where a disk does not answer within `seconds`."""
         if self.seconds is None or isinstance(image, bytes):
-            return read()
+            return read(image, how)
         try:
-            return within(self.seconds, read)
+            return within(self.seconds, partial(read, image, how))
         except TimeoutError:
             raise ImageError(f"{described(image)}: not read within {self.seconds:g} seconds") from None
 

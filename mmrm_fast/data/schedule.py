@@ -55,7 +55,7 @@ def schedule(
     `tokens_per_micro_batch`; every rank gets equally many. Where no sample can be used the only step is empty.
 
     Args:
-        dataset, order: samples by their index; what is not known of them is filled into its table.
+        order: samples by their index; what is not known of them is filled into the data set's table.
         tokens_per_micro_batch: work of one micro-batch, see `Sample.cost`; a sample over it stands alone.
         tokens_per_batch: work of one step over all ranks.
         pairs_per_step: cut steps by this number of pairs instead.
@@ -83,12 +83,11 @@ def step_micro_batches(order, sized: dict[int, Size], limit: int, rank: int, num
     costs = [sized[position].cost for position in usable]
     bins = balance(costs, limit, num_ranks)
     notes = sum((size.notes for size in sized.values() if size.notes), Notes())
-    step = Step(
-        max(sized) + 1, len(usable), imbalance([sum(costs[i] for i in items) for items in bins], num_ranks), notes
-    )
-    for number, items in enumerate(mine := bins[rank::num_ranks]):
-        samples = tuple(int(order[usable[item]]) for item in items)
-        yield MicroBatch(samples, step if number == len(mine) - 1 else None)
+    loads = [sum(costs[item] for item in items) for items in bins]
+    step = Step(max(sized) + 1, len(usable), imbalance(loads, num_ranks), notes)
+    mine = [tuple(int(order[usable[item]]) for item in items) for items in bins[rank::num_ranks]]
+    yield from map(MicroBatch, mine[:-1])
+    yield MicroBatch(mine[-1], step)
 
 
 def size_windows(

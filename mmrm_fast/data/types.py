@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from itertools import repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -65,10 +64,7 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Preferences among one group's responses, as arrays: a record of many responses has millions of them.
-
-    Iterated over, they are `Pair`s.
-    """
+    """Preferences among one group's responses, as arrays, since there may be millions; iterated over, `Pair`s."""
 
     ends: np.ndarray  # int32 [P, 2]: chosen and rejected response
     margins: np.ndarray  # float64 [P]
@@ -180,9 +176,8 @@ class Group:
     @property
     def replies(self) -> tuple[Message, ...]:
         """The responses as messages."""
-        extras = self.extras and [self.extras[place] for place in self.places]
-        whole = zip(self.responses, extras or repeat(""), strict=False)
-        return tuple(Message("assistant", text, extra) for text, extra in whole)
+        extras = (self.extras[place] if self.extras else "" for place in self.places)
+        return tuple(Message("assistant", text, extra) for text, extra in zip(self.responses, extras, strict=True))
 
     def response_json(self, response: int) -> str | dict:
         """A response as JSON has it: its text, or a message where that has more."""

@@ -69,9 +69,6 @@ def check_options(module: nn.Module, options: dict) -> None:
             raise ValueError(f"{name} attends with {option}, which is not supported: a reward would not be the model's")
 
 
-# the last layer: only the rows that a reward reads
-
-
 def read_last_tokens(language_model: PreTrainedModel) -> bool:
     """Let the last layer compute only the rows that `read_index`, a keyword argument of the forward, names.
 
@@ -98,26 +95,14 @@ def last_layer_forward(
 
 
 def read_attention(
-    attention: nn.Module,
-    hidden_states: Tensor,
-    read_index: Tensor,
-    *,
-    position_embeddings: tuple[Tensor, Tensor],
-    read_kv_index: Tensor,
-    read_cu_seqlens_k: Tensor,
-    read_calls: Tensor,
-    read_call_sizes: tuple[int, ...],
-    max_seqlen_k: int,
-    **kwargs,
-) -> Tensor:
+    attention: nn.Module, hidden_states: Tensor, read_index: Tensor, *, position_embeddings: tuple[Tensor, Tensor],
+    read_kv_index: Tensor, read_cu_seqlens_k: Tensor, read_calls: Tensor, read_call_sizes: tuple[int, ...],
+    max_seqlen_k: int, **kwargs,
+) -> Tensor:  # fmt: skip
     """A decoder layer's attention [1, R, D] whose queries are the tokens `read_index`, each over its own path."""
     read, rotary = hidden_states.index_select(1, read_index), torch.stack(position_embeddings)
-    query, key, value = (
-        project(x).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-        for project, x in (
-            (attention.q_proj, read), (attention.k_proj, hidden_states), (attention.v_proj, hidden_states)
-        )
-    )  # fmt: skip
+    projected = (attention.q_proj(read), attention.k_proj(hidden_states), attention.v_proj(hidden_states))
+    query, key, value = (x.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for x in projected)
     if hasattr(attention, "q_norm"):
         query, key = attention.q_norm(query), attention.k_norm(key)
     out, _ = trie_attention_forward(
@@ -140,9 +125,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if cos.shape[-1] < x.shape[-1]:
         cos, sin = (torch.cat([half, half], dim=-1) for half in (cos, sin))
     return x * cos.unsqueeze(1) + rotate_half(x) * sin.unsqueeze(1)
-
-
-# the gated MLP: one wide activation less to keep
 
 
 class GatedProduct(torch.autograd.Function):
@@ -178,9 +160,6 @@ def use_gated_product(language_model: PreTrainedModel) -> bool:
     for layer in known:
         layer.mlp = GatedMLP(layer.mlp)
     return bool(known)
-
-
-# RoPE whose frequencies depend on a sequence's length
 
 
 @dataclass(frozen=True)
@@ -251,13 +230,11 @@ class OwnLengthRope(nn.Module):
         return cos[:, :-1], sin[:, :-1]
 
 
-def use_own_length_rope(language_model: PreTrainedModel) -> bool:
-    """Replace a decoder's rotary embedding where its frequencies depend on the length; whether they do."""
-    if rope_regime(language_model.config) is None:
-        return False
-    rope = language_model.rotary_emb
-    language_model.rotary_emb = OwnLengthRope(getattr(rope, "kind", type(rope)), language_model.config)
-    return True
+def use_own_length_rope(language_model: PreTrainedModel) -> None:
+    """Replace a decoder's rotary embedding where its frequencies depend on the length."""
+    if rope_regime(language_model.config) is not None:
+        rope = language_model.rotary_emb
+        language_model.rotary_emb = OwnLengthRope(getattr(rope, "kind", type(rope)), language_model.config)
 
 
 def renew_rope(language_model: PreTrainedModel, device: torch.device | str) -> None:
@@ -269,9 +246,5 @@ def renew_rope(language_model: PreTrainedModel, device: torch.device | str) -> N
 
 def packed_hidden(language_model: PreTrainedModel, embeds_TD: Tensor, plan: TokenPlan) -> Tensor:
     """A prepared decoder's last hidden states [T, D] of packed tokens, or of those that are read alone."""
-    return language_model(
-        inputs_embeds=embeds_TD.unsqueeze(0),
-        position_ids=plan.rope_positions(),
-        use_cache=False,
-        **plan.attention_plan(),
-    ).last_hidden_state[0]
+    options = {"position_ids": plan.rope_positions(), "use_cache": False, **plan.attention_plan()}
+    return language_model(inputs_embeds=embeds_TD.unsqueeze(0), **options).last_hidden_state[0]
