@@ -150,7 +150,7 @@ class Look:
 
 def figures(looks: Mapping[str, Look], fits: Mapping[str, Fitted], tests: Sequence[str]) -> dict:
     """Everything that audit.json holds but the advice."""
-    samples = {name: Sample(own.chunks) for name, own in looks.items()}
+    samples = {name: Sample.of(own.chunks) for name, own in looks.items()}
     seen = {name: Seen.joined(own.seen) for name, own in looks.items()}
 
     def margins(name: str, on: str) -> np.ndarray:  # in its own file cross-fitted, elsewhere of all of it
@@ -193,13 +193,12 @@ def file_figures(name: str, own: Look, fit: Fitted, samples: Mapping[str, Sample
 def surest(sample: Sample, own: Look, margins: np.ndarray) -> dict[str, list[dict]]:
     """The sampled pairs on which text is surest, right and wrong."""
     by_pair = dict(zip(zip(own.part.record_P, *own.part.ends_P2.T, strict=True), margins, strict=True))
-    chunk = sample.whole
-    keys = zip(chunk.record_P, *chunk.written_P2.T, strict=True)
+    keys = zip(sample.record_P, *sample.written_P2.T, strict=True)
     margin_P = np.array([by_pair.get(key, 0.0) for key in keys])
     rows = {}
     for kind, turned_P in (("right", margin_P), ("wrong", -margin_P)):
         places = [pair for pair in np.argsort(-turned_P, kind="stable")[:SHOWN_PAIRS].tolist() if turned_P[pair] > 0]
-        rows[kind] = [{"margin": float(margin_P[pair]), **shown_pair(chunk, pair)} for pair in places]
+        rows[kind] = [{"margin": float(margin_P[pair]), **shown_pair(sample, pair)} for pair in places]
     return rows
 
 

@@ -8,6 +8,7 @@ sample go by the key of image and prompt: all records of one prompt and image ar
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import NamedTuple, Protocol
 
@@ -48,14 +49,14 @@ class Chunk:
         groups = tuple(group for group, is_kept in zip(self.groups, kept_N, strict=True) if is_kept)
         return Chunk(groups, self.key_N[kept_N], self.image_N[kept_N], self.features_RF[kept_R])
 
-    @property
+    @cached_property
     def ends_P2(self) -> np.ndarray:
         """Chosen and rejected response of every pair, int64."""
         first_N = np.cumsum([0, *(len(group.responses) for group in self.groups)])
         ends = [group.pairs.ends + first for group, first in zip(self.groups, first_N, strict=False)]
         return np.concatenate([np.zeros((0, 2), np.int64), *ends])
 
-    @property
+    @cached_property
     def place_P(self) -> np.ndarray:
         """Every pair's record among the chunk's."""
         return np.repeat(np.arange(len(self.groups)), [len(group.pairs) for group in self.groups])

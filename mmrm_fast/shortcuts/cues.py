@@ -15,7 +15,6 @@ from functools import cached_property, partial
 import numpy as np
 from scipy.sparse import vstack
 
-from mmrm_fast.data.types import Group
 from mmrm_fast.shortcuts.crossfit import Chunk
 from mmrm_fast.shortcuts.features import MEASURES, read_words, start_of, words_of
 
@@ -28,31 +27,21 @@ LIKE = 0.3  # correlation with a better cue at which a rule of two things is not
 BY_CHANCE = 0.8  # mean of |normal|
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Some records of a file, with the features of their responses."""
+class Sample(Chunk):
+    """Some records of a file, with the features of their responses by column."""
 
-    chunks: Sequence[Chunk]
-
-    @cached_property
-    def groups(self) -> tuple[Group, ...]:
-        return tuple(group for chunk in self.chunks for group in chunk.groups)
-
-    @cached_property
-    def whole(self) -> Chunk:
-        """All of it as one chunk, its features by column."""
-        keys, images = (np.concatenate([getattr(own, n) for own in self.chunks]) for n in ("key_N", "image_N"))
-        return Chunk(self.groups, keys, images, vstack([chunk.features_RF for chunk in self.chunks]).tocsc())
-
-    @cached_property
-    def ends_P2(self) -> np.ndarray:
-        return self.whole.ends_P2
+    @classmethod
+    def of(cls, chunks: Sequence[Chunk]) -> "Sample":
+        """All records of some chunks."""
+        groups = tuple(group for chunk in chunks for group in chunk.groups)
+        keys, images = (np.concatenate([getattr(own, name) for own in chunks]) for name in ("key_N", "image_N"))
+        return cls(groups, keys, images, vstack([chunk.features_RF for chunk in chunks]).tocsc())
 
     @cached_property
     def start_P(self) -> np.ndarray:
         """How each pair's prompt begins, as words."""
         starts = [" ".join(start_of(group.prompt)) for group in self.groups]
-        return np.array(starts, object)[self.whole.place_P]
+        return np.array(starts, object)[self.place_P]
 
     @cached_property
     def first_places(self) -> list[dict[str, int]]:
@@ -74,7 +63,7 @@ class Sample:
 
     def values(self, columns: Sequence[int]) -> np.ndarray:
         """Features [R, C] float32 of some columns."""
-        return self.whole.features_RF[:, list(columns)].toarray()
+        return self.features_RF[:, list(columns)].toarray()
 
     def differences(self, columns: Sequence[int]) -> np.ndarray:
         """Their signs [P, C] int8: which response has more."""
@@ -161,8 +150,7 @@ def correlation(one: np.ndarray, other: np.ndarray) -> float:
 
 def has(sample: Sample) -> list[Cue]:
     """The response that has something, or more of it: of the measures and the most telling words."""
-    differences_PF = sample.whole.features_RF[sample.ends_P2[:, 0]] - sample.whole.features_RF[sample.ends_P2[:, 1]]
-    advantage_F = np.abs(np.asarray(differences_PF.sign().sum(axis=0))).ravel()
+    advantage_F = np.abs(np.asarray(sample.differences_PF.sign().sum(axis=0))).ravel()
     advantage_F[: len(MEASURES)] = advantage_F.max(initial=0) + 1
     columns = np.argsort(-advantage_F, kind="stable")[:CANDIDATES]
     columns = [column for column in columns.tolist() if column in sample.names]
@@ -200,7 +188,7 @@ def signs_by_question(sample: Sample, *, column: int, ways: dict[str, int]) -> n
 
 def frequent(sample: Sample, number: int) -> list[int]:
     """The columns of words that some responses have and some have not, the most evenly divided first."""
-    features, num_rows = sample.whole.features_RF, sample.whole.features_RF.shape[0]
+    features, num_rows = sample.features_RF, sample.features_RF.shape[0]
     share_F = np.diff(features.indptr) / max(num_rows, 1)
     order = np.argsort(-share_F * (1 - share_F), kind="stable")[: 4 * number]
     return [int(c) for c in order if share_F[c] < 1 and c >= len(MEASURES) and int(c) in sample.names][:number]
