@@ -78,11 +78,9 @@ def told_kinds(kinds: list[tuple[Kind, int]], size: int) -> str:
     parts += [f"{pictured.total()} looked at"] * (pictured.total() < size)
     parts += [f"{pictured[True]} with pictures", f"{pictured[False]} without"] if whole else []
     parts += [f"{pictured[None]} that cannot be used"] if pictured[None] else []
-    lists = [f"{what}: {told_fields(counts, whole)}" for what, counts in fields.items() if counts]
-    return "; ".join([", ".join(parts), *lists])
-
-
-def told_fields(counts: Counter[str], whole: int) -> str:
-    """Fields by how many records have them, said where not all of `whole` do."""
-    by_number = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return ", ".join(name if number == whole else f"{name} ({number})" for name, number in by_number)
+    told = [", ".join(parts)]
+    for what, counts in fields.items():
+        by_number = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        names = [name if number == whole else f"{name} ({number})" for name, number in by_number]
+        told += [f"{what}: {', '.join(names)}"] if names else []
+    return "; ".join(told)

@@ -2,10 +2,9 @@
 
 import os
 import zlib
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
-from typing import BinaryIO
 
 import numpy as np
 
@@ -37,10 +36,8 @@ def differences(before: dict[str, dict], files: Sequence[Rows]) -> list[str]:
 
 def fingerprint(rows: Rows) -> dict:
     """The fingerprint of a file."""
-    with closing(content(rows)) as file:
-        size = os.fstat(file.fileno()).st_size
-        edges, is_whole = record_edges(rows, size), size <= WHOLE_BYTES
-        count = len(edges) - 1
+    with content(rows) as (file, size, edges):
+        count, is_whole = len(edges) - 1, size <= WHOLE_BYTES
         cuts = np.unique(np.linspace(0, count, BLOCKS + 1).astype(int)).tolist()
         blocks = list(pairwise(cuts)) if is_whole else [(0, BLOCKS), (count - BLOCKS, count)]
         number = min(count, SAMPLES if is_whole else MORE_SAMPLES)
@@ -52,42 +49,35 @@ def fingerprint(rows: Rows) -> dict:
 
 def difference(before: dict, rows: Rows) -> str | None:
     """How a file differs from what its fingerprint was made of; None where it does not."""
-    with closing(content(rows)) as file:
-        size, counts = os.fstat(file.fileno()).st_size, f"{len(rows)} records where {before['records']} were"
+    with content(rows) as (file, size, edges):
+        counts = f"{len(rows)} records where {before['records']} were"
         changed = {
             kind: [span for span in before[kind] if span[1] <= size and span_sum(file, *span[:2]) != span]
             for kind in ("blocks", "samples")
         }
         if any(changed.values()) or (size == before["size"] and len(rows) != before["records"]):
-            moved = len(rows) == before["records"] and {crc for *_, crc in changed["samples"]}
-            return "reordered" if moved and moved <= line_sums(rows, file) else f"changed, {counts}"
+            moved = {crc for *_, crc in changed["samples"]} if len(rows) == before["records"] else set()
+            lines = pairwise(edges) if moved and isinstance(rows, LineFile) else ()
+            is_moved = moved and moved <= {span_sum(file, *line)[2] for line in lines}
+            return "reordered" if is_moved else f"changed, {counts}"
         if size != before["size"]:
             return f"{'truncated' if size < before['size'] else 'appended to'}, {counts}"
         return None
 
 
-def line_sums(rows: Rows, file: BinaryIO) -> set[int]:
-    """CRC-32 of every line; of none where a file has no lines."""
-    if not isinstance(rows, LineFile):
-        return set()
-    edges = pairwise(record_edges(rows, os.fstat(file.fileno()).st_size))
-    return {span_sum(file, start, stop)[2] for start, stop in edges}
+@contextmanager
+def content(rows: Rows) -> Iterator[tuple[int, int, list[int]]]:
+    """A file, unpacked where that is how it is read, as a descriptor; its size; where records begin, and its end."""
+    is_lines = isinstance(rows, LineFile)
+    file = os.dup(rows.content().fileno()) if is_lines else os.open(rows.path, os.O_RDONLY)
+    try:
+        size = os.fstat(file).st_size
+        yield file, size, [*(rows.offsets.tolist() if is_lines else range(0, size, PIECE_BYTES)), size]
+    finally:
+        os.close(file)
 
 
-def content(rows: Rows) -> BinaryIO:
-    """The bytes of a file, unpacked where that is how it is read."""
-    if isinstance(rows, LineFile):
-        return os.fdopen(os.dup(rows.content().fileno()), "rb")
-    return open(rows.path, "rb")
-
-
-def record_edges(rows: Rows, size: int) -> list[int]:
-    """Where a file's records begin in its bytes, and their end."""
-    starts = rows.offsets.tolist() if isinstance(rows, LineFile) else range(0, size, PIECE_BYTES)
-    return [*starts, size]
-
-
-def span_sum(file: BinaryIO, start: int, stop: int) -> list[int]:
+def span_sum(file: int, start: int, stop: int) -> list[int]:
     """Where a span begins, where what is not white space in it ends, and the CRC-32 of that."""
-    data = os.pread(file.fileno(), stop - start, start).rstrip()
+    data = os.pread(file, stop - start, start).rstrip()
     return [start, start + len(data), zlib.crc32(data)]

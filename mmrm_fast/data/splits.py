@@ -80,12 +80,8 @@ def in_folder(folder: Path) -> list[Path]:
 
 def of_split(files: list[Path], split: Split | None) -> list[Path]:
     """Those that belong to a split; all of them where none of them does."""
+    of = {file: next((name for name, pattern in SPLITS.items() if pattern.match(file.name)), None) for file in files}
     for wanted in WANTED[split] if split else ():
-        if own := [file for file in files if split_of(file) == wanted]:
+        if own := [file for file in files if of[file] == wanted]:
             return [file for file in own if PREFERENCES in file.name] or own
     return files
-
-
-def split_of(file: Path) -> str | None:
-    """The split that a file's name begins with."""
-    return next((split for split, name in SPLITS.items() if name.match(file.name)), None)
