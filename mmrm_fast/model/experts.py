@@ -17,12 +17,6 @@ from transformers import PreTrainedModel
 EXPERTS = ".experts."  # in the names of their weights
 
 
-def set_expert_products(language_model: PreTrainedModel) -> None:
-    """Compute experts one after another in float64, of which `grouped_mm` takes none."""
-    if language_model.dtype == torch.float64:
-        language_model.set_experts_implementation("eager")
-
-
 def num_experts(model: nn.Module) -> int:
     """Experts of a layer of a reward model; 0 where it has none."""
     named = model.model.language_model.named_parameters()

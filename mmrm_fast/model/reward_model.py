@@ -30,9 +30,9 @@ class RewardModel(nn.Module):
     def __init__(self, model: InternVLModel, pixel_mean: tuple[float, ...], pixel_std: tuple[float, ...]):
         super().__init__()
         check_vision(model.config)
-        hidden_size = model.config.text_config.hidden_size
         self.model = model
-        self.score = ScoreHead(hidden_size, score_dtype(model.dtype))
+        hidden_size = model.config.text_config.hidden_size
+        self.score = ScoreHead(hidden_size, torch.promote_types(model.dtype, torch.float32))
         self.pixel_mean, self.pixel_std = pixel_mean, pixel_std
         self.is_transposed = original_facts(model.config).get("ps_version") == "v1"
         self.register_buffer("only_tiles", None, persistent=False)  # the vision tower's output, see `keep_only`
@@ -70,8 +70,7 @@ class RewardModel(nn.Module):
 
     def project(self, hidden_ITC: Tensor) -> Tensor:
         """Image tokens [I * tokens_per_tile, D] of the vision tower's output."""
-        hidden_ITC = hidden_ITC.to(self.model.multi_modal_projector.layer_norm.weight.dtype)
-        features = project(self.model, hidden_ITC)
+        features = project(self.model, hidden_ITC.to(self.model.multi_modal_projector.layer_norm.weight.dtype))
         if self.is_transposed:
             side = math.isqrt(len(features) // len(hidden_ITC))
             features = features.unflatten(0, (-1, side, side)).transpose(1, 2).flatten(0, 2)
@@ -103,11 +102,6 @@ class ScoreHead(nn.Module):
 def new_score(hidden_size: int) -> Tensor:
     """A score's first weight [1, D]: normal with standard deviation 1 / (D + 1), in fp32."""
     return torch.randn(1, hidden_size, dtype=torch.float32) / (hidden_size + 1)
-
-
-def score_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Rewards are fp32 whatever the model computes in, float64 for a float64 model."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def original_facts(config: InternVLConfig) -> dict:

@@ -20,7 +20,7 @@ from transformers import InternVLConfig, InternVLModel, PreTrainedConfig
 
 from mmrm_fast.data.images import NORMALIZATION
 from mmrm_fast.data.packing import plan_tokens
-from mmrm_fast.model import decoder, experts, vision
+from mmrm_fast.model import decoder, vision
 
 Change = Callable[[nn.Module], bool]  # of a model or its decoder, in place; False where there is nothing to change
 
@@ -56,7 +56,8 @@ def prepare(model: InternVLModel) -> bool:
         names = f"{type(model).__name__} with {type(model.language_model).__name__}"
         raise ValueError(f"{names} is not supported: {message(cause)}") from cause
     decoder.use_own_length_rope(model.language_model)
-    experts.set_expert_products(model.language_model)
+    if model.language_model.dtype == torch.float64:
+        model.language_model.set_experts_implementation("eager")  # `grouped_mm` takes no float64
     for part, changes in ((model, VISION_CHANGES), (model.language_model, DECODER_CHANGES)):
         done = [change(part) for change in changes if change in exact]
     return decoder.read_last_tokens in exact and done[-1]
@@ -170,16 +171,12 @@ def harmless(
     found = []
     for change in changes:
         changed = copy.deepcopy(twin)
-        cause = deviation(compute, changed, expected) if change(changed) else None
-        if cause is None:
+        if not change(changed) or not (cause := deviation(compute, changed, expected)):
             found.append(change)
             continue
         name = f"{type(twin).__name__} of transformers {transformers.__version__}"
-        warnings.warn(
-            f"{name} computes otherwise with {change.__name__}: its own modules stay, which take more time or memory; "
-            f"{message(cause)}",
-            stacklevel=2,
-        )
+        cost = f"its own modules stay, which take more time or memory; {message(cause)}"
+        warnings.warn(f"{name} computes otherwise with {change.__name__}: {cost}", stacklevel=2)
     return found
 
 
@@ -187,8 +184,7 @@ def deviation(compute: Callable[[nn.Module], Tensor], twin: nn.Module, expected:
     """Why a twin does not compute the expected values, to rounding; None where it does."""
     try:
         actual = compute(twin)
-        is_alike = actual.shape == expected.shape
-        error = float((actual - expected).abs().max() / expected.abs().max()) if is_alike else math.inf
+        error = (actual - expected).abs().max() / expected.abs().max() if actual.shape == expected.shape else math.inf
     except Exception as failure:  # a release may have renamed or moved whatever our code reads
         return failure
     if error <= BOUND:

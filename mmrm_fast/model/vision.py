@@ -36,10 +36,8 @@ def project(model: InternVLModel, hidden_ITC: Tensor) -> Tensor:
 
 def normalized(tiles_ISSC: Tensor, mean: tuple, std: tuple, dtype: torch.dtype) -> Tensor:
     """uint8 tiles to `(x / 255 - mean) / std`, [I, 3, S, S]; computed in float32 at least."""
-    exact = torch.promote_types(dtype, torch.float32)
-    mean_C, std_C = (
-        torch.tensor(values, dtype=exact).to(tiles_ISSC.device, non_blocking=True) for values in (mean, std)
-    )
+    exact, device = torch.promote_types(dtype, torch.float32), tiles_ISSC.device
+    mean_C, std_C = (torch.tensor(values, dtype=exact).to(device, non_blocking=True) for values in (mean, std))
     return ((tiles_ISSC.to(exact) / 255 - mean_C) / std_C).permute(0, 3, 1, 2).to(dtype)
 
 
@@ -81,14 +79,9 @@ def tile_attention_forward(
     edges = length * torch.arange(num_tiles + 1, dtype=torch.int32)
     out = trie_attention(
         *(x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)),
-        cu_seqlens_q=edges,
-        kv_index=torch.arange(num_tiles * length),
-        cu_seqlens_k=edges,
-        max_seqlen_q=length,
-        max_seqlen_k=length,
-        scale=scaling,
-        causal=False,
-    )
+        cu_seqlens_q=edges, kv_index=torch.arange(num_tiles * length), cu_seqlens_k=edges,
+        max_seqlen_q=length, max_seqlen_k=length, scale=scaling, causal=False,
+    )  # fmt: skip
     return out.unflatten(0, (num_tiles, length)), None
 
 
@@ -98,17 +91,14 @@ def check_vision(config: InternVLConfig) -> None:
     layer, depth = config.vision_feature_layer, vision.num_hidden_layers
     if not isinstance(layer, int) or not -depth - 1 <= layer <= depth:
         raise ValueError(f"vision_feature_layer must be one layer of {depth}, got {layer!r}")
-    for name, value, supported in (
-        ("vision_feature_select_strategy", config.vision_feature_select_strategy, "default"),
-        ("num_channels", vision.num_channels, 3),
-    ):
-        if value != supported:
-            raise ValueError(f"{name} must be {supported!r}, got {value!r}")
+    if (strategy := config.vision_feature_select_strategy) != "default":
+        raise ValueError(f"vision_feature_select_strategy must be 'default', got {strategy!r}")
+    if vision.num_channels != 3:
+        raise ValueError(f"num_channels must be 3, got {vision.num_channels}")
     for name, (height, width) in (("image_size", vision.image_size), ("patch_size", vision.patch_size)):
         if height != width:
             raise ValueError(f"{name} must be square, got {height} x {width}")
     side, patch = vision.image_size[0], vision.patch_size[0]
     if side % patch or (side // patch * config.downsample_ratio) % 1:
-        raise ValueError(
-            f"image_size must be a multiple of {1 / config.downsample_ratio:g} patches of {patch} pixels, got {side}"
-        )
+        multiple = f"{1 / config.downsample_ratio:g} patches of {patch} pixels"
+        raise ValueError(f"image_size must be a multiple of {multiple}, got {side}")
