@@ -78,7 +78,7 @@ class Hidden:
 
     def turns(self, turns: Sequence[Turn]) -> Turns:
         """Turns with all of their texts so."""
-        return [Turn(turn.role, [*map(self.hide, turn.pieces)], self.inside(turn.extra)) for turn in turns]
+        return [Turn(turn.role, *map(self.inside, turn[1:])) for turn in turns]
 
     def stand_in(self, match: re.Match) -> str:
         """The character that stands for what was matched."""
@@ -171,11 +171,11 @@ class ChatTemplate:
         if tools and self.text([*turns, answer]) == slot:
             raise FieldError("tools", "the chat template drops them")
         for place, turn in enumerate(turns):
-            rest = lambda other: self.text([*turns[:place], *other, *turns[place + 1 :], answer], tools)  # noqa: B023, E731
-            if turn.role == "tool" and rest([turn._replace(pieces=[""])]) == slot and turn.pieces != [""]:
+            said = lambda other: self.text([*turns[:place], other, *turns[place + 1 :], answer], tools)  # noqa: B023, E731
+            if turn.role == "tool" and turn.pieces != [""] and said(turn._replace(pieces=[""])) == slot:
                 raise FieldError(f"prompt[{place}]", "the chat template drops a tool's turn")
             for name in filter(turn.extra.get, SHOWN):
-                if rest([turn.without(name)]) == slot and not (name == "reasoning_content" and self.shows_reasoning()):
+                if said(turn.without(name)) == slot and not (name == "reasoning_content" and self.shows_reasoning()):
                     raise FieldError(f"prompt[{place}].{name}", "the chat template drops it")
         for answer in answers:
             for name in filter(answer.extra.get, SHOWN):
