@@ -103,24 +103,21 @@ class ListFile:
 def csv_rows(path: Path) -> Iterator[tuple[str, object]]:
     """The rows of a CSV file, by the names in its first line."""
     csv.field_size_limit(MAX_CELL_CHARS)
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        try:
-            for row in reader:
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            for row in (reader := csv.DictReader(file)):
                 yield f"{path}:{reader.line_num}", row
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: {error}") from None
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def json_rows(path: Path, file: BinaryIO) -> Iterator[tuple[str, object]]:
     """The items of a JSON array."""
     file.seek(0)
     try:
-        rows = json.load(file)
+        yield from ((f"{path}[{number}]", row) for number, row in enumerate(json.load(file)))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
-    for number, row in enumerate(rows):
-        yield f"{path}[{number}]", row
 
 
 class LineFile:
@@ -151,12 +148,11 @@ class LineFile:
     def fields(self, row: int) -> object:
         """The decoded JSON of a line. Raises `RecordError`."""
         start = int(self.offsets[row])
-        stop = int(self.offsets[row + 1]) if row + 1 < len(self.offsets) else self.size
-        if stop - start > MAX_LINE_BYTES:
-            why = f"a line of {stop - start} bytes is over the limit of {MAX_LINE_BYTES}"
-            raise RecordError(self.source(row), "", why)
+        length = int(self.offsets[row + 1] if row + 1 < len(self.offsets) else self.size) - start
         try:
-            return json.loads(os.pread(self.content().fileno(), stop - start, start).strip())  # blank lines may follow
+            if length > MAX_LINE_BYTES:
+                raise OSError(f"a line of {length} bytes is over the limit of {MAX_LINE_BYTES}")
+            return json.loads(os.pread(self.content().fileno(), length, start).strip())  # blank lines may follow
         except OSError as error:
             raise RecordError(self.source(row), "", f"cannot be read ({error})") from None
         except (ValueError, RecursionError) as error:
