@@ -98,8 +98,7 @@ class Hidden:
 class Rendered:
     """One prompt rendered with its responses; items up to and including the token that is read."""
 
-    prefix: list[Item]  # what stands before the response's run
-    opening: str  # that run's text before the response
+    prefix: list[Item]  # what stands before the response; its last item is a run of text that the response goes on with
     closing: list[Item]  # what ends every response: its end token and, where that is read, what is behind it
     responses: tuple[list[Item], ...]  # the whole of each
 
@@ -145,11 +144,11 @@ class ChatTemplate:
         if not found:
             raise FieldError("prompt", "the chat template drops the response of such a conversation")
         self.check_images(slot, tiles_per_image)
-        *prefix, (_, opening) = self.items(before, hidden, iter(tiles_per_image))
+        prefix = self.items(before, hidden, iter(tiles_per_image))
         tail = self.items(after, hidden, iter(()))
         closing = [("id", end_of(tail)), *(tail[2:] if self.whole else ())]
         answered = [self.answered(text, hidden, prefix, tail, tiles_per_image) for text in texts]
-        return Rendered(prefix, opening, closing, tuple(answered))
+        return Rendered(prefix, closing, tuple(answered))
 
     def answered(self, text: str, hidden: Hidden, prefix, tail, tiles_per_image: tuple[int, ...]) -> list[Item]:
         """The items of a rendered prompt and response up to what is read, `tail` being all behind the response."""
@@ -158,7 +157,7 @@ class ChatTemplate:
         end = len(items) - len(tail) + 1
         if items[end:] != tail[1:]:
             raise FieldError("response", "the chat template ends it otherwise than other responses")
-        if end <= len(prefix):
+        if end < len(prefix):
             raise FieldError("response", "the chat template drops it")
         return items if self.whole else items[: end + 1]
 

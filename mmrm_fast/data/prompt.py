@@ -164,10 +164,7 @@ class PromptEncoder:
             turns, answers = ([turn.replaced(SPACE, " ") for turn in own] for own in (turns, answers))
         tools = [*map(json.loads, tools)]
         rendered = self.chat.render(turns, answers, tiles_per_image, tools)
-        prefix = self.encode_items([*rendered.prefix, ("text", "")])
-        before = rendered.prefix[-1][1] if rendered.prefix else None
-        opened = prefix + self.ids(self.swallow(rendered.opening, before, None))
-        sequences, shared = self.sequences(rendered, prefix, opened)
+        sequences, shared = self.sequences(rendered)
         if self.compat:
             empty = self.encode_items(self.chat.unanswered(turns, tiles_per_image, tools))
             says = [answer.pieces != [""] or answer.extra for answer in answers]
@@ -178,22 +175,24 @@ class PromptEncoder:
             raise FieldError("prompt", f"is {shared} tokens with its images; --max-length is {self.max_length}")
         return self.cut(sequences, shared, closing)
 
-    def sequences(self, rendered: Rendered, prefix: list[int], opened: list[int]) -> tuple[list[list[int]], int]:
+    def sequences(self, rendered: Rendered) -> tuple[list[list[int]], int]:
         """Token keys of every response behind the prompt, and how many of them come before all responses.
 
         The prompt's own are computed once for all responses behind which the template leaves it as it is.
         """
-        place = len(rendered.prefix)
-        same = [items for items in rendered.responses if items[:place] == rendered.prefix]
-        backend = self.backend if place else self.first
+        *head, (_, opening) = rendered.prefix
+        place, backend, before = (len(head), self.backend, head[-1][1]) if head else (0, self.first, None)
+        prefix = self.encode_items([*head, ("text", "")])
+        opened = prefix + self.ids(self.swallow(opening, before, None), backend)
+        same = [items for items in rendered.responses if items[:place] == head]
         bodies = iter(backend.encode_batch([self.run(items, place) for items in same], add_special_tokens=False))
         sequences, shared = [], len(opened)
         for items in rendered.responses:
-            if items[:place] == rendered.prefix:
+            if items[:place] == head:
                 sequences.append(prefix + next(bodies).ids + self.encode_items(items[place + 1 :]))
             else:
                 sequences.append(self.encode_items(items))
-            if not (place < len(items) and items[place][1].startswith(rendered.opening)):
+            if not (place < len(items) and items[place][1].startswith(opening)):
                 shared = min(shared, common_length(opened, sequences[-1]))
         return sequences, shared
 
