@@ -107,7 +107,6 @@ class ChatTemplate:
     """The chat template of a tokenizer.
 
     Args:
-        tokenizer: with a chat template.
         hidden: tokens that are ordinary text where a text has them: all special ones and those of images.
         marks: the tokens that open and close an image.
         whole: render responses to the end of the template instead of to their end token.

@@ -23,13 +23,9 @@ SNIFFED = 300  # characters of a value that are looked at
 
 
 def refuse_unread(fields: Mapping, read: Collection[str], ignored: Collection[str], where: str = "") -> None:
-    """Raise `FieldError` for a field that is not read and would change what is said.
+    """Raise `FieldError` for a field that is not read and would change what a record, a message or a part says.
 
-    Args:
-        fields: of a record, a message or a part.
-        read: names that are read.
-        ignored: names that the caller said may be dropped.
-        where: what stands before the field's name in messages, "messages[0]".
+    `ignored` names may be dropped; `where` is what stands before the field's name, such as "messages[0]".
     """
     for name, value in fields.items():
         if name in read or name in ignored or is_empty(value) or not says_something(str(name), value):
@@ -93,11 +89,9 @@ class Fields(dict):
         return super().get(name, default)
 
     def names(self, columns: Collection[str], known: Collection[str]) -> dict[str, tuple[str, ...]]:
-        """Its fields that were read, and those that were not.
+        """Its fields that were read, and those that were not, `columns` that stayed in the file among them.
 
-        Args:
-            columns: that nobody took out of the file.
-            known: keys that are read of messages and completions; others were not, told as "prompt[].key".
+        Keys of messages and completions that are not `known` were not read either, told as "prompt[].key".
         """
         read = tuple(name for name in self if name in self.read)
         inside = {}  # in order

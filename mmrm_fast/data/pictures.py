@@ -97,10 +97,9 @@ def is_encoded(value: object) -> bool:
 def resolve_image(
     item: object, name: str, image_root: Path | None = None, confined: bool = False, beside: Path | None = None
 ) -> str | bytes:
-    """One image as a path or as encoded bytes.
+    """One image as a path, which starts from `image_root` where it is relative, or as encoded bytes.
 
     Args:
-        image_root: where relative paths start.
         confined: accept only paths that lie under `image_root`, symbolic links followed; without a root, none.
         beside: where a file of the same relative path must have the same content.
 

@@ -87,15 +87,13 @@ def without_images(turns: Turns) -> Turns:
 
 
 class PromptEncoder:
-    """Encodes records with one tokenizer, chat template and image layout.
+    """Encodes records with one fast tokenizer, its chat template and an image layout.
 
     Args:
-        tokenizer: a fast tokenizer with a chat template.
         tokens_per_tile: image tokens of a tile (256 for 448-pixel InternVL tiles).
         max_length: tokens of prefix plus one response; the prefix is never cut.
         image_tokens: the tokens that open an image, stand for it and close it.
         compat: `reference` takes over the habits of the reference implementation (table above).
-        reward_token: which token the sequences end in, for a reward to be read there.
         rope_regime: which RoPE frequencies a sequence of so many tokens has (`decoder.RopeRegime`).
     """
 
@@ -148,9 +146,7 @@ class PromptEncoder:
     ) -> Encoded:
         """Encode one prompt, its images (`tiles_per_image` in slot order) and all its responses.
 
-        Args:
-            tools: JSON of each tool that the conversation may call.
-            text_only: leave the images out, as the text-only proxy sees it.
+        `tools` is the JSON of each; `text_only` leaves the images out, as the text-only proxy sees it.
 
         Raises:
             FieldError: the prefix alone does not fit, `<image>` does not match the images, or the chat template does

@@ -25,12 +25,8 @@ PREFERENCES = "_prefs"  # a hub's `train_sft` holds the same records as its `tra
 def record_files(spec: str | Path, split: Split | None = None) -> tuple[list[Path], list[Path]]:
     """The files that `spec` names, in the order of their names, and those of its folder that are left.
 
-    Args:
-        spec: a file, a folder (all files in it or in its `data` that can hold records), or a glob.
-        split: of a folder whose files are splits, the one that is meant; None for all files.
-
-    Raises:
-        ValueError: there is none.
+    It is a file, a glob, or a folder: all files in it or in its `data` that can hold records, of those that are splits
+    the one that is meant, if any is. Raises `ValueError` where there is none.
     """
     path = Path(spec)
     if path.is_dir():

@@ -17,8 +17,7 @@ def in_order(
 ) -> Iterator[Any]:
     """`function(index)` for every index of the ranges, in order, computed by `num_workers` processes (0: by this one).
 
-    Args:
-        ahead: results computed before they are asked for, at least; the first ones when the first is asked for.
+    From when the first is asked for, at least `ahead` results are computed before they are.
     """
     chunks = (indices[at : at + CHUNK] for indices in ranges for at in range(0, len(indices), CHUNK))
     options = {}

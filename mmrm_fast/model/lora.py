@@ -121,12 +121,9 @@ def activate(language_model: nn.Module, name: str) -> None:
 
 
 def merged(state: dict[str, Tensor], name: str, scale: float) -> dict[str, Tensor]:
-    """The weights of a plain model: one adapter added in, W + scale * B A, in fp32, the others left out.
+    """Whole weights, by name, of a plain model: one adapter added in, W + scale * B A, in fp32, the others left out.
 
-    Args:
-        state: whole weights by name; weights without an adapter are passed on.
-        name: the adapter.
-        scale: `lora_alpha / lora_r`.
+    `scale` is `lora_alpha / lora_r`; weights without an adapter are passed on.
     """
     plain = {}
     for key, value in state.items():

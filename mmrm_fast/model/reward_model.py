@@ -41,10 +41,8 @@ class RewardModel(nn.Module):
     def forward(self, plan: TokenPlan, tiles_ISSC: Tensor | None = None, *, head: Head | None = None) -> Tensor:
         """Rewards [R] of the plan's responses, in fp32 (float64 for float64 models).
 
-        Args:
-            plan: the packed tokens of one branch.
-            tiles_ISSC: the batch's tiles, uint8; None for a plan without image tokens.
-            head: what reads (hidden [T, D], last tokens [R]) in the score's place.
+        uint8 tiles are None for a plan without image tokens; `head` reads (hidden [T, D], last tokens [R]) in the
+        score's place.
         """
         return self.read(head or self.score, plan, tiles_ISSC)
 

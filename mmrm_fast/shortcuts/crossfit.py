@@ -162,8 +162,7 @@ def sample(
 ) -> tuple[Part, bool]:  # fmt: skip
     """The pairs to fit on, everyone's on every rank in the order of the records, and whether they are all there are.
 
-    Args:
-        see: shown every chunk of this rank.
+    `see` is shown every chunk of this rank.
     """
     parts: list[Part] = []
     bytes_L, level = np.zeros(LEVELS), 0
@@ -198,8 +197,7 @@ def margins(
 ) -> Iterator[Margins]:
     """The margins of all pairs, everyone's on every rank, in the order of the records.
 
-    Args:
-        seed: of the folds that the records were fitted in; None for other records, which all regressions may judge.
+    `seed` is of the folds that the records were fitted in; None for others, which all regressions may judge.
     """
     for window in windows(features, records, ranks, progress):
         parts = ranks.gather([chunk_margins(chunk, fitted, seed) for chunk in window])

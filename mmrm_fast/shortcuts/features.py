@@ -21,7 +21,6 @@ from scipy.sparse import csr_matrix
 from mmrm_fast.data.types import Group, Prompt
 
 WORD = re.compile(r"[^\W㐀-鿿぀-ヿ가-힣]+|[㐀-鿿぀-ヿ가-힣]")  # one of Chinese, Japanese and Korean is a character
-IMAGE = re.compile(r"<image>")
 NUM_HASHED = 1 << 20
 START_WORDS = 2
 PIECE = 4  # characters of a word that are about a token
@@ -30,9 +29,9 @@ REFUSALS = (
     "i cannot", "i can't", "i can not", "i am unable", "i'm unable", "i am not able", "unable to", "i'm sorry",
     "i am sorry", "i apologize", "as an ai",
 )  # fmt: skip
-HEDGES = frozenset(
-    ("probably", "perhaps", "maybe", "might", "possibly", "seem", "seems", "appear", "appears", "likely", "unsure")
-)
+HEDGES = {
+    "probably", "perhaps", "maybe", "might", "possibly", "seem", "seems", "appear", "appears", "likely", "unsure",
+}  # fmt: skip
 MARKS = {  # of what is counted
     "bold": ("**",), "code": ("`",), "line breaks": ("\n",), "sentence ends": tuple(".!?。！？"),
     "question marks": ("?", "？"), "exclamation marks": ("!", "！"), "commas": (",", "，", "、"), "colons": (":", "："),
@@ -111,7 +110,7 @@ def start_of(prompt: Prompt) -> tuple[str, ...]:
 def asked(prompt: Prompt) -> str:
     """What is asked last, without the places of images."""
     text = prompt if isinstance(prompt, str) else next((m.content for m in reversed(prompt) if m.role == "user"), "")
-    return IMAGE.sub("", text)
+    return text.replace("<image>", "")
 
 
 @lru_cache(1 << 18)

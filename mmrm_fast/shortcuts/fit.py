@@ -38,12 +38,7 @@ class Fitted:
 
 
 def cross_fit(differences_PF: Matrix, fold_P: np.ndarray) -> Fitted:
-    """Fit a regression a fold, and one on all pairs.
-
-    Args:
-        differences_PF: features of chosen minus rejected.
-        fold_P: of 0 to `FOLDS` - 1; the pairs of a record are in one.
-    """
+    """Fit a regression a fold, 0 to `FOLDS` - 1, and one on all pairs; the pairs of a record are in one fold."""
     from threadpoolctl import threadpool_limits
 
     kept = seen_columns(differences_PF)
