@@ -16,7 +16,8 @@ from mmrm_fast.evaluate.benchmarks import TABLES, Item, MissingImage, Unread, re
 from mmrm_fast.evaluate.reliability import bootstrap, calibration, credit, rank_correlation, text_controls
 from mmrm_fast.files import write_json
 from mmrm_fast.pairs import accuracy
-from mmrm_fast.score.scorer import Scored, Scorer
+from mmrm_fast.score.scored import Scored
+from mmrm_fast.score.scorer import Scorer
 from mmrm_fast.tables import percent, print_lines, print_table, signed
 
 RECORDS_AT_ONCE = 64

@@ -1,6 +1,6 @@
 """Batch scoring on Ray: actors, each a `Scorer`, read their own records and write their own shards.
 
-The driver hands out positions and gets counts back; no text and no pixels pass through it.
+The driver hands out positions and gets counts back; no text and no pixels pass through it, and it imports no torch.
 Not Ray Data: a chunk's shard and its note are written under the chunk's own number, so that a run that died anywhere
 and is started again has every response once; and actors that read their own records move none between processes.
 """
@@ -12,12 +12,11 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import ray
-import torch
 from tqdm import tqdm
 
-from mmrm_fast.checkpoint.folder import CheckpointFolder
 from mmrm_fast.config import ScoreConfig
 from mmrm_fast.config_file import options
 from mmrm_fast.data.census import peek, told
@@ -29,9 +28,12 @@ from mmrm_fast.files import locked, read_json, write_json_lines
 from mmrm_fast.score.cluster import gpus_each, ray_cluster
 from mmrm_fast.score.poison import score_alone
 from mmrm_fast.score.pool import CHUNKS_AHEAD, Pool
-from mmrm_fast.score.scorer import Scored, Scorer
+from mmrm_fast.score.scored import Scored
 from mmrm_fast.score.shards import PAIR_COLUMNS, SCORE_COLUMNS, Shards, fingerprint
 from mmrm_fast.tables import print_lines
+
+if TYPE_CHECKING:
+    from mmrm_fast.score.scorer import Scorer
 
 CPUS_PER_ACTOR = 2
 FATAL = "its process died twice, each time over this record alone"
@@ -43,12 +45,24 @@ class ScoringActor:
     """One copy of the model. Two calls at a time: one reads, decodes and packs while the other is in the model."""
 
     def __init__(self, config: ScoreConfig, shards: Shards, *, num_threads: int):
-        torch.set_num_threads(num_threads)
-        self.config, self.shards = config, shards
+        self.config, self.shards, self.num_threads = config, shards, num_threads
         self.records = open_records(config)
         self.reading = threading.Lock()
-        self.scorer = Scorer.from_pretrained(config.model, **options(config.batch))
-        self.scale = reward_scale(config)
+        self.scale, self.scorer = reward_scale(config), None
+
+    def make_scorer(self) -> "Scorer":
+        """The model. Raises `ValueError` where its folder holds no reward model."""
+        import torch
+
+        from mmrm_fast.score.scorer import Scorer
+
+        torch.set_num_threads(self.num_threads)
+        return Scorer.from_pretrained(self.config.model, **options(self.config.batch))
+
+    def load(self) -> None:
+        """Load the model, unless that was done."""
+        with self.reading:
+            self.scorer = self.scorer or self.make_scorer()
 
     def score(self, chunk: int, poison: Sequence[int] = ()) -> Counter:
         """Score a chunk but its `poison` and write its shard; its counts. Raises what failed beside the records.
@@ -56,6 +70,7 @@ class ScoringActor:
         They are of records, responses, failed records, `tokens` (prompts, images and responses, a prompt counted once)
         and `tokens_unshared` (as if every response were scored by itself).
         """
+        self.load()
         positions = self.shards.records(chunk)
         fatal = {place: RecordError(self.records.source(place), "", FATAL) for place in poison}
         results = score_or_say_why(self.scorer, self.groups(positions, fatal))
@@ -80,12 +95,13 @@ class ScoringActor:
 
     def probe(self, positions: Sequence[int]) -> bool:
         """Score some records, or a plain text where they are none, for whether this process lives to say True."""
+        self.load()
         plain = parse_group({"prompt": "What?", "responses": ["This."]}, source="a probe")
         score_or_say_why(self.scorer, self.groups(positions, {}) or [plain])
         return True
 
 
-def score_or_say_why(scorer: Scorer, groups: Sequence[Group | RecordError]) -> list[Scored | Exception]:
+def score_or_say_why(scorer: "Scorer", groups: Sequence[Group | RecordError]) -> list[Scored | Exception]:
     """Score groups; where that fails as a whole, each by itself, so that only the one at fault is lost."""
     try:
         return scorer.score_groups(groups)
@@ -168,7 +184,8 @@ def score(config: ScoreConfig) -> int:
         raise ValueError("--best-of and --to-pairs write different rows; choose one")
     if config.actors != "auto" and config.actors < 1:
         raise ValueError(f"--actors must be auto or at least 1, got {config.actors}")
-    CheckpointFolder(config.model).require_reward_model()
+    if not (config.model / "config.json").is_file():
+        raise ValueError(f"{config.model}: no config.json; expected a checkpoint folder")
     reward_scale(config)
     if not config.out.parent.is_dir():
         raise ValueError(f"{config.out.parent}: no such folder to write scores into")

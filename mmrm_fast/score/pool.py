@@ -21,6 +21,16 @@ def first_done(waited_for: Iterable[ray.ObjectRef]) -> ray.ObjectRef:
             raise OSError("no node of the Ray cluster is alive")
 
 
+def answer_of(done: ray.ObjectRef) -> object:
+    """What was answered. Raises the `ValueError` that was, as of a folder that holds no model, or `RayError`."""
+    try:
+        return ray.get(done)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, ValueError):
+            raise error.cause from None
+        raise
+
+
 class Pool:
     """Actors that score chunks; `starts` make one each, again where it has died."""
 
@@ -39,7 +49,7 @@ class Pool:
             done = first_done(at_work)
             slot, actor, chunk = at_work.pop(done)
             try:
-                tally = ray.get(done)
+                tally = answer_of(done)
             except ray.exceptions.RayActorError:
                 deaths += 1
                 if chunk is not None:
@@ -62,7 +72,7 @@ class Pool:
         first = first_done(at_work)
         slot = at_work[first]
         actor = self.actors[slot]
-        ray.get(first)
+        answer_of(first)
         try:
             return ray.get(getattr(actor, method).remote(*arguments))
         except ray.exceptions.RayActorError:
@@ -70,8 +80,8 @@ class Pool:
             return None
 
     def ready(self, slot: int) -> ray.ObjectRef:
-        """True when an actor has its model."""
-        return self.actors[slot].__ray_ready__.remote()
+        """None when an actor has its model."""
+        return self.actors[slot].load.remote()
 
     def replace(self, slot: int, dead: object) -> None:
         """Start an actor in the place of a dead one, unless that was done."""

@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -19,25 +19,13 @@ from mmrm_fast.data.packing import Packed, pack_items
 from mmrm_fast.data.records import Group, Pairs, RecordError, parse_group
 from mmrm_fast.data.samples import Preparer, Sample, same_sides
 from mmrm_fast.data.schedule import balance, cut
-from mmrm_fast.data.types import RewardError
+from mmrm_fast.score.scored import Scored, join
 
 TOKENS_PER_MICRO_BATCH = 16_384
 BUDGETS_A_RECORD = 4  # micro-batches' work that one record may be: cut, its parts would each compute the prefix again
 SPREAD_RECORDS, SPREAD_RESPONSES = 8, ["yes " * count for count in (1, 8, 64)]
 READ_SECONDS = 60.0  # that an image's disk may take
 NUM_PACKERS = 2  # threads that decode and pack ahead of the model
-
-
-@dataclass(frozen=True)
-class Scored:
-    """One group with the reward of each response; `truncated` marks responses cut to `max_length`."""
-
-    group: Group
-    rewards: tuple[float, ...]
-    truncated: tuple[bool, ...]
-    identical: tuple[bool, ...] = ()  # of the group's pairs: whose two sides have the same tokens
-    num_tokens: int = 0  # that it took, images included, the prompt once
-    num_tokens_unshared: int = 0  # as if each response were scored by itself
 
 
 class Scorer:
@@ -222,25 +210,6 @@ def take_responses(sample: Sample, chosen: slice) -> Sample:
     main = replace(sample.main, sequences=sample.main.sequences[chosen], truncated=sample.main.truncated[chosen])
     group = replace(sample.group, responses=sample.group.responses[chosen], pairs=Pairs.of(), truth=None)
     return Sample(group, sample.tiles_per_image, main)
-
-
-def join(group: Group, parts: Sequence[Scored | RecordError], identical: tuple[bool, ...] = ()) -> Scored | RecordError:
-    """The outcome of a group that was scored in parts; an error where one of its rewards is no number."""
-    for part in parts:
-        if isinstance(part, RecordError):
-            return part
-    rewards = tuple(reward for part in parts for reward in part.rewards)
-    for response, reward in enumerate(rewards):
-        if not math.isfinite(reward):
-            return RewardError.of(group.source, f"response {response}", reward)
-    return Scored(
-        group,
-        rewards,
-        tuple(cut for part in parts for cut in part.truncated),
-        identical,
-        sum(part.num_tokens for part in parts),
-        sum(part.num_tokens_unshared for part in parts),
-    )
 
 
 def prefetch(function: Callable, items: Iterable, num_threads: int = NUM_PACKERS) -> Iterator:

@@ -11,7 +11,8 @@ from mmrm_fast.data.packing import Packed, PackedBatch, pack_items
 from mmrm_fast.data.prompt import Encoded
 from mmrm_fast.data.records import RecordError
 from mmrm_fast.data.samples import Sample
-from mmrm_fast.score.scorer import Scored, Scorer
+from mmrm_fast.score.scored import Scored
+from mmrm_fast.score.scorer import Scorer
 
 AHEAD = 3  # batches decoded, packed or in the model at a time: one that decodes for long does not stop the rest
 # Decoding a photo gives 31 (PNG) to 123 (BMP) Mpx/s a core, 67 as JPEG, measured; a GPU is taken for 20,000 tokens/s.

@@ -12,7 +12,8 @@ from mmrm_fast.data.packing import PackedBatch
 from mmrm_fast.data.records import Group, RecordError, parse_group
 from mmrm_fast.data.samples import Sample
 from mmrm_fast.data.types import RewardError
-from mmrm_fast.score.scorer import Scorer, join
+from mmrm_fast.score.scored import join
+from mmrm_fast.score.scorer import Scorer
 from mmrm_fast.serve.batcher import Batcher
 from mmrm_fast.serve.guard import Limits, Refused, Share
 from mmrm_fast.serve.metrics import Work

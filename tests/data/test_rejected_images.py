@@ -10,7 +10,7 @@ from mmrm_fast.data.packing import pack_items
 from mmrm_fast.data.records import RecordError, Records, iter_groups, parse_group
 from mmrm_fast.data.samples import Preparer
 from mmrm_fast.score.command import rows_of
-from mmrm_fast.score.scorer import Scored
+from mmrm_fast.score.scored import Scored
 from mmrm_fast.score.shards import PAIR_COLUMNS, Shards
 from mmrm_fast.train.command import train
 

@@ -12,7 +12,7 @@ from mmrm_fast.data.records import RecordError, Records, iter_groups, parse_grou
 from mmrm_fast.data.samples import Preparer
 from mmrm_fast.data.types import FieldError, prompt_json
 from mmrm_fast.score.command import rows_of
-from mmrm_fast.score.scorer import Scored
+from mmrm_fast.score.scored import Scored
 from mmrm_fast.score.shards import PAIR_COLUMNS, Shards
 
 QWEN3 = """\

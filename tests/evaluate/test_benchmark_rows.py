@@ -9,7 +9,7 @@ from pyarrow import parquet
 
 from mmrm_fast.evaluate.benchmarks import Item, MissingImage, Unread, read_items
 from mmrm_fast.evaluate.command import ScoredPair, metrics
-from mmrm_fast.score.scorer import Scored
+from mmrm_fast.score.scored import Scored
 
 
 @pytest.fixture

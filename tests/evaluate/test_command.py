@@ -13,7 +13,8 @@ from mmrm_fast.data.types import Group
 from mmrm_fast.evaluate import command
 from mmrm_fast.evaluate.benchmarks import Item, MissingImage, Unread
 from mmrm_fast.evaluate.command import ScoredPair, accuracy_plus, metrics, rewardbench_sections
-from mmrm_fast.score.scorer import Scored, Scorer
+from mmrm_fast.score.scored import Scored
+from mmrm_fast.score.scorer import Scorer
 
 
 def pair(margin, identity="a", group="all", training=False):

@@ -24,19 +24,13 @@ from mmrm_fast.cli import main
 from mmrm_fast.config import ScoreConfig
 from mmrm_fast.data.records import Group, RecordError, Records, iter_groups
 from mmrm_fast.files import locked
-from mmrm_fast.score.cluster import ray_cluster
+from mmrm_fast.score.cluster import LOOPBACK
 from mmrm_fast.score.command import ScoringActor, actor_starts, error_row, finish, rows_of, score_or_say_why
-from mmrm_fast.score.scorer import Scored, Scorer
+from mmrm_fast.score.scored import Scored
+from mmrm_fast.score.scorer import Scorer
 from mmrm_fast.score.shards import RECORDS_PER_CHUNK, Shards
 
 pytestmark = pytest.mark.xdist_group("score")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    """One cluster for all runs in this process."""
-    with ray_cluster():
-        yield
 
 
 @pytest.fixture
@@ -58,13 +52,18 @@ def scoring(make_checkpoint, pictures, write_jsonl, tmp_path):
     return tmp_path, write_jsonl(lines), good
 
 
+def in_this_process(config, shards, chunks):
+    """The counts of chunks, scored without Ray."""
+    return map(ScoringActor(config, shards, num_threads=1).score, chunks)
+
+
 @pytest.fixture
 def without_ray(monkeypatch):
     """Chunks are scored in this process: for what is written, not for who writes it."""
-    here = lambda config, shards, chunks: map(ScoringActor(config, shards, num_threads=1).score, chunks)  # noqa: E731
-    monkeypatch.setattr("mmrm_fast.score.command.scored_chunks", here)
+    monkeypatch.setattr("mmrm_fast.score.command.scored_chunks", in_this_process)
 
 
+@pytest.mark.usefixtures("cluster")
 def test_scoring_a_file(scoring, capsys, monkeypatch):
     folder, data, good = scoring
     out = folder / "out.jsonl"
@@ -105,6 +104,24 @@ def test_a_model_that_is_not_one_is_refused_at_once(scoring, capsys):
     assert "config.json" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("cluster")
+def test_what_keeps_a_process_from_its_model_is_said_once_and_another_model_may_follow(scoring, capsys, monkeypatch):
+    class Refused(ScoringActor):
+        def make_scorer(self):
+            raise ValueError(f"{self.config.model}: no `score.weight`: this is not a reward model, train one first")
+
+    folder, data, _ = scoring
+    arguments = ["score", "--model", str(folder / "model"), "--data", str(data), "--out", str(folder / "out.jsonl")]
+    monkeypatch.setattr("mmrm_fast.score.command.ScoringActor", Refused)
+    assert main(arguments) == 2
+    message = f"mmrm-fast score: {folder / 'model'}: no `score.weight`: this is not a reward model, train one first"
+    assert message in capsys.readouterr().err.splitlines()
+    monkeypatch.undo()
+    monkeypatch.setattr("mmrm_fast.score.command.scored_chunks", in_this_process)
+    assert main([*arguments, "--max-length", "128"]) == 3
+
+
+@pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -256,46 +273,40 @@ def test_a_failure_in_a_file_whose_name_is_no_unicode_is_printed(tmp_path, capsy
 # killed at any moment
 
 
-NUM_RECORDS, NUM_RESPONSES = 1250, 4
-
-
+NUM_RECORDS, NUM_RESPONSES = 450, 4
+LAST = NUM_RECORDS // RECORDS_PER_CHUNK  # chunk
 MISSED_SOON = {"RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "2"}  # a node that is gone
 ELSEWHERE = {"RAY_ADDRESS": "127.0.0.1:1"}  # a cluster that no run joins unasked
 
 
-def kill(victim, num_done, process, out):
-    """Kill the driver, or all of its node, when an actor is at work and so much is done."""
-    done = out.with_name(out.name + ".parts") / ".done"
-
-    def actors_when_done():
-        assert process.poll() is None, "ended before it was killed"
-        return len(list(done.glob("0*.json"))) >= num_done and descendants(process.pid, "ray::ScoringActor")
-
-    actors = wait_until(actors_when_done, f"{num_done} chunks are not done", every=0.02)
-    raylet = descendants(process.pid, "raylet/raylet")  # first: it would start a killed actor again
-    for pid in {"driver": [process.pid], "node": raylet + actors}[victim]:
-        os.kill(pid, signal.SIGKILL)
+def hold_the_last_note(pids, out):
+    """The processes that score, so that none ends the run: who writes the last chunk's note waits for a reader."""
+    for pid in pids:
+        note = out.with_name(out.name + ".parts") / ".done" / f".{LAST:06d}.json.{pid}.unfinished"
+        if not note.exists() and note.parent.is_dir():
+            os.mkfifo(note)
+    return pids
 
 
-def kill_before_the_note(chunk, out):
-    """Kill this process's actors between the rows of a chunk and its note: whoever writes that waits for a reader."""
-    parts = out.with_name(out.name + ".parts")
+def kill_when(condition, what, root, out, victims=lambda actors: actors):
+    """Kill when a condition of the shards' folder is met, by default the actors below a process; they end no run."""
 
-    def rows_are_written():
+    def at_work():
         assert not out.exists(), "ended before it was killed"
-        for pid in descendants(os.getpid(), "ray::ScoringActor"):
-            note = parts / ".done" / f".{chunk:06d}.json.{pid}.unfinished"
-            if not note.exists():
-                os.mkfifo(note)
-        return (parts / f"part-{chunk:06d}.jsonl").exists()
+        actors = hold_the_last_note(descendants(root, "ray::ScoringActor"), out)
+        return actors if condition(out.with_name(out.name + ".parts")) and actors else None
 
-    wait_until(rows_are_written, "the last chunk is not written", every=0.02)
-    assert not (parts / ".done" / f"{chunk:06d}.json").exists()
-    for pid in descendants(os.getpid(), "ray::ScoringActor"):
+    for pid in victims(wait_until(at_work, what, every=0.02)):
         os.kill(pid, signal.SIGKILL)
 
 
-def test_a_run_killed_again_and_again_has_every_response_exactly_once(make_checkpoint, tmp_path):
+def rows_without_a_note(parts):
+    """Whether the last chunk's rows are written and nobody says so."""
+    return (parts / f"part-{LAST:06d}.jsonl").exists() and not (parts / ".done" / f"{LAST:06d}.json").exists()
+
+
+def test_a_run_killed_again_and_again_has_every_response_exactly_once(cluster, make_checkpoint, tmp_path):
+    """First its driver, of a cluster that lives on, then all of its node, then its actors between rows and note."""
     save_checkpoint(tmp_path / "model", make_checkpoint(max_length=256))
     responses = [["same", "same", "", f"number {i}"] for i in range(NUM_RECORDS)]
     with open(tmp_path / "records.jsonl", "w") as file:
@@ -303,16 +314,31 @@ def test_a_run_killed_again_and_again_has_every_response_exactly_once(make_check
     out = tmp_path / "out.jsonl"
     arguments = ["score", "--model", tmp_path / "model", "--data", tmp_path / "records.jsonl", "--out", out]
     arguments = [*map(str, arguments), "--actors"]
-    for victim, num_done, num_actors in (("driver", 3, "2"), ("node", 8, "1")):
-        command = [sys.executable, "-m", "mmrm_fast.cli", *arguments, num_actors]
-        with open(tmp_path / "log.txt", "a") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | MISSED_SOON | ELSEWHERE)
-        kill(victim, num_done, process, out)
-        assert process.wait(timeout=120) != 0 and not out.exists(), (tmp_path / "log.txt").read_text()
+
+    def killed(count, *options):
+        command, log = [sys.executable, "-m", "mmrm_fast.cli", *arguments, *options], tmp_path / "log.txt"
+        environment = os.environ | MISSED_SOON | ELSEWHERE | LOOPBACK  # the last, to join what listens there alone
+        with open(log, "a") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+
+        def enough_is_done(parts):
+            assert process.poll() is None, f"ended before it was killed: {log.read_text()}"
+            return len(list((parts / ".done").glob("0*.json"))) >= count
+
+        if "--address" in options:
+            kill_when(enough_is_done, log.read_text, os.getpid(), out, lambda actors: [process.pid])
+        else:  # the raylet first: it would start a killed actor again
+            raylet = partial(descendants, process.pid, "raylet/raylet")
+            kill_when(enough_is_done, log.read_text, process.pid, out, lambda actors: raylet() + actors)
+        assert process.wait(timeout=120) != 0 and not out.exists(), log.read_text()
+
+    killed(1, "2", "--address", cluster)
+    wait_until(lambda: not descendants(os.getpid(), "ray::ScoringActor"), "a dead driver's actors live on")
+    killed(5, "1")
     with ThreadPoolExecutor(1) as pool:
-        killed = pool.submit(kill_before_the_note, NUM_RECORDS // RECORDS_PER_CHUNK, out)
+        rows = pool.submit(kill_when, rows_without_a_note, "the last chunk is not written", os.getpid(), out)
         assert main([*arguments, "1"]) == 0
-        killed.result()
+        rows.result()
 
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     places = itertools.product(range(NUM_RECORDS), range(NUM_RESPONSES))
@@ -370,7 +396,7 @@ def an_actor_that_never_starts(monkeypatch):
     monkeypatch.setattr("mmrm_fast.score.command.actor_starts", more)
 
 
-@pytest.mark.usefixtures("an_actor_that_never_starts")
+@pytest.mark.usefixtures("cluster", "an_actor_that_never_starts")
 def test_2000_good_and_bad_records_are_all_accounted_for(make_checkpoint, tmp_path):
     save_checkpoint(tmp_path / "model", make_checkpoint(max_length=256))
     write_pictures(tmp_path)

@@ -9,9 +9,10 @@ import pytest
 
 from mmrm_fast.checkpoint.folder import save_checkpoint
 from mmrm_fast.cli import main
-from mmrm_fast.score.cluster import ray_cluster
+from mmrm_fast.data.records import RecordError
 from mmrm_fast.score.command import ScoringActor
 from mmrm_fast.score.poison import score_alone
+from mmrm_fast.score.scored import Scored
 
 pytestmark = pytest.mark.xdist_group("score")
 
@@ -48,11 +49,26 @@ def test_records_are_not_blamed_for_what_is_not_theirs(kills, reason):
         score_alone(asker(kills, range(64), []), 0, range(64))
 
 
+@pytest.mark.usefixtures("cluster")
 def test_a_record_that_kills_its_process_is_listed_and_the_rest_is_scored(
     make_checkpoint, tmp_path, monkeypatch, capsys
 ):
+    class Constant:
+        """A scorer that loads nothing: five processes come and go."""
+
+        def score_groups(self, groups):
+            return [
+                group
+                if isinstance(group, RecordError)
+                else Scored(group, (1.0,), (False,), num_tokens=1, num_tokens_unshared=1)
+                for group in groups
+            ]
+
     class Mortal(ScoringActor):
         """Dies over a certain record, as inside a broken decoder."""
+
+        def make_scorer(self):
+            return Constant()
 
         def groups(self, positions, fatal):
             found = super().groups(positions, fatal)
@@ -65,8 +81,7 @@ def test_a_record_that_kills_its_process_is_listed_and_the_rest_is_scored(
     rows = [{"id": "poison" if i == 65 else str(i), "prompt": "p", "responses": ["a"]} for i in range(66)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "rows.jsonl"), "--actors", "1"]
-    with ray_cluster():
-        assert main(["score", *arguments, "--out", str(tmp_path / "out.jsonl")]) == 3
+    assert main(["score", *arguments, "--out", str(tmp_path / "out.jsonl")]) == 3
     scores = [json.loads(line)["record"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert scores == list(range(65))
     assert "rows.jsonl:66: its process died twice" in capsys.readouterr().out

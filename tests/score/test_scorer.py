@@ -15,7 +15,8 @@ from mmrm_fast.checkpoint.folder import CheckpointFolder, save_checkpoint
 from mmrm_fast.data import samples
 from mmrm_fast.data.images import Tiling
 from mmrm_fast.data.records import Group, RecordError
-from mmrm_fast.score.scorer import Scored, Scorer, batch_spread
+from mmrm_fast.score.scored import Scored
+from mmrm_fast.score.scorer import Scorer, batch_spread
 
 RESPONSES = ("two red circles", "I think so.", "", "on the left", "two red circles on the left of the picture")
 
