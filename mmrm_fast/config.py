@@ -90,7 +90,7 @@ class WeightsConfig:
     """What is trained."""
 
     model: Path | None = None
-    """Local folder of an InternVL checkpoint in transformers' format. Default: the tiny one."""
+    """Local folder of an InternVL checkpoint, or of a text model for data without pictures. Default: the tiny one."""
     freeze_llm: bool = False
     """Do not train the language model."""
     freeze_backbone: bool = True

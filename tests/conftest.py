@@ -111,7 +111,7 @@ class ExactRouter(torch.nn.Module):
 
 def exact(model: torch.nn.Module) -> torch.nn.Module:
     """A float64 model without what transformers rounds."""
-    model.language_model.set_experts_implementation("eager")
+    getattr(model, "language_model", model).set_experts_implementation("eager")
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if type(child).__name__.endswith("RMSNorm"):

@@ -1,6 +1,7 @@
 """Folders to folders, tensor by tensor: any checkpoint to the native layout, to vLLM's and to the original one."""
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from mmrm_fast.checkpoint import internvl_chat
+from mmrm_fast.checkpoint import internvl_chat, text_model
 from mmrm_fast.checkpoint.folder import (
     CLASSIFIER,
     PROXY,
@@ -89,6 +90,7 @@ def convert_folder(source: Path, target: Path) -> None:
     branches = {target: False, target / "proxy": True} if has_proxy(source) else {target: False}
     for path, proxy in branches.items():
         folder = CheckpointFolder(source, proxy=proxy)
+        folder.require_vision("other layout to be converted from")
         checkpoint = folder.load(with_weights=False)
         write_weights(folder, checkpoint, path, Source)
         save_settings(path, checkpoint)
@@ -103,14 +105,24 @@ def export_vllm(source: Path, target: Path) -> None:
     """Write the native layout under the names and the architecture that vLLM's sequence classification reads."""
     folder = CheckpointFolder(source)
     checkpoint = folder.load(with_weights=False)
-    write_weights(folder, checkpoint, target, vllm_place)
+    write_weights(folder, checkpoint, target, text_place if checkpoint.is_text else vllm_place)
     save_settings(target, checkpoint)
-    rewrite_json(target / "config.json", {"architectures": [CLASSIFIER]})
-    behind = checkpoint.prompt_encoder().chat.behind_end if checkpoint.reward_token == "end" else ""
-    if behind:
+    if not checkpoint.is_text:
+        rewrite_json(target / "config.json", {"architectures": [CLASSIFIER]})
+    if behind := behind_read(checkpoint):
         whole = checkpoint.tokenizer.chat_template.removesuffix("\n")  # which jinja does not render
         template = ENDED.replace("BEHIND", str(len(behind))).replace("TEMPLATE", whole)
         (target / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+def behind_read(checkpoint: Checkpoint) -> str:
+    """What the template renders behind the token that a reward is read at."""
+    encoder = checkpoint.prompt_encoder()
+    end, behind = encoder.chat.ending
+    if checkpoint.reward_token == "end":
+        return behind
+    padding = "" if encoder.unread is None else re.escape(checkpoint.tokenizer.convert_ids_to_tokens(encoder.unread))
+    return re.search(f"(?:{padding})*$", end + behind)[0]
 
 
 def vllm_place(name: str) -> Source | None:
@@ -120,9 +132,15 @@ def vllm_place(name: str) -> Source | None:
     return Source(("language_model." if name == SCORE else "model.") + name)
 
 
+def text_place(name: str) -> Source | None:
+    """A native tensor's name in a text model's classifier."""
+    return None if name == LM_HEAD else Source(text_model.stored_name(name))
+
+
 def export_original(source: Path, target: Path) -> None:
     """Write the original `internvl_chat` layout, which the reference implementation scores."""
     folder = CheckpointFolder(source)
+    folder.require_vision("original `internvl_chat` layout")
     checkpoint = folder.load(with_weights=False)
     settings = internvl_chat.original_config(folder.config, checkpoint.tiling)
     write_weights(folder, checkpoint, target, lambda name: internvl_chat.source(name, folder.config))
@@ -171,15 +189,19 @@ def summary(folder: Path) -> dict[str, str]:
     count = num_experts(checkpoint.model)
     mixture = f", {experts_of_a_token(checkpoint.model)} of {count} experts a token" if count else ""
     vision, text, adapters = config.vision_config, config.text_config, opened.tensors.adapters
-    return {
-        "layout": "original internvl_chat" if opened.is_original else "native transformers internvl",
+    kind = "original" if opened.is_original else "transformers' own" if opened.is_text else "native transformers"
+    pictures = {} if opened.is_text else {
         "vision tower": f"{vision.num_hidden_layers} layers of {vision.hidden_size}, {vision.norm_type}",
+        "image": f"{tiling.min_tiles} to {tiling.max_tiles} tiles of {tiling.tile_size} pixels{thumbnail}, "
+        f"{checkpoint.tokens_per_tile} tokens a tile",
+    }  # fmt: skip
+    return {
+        "layout": f"{kind} {opened.settings['model_type']}{', a text model' if opened.is_text else ''}",
+        **pictures,
         "language model": f"{original.get('architecture') or text.model_type}, {text.num_hidden_layers} layers of"
         f" {text.hidden_size}, {text.vocab_size:,} tokens, RoPE {text.rope_parameters['rope_type']}{mixture}",
         "parameters": f"{sum(sizes.values()):,}, stored in {', '.join(dtypes)}",
         "template": original.get("template") or "the folder's own chat template",
-        "image": f"{tiling.min_tiles} to {tiling.max_tiles} tiles of {tiling.tile_size} pixels{thumbnail}, "
-        f"{checkpoint.tokens_per_tile} tokens a tile",
         "max_length": f"{checkpoint.max_length:,} tokens",
         "adapters": f"LoRA on {len(adapters)} weights, merged when loaded" if adapters else "none",
         "reward model": f"yes, read at the {READ_AT[checkpoint.reward_token]}"

@@ -1,4 +1,4 @@
-"""Checkpoint folders in and out: native transformers InternVL or original `internvl_chat`, no remote code.
+"""Checkpoint folders in and out: native InternVL, original `internvl_chat` or a text model; no remote code.
 
 The model is built without weights and filled tensor by tensor, so that loading never holds two copies of them; a model
 that is already sharded is filled with this rank's rows alone.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import InternVLConfig, InternVLModel, PreTrainedTokenizerBase
 
-from mmrm_fast.checkpoint import internvl_chat
+from mmrm_fast.checkpoint import internvl_chat, text_model
 from mmrm_fast.checkpoint.fill import NativeTensors, fill_model, native_name
 from mmrm_fast.checkpoint.internvl_chat import LM_HEAD, SCORE
 from mmrm_fast.checkpoint.processor import (
@@ -46,6 +46,7 @@ MAX_LENGTH = 4096
 TEXT_NORM = "language_model.norm.weight"
 CLASSIFIER = "InternVLForSequenceClassification"  # what vLLM and ms-swift call a reward model
 REWARD_TOKEN = "reward_token"  # key of config.json
+NO_TILES = Tiling(1, 1, 1)  # of a text model
 
 
 @dataclass(frozen=True)
@@ -64,25 +65,36 @@ class Checkpoint:
         """Whose habits texts and pictures are prepared with."""
         return self.tiling.compat
 
+    @property
+    def is_text(self) -> bool:
+        """Whether it is a plain text model, which takes no pictures."""
+        return not self.tokens_per_tile
+
     def prompt_encoder(self) -> PromptEncoder:
         """The encoder for this checkpoint's records."""
+        text = self.model.model.config.text_config
         return PromptEncoder(
             self.tokenizer,
             tokens_per_tile=self.tokens_per_tile,
             max_length=self.max_length,
             compat=self.compat,
             reward_token=self.reward_token,
-            rope_regime=rope_regime(self.model.model.config.text_config),
+            unread=text.pad_token_id if self.is_text and self.reward_token == "last" else None,
+            rope_regime=rope_regime(text),
         )
 
     def configured(self, config: TrainBatchConfig) -> "Checkpoint":
         """The checkpoint with a training's options for pictures in place of its own; what is saved of it has them too.
 
         Raises:
-            ValueError: fewer tiles at most than at least.
+            ValueError: fewer tiles at most than at least; any of a text model.
         """
         names = ("min_tiles", "max_tiles", "thumbnail", "pad2square", "compat")
         options = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+        if self.is_text:
+            inputs = None if config.inputs == "all" else config.inputs
+            refuse_pictures(**options, normalize_type=config.normalize_type, inputs=inputs)
+            return self
         if config.max_tiles and config.min_tiles is None:
             options["min_tiles"] = min(self.tiling.min_tiles, config.max_tiles)
         if config.normalize_type:
@@ -122,8 +134,8 @@ class CheckpointFolder:
     What is missing or not understood raises `ValueError` in our words.
 
     Args:
-        path: a local folder, native (`internvl`) or original (`internvl_chat`): config.json, safetensors, the
-            tokenizer's files and, in a native one, the image processor's.
+        path: a local folder, native (`internvl`), original (`internvl_chat`) or of a text model: config.json,
+            safetensors, the tokenizer's files and, in a native one, the image processor's.
         proxy: its weights are those of the text-only branch, which the reference implementation saves beside the other.
     """
 
@@ -137,8 +149,11 @@ class CheckpointFolder:
             raise ValueError(f"{self.path}: no config.json; expected a checkpoint folder")
         settings = check_settings(read_json(self.path / "config.json"), self.path / "config.json")
         kind = settings.get("model_type")
-        if kind not in (NATIVE, ORIGINAL):
-            raise ValueError(f"{self.path}: model_type is {kind!r}; expected `{NATIVE}` or the original `{ORIGINAL}`")
+        if kind not in (NATIVE, ORIGINAL) and not text_model.is_text_model(kind):
+            raise ValueError(
+                f"{self.path}: model_type is {kind!r}; expected `{NATIVE}`, the original `{ORIGINAL}` or a text model "
+                "that transformers has a sequence classifier of, such as qwen2"
+            )
         for part in (settings, settings.get("text_config"), settings.get("llm_config")):
             if method := ((part or {}).get("quantization_config") or {}).get("quant_method"):
                 raise ValueError(
@@ -151,6 +166,11 @@ class CheckpointFolder:
     def is_original(self) -> bool:
         """Whether it has the original `internvl_chat` layout."""
         return self.settings["model_type"] == ORIGINAL
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is a plain text model."""
+        return text_model.is_text_model(self.settings["model_type"])
 
     @cached_property
     @understood()
@@ -175,7 +195,9 @@ class CheckpointFolder:
                 rows = max(self.settings["llm_config"].get("vocab_size", 0), len(tokenizer or ()))
                 image_token = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>") if tokenizer else 0
                 return internvl_chat.native_config(self.settings, vocab_size=rows, image_token_id=image_token)
-            config = InternVLConfig.from_dict(self.settings)
+            config = (
+                text_model.shell(self.settings, tokenizer) if self.is_text else InternVLConfig.from_dict(self.settings)
+            )
         except KeyError as error:
             raise ValueError(f"{self.path}/config.json: lacks, or does not know, {error}") from None
         config.text_config.vocab_size = max(getattr(config.text_config, "vocab_size", 0), len(tokenizer or ()))
@@ -193,7 +215,7 @@ class CheckpointFolder:
     @cached_property
     def reward_token(self) -> RewardToken:
         """Where rewards are read; of a sequence classifier that does not say so, where such are: at the last token."""
-        is_classifier = not self.is_original and CLASSIFIER in self.settings.get("architectures", ())
+        is_classifier = self.is_text or (not self.is_original and CLASSIFIER in self.settings.get("architectures", ()))
         found = self.settings.get(REWARD_TOKEN, "last" if is_classifier else "end")
         if found not in get_args(RewardToken):
             raise ValueError(f"{self.path}/config.json: {REWARD_TOKEN} is {found!r}; expected end or last")
@@ -203,7 +225,7 @@ class CheckpointFolder:
     def tensors(self) -> TensorFolder:
         """The stored tensors of the branch, under the names of `internvl_chat` or of `InternVLModel`."""
         if not self.is_original:
-            return TensorFolder(self.path, plain_name)
+            return TensorFolder(self.path, text_model.native_name if self.is_text else plain_name)
         return TensorFolder(self.path, self.branch_name, lora_scale=lora_scale(self.path, self.settings))
 
     def branch_name(self, name: str) -> str | None:
@@ -228,7 +250,8 @@ class CheckpointFolder:
             if getattr(part, "layer_types", None):
                 part.layer_types = part.layer_types[:num_layers]
         with torch.device("meta"):
-            return RewardModel(InternVLModel(config).to(dtype), *NORMALIZATION["imagenet"]).eval()
+            model = RewardModel(InternVLModel(config).to(dtype), *NORMALIZATION["imagenet"]).eval()
+        return model.drop_vision() if self.is_text else model
 
     @understood()
     def load(
@@ -252,19 +275,23 @@ class CheckpointFolder:
         """
         if with_weights:
             assert self.tensors is not None  # what is most often missing is looked for first
-        processor = self.processor
-        length = max_length or processor.max_length or min(self.tokenizer.model_max_length, MAX_LENGTH)
-        model = self.model(dtype)
-        model.pixel_mean, model.pixel_std = processor.mean, processor.std
+        model, longest = self.model(dtype), self.tokenizer.model_max_length
+        if self.is_text:
+            refuse_pictures(max_tiles=max_tiles, compat=compat)
+            length, tiling, tokens_per_tile = longest if REWARD_TOKEN in self.settings else None, NO_TILES, 0
+        else:
+            processor, patch_size = self.processor, self.config.vision_config.patch_size[0]
+            length, tiling = processor.max_length, processor.tiling(max_tiles, compat)
+            tokens_per_tile = int((tiling.tile_size // patch_size) ** 2 * self.config.downsample_ratio**2)
+            model.pixel_mean, model.pixel_std = processor.mean, processor.std
         if with_weights:
             self.fill(model)
-        patch_size, tiling = self.config.vision_config.patch_size[0], processor.tiling(max_tiles, compat)
         return Checkpoint(
             model=model,
             tokenizer=self.tokenizer,
             tiling=tiling,
-            tokens_per_tile=int((tiling.tile_size // patch_size) ** 2 * self.config.downsample_ratio**2),
-            max_length=length,
+            tokens_per_tile=tokens_per_tile,
+            max_length=max_length or length or min(longest, MAX_LENGTH),
             reward_token=self.reward_token,
         )
 
@@ -275,6 +302,11 @@ class CheckpointFolder:
     def fill(self, model: RewardModel, device: torch.device | str = "cpu") -> None:
         """Fill a model of this folder, from the meta device, possibly frozen, sharded or without its vision part."""
         fill_model(model, self.native(model), device)
+
+    def require_vision(self, what: str) -> None:
+        """Raise `ValueError` for a text model."""
+        if self.is_text:
+            raise ValueError(f"{self.path}: a text model of transformers' own format has no {what}")
 
     def require_reward_model(self) -> None:
         """Raise `ValueError` unless it is a checkpoint with a score head."""
@@ -289,6 +321,13 @@ def plain_name(name: str) -> str:
         if name == "language_model." + part:
             return part
     return re.sub(r"^language_model\.model\.", "language_model.", name)
+
+
+def refuse_pictures(**options) -> None:
+    """Raise `ValueError` for an option that is given though it says nothing to a text model."""
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: the model reads text alone")
 
 
 def lora_scale(folder: Path, settings: dict) -> float:
@@ -316,7 +355,8 @@ def save_checkpoint(folder: str | Path, checkpoint: Checkpoint, state: dict[str,
     state = state or checkpoint.model.state_dict()
     config = checkpoint.model.model.config
     state = {native_name(name): value for name, value in state.items()}
-    stored = dict(as_stored(state.items(), config.text_config.model_type))
+    place = text_model.stored_name if checkpoint.is_text else str
+    stored = {place(name): value for name, value in as_stored(state.items(), config.text_config.model_type)}
     write_tensors(folder, stored.items(), {name: value.nbytes for name, value in stored.items()})
     for part in (config, config.text_config, config.vision_config):
         part.dtype = state[TEXT_NORM].dtype  # what plain transformers loads the weights in
@@ -324,14 +364,17 @@ def save_checkpoint(folder: str | Path, checkpoint: Checkpoint, state: dict[str,
 
 
 def save_settings(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write everything of a native folder but the weights."""
+    """Write everything of a native folder, or of a text model's, but the weights."""
     config = checkpoint.model.model.config
     for part in (config, config.text_config):  # vLLM reads the text part's
         part.num_labels, part.problem_type = 1, "regression"
-    setattr(config, REWARD_TOKEN, checkpoint.reward_token)
-    config.save_pretrained(folder)
+    written = text_model.as_classifier(config.text_config) if checkpoint.is_text else config
+    setattr(written, REWARD_TOKEN, checkpoint.reward_token)
+    written.save_pretrained(folder)
     checkpoint.tokenizer.model_max_length = checkpoint.max_length
     save_tokenizer(folder, checkpoint.tokenizer)
+    if checkpoint.is_text:
+        return
     rewrite_json(folder / "tokenizer_config.json", {"extra_special_tokens": processor_tokens(checkpoint.tokenizer)})
     model = checkpoint.model
     settings = settings_of(checkpoint.tiling, model.pixel_mean, model.pixel_std, checkpoint.max_length)

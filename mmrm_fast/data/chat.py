@@ -108,7 +108,7 @@ class ChatTemplate:
 
     Args:
         hidden: tokens that are ordinary text where a text has them: all special ones and those of images.
-        marks: the tokens that open and close an image.
+        marks: the tokens that open and close an image, where there can be any.
         whole: render responses to the end of the template instead of to their end token.
 
     Raises:
@@ -116,7 +116,7 @@ class ChatTemplate:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, hidden: Sequence[str], marks: tuple[int, int], *, whole: bool = False
+        self, tokenizer: PreTrainedTokenizerBase, hidden: Sequence[str], marks: Sequence[int], *, whole: bool = False
     ):
         self.tokenizer, self.marks, self.whole = tokenizer, marks, whole
         added = tokenizer.added_tokens_decoder
@@ -129,7 +129,7 @@ class ChatTemplate:
         behind = probe.partition(SLOT)[2]
         items = self.items(behind, Hidden(self.pattern), iter((0,)))
         end = tokenizer.convert_ids_to_tokens(end_of(items))
-        self.behind_end = behind[len(items[0][1] + end) :]
+        self.ending = end, behind[len(items[0][1] + end) :]  # the token that ends a response, and what is behind it
 
     def render(
         self, turns: Turns, responses: Sequence[Turn], tiles_per_image: tuple[int, ...], tools: Sequence[dict] = ()

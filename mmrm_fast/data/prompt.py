@@ -36,6 +36,7 @@ from mmrm_fast.data.types import FieldError, Message, Prompt
 
 IMAGE = "<image>"
 IMAGE_TOKENS = ("<img>", "<IMG_CONTEXT>", "</img>")  # what opens an image, stands for it and closes it
+PLAIN = "texts as they are: `{% for turn in messages %}{{ turn['content'] }}{% endfor %}{{ eos_token }}`"
 SPACE = "\u2581"  # what sentencepiece writes for a space
 
 RewardToken = Literal["end", "last"]  # the token that ends the response, or the last of the rendered conversation
@@ -90,10 +91,11 @@ class PromptEncoder:
     """Encodes records with one fast tokenizer, its chat template and an image layout.
 
     Args:
-        tokens_per_tile: image tokens of a tile (256 for 448-pixel InternVL tiles).
+        tokens_per_tile: image tokens of a tile (256 for 448-pixel InternVL tiles); 0 for a model of text alone.
         max_length: tokens of prefix plus one response; the prefix is never cut.
         image_tokens: the tokens that open an image, stand for it and close it.
         compat: `reference` takes over the habits of the reference implementation (table above).
+        unread: a token that is never read, as padding is by sequence classifiers: sequences end before it.
         rope_regime: which RoPE frequencies a sequence of so many tokens has (`decoder.RopeRegime`).
     """
 
@@ -106,10 +108,14 @@ class PromptEncoder:
         image_tokens: tuple[str, str, str] = IMAGE_TOKENS,
         compat: Compat = None,
         reward_token: RewardToken = "end",
+        unread: int | None = None,
         rope_regime: Callable[[int], int] | None = None,
     ):
         self.tokenizer, self.tokens_per_tile, self.max_length = tokenizer, tokens_per_tile, max_length
-        self.compat, self.rope_regime = compat, rope_regime
+        self.compat, self.unread, self.rope_regime = compat, unread, rope_regime
+        image_tokens = image_tokens if tokens_per_tile else ()
+        if not tokenizer.chat_template:
+            raise ValueError(f"the tokenizer has no chat template, write one to chat_template.jinja; {PLAIN}")
         fields = backend_fields(tokenizer, image_tokens)
         spaceless = without_first_space(fields)
         self.first = self.backend = Tokenizer.from_str(json.dumps(fields))
@@ -117,14 +123,14 @@ class PromptEncoder:
             self.backend = Tokenizer.from_str(json.dumps(spaceless))
         self.set_literal()
         self.writes_spaces = writes_spaces(fields)
-        start, _, end = (self.backend.token_to_id(token) for token in image_tokens)
-        if start is None or end is None:
+        marks = [self.backend.token_to_id(token) for token in image_tokens[::2]]
+        if None in marks:
             raise ValueError(f"the tokenizer lacks the image tokens {image_tokens}")
         specials = {id: token for id, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.swallows_right = {id for id, token in specials.items() if token.rstrip}
         self.swallows_left = {id for id, token in specials.items() if token.lstrip}
         hidden = {*image_tokens, *(token.content for token in specials.values())}
-        self.chat = ChatTemplate(tokenizer, hidden, (start, end), whole=reward_token == "last")
+        self.chat = ChatTemplate(tokenizer, hidden, marks, whole=reward_token == "last")
 
     def set_literal(self) -> None:
         """Read special and image tokens in text as ordinary text, but with `compat`."""
@@ -167,6 +173,8 @@ class PromptEncoder:
             sequences = [keys if said else empty for said, keys in zip(says, sequences, strict=True)]
             return self.cut(sequences, shared, [])
         closing = self.encode_items([("text", ""), *rendered.closing])
+        if self.unread is not None:
+            sequences, closing = [self.without_unread(keys) for keys in sequences], self.without_unread(closing)
         if shared + len(closing) >= self.max_length:
             raise FieldError("prompt", f"is {shared} tokens with its images; --max-length is {self.max_length}")
         return self.cut(sequences, shared, closing)
@@ -203,6 +211,10 @@ class PromptEncoder:
         kept = (keys if len(keys) <= most else keys[: most - len(closing)] + closing for keys in sequences)
         arrays = tuple(np.array(keys, np.int64) for keys in kept)
         return Encoded(arrays, min(prefix_length, most), tuple(len(keys) > most for keys in sequences))
+
+    def without_unread(self, keys: list[int]) -> list[int]:
+        """Token keys up to the last that may be read."""
+        return keys[: next((end for end in range(len(keys), 0, -1) if keys[end - 1] != self.unread), 0)]
 
     def encode_items(self, items: list[Item]) -> list[int]:
         """Token keys of items."""

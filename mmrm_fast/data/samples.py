@@ -181,6 +181,8 @@ class Preparer:
 
     def num_tiles(self, image: Source) -> int:
         """Tiles that an image becomes, from its header. Raises `ImageError`."""
+        if not self.encoder.tokens_per_tile:
+            raise ImageError("the model reads text alone: leave pictures out, or take one with a vision tower")
         if self.inputs == "text":
             return 1
         return self.tiling.num_tiles(*self.in_time(image_size, image, self.tiling.compat))

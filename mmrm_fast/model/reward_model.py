@@ -23,7 +23,7 @@ class RewardModel(nn.Module):
     """Rewards of a packed batch.
 
     Args:
-        model: transformers' native `InternVLModel`; without a vision tower (`drop_vision`) it is a text-only proxy.
+        model: transformers' native `InternVLModel`; without its vision part (`drop_vision`) it reads text alone.
         pixel_mean, pixel_std: of the image normalisation, one a channel, for pixels in 0..1.
     """
 
@@ -49,7 +49,7 @@ class RewardModel(nn.Module):
     def read(self, head: Head, plan: TokenPlan, tiles_ISSC: Tensor | None) -> Tensor:
         """What a score head reads [R] of the plan's last tokens."""
         embedding = self.model.get_input_embeddings().weight
-        features = embedding.detach()[:0] if tiles_ISSC is None else self.image_features(tiles_ISSC)
+        features = embedding.detach()[:0] if tiles_ISSC is None or self.is_text else self.image_features(tiles_ISSC)
         embeds = pack_image_tokens(embedding, features, plan.source_T, plan.source_index)
         hidden = packed_hidden(self.model.language_model, embeds, plan)
         return head(hidden, plan.read_row_R if self.reads_last_tokens else plan.last_index_R)
@@ -79,8 +79,13 @@ class RewardModel(nn.Module):
         """Run the vision tower once, on the only tiles that this model will ever see."""
         self.register_buffer("only_tiles", self.tower_output(tiles_ISSC), persistent=False)
 
+    @property
+    def is_text(self) -> bool:
+        """Whether it reads text alone."""
+        return self.model.multi_modal_projector is None
+
     def drop_vision(self) -> "RewardModel":
-        """Remove vision tower and projector: a text-only proxy."""
+        """Remove vision tower and projector: what is left reads text alone."""
         self.model.vision_tower = self.model.multi_modal_projector = None
         return self
 

@@ -102,7 +102,7 @@ class RewardService:
         limits, tile = self.limits, self.scorer.checkpoint.tokens_per_tile
         require(sum(len(group.responses) for group in groups), limits.responses, "responses")
         require(sum(map(len_text, groups)), limits.tokens * CHARACTERS_PER_TOKEN, "characters of text")
-        require(sum(len(group.images) for group in groups), limits.tokens // tile, "images")
+        require(sum(len(group.images) for group in groups), limits.tokens // max(tile, 1), "images")
         pixels = [count_pixels(group, limits.pixels) for group in groups]
         require(sum(pixels), limits.request_pixels, "pixels of all images")
         samples = [self.scorer.encode(group) for group in groups]

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mmrm_fast.checkpoint.folder import Checkpoint, CheckpointFolder
+from mmrm_fast.checkpoint.folder import Checkpoint, CheckpointFolder, refuse_pictures
 from mmrm_fast.config import TrainConfig
 from mmrm_fast.data.images import white_tile
 from mmrm_fast.data.lines import Rows, open_rows
@@ -56,10 +56,17 @@ class Proxy:
 
     def branches(self, open_checkpoint: Opener) -> list[Branch]:
         """The rewards that train, the model's first: parts frozen, adapters added, not yet sharded."""
-        weights, checkpoint = self.config.weights, open_checkpoint(self.model_folder, False)
+        weights = self.config.weights
+        if self.model_folder.is_text:
+            self.refuse_same_text()
+            refuse_pictures(vision_lora=weights.vision_lora or None, freeze_mlp=weights.freeze_mlp or None)
+        checkpoint = open_checkpoint(self.model_folder, False)
         freeze(checkpoint.model, weights)
         add_adapters(checkpoint.model, weights)
         return [Branch(MAIN, checkpoint.model, checkpoint, self.model_folder, weights.lora_alpha / weights.lora_r)]
+
+    def refuse_same_text(self) -> None:
+        """Raise `ValueError` for a proxy that would see all that a text model sees."""
 
     def files(self) -> list[Rows]:
         """Files that it reads beside the records."""
@@ -81,6 +88,12 @@ class TrainedProxy(Proxy):
     """A proxy that is the second branch."""
 
     scores_tests = True
+
+    def refuse_same_text(self) -> None:
+        raise ValueError(
+            f"--robust with the text model {self.model_folder.path}: a proxy that is a model would see all that it "
+            "sees; --proxy-model ngrams or margins of a file may know less"
+        )
 
     def margins(self, branches: list[Branch], packed: Packed, batch: PackedBatch) -> Tensor:
         config = self.config.loss

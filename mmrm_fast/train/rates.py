@@ -30,7 +30,8 @@ class Rates:
 
     def __init__(self, models: list[RewardModel], tokens_per_tile: int, device: torch.device):
         self.text = [pass_flops(model.model.language_model.layers, expert_share(model)) for model in models]
-        self.tile = (4 * tokens_per_tile + 1) * pass_flops(models[0].model.vision_tower.encoder)
+        tower = models[0].model.vision_tower
+        self.tile = (4 * tokens_per_tile + 1) * pass_flops(tower.encoder) if tower else 0
         self.device, self.peak = device, peak_flops(device)
 
     def __call__(self, row: dict[str, Any], seconds: float) -> dict[str, float]:
