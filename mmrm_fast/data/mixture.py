@@ -120,8 +120,8 @@ def parse_mixture(specs: Sequence[str]) -> Mixture:
     Raises:
         ValueError: some with a weight and some without, or a weight that is not a positive number.
     """
-    paths, weights = zip(*map(split_weight, specs), strict=True)
-    if set(weights) == {None}:
+    paths, weights = zip(*map(split_weight, specs), strict=True) if specs else ((), ())
+    if set(weights) <= {None}:
         return Mixture(paths)
     if None in weights:
         raise ValueError(f"--data {' '.join(specs)}: give every file a weight, or none")
