@@ -88,21 +88,16 @@ class RewardClient:
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         turns = place_images(turns, [image_url(image) for image in images])
         if [turn["role"] for turn in turns] == ["user"]:
-            ask, asked = self.score_documents, split(responses, RESPONSES_AT_ONCE)
+            lots = (
+                responses[first : first + RESPONSES_AT_ONCE] for first in range(0, len(responses), RESPONSES_AT_ONCE)
+            )
+            bodies = [{"queries": {"content": turns[0]["content"]}, "documents": list(lot)} for lot in lots]
+            ask = lambda body: [item["score"] for item in self.post("/score", body)["data"]]  # noqa: E731
         else:
-            ask, asked = self.classify, split(responses, 1)
+            bodies = [{"messages": [*turns, {"role": "assistant", "content": response}]} for response in responses]
+            ask = lambda body: self.post("/classify", body)["data"][-1]["probs"][-1:]  # noqa: E731
         with ThreadPoolExecutor(NUM_THREADS) as pool:
-            return [reward for rewards in pool.map(lambda own: ask(turns, own), asked) for reward in rewards]
-
-    def score_documents(self, turns: Sequence[Mapping], responses: Sequence[str]) -> list[float]:
-        """The rewards of responses to a lone user turn."""
-        body = {"queries": {"content": turns[0]["content"]}, "documents": list(responses)}
-        return [item["score"] for item in self.post("/score", body)["data"]]
-
-    def classify(self, turns: Sequence[Mapping], responses: Sequence[str]) -> list[float]:
-        """The reward of one response to a conversation."""
-        body = {"messages": [*turns, {"role": "assistant", "content": responses[0]}]}
-        return self.post("/classify", body)["data"][-1]["probs"][-1:]
+            return [reward for rewards in pool.map(ask, bodies) for reward in rewards]
 
     def get_reward(self, query: Sequence[str], prompts: Sequence[str] | None = None, images: Sequence | None = None):
         """OpenRLHF's answer, `{"rewards", "scores", "extra_logs"}`, for whole decoded queries."""
@@ -128,11 +123,6 @@ class RewardClient:
         ask = lambda run: self.score(asked[run[0]][0], [texts[i] for i in run], asked[run[0]][1])  # noqa: E731
         with ThreadPoolExecutor(NUM_THREADS) as pool:
             return [reward for rewards in pool.map(ask, runs) for reward in rewards]
-
-
-def split(values: Sequence, size: int) -> list[Sequence]:
-    """Runs of at most `size` values."""
-    return [values[first : first + size] for first in range(0, len(values), size)]
 
 
 def place_images(turns: Sequence[Mapping], urls: Sequence[str]) -> list[dict]:

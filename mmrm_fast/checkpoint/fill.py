@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -117,7 +117,7 @@ class NativeTensors:
                 local[max(present - start, 0) :] = mean_row(where, self.tensors)
         else:
             spans = self.sources[name].spans or ((0, parameter.shape[0]),)
-            copy_spans(local, list(part_of_spans(spans, start, stop)), where, self.tensors)
+            copy_spans(local, part_of_spans(spans, start, stop), where, self.tensors)
 
 
 def fill_model(model: RewardModel, native: NativeTensors, device: torch.device | str) -> None:
@@ -156,23 +156,25 @@ def part_of_spans(spans: tuple[tuple[int, int], ...], start: int, stop: int) -> 
         place += last - first
 
 
-def copy_spans(local: Tensor, spans: list[tuple[int, int]], name: str, tensors: TensorFolder) -> None:
-    """Copy spans of a tensor's rows one after another, a bounded number of values at a time."""
-    step = max(VALUES_AT_A_TIME // max(local[:1].numel(), 1), 1)
+def pieces(name: str, first: int, last: int, tensors: TensorFolder) -> Iterator[Tensor]:
+    """Rows of a tensor, a bounded number of values at a time."""
+    step = max(VALUES_AT_A_TIME // max(math.prod(tensors.shape(name)[1:]), 1), 1)
+    for start in range(first, last, step):
+        yield tensors.rows(name, start, min(start + step, last))
+
+
+def copy_spans(local: Tensor, spans: Iterable[tuple[int, int]], name: str, tensors: TensorFolder) -> None:
+    """Copy spans of a tensor's rows one after another."""
     place = 0
-    for first, last in spans:
-        for start in range(first, last, step):
-            rows = tensors.rows(name, start, min(start + step, last))
-            local[place : place + len(rows)].copy_(rows)
-            place += len(rows)
+    for rows in (rows for first, last in spans for rows in pieces(name, first, last, tensors)):
+        local[place : place + len(rows)].copy_(rows)
+        place += len(rows)
 
 
 def mean_row(name: str, tensors: TensorFolder) -> Tensor:
     """The mean of a tensor's rows in float64."""
-    rows, width = tensors.shape(name)
-    step = max(VALUES_AT_A_TIME // width, 1)
-    parts = (tensors.rows(name, start, min(start + step, rows)) for start in range(0, rows, step))
-    return sum(part.sum(0, dtype=torch.float64) for part in parts) / rows
+    count = tensors.shape(name)[0]
+    return sum(part.sum(0, dtype=torch.float64) for part in pieces(name, 0, count, tensors)) / count
 
 
 def resized_positions(positions: Tensor, count: int) -> Tensor:

@@ -16,11 +16,10 @@ from scipy.special import gammaln
 
 from mmrm_fast.config import BestOfNConfig
 from mmrm_fast.evaluate import plots
+from mmrm_fast.evaluate.plots import ORACLE
 from mmrm_fast.evaluate.reliability import mean_interval
 from mmrm_fast.files import json_lines, write_json
 from mmrm_fast.tables import print_table
-
-ORACLE = "the truth itself"
 
 
 def best_of_n(config: BestOfNConfig) -> None:
@@ -40,7 +39,7 @@ def best_of_n(config: BestOfNConfig) -> None:
     folder = config.output_dir
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "best-of-n.json", results)
-    figure = plots.best_of_n(curves, quality="expected truth of the selected response", bound=ORACLE)
+    figure = plots.best_of_n(curves)
     for suffix in ("svg", "png"):
         plots.save(figure, folder / f"best-of-n.{suffix}")
     rows = [(name, *(f"{row['quality']:.3f}" for row in own)) for name, own in curves.items()]

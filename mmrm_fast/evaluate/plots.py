@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 COLOURS = ("#1f5fa8", "#c8501e", "#2b7d4f", "#8a4fa3", "#8c6d1f", "#3c8c93", "#b03060", "#5c6470")
 SIZE = (4.4, 3.0)  # inches
+ORACLE = "the truth itself"  # which no model can pass
 NUM_COLUMNS = 80  # of the SFC picture
 matplotlib.rcParams.update(
     {
@@ -61,13 +62,13 @@ def legend(figure: Figure, axes: Axes) -> None:
         figure.legend(loc="outside lower center", ncols=2)
 
 
-def reliability(calibrations: Mapping[str, dict], title: str = "Calibration") -> Figure:
+def reliability(calibrations: Mapping[str, dict]) -> Figure:
     """Accuracy against confidence by label, a dot a bin (the more pairs the larger), beside a calibrated diagonal.
 
     Args:
         calibrations: per label what `reliability.calibration` returns.
     """
-    figure, axes = new_axes(title, SIZE[1] + 0.6)
+    figure, axes = new_axes("Calibration", SIZE[1] + 0.6)
     axes.plot([0.5, 1], [0.5, 1], color="#999", lw=1, ls="--", label="calibrated")
     for number, (label, figures) in enumerate(calibrations.items()):
         bins, colour = figures["bins"], COLOURS[number % len(COLOURS)]
@@ -97,22 +98,20 @@ def margins(margins_P: np.ndarray, proxy_P: np.ndarray | None = None, title: str
     return figure
 
 
-def best_of_n(curves: Mapping[str, Sequence[dict]], *, quality: str, bound: str) -> Figure:
-    """Expected quality of the selected response over KL, a line a model, N along the top.
+def best_of_n(curves: Mapping[str, Sequence[dict]]) -> Figure:
+    """Expected truth of the selected response over KL, a line a model, N along the top.
 
     Args:
-        curves: per model rows `{"n", "kl", "quality", "low", "high"}`.
-        quality: what the quality is, for the axis.
-        bound: the curve that no model can pass.
+        curves: per model, and for `ORACLE`, rows `{"n", "kl", "quality", "low", "high"}`.
     """
     figure, axes = new_axes(height=SIZE[1] + 0.6)
     for name, rows in curves.items():
         kl = [row["kl"] for row in rows]
-        style = {"color": "#999", "linestyle": "--"} if name == bound else {"marker": "o", "markersize": 3}
+        style = {"color": "#999", "linestyle": "--"} if name == ORACLE else {"marker": "o", "markersize": 3}
         (line,) = axes.plot(kl, [row["quality"] for row in rows], label=name, lw=1.3, **style)
         low, high = [row["low"] for row in rows], [row["high"] for row in rows]
         axes.fill_between(kl, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-    axes.set(xlabel="KL from the policy in nats, log N − (N − 1) / N", ylabel=quality)
+    axes.set(xlabel="KL from the policy in nats, log N − (N − 1) / N", ylabel="expected truth of the selected response")
     rows = next(iter(curves.values()))
     top = axes.secondary_xaxis("top")
     top.set_xticks([row["kl"] for row in rows], [str(row["n"]) for row in rows], fontsize=8)

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 
 from mmrm_fast.evaluate import plots
-from mmrm_fast.evaluate.best_of_n import ORACLE
 from mmrm_fast.evaluate.page import colour, write_page
 from mmrm_fast.study.figures import means_table
 from mmrm_fast.tables import percent, signed
@@ -49,10 +48,9 @@ def selections(found: dict) -> Iterator[dict]:
     """By kind of candidates, what models select out of N: chart, table, and differences at the largest N."""
     for kind, title in KINDS.items():
         curves = found[kind]["curves"]
-        figure = plots.best_of_n(curves, quality="expected truth of the selected response", bound=ORACLE)
         yield {
             "title": title,
-            "chart": plots.svg(figure, title),
+            "chart": plots.svg(plots.best_of_n(curves), title),
             "sizes": list(map(str, found["sizes"])),
             "rows": [[name, *map(quality_and_spread, curve)] for name, curve in curves.items()],
             "comparisons": comparison_rows(found[kind]["comparisons"]),

@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from mmrm_fast.data.records import Records, iter_groups
 from mmrm_fast.data.shapes import ENVIRONMENTS
-from mmrm_fast.evaluate.best_of_n import ORACLE, curve, read_values, selected_quality
+from mmrm_fast.evaluate.best_of_n import curve, read_values, selected_quality
+from mmrm_fast.evaluate.plots import ORACLE
 from mmrm_fast.files import write_json_lines
 from mmrm_fast.score.scorer import Scorer
 from mmrm_fast.study.candidates import make_candidates
