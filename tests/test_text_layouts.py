@@ -4,9 +4,11 @@ That what transformers stores of them is loaded, and original checkpoints with t
 tests/checkpoint; that packed equals padded, values and gradients, in test_packed_equals_padded.py.
 """
 
+from functools import partial
+
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import run_in_turn
 from runs import losses, margins, read
 from transformers import InternVLModel
 
@@ -55,13 +57,20 @@ def test_a_text_model_that_no_original_checkpoint_has_is_refused_with_those_that
         export_original(native("mistral"), tmp_path / "original")
 
 
-@pytest.mark.parametrize("text", TEXTS)
-def test_a_robust_step_on_two_ranks_is_that_of_one(native, make_config, text):
-    options = {"model": native(text), "robust": True, "max_steps": 1, "report_to": ()}
-    one, two = train(make_config("one", **options)), make_config("two", **options)
-    assert run_ranks(train, two) == [0, 0]
-    assert losses(two.run.output_dir) == pytest.approx(losses(one), abs=1e-5)
-    (row,), (same,) = (read(folder / "metrics.jsonl") for folder in (one, two.run.output_dir))
-    for name in ("grad_norm", "proxy_grad_norm"):
-        assert same[name] == pytest.approx(row[name], rel=1e-4)
-    assert margins(two.run.output_dir) == pytest.approx(margins(one), abs=1e-3)
+def test_a_robust_step_on_two_ranks_is_that_of_one(native, make_config, subtests):
+    runs = {
+        (text, world): make_config(f"{text}, {world}", model=native(text), robust=True, max_steps=1, report_to=())
+        for text in TEXTS
+        for world in (1, 2)
+    }
+    for text in TEXTS:
+        train(runs[text, 1])
+    assert run_in_turn([partial(train, runs[text, 2]) for text in TEXTS], world=2) == [0, 0]
+    for text in TEXTS:
+        one, two = (runs[text, world].run.output_dir for world in (1, 2))
+        with subtests.test(text):
+            assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+            (row,), (same,) = (read(folder / "metrics.jsonl") for folder in (one, two))
+            for name in ("grad_norm", "proxy_grad_norm"):
+                assert same[name] == pytest.approx(row[name], rel=1e-4)
+            assert margins(two) == pytest.approx(margins(one), abs=1e-3)

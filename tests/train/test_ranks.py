@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import run_in_turn, run_ranks
 from runs import losses, margins, mixed_records, read
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -59,15 +59,17 @@ def make_way(make_config, make_checkpoint, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_two_and_four_ranks_equal_one(make_way, way):
-    one, two, four = train(make_way("one", way)), make_way("two", way), make_way("four", way)
-    assert run_ranks(train, two) == [0, 0]
-    assert run_ranks(train, four, world=4) == [0, 0, 0, 0]
-    assert len(losses(one)) == 3 and losses(one)[0] != losses(one)[1]
-    for config in (two, four):
-        assert losses(config.run.output_dir) == pytest.approx(losses(one), abs=1e-4)
-        assert margins(config.run.output_dir) == pytest.approx(margins(one), abs=1e-3)
+def test_two_and_four_ranks_equal_one(make_way, subtests):
+    one = {way: train(make_way(f"one, {way}", way)) for way in WAYS}
+    for world in (2, 4):
+        configs = {way: make_way(f"{world}, {way}", way) for way in WAYS}
+        assert run_in_turn([partial(train, config) for config in configs.values()], world=world) == [0] * world
+        for way, config in configs.items():
+            with subtests.test(way=way, world=world):
+                alone, shared = one[way], config.run.output_dir
+                assert len(losses(alone)) == 3 and losses(alone)[0] != losses(alone)[1]
+                assert losses(shared) == pytest.approx(losses(alone), abs=1e-4)
+                assert margins(shared) == pytest.approx(margins(alone), abs=1e-3)
 
 
 MEMORY = {
@@ -84,12 +86,14 @@ def test_selective_checkpointing_keeps_the_products_of_experts_and_changes_nothi
     assert losses(kept) == losses(plain)
 
 
-@pytest.mark.parametrize("option", MEMORY)
-def test_memory_options_do_not_change_two_adapters_on_one_model(make_way, option):
+def test_memory_options_do_not_change_two_adapters_on_one_model(make_way, subtests):
     """The hardest case: a layer that recomputes with the other branch's adapter gives wrong gradients silently."""
-    plain, config = train(make_way("plain", "proxy lora")), make_way("option", "proxy lora", **MEMORY[option])
-    assert run_ranks(train, config) == [0, 0]
-    assert losses(config.run.output_dir) == pytest.approx(losses(plain), abs=1e-5)
+    plain = losses(train(make_way("plain", "proxy lora")))
+    configs = {option: make_way(option, "proxy lora", **MEMORY[option]) for option in MEMORY}
+    assert run_in_turn([partial(train, config) for config in configs.values()], world=2) == [0, 0]
+    for option, config in configs.items():
+        with subtests.test(option):
+            assert losses(config.run.output_dir) == pytest.approx(plain, abs=1e-5)
 
 
 @pytest.mark.parametrize("way", ["experts", "experts, lora"])
