@@ -26,8 +26,7 @@ from mmrm_fast.client import RewardClient
 from mmrm_fast.score.scorer import Scorer
 
 MAX_REQUESTS = 8  # of a replica; under load it asks for another with one request in flight
-DELAY = 2.0  # seconds that requests wait for company: long enough to be seen in flight
-BODY = {"queries": "What?", "documents": [f"{'two red circles ' * 10}{i}" for i in range(150)]}
+BODY = {"queries": "What?", "documents": [f"{'two red circles ' * 10}{i}" for i in range(400)]}  # seen in flight
 
 pytestmark = pytest.mark.xdist_group("serve")
 
@@ -46,6 +45,18 @@ class Server:
 
     def replicas(self):
         return descendants(self.process.pid, "ray::ServeReplica")
+
+    @contextmanager
+    def held(self):
+        """Meanwhile the replicas stand still, and requests wait."""
+        replicas = self.replicas()
+        try:
+            for replica in replicas:
+                os.kill(replica, signal.SIGSTOP)
+            yield
+        finally:
+            for replica in replicas:
+                os.kill(replica, signal.SIGCONT)
 
     def check(self, answer):
         """The rewards of an answer are the scorer's."""
@@ -72,7 +83,7 @@ def server(model):
     token, log = model.parent / "token", model.parent / "log.txt"
     token.write_text("secret\n")
     options = {"model": model, "port": url.rpartition(":")[2], "token-file": token, "max-replicas": 2,
-               "max-requests": MAX_REQUESTS, "max-delay-ms": 1000 * DELAY}  # fmt: skip
+               "max-requests": MAX_REQUESTS}  # fmt: skip
     arguments = [f"--{name}={value}" for name, value in options.items()]
     command = [sys.executable, "-m", "mmrm_fast.cli", "serve", *arguments]
     headers = {"authorization": "Bearer secret"}
@@ -106,15 +117,12 @@ def test_a_server_answers_by_its_token_and_says_what_it_is(server):
 
 
 def test_more_requests_of_one_address_than_half_the_places_are_refused_with_a_reason_and_may_be_sent_again(server):
-    answers = []
-
-    def overflow():
-        with ThreadPoolExecutor(64) as pool:
-            answers.extend(pool.map(server.ask, range(64)))
-        return {200, 429} <= {answer.status_code for answer in answers}
-
-    wait_until(overflow, "no request is refused")
-    assert {answer.status_code for answer in answers} == {200, 429}
+    with ThreadPoolExecutor(64) as pool:
+        with server.held():
+            waiting = [pool.submit(server.ask) for _ in range(64)]
+            wait_until(lambda: sum(future.done() for future in waiting) == 64 - MAX_REQUESTS, "not refused")
+        answers = [future.result() for future in waiting]
+    assert Counter(answer.status_code for answer in answers) == {200: MAX_REQUESTS, 429: 64 - MAX_REQUESTS}
     for answer in answers:
         if answer.status_code == 200:
             server.check(answer)
@@ -135,23 +143,22 @@ def test_everything_that_it_starts_listens_on_this_machine_alone(server):
             assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
 
 
-def two_replicas(server):
+def wait_for_two(server):
     """Wait for a second replica under load; every answer is right."""
     with ThreadPoolExecutor(4) as pool:
-        while len(server.replicas()) < 2:
-            for answer in pool.map(server.ask, range(4)):
-                server.check(answer)
-            yield
+        with server.held():
+            waiting = [pool.submit(server.ask) for _ in range(4)]
+            wait_until(lambda: len(server.replicas()) == 2, "one replica")
+        for future in waiting:
+            server.check(future.result())
 
 
 def test_a_second_replica_starts_under_load(server):
-    load = two_replicas(server)
-    wait_until(lambda: next(load, "two") == "two", "one replica")
+    wait_for_two(server)
 
 
 def test_a_killed_replica_s_requests_are_refused_the_other_s_answered_and_replicas_come_back(server):
-    load = two_replicas(server)
-    wait_until(lambda: next(load, "two") == "two", "one replica")
+    wait_for_two(server)
     counts = Counter()
 
     def kill_one_at_work():
@@ -179,14 +186,11 @@ def test_a_killed_replica_s_requests_are_refused_the_other_s_answered_and_replic
 
 def test_a_server_drains_on_sigterm(server):
     with ThreadPoolExecutor(4) as pool:
-
-        def end_while_at_work():
+        with server.held():
             waiting = [pool.submit(server.ask) for _ in "1234"]
-            wait_until(lambda: server.in_flight() == 4 or any(w.done() for w in waiting), "not in flight")
-            return waiting if not any(future.done() for future in waiting) else None
-
-        waiting = wait_until(end_while_at_work, "requests are answered before they are seen")
-        server.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: server.in_flight() == 4, "not in flight")
+            server.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: "draining" in server.log.read_text(), server.log.read_text)
         for future in waiting:
             server.check(future.result())
     assert server.process.wait(timeout=120) == 0, server.log.read_text()
