@@ -106,14 +106,14 @@ def section(run: Run) -> dict:
 def accuracy_table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     """Heads and rows of the figures of every test set and run, for the figures that any of them has."""
     sets = {name: None for run in runs for name in run.results}
-    rows = [(name, run.name, run.results[name]) for name in sets for run in runs if name in run.results]
+    rows = [(name, run, run.results[name]) for name in sets for run in runs if name in run.results]
     found = {head: key for head, key in FIGURES.items() if any(key in figures for _, _, figures in rows)}
-    table = [
-        [name, run, own.get("kind", ""), str(own.get("pairs", "")), *(percent(own.get(key)) for key in found.values())]
-        for name, run, own in rows
+    several = len(runs) > 1
+    return ["test set", *(["run"] if several else []), "kind", "pairs", *found], [
+        [name, *([run.name] if several else []), figures.get("kind", ""), str(figures.get("pairs", ""))]
+        + [percent(figures.get(key)) for key in found.values()]
+        for name, run, figures in rows
     ]
-    heads = ["test set", "run", "kind", "pairs", *found]
-    return (heads, table) if len(runs) > 1 else tuple([row[:1] + row[2:] for row in part] for part in ([heads], table))
 
 
 def accuracy_chart(runs: Sequence[Run]) -> list[str]:
@@ -180,8 +180,8 @@ def galleries(run: Run) -> list[tuple[str, str, list[dict]]]:
     rows = [{**row, "set": name} for name, rows in run.pairs.items() for row in rows]
     weighted = [row for row in rows if row.get("proxy_margin") is not None]
     margins = torch.tensor([(row["margin"], row["proxy_margin"]) for row in weighted]).double().reshape(-1, 2)
-    weights = pair_loss(*margins.unbind(1), mode=mode).sfc.tolist()
-    weighted = [{**row, "weight": weight} for row, weight in zip(weighted, weights, strict=True)]
+    for row, weight in zip(weighted, pair_loss(*margins.unbind(1), mode=mode).sfc.tolist(), strict=True):
+        row["weight"] = weight
     note = f"The evaluated pairs that the run's mode, {mode}, weighs most: the text-only proxy fails on them."
     found = [
         ("Most up-weighted pairs", note, sorted(weighted, key=lambda row: -row["weight"])),
