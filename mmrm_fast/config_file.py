@@ -54,11 +54,7 @@ def with_options(config: Config, /, **changed: Any) -> Config:
 
 
 def parse(config_type: type[Config], arguments: Sequence[str], *, prog: str) -> Config:
-    """The config that flags give, over what the file named by `--config` gives, over the defaults.
-
-    Raises:
-        ValueError: no such file, an unknown key or a wrong value in it.
-    """
+    """The config that flags give, over what the file named by `--config` gives, over the defaults."""
     early = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False)
     early.add_argument("--config")
     early.add_argument("--num-gpus", "--num_gpus", type=int, default=os.environ.get("WORLD_SIZE", "1"))
@@ -77,7 +73,8 @@ def read_config(name: str, config_type: type[Config], *, num_ranks: int = 1, pro
         if any(mark in given for mark in REFERENCE["marks"]):
             check_names(given, {*types(config_type), *KEYS})
             given, notes = translate(given, num_ranks=num_ranks)
-            say(path, notes)
+            if notes and os.environ.get("RANK", "0") == "0":
+                print(f"{path}: these keys have no meaning here:", *map(": ".join, notes.items()), sep="\n  ")
         check_names(given, types(config_type))
         with redirect_stderr(said):
             typed = (tyro.conf.FlagConversionOff,)  # `--robust=True`
@@ -127,22 +124,11 @@ def flags(given: Mapping, hints: Mapping) -> Iterator[str]:
             yield f"--{key}={value}"
 
 
-def say(path: Path, notes: Mapping[str, str]) -> None:
-    """Print what a file's keys do not do here, on one rank."""
-    if notes and os.environ.get("RANK", "0") == "0":
-        print(f"{path}: these keys have no meaning here:")
-        print("\n".join(f"  {key}: {reason}" for key, reason in notes.items()))
-
-
 def translate(given: Mapping, *, num_ranks: int) -> tuple[dict, dict[str, str]]:
-    """A file of the reference implementation as options of ours, and why some keys have no meaning here.
+    """A file of the reference implementation, whose batch is of so many GPUs, as options of ours.
 
-    Args:
-        given: the file's keys; those that are no reference keys come back as they are.
-        num_ranks: GPUs, by which the reference multiplies its batch.
-
-    Raises:
-        ValueError: an option with a value that is not supported.
+    Keys that are not the reference's come back as they are; beside them why some keys have no meaning here. Raises
+    `ValueError` for an option with a value that is not supported.
     """
     given = {**REFERENCE["defaults"], **given}
     for key, (value, remedy) in ONLY.items():

@@ -42,14 +42,7 @@ def write_weights(
     target: Path,
     place: Callable[[str], Source | None],
 ) -> None:
-    """Write a folder's tensors as they are stored, each native one where `place` puts it, if anywhere.
-
-    Args:
-        checkpoint: the folder's, without weights.
-
-    Raises:
-        ValueError: the folder lacks a tensor that the model needs.
-    """
+    """Write a folder's tensors as they are stored, each native one where `place` puts it, if anywhere."""
     native = folder.native(checkpoint.model)
     groups: dict[str, list[tuple[Source, str]]] = {}
     for where, name in ((place(name), name) for name in native.stored()):
@@ -82,11 +75,7 @@ def inspect(config: InspectConfig) -> None:
 
 
 def convert_folder(source: Path, target: Path) -> None:
-    """Write a folder's native twin, and its text-only proxy, where the reference implementation saved one, in `proxy/`.
-
-    Raises:
-        ValueError: not a checkpoint; the message names what is wrong.
-    """
+    """Write a folder's native twin, and in `proxy/` the text-only branch that the reference implementation saves."""
     branches = {target: False, target / "proxy": True} if has_proxy(source) else {target: False}
     for path, proxy in branches.items():
         folder = CheckpointFolder(source, proxy=proxy)

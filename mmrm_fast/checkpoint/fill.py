@@ -27,13 +27,7 @@ def native_name(name: str) -> str:
 class NativeTensors:
     """A folder's tensors under the native names of a model's parameters, adapters merged, packed ones taken apart.
 
-    Args:
-        tensors: of a folder of either layout.
-        model: whose parameters they are; its values are not looked at.
-        is_original: whether the folder's layout is the original one.
-
-    Raises:
-        ValueError: a tensor is missing, has another shape, or has no place in the model.
+    Raises `ValueError` where a tensor is missing, has another shape, or has no place in the model.
     """
 
     def __init__(self, tensors: TensorFolder, model: RewardModel, *, is_original: bool):

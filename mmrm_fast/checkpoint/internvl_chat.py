@@ -32,15 +32,8 @@ class Source:
 def native_config(original: dict, *, vocab_size: int, image_token_id: int) -> InternVLConfig:
     """transformers' config of an original one.
 
-    What it has no field for stays in `internvl_chat`: the LLM's `architecture`, `template` and `ps_version`.
-
-    Args:
-        original: config.json of an `internvl_chat` checkpoint.
-        vocab_size: rows of the token embedding, new tokens included.
-        image_token_id: of `<IMG_CONTEXT>`.
-
-    Raises:
-        ValueError: an architecture or a setting that transformers' InternVL does not compute.
+    What it has no field for stays in `internvl_chat`: the LLM's `architecture`, `template` and `ps_version`. Raises
+    `ValueError` for an architecture or a setting that transformers' InternVL does not compute.
     """
     vision = vision_config(original["vision_config"])
     tile, ratio = tile_size(original), original.get("downsample_ratio", 0.5)

@@ -24,10 +24,7 @@ BICUBIC = 3
 class Processor:
     """Image settings by transformers' names (and `pad2square`, which it has not). `ValueError` names the file and key.
 
-    Args:
-        source: where they stand, for messages.
-        settings: as JSON has them.
-        image_size: pixels of the vision tower's side, which tiles have where nothing else is said.
+    Where nothing else is said tiles have `image_size`, the pixels of the vision tower's side.
     """
 
     def __init__(self, source: Path, settings: dict[str, Any], image_size: int):

@@ -22,6 +22,7 @@ PICKLE_REMEDY = (
 )
 SHARD_BYTES = 5 * 10**9
 LORA = re.compile(r"\.lora_([AB])(?:\.\w+)?\.weight$")
+PEFT = re.compile(r"base_model\.model\.|base_layer\.|modules_to_save\.default\.")  # what its wrappers put into a name
 EXPERT = re.compile(r"^(.+\.experts)\.(\d+)\.(?:gate|up|down)_proj\.weight$")
 STACKED = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}  # the weights of all experts of a layer
 EXPERTS_APART = ("qwen2_moe", "qwen3_moe")  # text models whose experts transformers stores one by one
@@ -34,7 +35,6 @@ class TensorFolder:
     A layer's experts that are stored one by one are a tensor of all, with one of them a row, as transformers computes.
 
     Args:
-        folder: a local folder.
         rename: a stored name to the name it goes by; None leaves the tensor out.
         lora_scale: alpha / rank of adapters.
 
@@ -50,7 +50,7 @@ class TensorFolder:
         self.adapters: dict[str, dict[str, tuple[str, str]]] = {}  # adapted name: "A" or "B": file, stored name
         for stored, file in stored_names(folder).items():
             adapter = LORA.search(stored)
-            name = rename(without_peft(LORA.sub(".weight", stored)))
+            name = rename(PEFT.sub("", LORA.sub(".weight", stored)))
             if name is None or ".original_module." in stored:
                 continue
             if adapter:
@@ -160,20 +160,10 @@ def stored_names(folder: Path) -> dict[str, str]:
     raise ValueError(f"{folder}: no {WEIGHTS}; weights are read from safetensors only")
 
 
-def without_peft(name: str) -> str:
-    """A name without what peft's wrappers put into it."""
-    for part in ("base_model.model.", "base_layer.", "modules_to_save.default."):
-        name = name.replace(part, "")
-    return name
-
-
 def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], sizes: dict[str, int]) -> None:
     """Write tensors as one safetensors file, or as shards of at most `SHARD_BYTES` with an index, one at a time.
 
-    Args:
-        folder: exists; its former weights are removed.
-        tensors: names and values, in the order of `sizes`.
-        sizes: bytes of each.
+    The folder's former weights are removed. `sizes` are bytes, in the order of the tensors.
     """
     for path in (*folder.glob("model-*-of-*.safetensors"), folder / WEIGHTS, folder / WEIGHTS_INDEX):
         path.unlink(missing_ok=True)

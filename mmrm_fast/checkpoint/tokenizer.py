@@ -44,7 +44,10 @@ def load_tokenizer(
         ValueError: a file is missing or not of these kinds.
     """
     folder = Path(folder)
-    settings = read_settings(folder)
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder}: no {path.name}; expected the tokenizer's files beside the weights")
+    settings = check_settings(read_json(path), path)
     declared = added_tokens(folder, settings)
     backend, begins, spaced = build_backend(folder, settings, declared, slow=original)
     if original:
@@ -63,14 +66,6 @@ def load_tokenizer(
     if begins and template is not None:
         tokenizer.chat_template = "{{- bos_token }}" + tokenizer.chat_template
     return tokenizer
-
-
-def read_settings(folder: Path) -> dict:
-    """tokenizer_config.json."""
-    path = folder / "tokenizer_config.json"
-    if not path.is_file():
-        raise ValueError(f"{folder}: no {path.name}; expected the tokenizer's files beside the weights")
-    return check_settings(read_json(path), path)
 
 
 def added_tokens(folder: Path, settings: dict) -> dict[int, AddedToken]:

@@ -50,12 +50,7 @@ def best_of_n(config: BestOfNConfig) -> None:
 
 
 def expected_best(scores: np.ndarray, quality: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
-    """Expected quality of the highest-scored of a random N, for every N in `sizes`.
-
-    Args:
-        scores, quality: [M] float, of the responses to one prompt.
-        sizes: N, each from 1 to M.
-    """
+    """Expected quality of the highest-scored of a random N of the M responses to a prompt, for every N in `sizes`."""
     _, place, counts = np.unique(scores, return_inverse=True, return_counts=True)
     shared = (np.bincount(place, quality) / counts)[place]  # [M], tied responses alike
     in_order = shared[np.argsort(place, kind="stable")]

@@ -63,11 +63,7 @@ def legend(figure: Figure, axes: Axes) -> None:
 
 
 def reliability(calibrations: Mapping[str, dict]) -> Figure:
-    """Accuracy against confidence by label, a dot a bin (the more pairs the larger), beside a calibrated diagonal.
-
-    Args:
-        calibrations: per label what `reliability.calibration` returns.
-    """
+    """Accuracy against confidence of each `reliability.calibration`, a dot a bin, beside a calibrated diagonal."""
     figure, axes = new_axes("Calibration", SIZE[1] + 0.6)
     axes.plot([0.5, 1], [0.5, 1], color="#999", lw=1, ls="--", label="calibrated")
     for number, (label, figures) in enumerate(calibrations.items()):
@@ -99,11 +95,7 @@ def margins(margins_P: np.ndarray, proxy_P: np.ndarray | None = None, title: str
 
 
 def best_of_n(curves: Mapping[str, Sequence[dict]]) -> Figure:
-    """Expected truth of the selected response over KL, a line a model, N along the top.
-
-    Args:
-        curves: per model, and for `ORACLE`, rows `{"n", "kl", "quality", "low", "high"}`.
-    """
+    """Expected truth of the selected response over KL, a line a model and one for `ORACLE`, N along the top."""
     figure, axes = new_axes(height=SIZE[1] + 0.6)
     for name, rows in curves.items():
         kl = [row["kl"] for row in rows]

@@ -54,11 +54,7 @@ def bootstrap(
 ) -> dict[str, tuple[float, float]]:
     """95 % percentile intervals of each group's accuracy, of all pairs' (`overall`) and of the groups' mean (`macro`).
 
-    Whole records are drawn with replacement, since the pairs of a record are not independent.
-
-    Args:
-        credits: [P] float, of each pair.
-        records, groups: [P], the record and the group of each pair.
+    Whole records are drawn with replacement, since the pairs of a record are not independent. All arguments are [P].
     """
     names, group_P = np.unique(groups, return_inverse=True)
     _, record_P = np.unique(records, return_inverse=True)

@@ -118,11 +118,7 @@ torch.library.register_autograd("mmrm_fast::pack_image_tokens_fwd", _backward, s
 
 
 def source_index(source: Tensor) -> SourceIndex:
-    """Index the tokens of a stream by source, on the host.
-
-    Args:
-        source: [T] int64 on the CPU, see `pack_image_tokens`.
-    """
+    """The tokens of a stream by their source [T] int64, on the CPU."""
     order = source.argsort(stable=True)
     segment_source, counts = source[order].unique_consecutive(return_counts=True)
     return SourceIndex(order, torch.cat([counts.new_zeros(1), counts.cumsum(0)]), segment_source)

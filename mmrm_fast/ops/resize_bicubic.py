@@ -1,7 +1,6 @@
 """resize_bicubic: a uint8 image stretched over a grid of tiles, with the bits of Pillow's `Image.resize`.
 
-H, W the image's height and width, S pixels a tile side,
-I = columns * rows tiles, one more with the thumbnail.
+H, W the image's height and width, S pixels a tile side, I = columns * rows tiles, one more with the thumbnail.
 """
 
 import numpy as np

@@ -13,10 +13,7 @@ from mmrm_fast.ops.native import cuda_native, native
 def register(library: torch.library.Library, op: str, **passes: tuple[Callable, Callable]) -> None:
     """Give each pass of an op its backends: its reference, C++ on CPUs, on GPUs CUDA C++, else Triton where it is.
 
-    Args:
-        library: that declares the schemas.
-        op: file of the kernels in this folder.
-        passes: by schema name the reference and what calls the native module.
+    `passes` are by schema name the reference and what calls the native module; `op` is the kernels' file here.
     """
     for name, (reference, compiled) in passes.items():
         library.impl(name, reference, "CompositeExplicitAutograd")
