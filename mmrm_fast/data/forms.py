@@ -1,16 +1,7 @@
 """The layouts in which preference data is published, read into one: prompt, responses, pairs.
 
-| layout | fields |
-| --- | --- |
-| pairwise: TRL, rewardbench | `prompt`, `chosen`, `rejected`, optional `margin`; strings or messages |
-| K-wise: VLFeedback | `prompt`, `completions`: an object of lists, or a list of objects `{annotations, response}` |
-| K-wise by scores; scoring | `prompt`, `responses`, optional `scores` |
-| RLHF-V, RLAIF-V | `text` as a JSON string with `question`, `chosen`, `rejected`; or those fields themselves |
-| POVID | `conversations`, `rejected_conversations` of `{from, value}` turns |
-| ms-swift | `messages`, with `rejected_messages` or `rejected_response`, or `rejected_images` alone |
-| ShareGPT, LLaMA-Factory | `conversations`, the context, with `chosen` and `rejected`: text or one turn |
-| Alpaca | `instruction`, optional `input`, which are the prompt, with any of the replies above |
-| HelpSteer3 | `context`, `response1`, `response2`, `overall_preference`: below 0 for the first, above for the second |
+README.md beside this file has a record of each. `completions` are an object of lists or a list of objects, `text` is a
+record as JSON, `overall_preference` is below 0 where the first response is preferred, above 0 for the second.
 
 `rejected_images` beside a pair are those that the rejected reply is to, as are images in its own messages. Message
 lists of replies may hold the conversation before the reply, `prompt` is not needed then. `system` and `history`
