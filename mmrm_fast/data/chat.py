@@ -70,11 +70,13 @@ class Hidden:
 
     def inside(self, value: Any) -> Any:
         """A value of JSON with all of its texts so."""
-        if isinstance(value, Mapping):
-            return {self.hide(key): self.inside(item) for key, item in value.items()}
+        if isinstance(value, str):
+            return self.hide(value)
         if isinstance(value, (list, tuple)):
             return [self.inside(item) for item in value]
-        return self.hide(value) if isinstance(value, str) else value
+        if isinstance(value, Mapping):
+            return {self.hide(key): self.inside(item) for key, item in value.items()}
+        return value
 
     def turns(self, turns: Sequence[Turn]) -> Turns:
         """Turns with all of their texts so."""

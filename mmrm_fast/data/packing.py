@@ -109,7 +109,7 @@ def pack(
     Args:
         with_text: also plan the text-only proxy's tokens.
         proxy_image: `white` where the samples' `text` was encoded with white tiles.
-        rope_regime: see `decoder.RopeRegime`; only sequences of one regime share a prefix.
+        rope_regime: see `decoder.rope_regime`; only sequences of one regime share a prefix.
     """
     tiles, places = unique_tiles(images, tile_size)
     rows = [image_rows(own, tokens_per_tile) for own in places]

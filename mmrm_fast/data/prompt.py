@@ -96,7 +96,7 @@ class PromptEncoder:
         image_tokens: the tokens that open an image, stand for it and close it.
         compat: `reference` takes over the habits of the reference implementation (table above).
         unread: a token that is never read, as padding is by sequence classifiers: sequences end before it.
-        rope_regime: which RoPE frequencies a sequence of so many tokens has (`decoder.RopeRegime`).
+        rope_regime: which RoPE frequencies a sequence of so many tokens has (`decoder.rope_regime`).
     """
 
     def __init__(

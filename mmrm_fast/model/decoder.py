@@ -5,7 +5,7 @@ Attention comes in by transformers' own interface, so that models stay theirs; `
 Shapes: T packed tokens, R tokens that are read, E head size, D hidden size.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -162,25 +162,12 @@ def use_gated_product(language_model: PreTrainedModel) -> bool:
     return bool(known)
 
 
-@dataclass(frozen=True)
-class RopeRegime:
-    """Which frequencies a sequence of so many tokens has: 0 for those of the short, else a length that has them.
+def rope_regime(config: PreTrainedConfig) -> Callable[[int], int] | None:
+    """Which frequencies a text config's RoPE gives a sequence of so many tokens; None where all have the same.
 
-    `dynamic` (InternLM2) stretches its base with every token over a threshold, `longrope` (Phi-3's "su") has other
-    factors over one.
+    That is 0 for those of the short, else a length that has them: `dynamic` (InternLM2) stretches its base with every
+    token over a threshold, `longrope` (Phi-3's "su") has other factors over one.
     """
-
-    threshold: int  # longest sequence with the frequencies of the short
-    is_continuous: bool  # every length over it has its own
-
-    def __call__(self, length: int) -> int:
-        if length <= self.threshold:
-            return 0
-        return length if self.is_continuous else self.threshold + 1
-
-
-def rope_regime(config: PreTrainedConfig) -> RopeRegime | None:
-    """The regimes of a text config's RoPE; None where frequencies do not depend on the length."""
     parameters = getattr(config, "rope_parameters", None) or {}
     kinds = {own.get("rope_type") for own in (parameters, *parameters.values()) if isinstance(own, dict)}
     if not kinds & {"dynamic", "longrope"}:
@@ -188,8 +175,13 @@ def rope_regime(config: PreTrainedConfig) -> RopeRegime | None:
     if "rope_type" not in parameters:
         raise ValueError(f"{config.model_type}: layers of one kind have RoPE of their own that depends on the length")
     if parameters["rope_type"] == "dynamic":
-        return RopeRegime(config.max_position_embeddings, True)
-    return RopeRegime(parameters["original_max_position_embeddings"], False)
+        return partial(regime, threshold=config.max_position_embeddings, is_continuous=True)
+    return partial(regime, threshold=parameters["original_max_position_embeddings"], is_continuous=False)
+
+
+def regime(length: int, *, threshold: int, is_continuous: bool) -> int:
+    """A length with the frequencies of a sequence of this one; `is_continuous` where each over a threshold has own."""
+    return 0 if length <= threshold else length if is_continuous else threshold + 1
 
 
 class OwnLengthRope(nn.Module):
@@ -198,7 +190,7 @@ class OwnLengthRope(nn.Module):
     transformers takes the length from the longest position in the batch and remembers it, which would let one long
     response change its neighbours' rewards. Here it is asked once a regime, anew, with a sequence of that length alone.
 
-    Called with position ids [1, T], or [2, T]: position ids and the regime (`RopeRegime`) of each token's sequence.
+    Called with position ids [1, T], or [2, T]: position ids and the `rope_regime` of each token's sequence.
     """
 
     def __init__(self, kind: type[nn.Module], config: PreTrainedConfig):
