@@ -64,23 +64,19 @@ class Hidden:
     pattern: re.Pattern
     texts: list[str] = field(default_factory=list)
 
-    def hide(self, text: str) -> str:
-        """The text with each special token, and each private character of its own, behind one character."""
-        return self.pattern.sub(self.stand_in, text)
-
-    def inside(self, value: Any) -> Any:
-        """A value of JSON with all of its texts so."""
+    def hide(self, value: Any) -> Any:
+        """A value of JSON, in its texts each special token and each private character behind one character."""
         if isinstance(value, str):
-            return self.hide(value)
+            return self.pattern.sub(self.stand_in, value)
         if isinstance(value, (list, tuple)):
-            return [self.inside(item) for item in value]
+            return [self.hide(item) for item in value]
         if isinstance(value, Mapping):
-            return {self.hide(key): self.inside(item) for key, item in value.items()}
+            return {self.hide(key): self.hide(item) for key, item in value.items()}
         return value
 
     def turns(self, turns: Sequence[Turn]) -> Turns:
         """Turns with all of their texts so."""
-        return [Turn(turn.role, *map(self.inside, turn[1:])) for turn in turns]
+        return [Turn(*self.hide(turn)) for turn in turns]
 
     def stand_in(self, match: re.Match) -> str:
         """The character that stands for what was matched."""
@@ -138,7 +134,7 @@ class ChatTemplate:
     ) -> Rendered:
         """A prompt with each of its responses. Raises `FieldError` where the template does not take or drops them."""
         hidden = Hidden(self.pattern)
-        turns, answers, tools = hidden.turns(turns), hidden.turns(responses), hidden.inside(tools)
+        turns, answers, tools = hidden.turns(turns), hidden.turns(responses), hidden.hide(tools)
         slot, *texts = (self.text([*turns, answer], tools) for answer in (Turn("assistant", [SLOT]), *answers))
         self.refuse_dropped(turns, answers, tools, slot)
         before, found, after = slot.rpartition(SLOT)
@@ -190,7 +186,7 @@ class ChatTemplate:
     def unanswered(self, turns: Turns, tiles_per_image: tuple[int, ...], tools: Sequence[dict] = ()) -> list[Item]:
         """A prompt up to where generation would begin."""
         hidden = Hidden(self.pattern)
-        text = self.text(hidden.turns(turns), hidden.inside(tools), add_generation_prompt=True)
+        text = self.text(hidden.turns(turns), hidden.hide(tools), add_generation_prompt=True)
         return self.items(text, hidden, iter(tiles_per_image))
 
     def text(self, turns: Turns, tools: Sequence[dict] = (), **options) -> str:
