@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -146,21 +147,11 @@ def save_original_tokenizer(target: Path, tokenizer: PreTrainedTokenizerBase) ->
     if not any(" " in part for merge in merges for part in merge):
         fields["model"]["merges"] = [" ".join(merge) for merge in merges]  # as tokenizers wrote them before 0.20
     if (tokenizer.chat_template or "").startswith("{{- bos_token }}"):
-        bos = tokenizer.bos_token
         spaced = tokenizer.chat_template.startswith("{{- bos_token }}" + SPACE)
-        before = [bos, SPACE] if spaced else [bos]
-        fields["post_processor"] = {
-            "type": "TemplateProcessing",
-            "single": [
-                *({"SpecialToken": {"id": token, "type_id": 0}} for token in before),
-                {"Sequence": {"id": "A", "type_id": 0}},
-            ],
-            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-            "special_tokens": {
-                token: {"id": token, "ids": [tokenizer.convert_tokens_to_ids(token)], "tokens": [token]}
-                for token in before
-            },
-        }
+        before = [tokenizer.bos_token, SPACE] if spaced else [tokenizer.bos_token]
+        ids = list(zip(before, tokenizer.convert_tokens_to_ids(before), strict=True))
+        added = TemplateProcessing(single=[*before, "$A"], pair=["$A", "$B"], special_tokens=ids)
+        fields["post_processor"] = json.loads(added.__getstate__())
     path.write_text(json.dumps(fields, ensure_ascii=False), encoding="utf-8")
 
 
