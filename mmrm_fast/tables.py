@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from rich.console import Console
@@ -46,6 +46,11 @@ def print_results(results: Mapping[str, Mapping]) -> None:
         for key, reason in reasons.items():
             if figures.get(key):
                 print(f"{name}: {figures[key]} pairs {reason} are in no figure")
+
+
+def plus_minus(show: Callable[[float], str], mean: float | None, spread: float | None = None) -> str:
+    """A figure with its spread where there is one."""
+    return show(mean) + ("" if spread is None else f" ± {show(spread)}")
 
 
 def signed(value: float) -> str:

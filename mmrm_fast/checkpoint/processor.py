@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from mmrm_fast.checkpoint.schema import require
+from mmrm_fast.checkpoint.schema import is_number, require
 from mmrm_fast.data.images import NORMALIZATION, Compat, Tiling
 from mmrm_fast.data.prompt import IMAGE_TOKENS
 from mmrm_fast.files import read_json
@@ -32,8 +32,8 @@ class Processor:
         for name, value in ALWAYS.items():
             self.require(name, settings.get(name) in (None, value), f"{value}".lower())
         self.require("resample", settings.get("resample") in (None, BICUBIC), f"{BICUBIC} (bicubic)")
-        scale = self.number("rescale_factor", 1 / 255)
-        self.require("rescale_factor", abs(scale * 255 - 1) < 1e-6, "1/255")
+        scale = settings.get("rescale_factor", 1 / 255)
+        self.require("rescale_factor", is_number(scale) and abs(scale * 255 - 1) < 1e-6, "1/255")
         self.tile_size = self.side(image_size)
         self.min_patches, self.max_patches = self.count("min_patches", 1), self.count("max_patches", 12)
         self.require("min_patches", self.min_patches <= self.max_patches, f"at most max_patches {self.max_patches}")
@@ -52,12 +52,6 @@ class Processor:
     def require(self, name: str, holds: bool, expected: str) -> None:
         """Raise `ValueError` for a setting that is not as expected."""
         require(holds, self.source, name, self.settings.get(name), expected)
-
-    def number(self, name: str, default: float) -> float:
-        """A number."""
-        value = self.settings.get(name, default)
-        self.require(name, isinstance(value, (int, float)) and not isinstance(value, bool), "a number")
-        return float(value)
 
     def switch(self, name: str, default: bool) -> bool:
         """A boolean; null is the default."""
@@ -88,7 +82,7 @@ class Processor:
         """A number for each of the three channels."""
         values = self.settings.get(name, default)
         given = isinstance(values, (list, tuple)) and len(values) == 3
-        self.require(name, given and all(isinstance(value, (int, float)) for value in values), "three numbers")
+        self.require(name, given and all(map(is_number, values)), "three numbers")
         return tuple(map(float, values))
 
     def tiling(self, max_tiles: int | None, compat: Compat) -> Tiling:

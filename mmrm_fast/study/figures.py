@@ -17,7 +17,7 @@ from mmrm_fast.data.records import Group, Records, iter_groups
 from mmrm_fast.evaluate.reliability import credit, mean_interval, text_controls
 from mmrm_fast.files import json_lines, read_json
 from mmrm_fast.pairs import PairRow, judged_accuracy, read_rows, summarize, truth_sign
-from mmrm_fast.tables import percent
+from mmrm_fast.tables import percent, plus_minus
 
 SFD = (
     "SFD (shortcut-failure degradation): accuracy on the test pairs that the text-only proxy trained on the same data "
@@ -65,6 +65,7 @@ class Runs:
     def __init__(self, cells: Sequence[Cell], environments: Mapping[str, Environment], root: Path):
         self.cells, self.environments, self.root = tuple(cells), dict(environments), root
         self.methods = list(dict.fromkeys(cell.method for cell in cells))
+        self.steps = cache(lambda cell: [row for _, row in json_lines(cell.folder(root) / "metrics.jsonl")])
         self.rows = cache(lambda cell, name: read_rows(cell.folder(root) / f"eval-{name}.jsonl"))
         self.groups = cache(self.read_groups)
 
@@ -72,6 +73,10 @@ class Runs:
         """The records of an environment's test by their position."""
         groups = iter_groups(Records(self.environments[environment].test, split="test"))
         return {group.record: group for group in groups if isinstance(group, Group)}
+
+    def of(self, method: str) -> list[Cell]:
+        """The cells of a method."""
+        return [cell for cell in self.cells if cell.method == method]
 
     def sets(self, cell: Cell) -> list[tuple[str, str, str]]:
         """The test sets of a cell: what it is, its kind and the name that the run knows it by."""
@@ -82,7 +87,7 @@ class Runs:
 
     def ood(self, method: str) -> Iterator[tuple[str, list[PairRow]]]:
         """Environment and evaluated pairs of every test of a method's models away from their training."""
-        for cell in (cell for cell in self.cells if cell.method == method):
+        for cell in self.of(method):
             for test, kind, name in self.sets(cell):
                 if kind == "ood":
                     yield test, self.rows(cell, name)
@@ -149,7 +154,7 @@ def means_table(results: dict) -> tuple[list[str], list[list[str]]]:
             own = means(tests)
             cells = [percent(own.get(figure, {}).get("mean")) for figure in shown]
             rows += [[method, name, *cells, *([""] * len(COSTS))]] if tests else []
-        cells = [mean_and_spread(overall.get(figure)) for figure in shown]
+        cells = [plus_minus(percent, **overall.get(figure, {"mean": None})) for figure in shown]
         own, first = results["costs"][method], next(iter(results["costs"].values()))
         costs = [f"{own[name] / first[name]:.2f}" if own[name] and first[name] else "-" for name in COSTS]
         rows += [[method, "mean ± spread", *cells, *costs], []]
@@ -158,19 +163,13 @@ def means_table(results: dict) -> tuple[list[str], list[list[str]]]:
 
 def cost(method: str, runs: Runs) -> dict[str, float | None]:
     """Seconds of a training, what comes before its first step included, and its peak memory in bytes, as means."""
-    folders = [cell.folder(runs.root) for cell in runs.cells if cell.method == method]
-    steps = [[row for _, row in json_lines(folder / "metrics.jsonl")] for folder in folders]
-    before = [read_json(file)["seconds"] if (file := own / FITTED).exists() else 0.0 for own in folders]
-    seconds = [first + sum(row.get("seconds") or 0 for row in own) for first, own in zip(before, steps, strict=True)]
-    peaks = [max((row.get("peak_memory_bytes") or 0 for row in own), default=0) for own in steps]
+    seconds, peaks = [], []
+    for cell in runs.of(method):
+        fitted, steps = cell.folder(runs.root) / FITTED, runs.steps(cell)
+        before = read_json(fitted)["seconds"] if fitted.exists() else 0.0
+        seconds.append(before + sum(row.get("seconds") or 0 for row in steps))
+        peaks.append(max((row.get("peak_memory_bytes") or 0 for row in steps), default=0))
     return dict(zip(COSTS, (float(np.mean(values)) or None for values in (seconds, peaks)), strict=True))
-
-
-def mean_and_spread(figure: dict | None) -> str:
-    """A mean with its spread in per cent, a dash where there is none."""
-    if figure is None:
-        return "-"
-    return percent(figure["mean"]) + ("" if figure["spread"] is None else f" ± {percent(figure['spread'])}")
 
 
 def seed_mean(tests: Sequence[dict], figure: str) -> float:
@@ -252,8 +251,8 @@ def controls(method: str, runs: Runs) -> dict:
 def sfc_over_training(method: str, runs: Runs) -> list[dict[str, float]]:
     """The SFC's mean and 10, 50 and 90 % quantiles of a step, averaged over runs, by share of the training."""
     parts: list[dict[str, list[float]]] = [{} for _ in range(PARTS_OF_TRAINING)]
-    for cell in (cell for cell in runs.cells if cell.method == method):
-        steps = [row for _, row in json_lines(cell.folder(runs.root) / "metrics.jsonl")]
+    for cell in runs.of(method):
+        steps = runs.steps(cell)
         for number, step in enumerate(steps):
             part = parts[number * PARTS_OF_TRAINING // len(steps)]
             for name in ("sfc_mean", "sfc_p10", "sfc_p50", "sfc_p90"):

@@ -8,7 +8,7 @@ import numpy as np
 from mmrm_fast.evaluate import plots
 from mmrm_fast.evaluate.page import colour, write_page
 from mmrm_fast.study.figures import means_table
-from mmrm_fast.tables import percent, signed
+from mmrm_fast.tables import percent, plus_minus, signed
 
 KINDS = {"ood": "out of distribution", "reversed": "own cue reversed"}  # of sets of candidates
 
@@ -52,15 +52,12 @@ def selections(found: dict) -> Iterator[dict]:
             "title": title,
             "chart": plots.svg(plots.best_of_n(curves), title),
             "sizes": list(map(str, found["sizes"])),
-            "rows": [[name, *map(quality_and_spread, curve)] for name, curve in curves.items()],
+            "rows": [
+                [name, *(plus_minus("{:.3f}".format, row["quality"], row.get("spread")) for row in curve)]
+                for name, curve in curves.items()
+            ],
             "comparisons": comparison_rows(found[kind]["comparisons"]),
         }
-
-
-def quality_and_spread(row: dict) -> str:
-    """A quality with its spread over seeds where there is one."""
-    spread = row.get("spread")
-    return f"{row['quality']:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
 
 
 def maps(results: dict) -> dict[str, dict[str, list]]:
