@@ -108,9 +108,10 @@ def preferences(form: Form, most: int) -> dict:
 
 def parse_id(fields: dict) -> str | None:
     """The record's own name, text or a number, as text."""
-    found = ((name, fields[name]) for name in ID_FIELDS if fields.get(name) is not None)
-    name, value = next(found, ("id", None))
-    return str(value) if isinstance(value, (int, float)) else value and text(value, name)
+    for name in ID_FIELDS:
+        if (value := fields.get(name)) is not None:
+            return str(value) if isinstance(value, (int, float)) else text(value, name)
+    return None
 
 
 def parse_truth(fields: dict, num_responses: int) -> tuple[float, ...] | None:

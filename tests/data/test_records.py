@@ -119,6 +119,7 @@ MALFORMED = {
     "a string": ('"prompt"', "", "this is a string"),
     "null": ("null", "", "this is null"),
     "id is a list": ('{"id": [1], "prompt": "p", "responses": ["a"]}', "id", "got a list"),
+    "id is an empty list": ('{"id": [], "prompt": "p", "responses": ["a"]}', "id", "got an empty list"),
     "no form": ('{"prompt": "p"}', "", "needs `chosen` and `rejected`"),
     "no prompt": ('{"chosen": "a", "rejected": "b"}', "prompt", "missing"),
     "no rejected": ('{"prompt": "p", "chosen": "a"}', "rejected", "missing"),
