@@ -17,7 +17,7 @@ import numpy as np
 
 from mmrm_fast.data.fields import Fields, refuse_unread
 from mmrm_fast.data.messages import Turns, check_turns, parse_messages, prompt_turns, reply, reply_list
-from mmrm_fast.data.types import FieldError, Message, Pairs, Prompt, kind_of, number, text
+from mmrm_fast.data.types import FieldError, Message, Pairs, Prompt, kind_of, number, some_list, text
 
 CHOSEN_FIELDS = ("chosen", "conversations", "messages")
 REJECTED_FIELDS = ("rejected", "rejected_conversations", "rejected_messages", "rejected_response")
@@ -126,8 +126,8 @@ def turns_before(fields: dict) -> tuple[Message, ...]:
     """The turns of the columns `system` and `history`."""
     system, history = fields.get("system"), fields.get("history")
     turns = [Message("system", text(system, "system"))] if system else []
-    for index, pair in enumerate(history or ()):
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+    for index, pair in enumerate(some_list(history, "history", of="questions and answers") if history else ()):
+        if not isinstance(pair, list) or len(pair) != 2:
             raise FieldError(f"history[{index}]", f"expected a question and its answer, got {kind_of(pair)}")
         for role, said in zip(("user", "assistant"), pair, strict=True):
             turns.append(Message(role, text(said, f"history[{index}]")))

@@ -146,6 +146,7 @@ MALFORMED = {
     "completions lacks an annotation": (
         '{"prompt": "p", "completions": {"response": ["a", "b"], "annotations": [{}]}}',
         "completions.annotations", "expected a list of 2"),
+    "history is a number": ('{"history": 3, "prompt": "p", "responses": ["a"]}', "history", "got a number"),
     "truth of the wrong length": ('{"prompt": "p", "responses": ["a"], "truth": [1, 2]}', "truth", "a list of 1"),
     "truth is NaN": ('{"prompt": "p", "responses": ["a"], "truth": [NaN]}', "truth", "finite"),
 }  # fmt: skip
