@@ -192,9 +192,8 @@ def file_figures(name: str, own: Look, fit: Fitted, samples: Mapping[str, Sample
 
 def surest(sample: Sample, own: Look, margins: np.ndarray) -> dict[str, list[dict]]:
     """The sampled pairs on which text is surest, right and wrong."""
-    by_pair = dict(zip(zip(own.part.record_P, *own.part.ends_P2.T, strict=True), margins, strict=True))
-    keys = zip(sample.record_P, *sample.written_P2.T, strict=True)
-    margin_P = np.array([by_pair.get(key, 0.0) for key in keys])
+    by_pair = dict(zip(map(tuple, own.part.pairs_P3.tolist()), margins, strict=True))
+    margin_P = np.array([by_pair.get(tuple(pair), 0.0) for pair in sample.pairs_P3.tolist()])
     rows = {}
     for kind, turned_P in (("right", margin_P), ("wrong", -margin_P)):
         places = [pair for pair in np.argsort(-turned_P, kind="stable")[:SHOWN_PAIRS].tolist() if turned_P[pair] > 0]
@@ -204,7 +203,7 @@ def surest(sample: Sample, own: Look, margins: np.ndarray) -> dict[str, list[dic
 
 def shown_pair(chunk: Chunk, pair: int) -> dict:
     """The texts of a pair."""
-    group, ends = chunk.groups[chunk.place_P[pair]], chunk.written_P2[pair].tolist()
+    group, ends = chunk.groups[chunk.place_P[pair]], chunk.pairs_P3[pair, 1:].tolist()
     chosen, rejected = (group.responses[list(group.places).index(place)] for place in ends)
     return {"source": group.source, "prompt": text_of(group), "chosen": chosen, "rejected": rejected}
 
@@ -217,7 +216,7 @@ def health(own: Look, seen: Seen) -> dict[str, int]:
 def scored(part: Part, margins: np.ndarray) -> dict[str, float]:
     """Accuracy with its 95 % interval; the pairs of a record count as one draw."""
     credits = credit(margins)
-    _, record_P = np.unique(part.record_P, return_inverse=True)
+    _, record_P = np.unique(part.pairs_P3[:, 0], return_inverse=True)
     mean = float(credits.mean())
     error = 1.96 * float(np.sqrt((np.bincount(record_P, credits - mean) ** 2).sum())) / len(credits)
     return {"accuracy": mean, "low": max(0.0, mean - error), "high": min(1.0, mean + error)}

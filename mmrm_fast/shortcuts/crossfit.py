@@ -62,15 +62,11 @@ class Chunk:
         return np.repeat(np.arange(len(self.groups)), [len(group.pairs) for group in self.groups])
 
     @property
-    def record_P(self) -> np.ndarray:
-        """Every pair's record in its file or files."""
-        return np.array([group.record for group in self.groups], np.int64)[self.place_P]
-
-    @property
-    def written_P2(self) -> np.ndarray:
-        """Chosen and rejected response of every pair, by their places in the record."""
+    def pairs_P3(self) -> np.ndarray:
+        """Every pair as in its file: the record, chosen and rejected by their places in it, int64."""
         ends = [np.array(group.places, np.int64)[group.pairs.ends] for group in self.groups]
-        return np.concatenate([np.zeros((0, 2), np.int64), *ends])
+        record_N = np.array([group.record for group in self.groups], np.int64)
+        return np.column_stack([record_N[self.place_P], np.concatenate([np.zeros((0, 2), np.int64), *ends])])
 
     @property
     def differences_PF(self) -> Matrix:
@@ -79,10 +75,9 @@ class Chunk:
 
 
 class Margins(NamedTuple):
-    """Margins of pairs, by their record and the places of their responses in it."""
+    """Margins of pairs."""
 
-    record_P: np.ndarray
-    ends_P2: np.ndarray
+    pairs_P3: np.ndarray  # see `Chunk`
     margin_P: np.ndarray
 
 
@@ -98,8 +93,7 @@ class Features(Protocol):
 class Part(NamedTuple):
     """Pairs that may be fitted on."""
 
-    record_P: np.ndarray
-    ends_P2: np.ndarray  # places in the record
+    pairs_P3: np.ndarray  # see `Chunk`
     level_P: np.ndarray  # zeros that the hashed key begins with
     fold_P: np.ndarray
     differences_PF: Matrix
@@ -108,14 +102,14 @@ class Part(NamedTuple):
     def of(cls, chunk: Chunk, seed: int) -> "Part":
         """All pairs of a chunk."""
         level_N, fold_N, place_P = level_of(chunk.key_N, seed), fold_of(chunk.key_N, seed), chunk.place_P
-        return cls(chunk.record_P, chunk.written_P2, level_N[place_P], fold_N[place_P], chunk.differences_PF)
+        return cls(chunk.pairs_P3, level_N[place_P], fold_N[place_P], chunk.differences_PF)
 
     @classmethod
     def joined(cls, parts: Sequence["Part"]) -> "Part":
         """All of them, in the order of the records."""
         columns = zip(*parts, strict=True)
         whole = cls(*(vstack(own, format="csr") if issparse(own[0]) else np.concatenate(own) for own in columns))
-        order = np.argsort(whole.record_P, kind="stable")
+        order = np.argsort(whole.pairs_P3[:, 0], kind="stable")
         return whole if (np.diff(order) == 1).all() else whole.only(order)
 
     def only(self, pairs: np.ndarray) -> "Part":
@@ -189,7 +183,7 @@ def fit(features: Features, records: np.ndarray, *, seed: int, ranks: Ranks, pro
     """The regressions of these records, the same on every rank."""
     part, is_complete = sample(features, records, seed=seed, ranks=ranks, progress=progress)
     fitted = ranks.first(lambda: cross_fit(part.differences_PF, part.fold_P))
-    return CrossFit(fitted, Margins(part.record_P, part.ends_P2, fitted.margins_P) if is_complete else None)
+    return CrossFit(fitted, Margins(part.pairs_P3, fitted.margins_P) if is_complete else None)
 
 
 def margins(
@@ -201,9 +195,9 @@ def margins(
     """
     for window in windows(features, records, ranks, progress):
         parts = ranks.gather([chunk_margins(chunk, fitted, seed) for chunk in window])
-        whole = [np.concatenate(column) for column in zip(*parts, strict=True)]
-        order = np.argsort(whole[0], kind="stable")
-        yield Margins(*(column[order] for column in whole))
+        pairs_P3, margin_P = map(np.concatenate, zip(*parts, strict=True))
+        order = np.argsort(pairs_P3[:, 0], kind="stable")
+        yield Margins(pairs_P3[order], margin_P[order])
 
 
 def chunk_margins(chunk: Chunk, fitted: Fitted, seed: int | None) -> Margins:
@@ -212,4 +206,4 @@ def chunk_margins(chunk: Chunk, fitted: Fitted, seed: int | None) -> Margins:
     place_P, ends_P2 = chunk.place_P, chunk.ends_P2
     fold_P = np.full(len(place_P), FOLDS) if seed is None else fold_of(chunk.key_N, seed)[place_P]
     margin_P = scores_RK[ends_P2[:, 0], fold_P] - scores_RK[ends_P2[:, 1], fold_P]
-    return Margins(chunk.record_P, chunk.written_P2, margin_P)
+    return Margins(chunk.pairs_P3, margin_P)

@@ -119,5 +119,5 @@ def file_of(test_set: str) -> str:
 def margin_rows(parts: Iterable[crossfit.Margins]) -> Iterator[dict]:
     """Margins as rows of a file."""
     for part in parts:
-        for record, (chosen, rejected), margin in zip(*(column.tolist() for column in part), strict=True):
+        for (record, chosen, rejected), margin in zip(*(column.tolist() for column in part), strict=True):
             yield {"record": record, "chosen": chosen, "rejected": rejected, "proxy_margin": margin}

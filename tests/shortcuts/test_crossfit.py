@@ -46,9 +46,9 @@ def margins_of(path, *, seed=0, order=None, limit=10**8):
     fitted = crossfit.fit(features, numbers, seed=seed, ranks=Ranks(), progress=show).fitted
     parts = crossfit.margins(features, fitted, numbers, seed=seed, ranks=Ranks(), progress=show)
     rows = {
-        (record, *ends): margin
+        tuple(pair): margin
         for part in parts
-        for record, ends, margin in zip(*(column.tolist() for column in part), strict=True)
+        for pair, margin in zip(*(column.tolist() for column in part), strict=True)
     }
     return rows, fitted
 
