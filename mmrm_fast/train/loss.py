@@ -158,7 +158,7 @@ class StepAccumulator:
 
     def totals(self, all_sum: Callable[[Tensor], Tensor]) -> StepTotals:
         """The step's sums over all ranks (`all_sum` adds a tensor up over them); ready for the next step."""
-        counts = torch.tensor(list(self.counts.values())).to(self.sums)
+        counts = torch.tensor(list(self.counts.values())).to(self.sums, non_blocking=True)
         sums = all_sum(torch.cat([self.sums, counts])).tolist()
         names = (*SUMS, *MARGINS, *self.counts)
         self.sums, self.counts = self.zeros.clone(), dict.fromkeys(self.counts, 0)

@@ -31,8 +31,8 @@ class Memory:
     weights: float  # sharded: fp32 where trained, else in the dtype that is computed in
     gradients: float  # sharded, fp32
     optimizer: float  # sharded, fp32: two moments
-    gathered: float  # whole weights in use, and their gradients before they are reduced
-    activations: float  # what the backward pass needs of a full micro-batch
+    gathered: float  # whole weights in use, and a block's gradients before they are reduced
+    activations: float  # what the backward pass needs of a full micro-batch, or at its end the root's gradients so
 
     @property
     def total(self) -> float:
@@ -41,9 +41,9 @@ class Memory:
 
 
 def needed(memories: Collection[Memory]) -> float:
-    """Bytes of all branches: a step holds the activations of one at a time."""
-    activations = [memory.activations for memory in memories]
-    return sum(memory.total for memory in memories) - sum(activations) + max(activations)
+    """Bytes of all branches, of which one at a time is computed."""
+    passes = [memory.gathered + memory.activations for memory in memories]
+    return sum(memory.total for memory in memories) - sum(passes) + max(passes)
 
 
 def sized_branches(proxy: Proxy, num_layers: int | None = None) -> list[Branch]:
@@ -69,22 +69,26 @@ def memory(config: MemoryConfig, model: RewardModel, activations: float, *, num_
     shards = num_gpus / config.replicas
     trained = count(model, True) / shards
     stored = sum(p.numel() * sharding.stored_dtype(p, dtype).itemsize for p in model.parameters()) / shards
+    is_sharded = sharding.is_sharded(num_gpus, dtype, offloaded)
+    whole, root_gradients = gathered(config, model) if is_sharded else (0, 0)
     return Memory(
         weights=0 if offloaded else stored,
         gradients=0 if offloaded else 4 * trained,
         optimizer=0 if offloaded else 8 * trained,
-        gathered=gathered(config, model) if sharding.is_sharded(num_gpus, dtype, offloaded) else 0,
-        activations=activations,
+        gathered=whole,
+        activations=max(activations, root_gradients),
     )
 
 
-def gathered(config: MemoryConfig, model: RewardModel) -> float:
-    """Bytes of gathered weights (two blocks, one of them on its way, and the root's) and of unreduced gradients."""
+def gathered(config: MemoryConfig, model: RewardModel) -> tuple[float, float]:
+    """Bytes of gathered weights (two blocks, one of them on its way, and the root's) with a block's unreduced
+    gradients, and of the root's, which come when the activations are gone.
+    """
     width, parts = sharding.compute_dtype(config, GPU).itemsize, list(sharding.blocks(model))
     root, root_trained = (count(model, own) - sum(count(part, own) for part in parts) for own in (None, True))
     weights = root + 2 * max(map(count, parts)) if config.reshard_after_forward else count(model)
-    gradients = max(root_trained, max(count(part, True) for part in parts))
-    return width * weights + (width + 4) * gradients  # reduced in fp32
+    reduced = width + 4  # in fp32
+    return width * weights + reduced * max(count(part, True) for part in parts), reduced * root_trained
 
 
 def activations(proxy: Proxy, number: int, tokens: int, tiles: int) -> float:

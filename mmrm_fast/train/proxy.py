@@ -171,7 +171,7 @@ class FileProxy(Proxy):
         return open_rows([self.path], ())
 
     def margins(self, branches: list[Branch], packed: Packed, batch: PackedBatch) -> Tensor:
-        return self.file.of(packed.samples).to(batch.chosen_P.device)
+        return self.file.of(packed.samples).to(batch.chosen_P.device, non_blocking=True)
 
 
 class ShortcutProxy(FileProxy):

@@ -1,0 +1,80 @@
+"""Training and scoring over fake CUDA tensors: nothing waits for the GPU but where it must, ranks issue the same
+collectives, and a step holds what the dry run says. What it takes is in `tests/fake_cuda`; no GPU is needed.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[1] / "fake_cuda"
+TORCH = Path(torch.__file__).parent
+
+pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason="torch has a CUDA of its own")
+
+
+@pytest.fixture(scope="session")
+def guard(tmp_path_factory):
+    """`guard.cpp`, built."""
+    library = tmp_path_factory.mktemp("guard") / "guard.so"
+    includes = [f"-I{TORCH / 'include'}", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    links = [f"-L{TORCH / 'lib'}", "-lc10", "-ltorch_cpu", "-o", str(library)]
+    flags = ["-O0", "-std=c++20", "-shared", "-fPIC"]
+    subprocess.run(["g++", *flags, *includes, str(FOLDER / "guard.cpp"), *links], check=True, timeout=300)
+    return library
+
+
+@cache
+def result(guard, case):
+    """What a case of `cases.py` prints, of a process of its own."""
+    command = [sys.executable, str(FOLDER / "cases.py"), case]
+    environment = os.environ | {"FAKE_CUDA_GUARD": str(guard)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_micro_batch_never_waits_and_a_step_only_for_its_sums_and_norms(guard):
+    """Standard, robust, two adapters, white, margins of a file and of n-grams, with every checkpointing."""
+    found = result(guard, "waits")
+    assert len(found) == 10
+    for way, counts in found.items():
+        assert not counts["add"], way
+        assert all(kind.startswith("read in ") for kind in counts["apply"]), way
+        assert sum(counts["apply"].values()) == 1 + counts["branches"], way
+
+
+def test_collectives_do_not_depend_on_what_is_in_a_batch_nor_on_the_number_of_ranks(guard):
+    found = result(guard, "collectives")
+    by_mesh = {}
+    for name, collectives in found.items():
+        by_mesh.setdefault(name.partition(", ")[2], []).append(collectives)
+    for mesh, (pictures, *others) in by_mesh.items():
+        assert others == [pictures, pictures], mesh
+    assert by_mesh["8 ranks, 1 replicas"] == by_mesh["64 ranks, 1 replicas"]
+    gathers = by_mesh["8 ranks, 1 replicas"][0].count("c10d::_allgather_base_")
+    trained, frozen, roots, scores = 4, 2, 2, 2
+    assert gathers == 2 * trained + frozen + roots + 2 * scores + 1  # FSDP2 fetches a frozen block for no backward
+
+
+def test_a_step_holds_what_the_dry_run_says(guard):
+    """Peaks at the widths of 8B over 8 GPUs, to 15 %."""
+    for way, peak in result(guard, "peaks").items():
+        assert peak["dry run"] == pytest.approx(peak["allocated"], rel=0.15), way
+
+
+def test_a_forward_of_scoring_is_read_once_at_its_end(guard):
+    (read,) = result(guard, "scoring").items()
+    assert read == ("read in scorer.py: values = [tuple(own.tolist()) for own in rewards]", 2)
+
+
+def test_planted_faults_are_caught(guard):
+    found = {fault: " ".join(seen) for fault, seen in result(guard, "faults").items()}
+    assert "same device" in found["host edges"]
+    assert "trie_attention_fwd has tensors on several devices" in found["host plan"]
+    assert "read in " in found["read"] and "nonzero" in found["boolean mask"]
