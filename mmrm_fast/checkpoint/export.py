@@ -2,12 +2,11 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from tokenizers.processors import TemplateProcessing
-from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -50,16 +49,11 @@ def write_weights(
         if where is not None:
             groups.setdefault(where.name, []).append((where, name))
 
-    def tensors(groups: Iterable, value: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
-        placed = ((theirs, [(where.spans, value(name)) for where, name in own]) for theirs, own in groups)
-        return as_stored(((theirs, internvl_chat.packed(parts)) for theirs, parts in placed), text_model)
-
-    text_model = folder.config.text_config.model_type
-    sizes = {name: value.nbytes for name, value in tensors(groups.items(), native.size)}
     target.mkdir(parents=True, exist_ok=True)
-    write_tensors(
-        target, tensors(tqdm(groups.items(), desc=target.name, unit=" tensors", delay=1), native.value), sizes
-    )
+    shown = tqdm(groups.items(), desc=target.name, unit=" tensors", delay=1)
+    placed = ((theirs, [(where.spans, native.value(name)) for where, name in own]) for theirs, own in shown)
+    whole = ((theirs, internvl_chat.packed(parts)) for theirs, parts in placed)
+    write_tensors(target, as_stored(whole, folder.config.text_config.model_type))
 
 
 def export(config: ExportConfig) -> None:

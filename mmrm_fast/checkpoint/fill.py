@@ -85,10 +85,6 @@ class NativeTensors:
         """The dtype that a tensor is stored in."""
         return self.tensors.dtype(self.sources[name].name)
 
-    def size(self, name: str) -> Tensor:
-        """A tensor of the shape and dtype of the stored one, without values."""
-        return torch.empty(self.shape(name), dtype=self.dtype(name), device="meta")
-
     def value(self, name: str) -> Tensor:
         """A tensor as it is stored."""
         value = torch.empty(self.shape(name), dtype=self.dtype(name))

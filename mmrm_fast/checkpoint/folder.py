@@ -356,8 +356,8 @@ def save_checkpoint(folder: str | Path, checkpoint: Checkpoint, state: dict[str,
     config = checkpoint.model.model.config
     state = {native_name(name): value for name, value in state.items()}
     place = text_model.stored_name if checkpoint.is_text else str
-    stored = {place(name): value for name, value in as_stored(state.items(), config.text_config.model_type)}
-    write_tensors(folder, stored.items(), {name: value.nbytes for name, value in stored.items()})
+    stored = as_stored(state.items(), config.text_config.model_type)
+    write_tensors(folder, ((place(name), value) for name, value in stored))
     for part in (config, config.text_config, config.vision_config):
         part.dtype = state[TEXT_NORM].dtype  # what plain transformers loads the weights in
     save_settings(folder, checkpoint)

@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -160,36 +159,34 @@ def stored_names(folder: Path) -> dict[str, str]:
     raise ValueError(f"{folder}: no {WEIGHTS}; weights are read from safetensors only")
 
 
-def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], sizes: dict[str, int]) -> None:
-    """Write tensors as one safetensors file, or as shards of at most `SHARD_BYTES` with an index, one at a time.
-
-    The folder's former weights are removed. `sizes` are bytes, in the order of the tensors.
-    """
-    for path in (*folder.glob("model-*-of-*.safetensors"), folder / WEIGHTS, folder / WEIGHTS_INDEX):
+def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write tensors in place of a folder's: one safetensors file, or shards with an index, one in memory at a time."""
+    for path in (*folder.glob("model-*.safetensors"), folder / WEIGHTS, folder / WEIGHTS_INDEX):
         path.unlink(missing_ok=True)
-    shards = cut_shards(sizes, SHARD_BYTES)
-    stream = iter(tensors)
+    written, total = [], 0
+    for number, shard in enumerate(shards_of(tensors), 1):
+        path = folder / f"model-{number:05d}.safetensors"
+        save_file(shard, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # safetensors would leave it to its owner
+        total += sum(value.nbytes for value in shard.values())
+        written.append((path, list(shard)))
+        shard.clear()
     weight_map = {}
-    for number, names in enumerate(shards, 1):
-        file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        shard = {name: value.contiguous() for name, value in islice(stream, len(names))}
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(0o644)  # safetensors would leave it to its owner
+    for number, (path, names) in enumerate(written, 1):
+        file = WEIGHTS if len(written) == 1 else f"model-{number:05d}-of-{len(written):05d}.safetensors"
+        path.rename(folder / file)
         weight_map |= dict.fromkeys(names, file)
-    assert next(stream, None) is None, "more tensors than sizes"
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+    if len(written) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def cut_shards(sizes: dict[str, int], shard_bytes: int) -> list[list[str]]:
-    """Consecutive names whose sizes sum to at most `shard_bytes`; a larger one stands alone."""
-    shards: list[list[str]] = [[]]
-    total = 0
-    for name, size in sizes.items():
-        if shards[-1] and total + size > shard_bytes:
-            shards.append([])
-            total = 0
-        shards[-1].append(name)
-        total += size
-    return shards
+def shards_of(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Consecutive tensors of at most `SHARD_BYTES` together; a larger one alone."""
+    shard, size = {}, 0
+    for name, value in tensors:
+        if shard and size + value.nbytes > SHARD_BYTES:
+            yield shard
+            shard, size = {}, 0
+        shard[name], size = value.contiguous(), size + value.nbytes
+    yield shard

@@ -60,7 +60,8 @@ def written(native, place):
     """Names and shapes of what is written of a folder, native tensors where `place` puts them."""
     parts = {}
     for name, where in ((name, place(name)) for name in native.stored()):
-        parts.setdefault(where.name, []).append((where.spans, native.size(name)))
+        value = torch.empty(native.shape(name), dtype=native.dtype(name), device="meta")
+        parts.setdefault(where.name, []).append((where.spans, value))
     whole = ((name, internvl_chat.packed(group)) for name, group in parts.items())
     return {name: tuple(value.shape) for name, value in as_stored(whole, native.text_model)}
 
