@@ -125,7 +125,7 @@ class ChatTemplate:
         if IMAGE not in probe or SLOT not in probe:
             raise ValueError("the chat template does not render the text of user, assistant as given")
         behind = probe.partition(SLOT)[2]
-        items = self.items(behind, Hidden(self.pattern), iter((0,)))
+        items = self.items(behind, Hidden(self.pattern))
         end = tokenizer.convert_ids_to_tokens(end_of(items))
         self.ending = end, behind[len(items[0][1] + end) :]  # the token that ends a response, and what is behind it
 
@@ -140,17 +140,14 @@ class ChatTemplate:
         before, found, after = slot.rpartition(SLOT)
         if not found:
             raise FieldError("prompt", "the chat template drops the response of such a conversation")
-        self.check_images(slot, tiles_per_image)
-        prefix = self.items(before, hidden, iter(tiles_per_image))
-        tail = self.items(after, hidden, iter(()))
+        prefix, tail = self.items(before, hidden, tiles_per_image), self.items(after, hidden)
         closing = [("id", end_of(tail)), *(tail[2:] if self.whole else ())]
         answered = [self.answered(text, hidden, prefix, tail, tiles_per_image) for text in texts]
         return Rendered(prefix, closing, tuple(answered))
 
     def answered(self, text: str, hidden: Hidden, prefix, tail, tiles_per_image: tuple[int, ...]) -> list[Item]:
         """The items of a rendered prompt and response up to what is read, `tail` being all behind the response."""
-        self.check_images(text, tiles_per_image)
-        items = self.items(text, hidden, iter(tiles_per_image))
+        items = self.items(text, hidden, tiles_per_image)
         end = len(items) - len(tail) + 1
         if items[end:] != tail[1:]:
             raise FieldError("response", "the chat template ends it otherwise than other responses")
@@ -187,7 +184,7 @@ class ChatTemplate:
         """A prompt up to where generation would begin."""
         hidden = Hidden(self.pattern)
         text = self.text(hidden.turns(turns), hidden.hide(tools), add_generation_prompt=True)
-        return self.items(text, hidden, iter(tiles_per_image))
+        return self.items(text, hidden, tiles_per_image)
 
     def text(self, turns: Turns, tools: Sequence[dict] = (), **options) -> str:
         """A conversation as the template renders it, image slots as `IMAGE`."""
@@ -198,14 +195,14 @@ class ChatTemplate:
             roles = ", ".join(turn.role for turn in turns[:-1])
             raise FieldError("prompt", f"the chat template does not take the turns {roles}: {error}") from None
 
-    def check_images(self, text: str, tiles_per_image: tuple[int, ...]) -> None:
-        """Raise `FieldError` unless the template renders every image once."""
+    def items(self, text: str, hidden: Hidden, tiles_per_image: tuple[int, ...] = ()) -> list[Item]:
+        """Rendered text as items, a run of text (it may be empty) before, between and after all others.
+
+        Raises `FieldError` unless every image is rendered once.
+        """
         if (found := text.count(IMAGE)) != len(tiles_per_image):
             raise FieldError("prompt", f"the chat template renders {found} of its {len(tiles_per_image)} images")
-
-    def items(self, text: str, hidden: Hidden, tiles) -> list[Item]:
-        """Rendered text as items, a run of text (it may be empty) before, between and after all others."""
-        items: list[Item] = []
+        items, tiles = [], iter(tiles_per_image)
         for place, part in enumerate(self.splitter.split(text)):
             if place % 2 == 0:
                 items.append(("text", hidden.show(part)))
