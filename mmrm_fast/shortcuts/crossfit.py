@@ -116,17 +116,10 @@ class Part(NamedTuple):
         """Some of the pairs, by place or mask."""
         return Part(*(own[pairs] for own in self))
 
-    def above(self, level: int) -> "Part":
-        """The pairs of a level and more."""
-        return self.only(self.level_P >= level)
-
     def bytes_L(self) -> np.ndarray:
         """The bytes of each level's features."""
-        differences = self.differences_PF
-        if issparse(differences):
-            row_bytes = 8 * np.diff(differences.indptr)
-        else:
-            row_bytes = np.full(len(differences), 4 * differences.shape[1])
+        rows = self.differences_PF
+        row_bytes = 8 * np.diff(rows.indptr) if issparse(rows) else np.full(len(rows), 4 * rows.shape[1])
         return np.bincount(self.level_P, row_bytes, LEVELS)
 
 
@@ -163,10 +156,10 @@ def sample(
     for window in windows(features, records, ranks, progress):
         found = [Part.of(chunk, seed) for chunk in window]
         bytes_L += sum(ranks.gather([sum(part.bytes_L() for part in found)]))
-        parts += [part.above(level) for part in found]
+        parts += [part.only(part.level_P >= level) for part in found]
         while bytes_L[level:].sum() > features.limit:
             level += 1
-            parts = [part.above(level) for part in parts]
+            parts = [part.only(part.level_P >= level) for part in parts]
         for chunk in window:
             see(chunk)
     return Part.joined(ranks.gather(parts)), level == 0
