@@ -26,8 +26,7 @@ from mmrm_fast.data.splits import FAILURES
 from mmrm_fast.data.types import prompt_json
 from mmrm_fast.files import locked, read_json, write_json_lines
 from mmrm_fast.score.cluster import gpus_each, ray_cluster
-from mmrm_fast.score.poison import score_alone
-from mmrm_fast.score.pool import CHUNKS_AHEAD, Pool
+from mmrm_fast.score.pool import CHUNKS_AHEAD, Pool, score_alone
 from mmrm_fast.score.scored import Scored
 from mmrm_fast.score.shards import PAIR_COLUMNS, SCORE_COLUMNS, Shards, fingerprint
 from mmrm_fast.tables import print_lines
@@ -50,19 +49,15 @@ class ScoringActor:
         self.reading = threading.Lock()
         self.scale, self.scorer = reward_scale(config), None
 
-    def make_scorer(self) -> "Scorer":
-        """The model. Raises `ValueError` where its folder holds no reward model."""
+    def load(self) -> None:
+        """Load the model, unless that was done. Raises `ValueError` where its folder holds no reward model."""
         import torch
 
         from mmrm_fast.score.scorer import Scorer
 
         torch.set_num_threads(self.num_threads)
-        return Scorer.from_pretrained(self.config.model, **options(self.config.batch))
-
-    def load(self) -> None:
-        """Load the model, unless that was done."""
         with self.reading:
-            self.scorer = self.scorer or self.make_scorer()
+            self.scorer = self.scorer or Scorer.from_pretrained(self.config.model, **options(self.config.batch))
 
     def score(self, chunk: int, poison: Sequence[int] = ()) -> Counter:
         """Score a chunk but its `poison` and write its shard; its counts. Raises what failed beside the records.
@@ -74,13 +69,15 @@ class ScoringActor:
         positions = self.shards.records(chunk)
         fatal = {place: RecordError(self.records.source(place), "", FATAL) for place in poison}
         results = score_or_say_why(self.scorer, self.groups(positions, fatal))
-        raise_if_broken(results)
+        faults = [own for own in results if isinstance(own, Exception) and not isinstance(own, RecordError)]
+        if faults and not any(isinstance(own, Scored) for own in results):
+            raise faults[0]  # as after an error of the GPU: no record is to blame
         rows, errors, tally = [], [], Counter(records=len(positions))
         for position, result in zip(positions, results, strict=True):
             if isinstance(result, Scored):
                 rows += rows_of(result, self.config, *self.scale)
-                tally.update(responses=len(result.rewards), tokens=result.num_tokens)
-                tally.update(tokens_unshared=result.num_tokens_unshared)
+                counts = {"tokens": result.num_tokens, "tokens_unshared": result.num_tokens_unshared}
+                tally.update(counts, responses=len(result.rewards))
             else:
                 errors.append(error_row(position, result))
         tally["failed"] = len(errors)
@@ -111,19 +108,10 @@ def score_or_say_why(scorer: "Scorer", groups: Sequence[Group | RecordError]) ->
         return [result for group in groups for result in score_or_say_why(scorer, [group])]
 
 
-def raise_if_broken(results: Sequence[Scored | Exception]) -> None:
-    """Raise what failed where nothing was scored, as after an error of the GPU: no record is to blame for that."""
-    faults = [result for result in results if isinstance(result, Exception) and not isinstance(result, RecordError)]
-    if faults and not any(isinstance(result, Scored) for result in results):
-        raise faults[0]
-
-
 def error_row(position: int, error: Exception) -> dict:
     """A line of the list of errors."""
-    place = {"source": None, "field": None, "reason": str(error)}
-    if isinstance(error, RecordError):
-        place = {"source": error.source, "field": error.field, "reason": error.reason}
-    return {"record": position, **place, "error": type(error).__name__}
+    place = {name: getattr(error, name, None) for name in ("source", "field")}
+    return {"record": position, **place, "reason": getattr(error, "reason", str(error)), "error": type(error).__name__}
 
 
 def reward_scale(config: ScoreConfig) -> tuple[float, float]:
@@ -278,6 +266,8 @@ def scored_chunks(config: ScoreConfig, shards: Shards, chunks: Sequence[int]) ->
                     chunk = suspects.popleft()
                     yield score_alone(pool.ask, chunk, shards.records(chunk))
         except (ray.exceptions.RayError, OSError) as error:
+            if isinstance(cause := getattr(error, "cause", None), ValueError):  # as of a folder that holds no model
+                raise cause from None
             raise OSError(f"a scoring process failed; what is done is kept, start again to go on: {error}") from None
 
 

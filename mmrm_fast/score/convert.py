@@ -3,14 +3,12 @@
 import io
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 
 from mmrm_fast.checkpoint.export import convert_folder
 from mmrm_fast.checkpoint.folder import CheckpointFolder
 from mmrm_fast.config import ConvertConfig
-from mmrm_fast.data.records import Group, RecordError
 from mmrm_fast.score.scorer import Scorer
 
 
@@ -26,12 +24,9 @@ def convert(config: ConvertConfig) -> int:
 
 def sample_reward(folder: Path) -> float:
     """The reward that a folder gives a sample record; without a score head the same random one is read."""
-    shades = np.add.outer(np.arange(300), np.arange(500))
     picture = io.BytesIO()
-    Image.fromarray(np.stack([shades, shades // 2, shades // 4], -1).astype(np.uint8)).save(picture, "png")
-    group = Group("sample", 0, None, "What is in it?", None, (picture.getvalue(),), ("Stripes of many colours.",))
+    Image.radial_gradient("L").resize((500, 300)).save(picture, "png")
+    record = {"prompt": "What is in it?", "images": [picture.getvalue()], "responses": ["A circle of many shades."]}
     torch.manual_seed(0)
-    (scored,) = Scorer(CheckpointFolder(folder).load(), torch.device("cpu")).score_groups([group])
-    if isinstance(scored, RecordError):
-        raise scored
-    return scored.rewards[0]
+    ((reward,),) = Scorer(CheckpointFolder(folder).load(), torch.device("cpu")).score([record])
+    return reward

@@ -1,4 +1,4 @@
-"""Scoring processes on Ray: chunks handed out to them, each replaced where it dies."""
+"""Scoring processes on Ray: chunks handed out, processes that die replaced, records that kill theirs left out."""
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,16 +21,6 @@ def first_done(waited_for: Iterable[ray.ObjectRef]) -> ray.ObjectRef:
             raise OSError("no node of the Ray cluster is alive")
 
 
-def answer_of(done: ray.ObjectRef) -> object:
-    """What was answered. Raises the `ValueError` that was, as of a folder that holds no model, or `RayError`."""
-    try:
-        return ray.get(done)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, ValueError):
-            raise error.cause from None
-        raise
-
-
 class Pool:
     """Actors that score chunks; `starts` make one each, again where it has died."""
 
@@ -49,7 +39,7 @@ class Pool:
             done = first_done(at_work)
             slot, actor, chunk = at_work.pop(done)
             try:
-                tally = answer_of(done)
+                tally = ray.get(done)
             except ray.exceptions.RayActorError:
                 deaths += 1
                 if chunk is not None:
@@ -70,13 +60,12 @@ class Pool:
         """What the first actor that is ready answers, which has nothing else to do; None where it died over it."""
         at_work = {self.ready(slot): slot for slot in range(len(self.actors))}
         first = first_done(at_work)
-        slot = at_work[first]
-        actor = self.actors[slot]
-        answer_of(first)
+        actor = self.actors[at_work[first]]
+        ray.get(first)
         try:
             return ray.get(getattr(actor, method).remote(*arguments))
         except ray.exceptions.RayActorError:
-            self.replace(slot, actor)
+            self.replace(at_work[first], actor)
             return None
 
     def ready(self, slot: int) -> ray.ObjectRef:
@@ -87,3 +76,41 @@ class Pool:
         """Start an actor in the place of a dead one, unless that was done."""
         if self.actors[slot] is dead:
             self.actors[slot] = self.starts[slot]()
+
+
+Ask = Callable[..., object]  # (method, *arguments): what a scoring process answers; None where it died over it
+
+
+def score_alone(ask: Ask, chunk: int, records: Sequence[int]) -> Counter:
+    """The counts of a chunk over which a process has died, scored without the records that kill theirs.
+
+    Args:
+        ask: one question at a time, to a process that has no other.
+        records: the positions of the chunk's records.
+
+    Raises:
+        OSError: processes die over what no record is to blame for.
+    """
+    poison: list[int] = []
+    for _ in range(TRIES):
+        if (tally := ask("score", chunk, tuple(poison))) is not None:
+            return tally
+        if dies_twice(ask, ()):
+            raise OSError("scoring processes die over a plain text too")
+        poison = find_poison(ask, records)
+    raise OSError(f"scoring processes die over records {records[0]} to {records[-1]} together, over none of them alone")
+
+
+def find_poison(ask: Ask, records: Sequence[int]) -> list[int]:
+    """The records over which a process dies twice where they stand alone, found by halves."""
+    if len(records) == 1:
+        return list(records) if dies_twice(ask, records) else []
+    if ask("probe", records) is not None:
+        return []
+    middle = len(records) // 2
+    return find_poison(ask, records[:middle]) + find_poison(ask, records[middle:])
+
+
+def dies_twice(ask: Ask, records: Sequence[int]) -> bool:
+    """Whether a process dies over records, or a plain text where they are none, and another does too."""
+    return all(ask("probe", records) is None for _ in range(2))

@@ -131,7 +131,8 @@ class Scorer:
     def score_samples(self, samples: Sequence[Sample]) -> list[Scored | RecordError]:
         """The outcome of each sample, in order."""
         outcomes: list = [None] * len(samples)
-        batches = self.micro_batches(samples)
+        costs = [self.cost(sample) for sample in samples]
+        batches = [places for places in balance(costs, self.tokens_per_micro_batch, 1) if places]
         packed = prefetch(lambda places: self.pack([samples[place] for place in places]), batches)
         for places, batch in zip(batches, packed, strict=True):
             for place, outcome in zip(places, self.score_packed(batch), strict=True):
@@ -152,17 +153,12 @@ class Scorer:
 
     def split(self, sample: Sample) -> list[Sample]:
         """The sample, cut between responses where it is more work than `BUDGETS_A_RECORD` micro-batches."""
-        limit = BUDGETS_A_RECORD * self.tokens_per_micro_batch
-        shared = self.shared_cost(sample)
+        limit, shared = BUDGETS_A_RECORD * self.tokens_per_micro_batch, self.shared_cost(sample)
         if self.cost(sample) <= limit:
             return [sample]
         costs = [self.cost(take_responses(sample, slice(i, i + 1))) - shared for i in range(len(sample.main.sequences))]
         runs = cut(costs, max(limit - shared, 1))
         return [take_responses(sample, slice(run.start, run.stop)) for run in runs]
-
-    def micro_batches(self, samples: Sequence[Sample]) -> list[list[int]]:
-        """Places of the samples that share a forward."""
-        return balance([self.cost(sample) for sample in samples], self.tokens_per_micro_batch, 1) if samples else []
 
     def pack(self, samples: Sequence[Sample]) -> Packed:
         """Decode and pack the samples of one forward."""
@@ -176,13 +172,14 @@ class Scorer:
             count = sum(batch.num_responses)
             rewards = self.model(batch.main, batch.tiles)[:count].split(list(batch.num_responses))
             values = [tuple(own.tolist()) for own in rewards]
-        places = [place for place in range(len(packed.samples) + len(packed.errors)) if place not in packed.errors]
-        outcomes: dict[int, Scored | RecordError] = dict(packed.errors)
-        for place, sample, own in zip(places, packed.samples, values, strict=True):
+        scored = []
+        for sample, own in zip(packed.samples, values, strict=True):
             unshared = sample.num_tokens_unshared
             tokens = unshared - sample.main.prefix_length * (len(own) - 1)
-            outcomes[place] = Scored(sample.group, own, sample.main.truncated, (), tokens, unshared)
-        return [outcomes[place] for place in range(len(outcomes))]
+            scored.append(Scored(sample.group, own, sample.main.truncated, (), tokens, unshared))
+        for place in sorted(packed.errors):
+            scored.insert(place, packed.errors[place])
+        return scored
 
 
 def batch_spread(scorer: Scorer) -> float:
