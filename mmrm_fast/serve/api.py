@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from html import escape
 from pathlib import Path
 from typing import Protocol
@@ -10,7 +10,7 @@ from typing import Protocol
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
-from prometheus_client import CONTENT_TYPE_LATEST
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
 from mmrm_fast import __version__
@@ -45,17 +45,18 @@ class Replicas(Protocol):
 
 
 class Front:
-    """What stands between HTTP and the replicas: requests to records, answers counted."""
+    """What stands between HTTP and the replicas: requests become records, answers are counted."""
 
     def __init__(self, replicas: Replicas, reader: ConversationReader, name: str):
         self.replicas, self.reader, self.name, self.metrics = replicas, reader, name, Metrics()
 
-    async def score(self, records: list[dict], request: Request) -> Answer:
-        """The answer to a request's records. Raises `Refused`."""
+    async def score(self, body: protocols.RewardRequest | protocols.PoolingBody, request: Request) -> Answer:
+        """The answer to a request's records. Raises `Refused` and `FieldError`."""
+        records = await asyncio.to_thread(body.records, self.reader)
         answer = await self.replicas.score(records, client_of(request.scope.get("client")))
         if isinstance(answer, Refused):
             raise answer
-        self.metrics.count(len(answer.rewards), answer.work)
+        self.metrics.count(answer.work)
         return answer
 
 
@@ -64,38 +65,34 @@ def make_app(
 ) -> FastAPI:
     """The ASGI application."""
     app = FastAPI(title="mmrm_fast reward server", version=__version__, docs_url=None, redoc_url=None)
-    add_openrlhf(app, front)
-    for endpoint in protocols.VLLM:
-        add_vllm(app, front, endpoint)
+    add_scoring(app, front)
     add_pages(app, front)
-    app.add_exception_handler(RequestValidationError, invalid_request)
-    app.add_exception_handler(HTTPException, http_error)
-    app.add_exception_handler(FieldError, invalid_field)
-    app.add_exception_handler(Refused, refused_by_a_replica)
+    for error in (Refused, FieldError, HTTPException, RequestValidationError):
+        app.add_exception_handler(error, refused)
     paths = frozenset(route.path for route in app.routes)
     app.add_middleware(Guard, limits=limits or Limits(), metrics=front.metrics, token=token, hosts=hosts, paths=paths)
     return app
 
 
-def add_openrlhf(app: FastAPI, front: Front) -> None:
-    """OpenRLHF's remote reward model."""
+def add_scoring(app: FastAPI, front: Front) -> None:
+    """OpenRLHF's remote reward model, and the pooling endpoints of vLLM and SGLang under all of their paths."""
 
     @app.post("/get_reward", responses=REFUSALS, tags=["OpenRLHF"])
     async def get_reward(body: protocols.RewardRequest, request: Request) -> dict:
         """Rewards of whole decoded queries, with `images` optionally."""
-        answer = await front.score(await asyncio.to_thread(protocols.reward_records, body, front.reader), request)
+        answer = await front.score(body, request)
         return protocols.reward_answer(answer.rewards, answer.truncated)
 
+    def responder(endpoint: protocols.Endpoint) -> Callable:
+        async def respond(body: endpoint.body, request: Request) -> dict:
+            answer = await front.score(body, request)
+            return endpoint.respond(body, answer.rewards, model=front.name, num_tokens=answer.num_tokens)
 
-def add_vllm(app: FastAPI, front: Front, endpoint: protocols.Endpoint) -> None:
-    """One of the pooling endpoints of vLLM and SGLang, under all of its paths."""
+        return respond
 
-    async def respond(body: endpoint.body, request: Request) -> dict:
-        answer = await front.score(await asyncio.to_thread(endpoint.records, body, front.reader), request)
-        return endpoint.respond(body, answer.rewards, model=front.name, num_tokens=answer.num_tokens)
-
-    for path in endpoint.paths:
-        app.post(path, responses=REFUSALS, tags=["vLLM"], description=endpoint.answer.__doc__)(respond)
+    for endpoint in protocols.VLLM:
+        for path in endpoint.paths:
+            app.post(path, responses=REFUSALS, tags=["vLLM"], description=endpoint.says)(responder(endpoint))
 
 
 def add_pages(app: FastAPI, front: Front) -> None:
@@ -125,7 +122,7 @@ def add_pages(app: FastAPI, front: Front) -> None:
     @app.get("/metrics", tags=["operations"], response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Prometheus metrics."""
-        return Response(front.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(front.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 def html(content: str, policy: str) -> HTMLResponse:
@@ -147,27 +144,21 @@ def described(schema: dict) -> str:
     return f'<!doctype html><html lang="en"><meta charset="utf-8"><title>API</title><body>{"".join(parts)}</html>'
 
 
-async def invalid_request(request: Request, error: RequestValidationError) -> JSONResponse:
-    """422 for what does not fit the schema, without repeating what was sent; 400 for what is not JSON."""
+async def refused(request: Request, error: Exception) -> JSONResponse:
+    """Why there is no answer: as a replica or the framework says, 422 for what is no record or does not fit the schema.
+
+    Nothing of what was sent is repeated.
+    """
+    if isinstance(error, Refused):
+        return refusal(error.status, error.message, error.field)
+    if isinstance(error, FieldError):
+        return refusal(422, str(error), error.field or None)
+    if isinstance(error, HTTPException):  # no such path, no such method, an unreadable body
+        response = refusal(error.status_code, str(error.detail))
+        response.headers.update(error.headers or {})
+        return response
     first = error.errors()[0]
     field = ".".join(map(str, first["loc"][1:]))
     if first["type"] == "json_invalid":
         return refusal(400, f"not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}")
     return refusal(422, f"{field}: {first['msg']}" if field else first["msg"], field or None)
-
-
-async def invalid_field(request: Request, error: FieldError) -> JSONResponse:
-    """422 for a request that is no record."""
-    return refusal(422, str(error), error.field or None)
-
-
-async def refused_by_a_replica(request: Request, error: Refused) -> JSONResponse:
-    """What a replica said, or that none said anything."""
-    return refusal(error.status, error.message, error.field)
-
-
-async def http_error(request: Request, error: HTTPException) -> JSONResponse:
-    """What the framework refuses: no such path, no such method, an unreadable body."""
-    response = refusal(error.status_code, str(error.detail))
-    response.headers.update(error.headers or {})
-    return response

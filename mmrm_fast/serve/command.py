@@ -37,7 +37,7 @@ ENVIRONMENT = {
 }
 
 
-class Replica:
+class Replica(RewardService):
     """One copy of the model."""
 
     def __init__(self, config: ServeConfig, num_threads: int):
@@ -45,15 +45,11 @@ class Replica:
         scorer = Scorer.from_pretrained(config.model, **options(config.batch))
         dtype = str(scorer.model.model.dtype).removeprefix("torch.")
         self.precision = f"{dtype}, rewards within {batch_spread(scorer):.1g}"
-        self.service = RewardService(scorer, limits=limits_of(config), image_root=config.image_root)
+        super().__init__(scorer, limits=limits_of(config), image_root=config.image_root)
 
     async def say_precision(self) -> str:
         """The dtype that the model computes in, and how far a reward moves with what shares its batch."""
         return self.precision
-
-    async def score(self, records: list[dict], client: str) -> Answer | Refused:
-        """See `RewardService.score`."""
-        return await self.service.score(records, client)
 
 
 class RayReplicas:

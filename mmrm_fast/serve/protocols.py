@@ -5,7 +5,6 @@ checks and scores them as files are.
 """
 
 import json
-import math
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+from scipy.special import expit
 
 from mmrm_fast.data.messages import MESSAGE_EXTRAS
 from mmrm_fast.data.prompt import IMAGE
@@ -103,6 +103,22 @@ class RewardRequest(Body):
     labels: list[Any] | None = None
     images: Annotated[list[Annotated[list[str], Field(**BOUNDED)]], Field(**BOUNDED)] | None = None
 
+    def records(self, reader: ConversationReader) -> list[dict]:
+        """One record a query. Raises `FieldError`."""
+        records, absent = [], [None] * len(self.query)
+        for name in ("prompts", "labels", "images"):
+            values = getattr(self, name)
+            if values is not None and len(values) != len(self.query):
+                raise FieldError(name, f"has {len(values)} entries for {len(self.query)} queries")
+        images = self.images or map(label_images, self.labels or absent)
+        for query, prompt, own in zip(self.query, self.prompts or absent, images, strict=True):
+            if isinstance(prompt, list):
+                turns, response = [turn.as_json() for turn in prompt], without_end(query, reader.closing)
+            else:
+                turns, response = reader.read(query, prompt)
+            records.append({"prompt": with_pictures(turns, own), "images": own, "responses": [response]})
+        return records
+
 
 class PoolingBody(Body):
     """What vLLM's requests have in common.
@@ -114,6 +130,10 @@ class PoolingBody(Body):
     encoding_format: Literal["float"] = "float"
     use_activation: bool | None = Field(None, validation_alias=AliasChoices("use_activation", "activation"))
 
+    def answer(self, items: list[dict]) -> dict:
+        """The answer that has an item a reward."""
+        return {"data": items}
+
 
 class InputRequest(PoolingBody):
     """vLLM's /classify and /pooling: `input`, whole templated texts, or `messages`, the last of them the response."""
@@ -123,12 +143,38 @@ class InputRequest(PoolingBody):
     tools: Annotated[list[dict[str, Any]], Field(**BOUNDED)] | None = None
     """What the messages may call."""
 
+    def records(self, reader: ConversationReader) -> list[dict]:
+        """One record an input. Raises `FieldError`."""
+        if (self.input is None) == (self.messages is None):
+            raise FieldError("input", "send either `input` or `messages`")
+        if self.messages is not None:
+            *turns, last = self.messages
+            if last.role != "assistant":
+                raise FieldError("messages", "the last message must be the assistant's: it is what gets the reward")
+            prompt = [turn.as_json() for turn in turns]
+            return [{"prompt": prompt, "responses": [last.as_json()], "tools": self.tools}]
+        if self.tools is not None:
+            raise FieldError("tools", "go with `messages`; a text of `input` has them in it already")
+        queries = map(reader.read, [self.input] if isinstance(self.input, str) else self.input)
+        return [{"prompt": with_pictures(prompt, ()), "responses": [response]} for prompt, response in queries]
+
 
 class ScoreRequest(PoolingBody):
     """vLLM's /score: a query is a prompt, a document a response; one query to all documents, or one each."""
 
     queries: Text | TextList = Field(validation_alias=AliasChoices("queries", "text_1"))
     documents: Text | TextList = Field(validation_alias=AliasChoices("documents", "text_2"))
+
+    def records(self, reader: ConversationReader) -> list[dict]:
+        """One record for one query, or one a pair of query and document. Raises `FieldError`."""
+        queries = self.queries if isinstance(self.queries, list) else [self.queries]
+        responses = responses_of(self.documents if isinstance(self.documents, list) else [self.documents])
+        if len(queries) == 1:
+            return [{"prompt": user(queries[0]), "responses": responses}]
+        if len(queries) != len(responses):
+            raise FieldError("documents", f"{len(responses)} for {len(queries)} queries; send one query, or one each")
+        pairs = zip(queries, responses, strict=True)
+        return [{"prompt": user(query), "responses": [response]} for query, response in pairs]
 
 
 class RerankRequest(PoolingBody):
@@ -137,6 +183,15 @@ class RerankRequest(PoolingBody):
     query: Text
     documents: TextList
     top_n: Annotated[int, Field(ge=0)] = 0
+
+    def records(self, reader: ConversationReader) -> list[dict]:
+        """One record. Raises `FieldError`."""
+        return [{"prompt": user(self.query), "responses": responses_of(self.documents)}]
+
+    def answer(self, items: list[dict]) -> dict:
+        documents = zip(items, responses_of(self.documents), strict=True)
+        results = [{**item, "document": {"text": text}} for item, text in documents]
+        return {"results": sorted(results, key=lambda item: -item["relevance_score"])[: self.top_n or None]}
 
 
 def with_object(call: dict) -> dict:
@@ -152,7 +207,7 @@ def with_object(call: dict) -> dict:
 
 def user(text: Text) -> list[dict]:
     """One user turn."""
-    return [{"role": "user", "content": plain(content_of(text))}]
+    return [{"role": "user", "content": plain(text if isinstance(text, str) else text.content)}]
 
 
 def plain(content: Content) -> str | list[dict]:
@@ -160,33 +215,12 @@ def plain(content: Content) -> str | list[dict]:
     return content if isinstance(content, str) else [part.model_dump() for part in content]
 
 
-def content_of(text: Text) -> Content:
-    return text if isinstance(text, str) else text.content
-
-
-def response_text(text: Text, field: str) -> str:
-    """A response, which is text alone. Raises `FieldError`."""
-    content = content_of(text)
-    if isinstance(content, str):
-        return content
-    if any(isinstance(part, ImagePart) for part in content):
-        raise FieldError(field, "a response is text; images belong to the prompt")
-    return "".join(part.text for part in content)
-
-
-def reward_records(request: RewardRequest, reader: ConversationReader) -> list[dict]:
-    """One record a query. Raises `FieldError`."""
-    count = len(request.query)
-    for name in ("prompts", "labels", "images"):
-        values = getattr(request, name)
-        if values is not None and len(values) != count:
-            raise FieldError(name, f"has {len(values)} entries for {count} queries")
-    records = []
-    for i, query in enumerate(request.query):
-        turns, response = read_query(query, request.prompts[i] if request.prompts else None, reader)
-        images = request.images[i] if request.images else label_images(request.labels[i] if request.labels else None)
-        records.append({"prompt": with_pictures(turns, images), "images": images, "responses": [response]})
-    return records
+def responses_of(documents: list[Text]) -> list[str]:
+    """The responses, which are text alone. Raises `FieldError`."""
+    contents = [document if isinstance(document, str) else document.content for document in documents]
+    if any(isinstance(part, ImagePart) for content in contents if isinstance(content, list) for part in content):
+        raise FieldError("documents", "a response is text; images belong to the prompt")
+    return [own if isinstance(own, str) else "".join(part.text for part in own) for own in contents]
 
 
 def label_images(label: Any) -> list:
@@ -206,114 +240,55 @@ def with_pictures(turns: list[dict], images: Sequence) -> list[dict]:
     return turns
 
 
-def read_query(query: str, prompt: str | list[ChatMessage] | None, reader: ConversationReader) -> tuple[list, str]:
-    """(prompt as messages, response). Raises `FieldError`."""
-    if isinstance(prompt, list):
-        return [turn.as_json() for turn in prompt], without_end(query, reader.closing)
-    return reader.read(query, prompt)
-
-
-def input_records(request: InputRequest, reader: ConversationReader) -> list[dict]:
-    """One record an input. Raises `FieldError`."""
-    if (request.input is None) == (request.messages is None):
-        raise FieldError("input", "send either `input` or `messages`")
-    if request.messages is not None:
-        *turns, last = request.messages
-        if last.role != "assistant":
-            raise FieldError("messages", "the last message must be the assistant's: it is what gets the reward")
-        prompt = [turn.as_json() for turn in turns]
-        return [{"prompt": prompt, "responses": [last.as_json()], "tools": request.tools}]
-    if request.tools is not None:
-        raise FieldError("tools", "go with `messages`; a text of `input` has them in it already")
-    queries = map(reader.read, [request.input] if isinstance(request.input, str) else request.input)
-    return [{"prompt": with_pictures(prompt, ()), "responses": [response]} for prompt, response in queries]
-
-
-def score_records(request: ScoreRequest, reader: ConversationReader) -> list[dict]:
-    """One record for one query, or one a pair of query and document. Raises `FieldError`."""
-    queries = request.queries if isinstance(request.queries, list) else [request.queries]
-    documents = request.documents if isinstance(request.documents, list) else [request.documents]
-    responses = [response_text(document, "documents") for document in documents]
-    if len(queries) == 1:
-        return [{"prompt": user(queries[0]), "responses": responses}]
-    if len(queries) != len(documents):
-        raise FieldError("documents", f"{len(documents)} for {len(queries)} queries; send one query, or one each")
-    pairs = zip(queries, responses, strict=True)
-    return [{"prompt": user(query), "responses": [response]} for query, response in pairs]
-
-
-def rerank_records(request: RerankRequest, reader: ConversationReader) -> list[dict]:
-    """One record. Raises `FieldError`."""
-    responses = [response_text(document, "documents") for document in request.documents]
-    return [{"prompt": user(request.query), "responses": responses}]
-
-
 def reward_answer(rewards: Sequence[float], truncated: Sequence[bool]) -> dict:
     """OpenRLHF: raw rewards, their sigmoid as scores, and which responses were cut to the maximum length."""
     logs = {"truncated": [float(cut) for cut in truncated]}
-    return {"rewards": list(rewards), "scores": list(map(sigmoid, rewards)), "extra_logs": logs}
-
-
-def classify_answer(request: InputRequest, values: Sequence[float]) -> dict:
-    """The reward of each input as the one class's `probs`; raw unless `use_activation` asks for the sigmoid."""
-    data = [{"index": i, "label": "LABEL_0", "probs": [value], "num_classes": 1} for i, value in enumerate(values)]
-    return {"data": data}
-
-
-def pooling_answer(request: InputRequest, values: Sequence[float]) -> dict:
-    """The reward of each input as a vector of one."""
-    return {"data": [{"index": i, "object": "pooling", "data": [value]} for i, value in enumerate(values)]}
-
-
-def embeddings_answer(request: InputRequest, values: Sequence[float]) -> dict:
-    """The reward of each input as SGLang gives it: an embedding of one."""
-    return {"data": [{"index": i, "object": "embedding", "embedding": [value]} for i, value in enumerate(values)]}
-
-
-def score_answer(request: ScoreRequest, values: Sequence[float]) -> dict:
-    """The reward of each document as a response to its query."""
-    return {"data": [{"index": i, "object": "score", "score": value} for i, value in enumerate(values)]}
-
-
-def rerank_answer(request: RerankRequest, values: Sequence[float]) -> dict:
-    """Best-of-N: the documents as responses to the query, best first, `top_n` of them (0: all); ties as they came."""
-    order = sorted(range(len(values)), key=lambda i: -values[i])[: request.top_n or None]
-    texts = [response_text(request.documents[i], "documents") for i in order]
-    rows = zip(order, texts, strict=True)
-    return {"results": [{"index": i, "document": {"text": t}, "relevance_score": values[i]} for i, t in rows]}
+    return {"rewards": list(rewards), "scores": expit(rewards).tolist(), "extra_logs": logs}
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """One of vLLM's endpoints: `body` to `records`, their rewards to an `answer`."""
+    """One of vLLM's endpoints: what it takes, what its answer says, and what that has for a reward."""
 
     paths: tuple[str, ...]
     body: type[PoolingBody]
-    records: Callable[[Any, ConversationReader], list[dict]]
-    answer: Callable[[Any, Sequence[float]], dict]
+    says: str
+    item: Callable[[float], dict]
 
     def respond(self, request: PoolingBody, rewards: Sequence[float], *, model: str, num_tokens: int) -> dict:
         """The answer to a request, in what every vLLM answer carries."""
+        values = expit(rewards).tolist() if request.use_activation else rewards
         return {
             "id": f"{self.paths[0].rpartition('/')[2]}-{uuid.uuid4().hex}",
             "object": "list",
             "created": int(time.time()),
             "model": model,
             "usage": {"prompt_tokens": num_tokens, "completion_tokens": 0, "total_tokens": num_tokens},
-            **self.answer(request, list(map(sigmoid, rewards)) if request.use_activation else rewards),
+            **request.answer([{"index": i, **self.item(value)} for i, value in enumerate(values)]),
         }
 
 
 VLLM = (
-    Endpoint(("/classify", "/v1/classify"), InputRequest, input_records, classify_answer),
-    Endpoint(("/pooling",), InputRequest, input_records, pooling_answer),
-    Endpoint(("/v1/embeddings",), InputRequest, input_records, embeddings_answer),
-    Endpoint(("/score", "/v1/score"), ScoreRequest, score_records, score_answer),
-    Endpoint(("/rerank", "/v1/rerank", "/v2/rerank"), RerankRequest, rerank_records, rerank_answer),
-)
-
-
-def sigmoid(reward: float) -> float:
-    """1 / (1 + exp(-reward)), without overflow."""
-    small = math.exp(-abs(reward))
-    return (1 if reward >= 0 else small) / (1 + small)
+    Endpoint(
+        ("/classify", "/v1/classify"), InputRequest,
+        "The reward of each input as the one class's `probs`; raw unless `use_activation` asks for the sigmoid.",
+        lambda value: {"label": "LABEL_0", "probs": [value], "num_classes": 1},
+    ),
+    Endpoint(
+        ("/pooling",), InputRequest, "The reward of each input as a vector of one.",
+        lambda value: {"object": "pooling", "data": [value]},
+    ),
+    Endpoint(
+        ("/v1/embeddings",), InputRequest, "The reward of each input as SGLang gives it: an embedding of one.",
+        lambda value: {"object": "embedding", "embedding": [value]},
+    ),
+    Endpoint(
+        ("/score", "/v1/score"), ScoreRequest, "The reward of each document as a response to its query.",
+        lambda value: {"object": "score", "score": value},
+    ),
+    Endpoint(
+        ("/rerank", "/v1/rerank", "/v2/rerank"), RerankRequest,
+        "Best-of-N: the documents as responses to the query, best first, `top_n` of them (0: all); ties as they came.",
+        lambda value: {"relevance_score": value},
+    ),
+)  # fmt: skip

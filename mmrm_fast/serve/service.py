@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +17,6 @@ from mmrm_fast.score.scored import join
 from mmrm_fast.score.scorer import Scorer
 from mmrm_fast.serve.batcher import Batcher
 from mmrm_fast.serve.guard import Limits, Refused, Share
-from mmrm_fast.serve.metrics import Work
 
 FEW_RESPONSES = 16
 CHARACTERS_PER_TOKEN = 8  # more text than this a token is not even tokenised
@@ -28,7 +28,7 @@ class Answer(NamedTuple):
     rewards: list[float]
     truncated: list[bool]
     num_tokens: int  # of all sequences, as if nothing were shared
-    work: Work  # of the replica since its last answer
+    work: Counter  # of the replica since its last answer, by the names of `metrics.WORK`
 
 
 class RewardService:
@@ -39,12 +39,12 @@ class RewardService:
         self.image_root = image_root and image_root.resolve()
         self.pixels = Share(limits.replica_pixels)
         self.preparers = ThreadPoolExecutor(2), ThreadPoolExecutor(2)  # of small requests, which wait for no large one
-        self.work, self.has_told = Work(), False  # of a reward that is no number
+        self.work, self.has_told = Counter(), False  # of a reward that is no number
         self.batcher = Batcher(scorer, on_batch=self.count_batch)
 
     def count_batch(self, batch: PackedBatch) -> None:
         """Count one forward."""
-        self.work = self.work.plus(batch)
+        self.work.update(batches=1, tokens=len(batch.main.source_T), tokens_unshared=batch.main.num_tokens_unshared)
 
     async def score(self, records: Sequence[dict], client: str = "") -> Answer | Refused:
         """Score records as parsed JSON, or say why not; where the call is cancelled, their work is dropped."""
@@ -85,9 +85,10 @@ class RewardService:
         for outcome in joined:
             if isinstance(outcome, RecordError):
                 raise outcome
-        work, self.work = self.work, Work()
+        rewards = [reward for scored in joined for reward in scored.rewards]
+        work, self.work = self.work + Counter(responses=len(rewards)), Counter()
         return Answer(
-            [reward for scored in joined for reward in scored.rewards],
+            rewards,
             [cut for scored in joined for cut in scored.truncated],
             sum(sample.num_tokens_unshared for sample in samples),
             work,
