@@ -12,7 +12,6 @@ from mmrm_fast.train import sharding
 from mmrm_fast.train.dry_run import dry_run
 from mmrm_fast.train.refusals import refuse
 from mmrm_fast.train.run_folder import alone_in, open_run
-from mmrm_fast.train.tracking import require_trackers
 from mmrm_fast.train.trainer import OnEvent, Trainer
 
 TINY_CHECKPOINT = Path(__file__).parents[1] / "assets" / "shapes-internvl"
@@ -43,7 +42,6 @@ def train(config: TrainConfig, on_event: OnEvent = lambda event, trainer: None) 
     """
     with sharding.ranks() as device:
         refuse(config, num_ranks=sharding.num_ranks())
-        require_trackers(config.run.report_to)
         config, eval_sets = with_data(completed(config))
         with alone_in(config.run.output_dir):
             return Trainer(config, eval_sets, device, open_run(config), on_event).run()

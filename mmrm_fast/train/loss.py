@@ -18,7 +18,7 @@ from mmrm_fast.ops.pair_loss import PairLoss, pair_loss
 SUMS = ("main", "proxy", "weight", "weighted_sfc", "main_correct", "proxy_correct", "bt_main")
 MARGINS = ("margin", "margin_squared", "router")
 COUNTS = ("pairs", "records", "tokens", "tokens_unshared", "text_tokens", "tiles", "errors")
-REQUESTS = ("save",)
+SAVE = "save"  # ranks that ask for a checkpoint at the end of the step
 NUM_BINS = 20  # of the SFC histogram over 0..1
 
 
@@ -128,12 +128,12 @@ def quantile(histogram: tuple[int, ...], share: float) -> float:
 class StepAccumulator:
     """Adds up a rank's micro-batches until the step's end: what is computed on the device, what is counted on the host.
 
-    `request` adds a rank's wish to save to the same sums, so that all ranks grant it at the same step.
+    A rank's wish to save is among the `counts`, so that all ranks grant it at the same step.
     """
 
     def __init__(self, device: torch.device):
         self.zeros = torch.zeros(NUM_BINS + len(SUMS) + len(MARGINS), dtype=torch.float64, device=device)
-        self.sums, self.counts = self.zeros.clone(), dict.fromkeys((*COUNTS, *REQUESTS), 0)
+        self.sums, self.counts = self.zeros.clone(), dict.fromkeys((*COUNTS, SAVE), 0)
         self.edges = torch.linspace(0, 1, NUM_BINS + 1, device=device)[1:-1]
 
     def add(
@@ -151,10 +151,6 @@ class StepAccumulator:
         router = values[0].new_zeros(()) if balance is None else loss.weight * balance.detach().double()
         histogram = one_hot(torch.bucketize(loss.sfc.detach(), self.edges), NUM_BINS).sum(0).double()
         self.sums += torch.cat([histogram, torch.stack([*values, margin_P.sum(), margin_P.square().sum(), router])])
-
-    def request(self, name: str) -> None:
-        """Ask all ranks for one of `REQUESTS` at the end of this step."""
-        self.counts[name] += 1
 
     def totals(self, all_sum: Callable[[Tensor], Tensor]) -> StepTotals:
         """The step's sums over all ranks (`all_sum` adds a tensor up over them); ready for the next step."""

@@ -3,9 +3,8 @@
 import math
 import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from operator import index
 from pathlib import Path
 
@@ -71,43 +70,35 @@ def pairs_of(sample: Sample) -> Iterator[tuple[int, int, int]]:
         yield sample.group.record, places[pair.chosen], places[pair.rejected]
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A proxy without a model of its own."""
-
-    name: str
-    features: Callable[[PreferenceDataset], Features]
-
-
 def write_margins(
-    folder: Path, candidates: Sequence[Candidate], train: PreferenceDataset, tests: Mapping[str, PreferenceDataset],
-    *, seed: int, progress: Callable,
+    folder: Path, candidates: Mapping[str, Callable[[PreferenceDataset], Features]], train: PreferenceDataset,
+    tests: Mapping[str, PreferenceDataset], *, seed: int, progress: Callable,
 ) -> None:  # fmt: skip
-    """Fit proxies on the training set, take one, and write its margins, a file a set.
+    """Fit proxies on the features of the training set, take one, and write its margins, a file a set.
 
     Those of the training set are cross-fitted, those of the tests by all of it. Of several candidates, the cheapest
     first, the first is taken whose log-loss is within `DISTANCE` of the last one's. Called on every rank, each of which
     reads a share; the folder appears complete or not at all.
     """
     ranks = Ranks(sharding.rank(), sharding.num_ranks(), sharding.gather_lists, sharding.on_first_rank)
-    started, fits = time.perf_counter(), []
-    for own in candidates:
-        records, options = np.unique(train.table["record"]), {"progress": progress(f"fitting {own.name}")}
-        fits.append(crossfit.fit(own.features(train), records, seed=seed, ranks=ranks, **options))
-    losses = [own.fitted.log_loss for own in fits]
-    taken = next(i for i, loss in enumerate(losses) if not loss > losses[-1] + DISTANCE)
+    started, records, fits = time.perf_counter(), np.unique(train.table["record"]), {}
+    for name, features in candidates.items():
+        bar = progress(f"fitting {name}")
+        fits[name] = crossfit.fit(features(train), records, seed=seed, ranks=ranks, progress=bar)
+    losses = {name: own.fitted.log_loss for name, own in fits.items()}
+    *_, last = losses.values()
+    taken = next(name for name, loss in losses.items() if not loss > last + DISTANCE)
     with whole_folder(folder, replace=True) if ranks.rank == 0 else nullcontext() as aside:
         for name, dataset in {TRAIN: train, **{file_of(name): own for name, own in tests.items()}}.items():
             parts = [known] if name == TRAIN and (known := fits[taken].margins) else crossfit.margins(
-                candidates[taken].features(dataset), fits[taken].fitted, np.unique(dataset.table["record"]),
+                candidates[taken](dataset), fits[taken].fitted, np.unique(dataset.table["record"]),
                 seed=seed if name == TRAIN else None, ranks=ranks, progress=progress(f"margins of {name}"),
             )  # fmt: skip
             rows = margin_rows(parts)
             write_json_lines(aside / f"{name}.jsonl", rows) if aside else all(map(bool, rows))
         if aside:
-            found = {own.name: loss for own, loss in zip(candidates, losses, strict=True)}
             seconds = time.perf_counter() - started
-            write_json(aside / FITTED, {"log_loss": found, "taken": candidates[taken].name, "seconds": seconds})
+            write_json(aside / FITTED, {"log_loss": losses, "taken": taken, "seconds": seconds})
     sharding.on_first_rank(lambda: None)  # the folder is there
 
 

@@ -1,7 +1,7 @@
 """The text-only proxy of a training, in its several forms; `parse_proxy` says which, and nothing else asks."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -15,26 +15,15 @@ from mmrm_fast.data.lines import Rows, open_rows
 from mmrm_fast.data.mixture import PreferenceDataset
 from mmrm_fast.data.packing import Packed, PackedBatch
 from mmrm_fast.model.lora import MAIN, PROXY, TwoAdapterModel, add_lora
+from mmrm_fast.model.reward_model import RewardModel
 from mmrm_fast.shortcuts.chunks import NgramFeatures, StateFeatures, states_of
 from mmrm_fast.train import sharding
 from mmrm_fast.train.branch import AdapterBranch, Branch, add_adapters, freeze
 from mmrm_fast.train.loss import margins, preference_loss, with_balance
-from mmrm_fast.train.margins import SHORTCUT, TRAIN, Candidate, ProxyMargins, file_of, write_margins
+from mmrm_fast.train.margins import SHORTCUT, TRAIN, ProxyMargins, file_of, write_margins
 from mmrm_fast.train.records import Inputs
 
 Opener = Callable[[CheckpointFolder, bool], Checkpoint]  # (folder, whether its language model alone is wanted)
-
-
-@dataclass(frozen=True)
-class Beginning:
-    """A run before its first step."""
-
-    branches: list[Branch]
-    device: torch.device
-    inputs: Inputs
-    folder: Path
-    resumed: bool
-    progress: Callable  # (description) to a wrapper of an iteration
 
 
 class Proxy:
@@ -49,10 +38,6 @@ class Proxy:
     def model_folder(self) -> CheckpointFolder:
         """Where the model is."""
         return CheckpointFolder(self.config.weights.model)
-
-    def problems(self) -> Iterator[str]:
-        """Options that contradict the kind."""
-        yield from ()
 
     def branches(self, open_checkpoint: Opener) -> list[Branch]:
         """The rewards that train, the model's first: parts frozen, adapters added, not yet sharded."""
@@ -80,8 +65,15 @@ class Proxy:
         """The proxy's margins [P] of a batch of a test set, if it has them."""
         return None
 
-    def prepare(self, run: Beginning) -> None:
-        """What the first step waits for, on every rank; a run that is resumed has it in its folder."""
+    def prepare(
+        self, branches: list[Branch], inputs: Inputs, folder: Path, *, device: torch.device, resumed: bool,
+        progress: Callable,
+    ) -> None:  # fmt: skip
+        """What the first step waits for, on every rank; a run that is resumed has it in its folder.
+
+        Args:
+            progress: (description) to a wrapper of an iteration.
+        """
 
 
 class TrainedProxy(Proxy):
@@ -143,9 +135,10 @@ class ModelProxy(TrainedProxy):
 class AdapterProxy(TrainedProxy):
     """`lora`: a second adapter on the model's own frozen weights."""
 
-    def problems(self) -> Iterator[str]:
-        if not self.config.weights.llm_lora:
-            yield "--proxy-model lora: model and proxy are adapters on frozen weights, add --llm-lora"
+    def __init__(self, config: TrainConfig):
+        super().__init__(config)
+        if not config.weights.llm_lora:
+            raise ValueError("--proxy-model lora: model and proxy are adapters on frozen weights, add --llm-lora")
 
     def branches(self, open_checkpoint: Opener) -> list[Branch]:
         (main,) = super().branches(open_checkpoint)
@@ -192,15 +185,18 @@ class ShortcutProxy(FileProxy):
     def files(self) -> list[Rows]:
         return []  # the run's own
 
-    def prepare(self, run: Beginning) -> None:
-        self.path = run.folder / self.path
-        names = [eval_set.name for eval_set in run.inputs.eval_sets]
-        if not run.resumed:
-            make = {"ngrams": lambda dataset: NgramFeatures(dataset.records), "probe": partial(self.states, run)}
-            candidates = [Candidate(kind, make[kind]) for kind in self.kinds]
-            tests = dict(zip(names, run.inputs.eval_datasets, strict=True))
-            options = {"seed": self.config.run.seed, "progress": run.progress}
-            write_margins(self.path.parent, candidates, run.inputs.dataset, tests, **options)
+    def prepare(
+        self, branches: list[Branch], inputs: Inputs, folder: Path, *, device: torch.device, resumed: bool,
+        progress: Callable,
+    ) -> None:  # fmt: skip
+        self.path = folder / self.path
+        names = [eval_set.name for eval_set in inputs.eval_sets]
+        if not resumed:
+            states = partial(self.states, branches[0].root, device)
+            make = {"ngrams": lambda dataset: NgramFeatures(dataset.records), "probe": states}
+            tests = dict(zip(names, inputs.eval_datasets, strict=True))
+            options = {"seed": self.config.run.seed, "progress": progress}
+            write_margins(self.path.parent, {kind: make[kind] for kind in self.kinds}, inputs.dataset, tests, **options)
         elif not self.path.is_file():
             raise ValueError(f"{self.path}: the margins that the run began with are not there")
         for name in names:
@@ -210,11 +206,10 @@ class ShortcutProxy(FileProxy):
             elif sharding.rank() == 0:
                 print(f"{name}: was no test set when the run began, so the proxy has no margins of it")
 
-    def states(self, run: Beginning, dataset: PreferenceDataset) -> StateFeatures:
+    def states(self, root: RewardModel, device: torch.device, dataset: PreferenceDataset) -> StateFeatures:
         """The model's states over the texts of a data set."""
-        root = run.branches[0].root.eval()
         return StateFeatures(
-            dataset.records, dataset.preparer, states_of(root, run.device),
+            dataset.records, dataset.preparer, states_of(root.eval(), device),
             self.config.batch.tokens_per_micro_batch, lambda number: max(sharding.gather_lists([number])),
         )  # fmt: skip
 

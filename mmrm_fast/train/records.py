@@ -39,10 +39,10 @@ HELD_OUT = "held-out"
 class InputErrors(ValueError):
     """Records that cannot be used, listed with file, line, field and reason."""
 
-    def __init__(self, errors: list[RecordError], remedy: str):
-        listed = [str(error) for error in errors[:MAX_LISTED]]
-        if len(errors) > MAX_LISTED:
-            listed.append(f"... and {len(errors) - MAX_LISTED} more")
+    def __init__(self, errors: list[RecordError]):
+        listed = [*map(str, errors[:MAX_LISTED])]
+        listed += [f"... and {len(errors) - MAX_LISTED} more"] * (len(errors) > MAX_LISTED)
+        remedy = "mend them, or pass --skip-bad to leave them out"
         super().__init__("\n".join([f"{len(errors)} records cannot be used:", *listed, remedy]))
 
 
@@ -100,8 +100,9 @@ def open_inputs(
     all_or_first = len(train) if fraction or config.pairs == "expand" or sought else first  # samples depend on all
     table = survey(Look(train, preparer, testing, fraction, is_decoded(train, config)), all_or_first, progress)
     tested = [survey(Look(own, testing, decode=is_decoded(own, config)), first, progress) for own in tests]
-    if first and not config.skip_bad:
-        refuse_bad([table, *tested])
+    errors = [error for own in (table, *tested) for notes in own["notes"] if notes for error in notes.errors]
+    if first and errors and not config.skip_bad:
+        raise InputErrors(errors)
     if copies is None:
         copies = find_copies(train, table, config.duplicates, by_file=mixture.weights is not None)
     table = table[~np.isin(table["record"], [copy for copy, _ in copies])]
@@ -156,13 +157,6 @@ def survey(look: Look, count: int, progress: Callable) -> np.ndarray:
     found = np.concatenate(tables)
     found = found[np.argsort(found["record"], kind="stable")]
     return np.concatenate([found, unknown_samples(range(count, len(look.records)))])
-
-
-def refuse_bad(tables: list[np.ndarray]) -> None:
-    """Raise `InputErrors` where records cannot be used."""
-    errors = [error for table in tables for notes in table["notes"] if notes for error in notes.errors]
-    if errors:
-        raise InputErrors(errors, "mend them, or pass --skip-bad to leave them out")
 
 
 def find_copies(records: Records, table: np.ndarray, duplicates: str, *, by_file: bool) -> list[list[int]]:

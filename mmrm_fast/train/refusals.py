@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+from accelerate.tracking import get_available_trackers
+
 from mmrm_fast.config import TrainConfig
 from mmrm_fast.config_file import options
 from mmrm_fast.data.mixture import parse_mixture
@@ -64,38 +66,34 @@ def idle(config: TrainConfig) -> Iterator[str]:
 
 def contradictions(config: TrainConfig, num_ranks: int) -> Iterator[str]:
     """What no training can be."""
-    records, batch = config.records, config.batch
-    replicas = config.memory.replicas
-    table = [
-        (
-            config.weights.model and not records.data and not config.memory.dry_run,
-            "--model without --data: give the JSONL to train on",
+    records, batch, replicas = config.records, config.batch, config.memory.replicas
+    wrong = {
+        "--model without --data: give the JSONL to train on": (
+            config.weights.model and not records.data and not config.memory.dry_run
         ),
-        (
-            records.pairs not in ("all", "expand") and not (records.pairs.isdecimal() and int(records.pairs)),
-            f"--pairs {records.pairs}: expected all, expand or a number of at least 1",
+        f"--pairs {records.pairs}: expected all, expand or a number of at least 1": (
+            records.pairs not in ("all", "expand") and not (records.pairs.isdecimal() and int(records.pairs))
         ),
-        (
-            batch.min_tiles and batch.max_tiles and batch.min_tiles > batch.max_tiles,
-            f"--min-tiles {batch.min_tiles} is over --max-tiles {batch.max_tiles}",
+        f"--min-tiles {batch.min_tiles} is over --max-tiles {batch.max_tiles}": (
+            batch.min_tiles and batch.max_tiles and batch.min_tiles > batch.max_tiles
         ),
-        (
-            config.loss.sfc_mode == "balanced" and config.loss.center_rewards,
-            "--center-rewards with --sfc-mode balanced, whose mean weight would rescale it",
+        "--center-rewards with --sfc-mode balanced, whose mean weight would rescale it": (
+            config.loss.sfc_mode == "balanced" and config.loss.center_rewards
         ),
-        (
-            config.loss.router_aux_loss and config.memory.compile,
-            "--router-aux-loss with --compile, which does not let what routers decide be heard",
+        "--router-aux-loss with --compile, which does not let what routers decide be heard": (
+            config.loss.router_aux_loss and config.memory.compile
         ),
-        (replicas > 0 and num_ranks % replicas, f"--replicas {replicas} does not divide {num_ranks} ranks"),
-    ]
-    yield from (message for wrong, message in table if wrong)
+        f"--replicas {replicas} does not divide {num_ranks} ranks": replicas > 0 and num_ranks % replicas,
+    }
+    yield from (message for message, is_so in wrong.items() if is_so)
+    trackers = set(map(str, get_available_trackers()))
+    missing = [name for name in config.run.report_to if name not in trackers]
+    yield from (f"--report-to {name}: pip install {name}, or --report-to without it" for name in missing)
     try:
         proxy = parse_proxy(config)
     except ValueError as error:
         yield str(error)
         return
-    yield from proxy.problems()
     if (config.run.best or "").rpartition(".")[2] in PROXY_FIGURES and not proxy.scores_tests:
         yield f"--best {config.run.best}: no proxy scores the test sets"
 

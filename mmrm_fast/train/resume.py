@@ -67,7 +67,7 @@ class Checkpoints:
     """Writes a run's checkpoints in the background and keeps the newest `keep`. Made on every rank."""
 
     def __init__(self, folder: Path, *, keep: int):
-        self.folder, self.keep = folder, max(1, keep)
+        self.folder, self.keep = folder, keep
         self.group = dist.new_group(backend="gloo")  # of its own: a step's collectives overlap with a save's
         self.saving: Future | None = None
         self.saving_step = 0

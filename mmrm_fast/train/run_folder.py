@@ -1,42 +1,33 @@
 """A run's folder: whether a run may begin or go on there, and what is written in it."""
 
 import json
+import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate.tracking import GeneralTracker
+from accelerate.state import PartialState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from torch import Tensor
 
+from mmrm_fast import files
 from mmrm_fast.checkpoint.folder import Checkpoint, save_checkpoint
 from mmrm_fast.config import TrainConfig
 from mmrm_fast.config_file import options
-from mmrm_fast.files import (
-    finite,
-    json_lines,
-    locked,
-    read_json,
-    recover,
-    remove,
-    whole_folder,
-    write_json,
-    write_json_lines,
-    write_text,
-)
 from mmrm_fast.machine import this_machine
 from mmrm_fast.pairs import PairRow, write_rows
 from mmrm_fast.train import sharding
 from mmrm_fast.train.margins import SHORTCUT
 from mmrm_fast.train.resume import RunState, complete, damage_of, newest_good
-from mmrm_fast.train.tracking import start_trackers, track
 
 CONFIG, ENVIRONMENT, CHECKPOINTS = "config.json", "environment.json", "checkpoints"
 METRICS, EVALUATIONS, RESULTS, SKIPPED = "metrics.jsonl", "evaluations.jsonl", "results.json", "skipped.jsonl"
 BEST, FINAL, PROXY = "best", "final", "proxy"
+PROJECT = "mmrm_fast"  # in trackers
 WORK = (METRICS, CHECKPOINTS, BEST, FINAL)  # what a run folder without progress does not have
 WRITTEN = (*WORK, CONFIG, ENVIRONMENT, EVALUATIONS, "tensorboard", PROXY, SHORTCUT, RESULTS, SKIPPED, "eval-*.jsonl")
 # What may differ when a run goes on: none of it changes which records make a step or what is computed from them.
@@ -59,14 +50,14 @@ class RunFolder:
         """Make the folder; remove the run in it where that is to be replaced, and what a killed one left unfinished."""
         self.path.mkdir(parents=True, exist_ok=True)
         for found in [found for name in WRITTEN for found in self.path.glob(name)] if replace else ():
-            remove(found)
-        recover(self.path)
+            files.remove(found)
+        files.recover(self.path)
 
     def begin(self, state: RunState, report_to: tuple[str, ...]) -> None:
         """Write what the run is and what it runs on; go on after the state's step."""
         machine = this_machine().record() | {"ranks": str(sharding.num_ranks())}
-        write_json(self.path / ENVIRONMENT, machine)
-        write_text(self.path / CONFIG, json.dumps(state.config, indent=2) + "\n")
+        files.write_json(self.path / ENVIRONMENT, machine)
+        files.write_text(self.path / CONFIG, json.dumps(state.config, indent=2) + "\n")
         for name in (METRICS, EVALUATIONS):
             keep_until(self.path / name, state.step)
         self.trackers = start_trackers(report_to, self.path, state.config, state.step)
@@ -74,27 +65,39 @@ class RunFolder:
     def log_step(self, row: dict[str, Any]) -> None:
         """One optimizer step."""
         append_json(self.path / METRICS, row)
-        track(self.trackers, "train", {name: value for name, value in row.items() if name != "step"}, row["step"])
+        self.track("train", {name: value for name, value in row.items() if name != "step"}, row["step"])
 
     def log_evaluation(self, step: int, results: dict[str, dict]) -> None:
         """The figures of all test sets after a step."""
         append_json(self.path / EVALUATIONS, {"step": step, "sets": results})
         for name, figures in results.items():
-            track(self.trackers, f"eval/{name}", figures, step)
+            self.track(f"eval/{name}", figures, step)
+
+    def track(self, kind: str, values: dict[str, Any], step: int) -> None:
+        """Report the numbers among the values as KIND/name, and in TensorBoard the histogram of the SFC."""
+        numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
+        counts = values.get("sfc_histogram", ())
+        for tracker in self.trackers:
+            tracker.log({name: value for name, value in numbers.items() if math.isfinite(value)}, step=step)
+            if tracker.name == "tensorboard" and sum(counts):
+                edges = [(number + 1) / len(counts) for number in range(len(counts))]
+                total = sum(count * (edge - 0.5 / len(counts)) for count, edge in zip(counts, edges, strict=True))
+                sums = (sum(counts), total, total)
+                tracker.tracker.add_histogram_raw(f"{kind}/sfc", 0, 1, *sums, edges, counts, step)
 
     def write_weights(self, name: str, checkpoint: Checkpoint, state: dict[str, Tensor], **notes: dict) -> None:
         """A plain checkpoint in a folder of this name, with notes as JSON files beside the weights."""
-        with whole_folder(self.path / name, replace=True) as folder:
+        with files.whole_folder(self.path / name, replace=True) as folder:
             save_checkpoint(folder, checkpoint, state)
             for note, value in notes.items():
-                write_json(folder / f"{note}.json", value)
+                files.write_json(folder / f"{note}.json", value)
 
     def write_results(self, rows: dict[str, list[PairRow]], results: dict[str, dict], skipped: list[dict]) -> None:
         """The pairs of every test set, what was not trained on, and last the figures."""
         for name, own in rows.items():
             write_rows(self.path / f"eval-{name}.jsonl", own)
-        write_json_lines(self.path / SKIPPED, skipped)
-        write_json(self.path / RESULTS, results)
+        files.write_json_lines(self.path / SKIPPED, skipped)
+        files.write_json(self.path / RESULTS, results)
 
     def close(self) -> None:
         """Let the trackers send what is left."""
@@ -102,17 +105,34 @@ class RunFolder:
             tracker.finish()
 
 
+def start_trackers(names: Sequence[str], folder: Path, config: dict, step: int) -> list[GeneralTracker]:
+    """TensorBoard, Weights & Biases, MLflow, for the run in `folder` that goes on after `step`."""
+    PartialState()  # the trackers' own log asks it for the rank
+    given = {
+        "tensorboard": {"run_name": "tensorboard", "logging_dir": folder, "purge_step": step + 1},
+        "wandb": {
+            "run_name": PROJECT, "name": folder.name, "dir": str(folder), "config": config, "resume": "allow",
+            "id": str(folder.resolve()).replace(os.sep, "-")[-64:],
+        },
+        "mlflow": {"experiment_name": PROJECT, "run_name": folder.name},
+    }  # fmt: skip
+    trackers = [LOGGER_TYPE_TO_CLASS[name](**given[name]) for name in names]
+    for tracker in trackers:
+        tracker.start()
+    return trackers
+
+
 def append_json(path: Path, row: dict) -> None:
     """Append one JSON line; numbers that are not finite become null."""
     with open(path, "a") as file:
-        file.write(json.dumps(finite(row), allow_nan=False) + "\n")
+        file.write(json.dumps(files.finite(row), allow_nan=False) + "\n")
 
 
 def keep_until(path: Path, step: int) -> None:
     """Drop the rows after `step`, and what is no row, which is said; no row is left of a file for step 0."""
     if path.exists():
-        rows = [row for _, row in json_lines(path, left_out=partial(print, "left out:", file=sys.stderr))]
-        write_json_lines(path, [row for row in rows if row["step"] <= step])
+        rows = [row for _, row in files.json_lines(path, left_out=partial(print, "left out:", file=sys.stderr))]
+        files.write_json_lines(path, [row for row in rows if row["step"] <= step])
 
 
 def config_json(config: TrainConfig) -> dict:
@@ -127,7 +147,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 
         def enter() -> None:
             require_writable(folder)
-            stack.enter_context(locked(folder))
+            stack.enter_context(files.locked(folder))
 
         sharding.on_first_rank(enter)
         yield
@@ -184,13 +204,10 @@ def require_same(config: TrainConfig, checkpoint: Path | None) -> None:
     if checkpoint is not None:
         before = RunState.read(checkpoint).config
     elif (folder / CONFIG).exists():
-        before = read_json(folder / CONFIG)
+        before = files.read_json(folder / CONFIG)
     else:
         return
-    unsaid = config_json(TrainConfig()) | {"duplicates": "keep"}  # of options that are new, as runs were before them
-    now, before = config_json(config), unsaid | before
-    if not isinstance(before["image_root"], list):  # one folder, in earlier releases
-        before["image_root"] = [before["image_root"]] if before["image_root"] else []
+    now, before = config_json(config), config_json(TrainConfig()) | before
     unused = {"tokens_per_batch"} if now["pairs_per_step"] else set()
     gone = {name for name in before.keys() - now if not before[name]}  # and was not set
     changed = [name for name in sorted(before.keys() - FREE - unused - gone) if before[name] != now.get(name)]

@@ -13,7 +13,7 @@ from mmrm_fast.data.packing import Packed
 from mmrm_fast.model.experts import num_experts
 from mmrm_fast.train import sharding
 from mmrm_fast.train.branch import Branch
-from mmrm_fast.train.loss import StepAccumulator, margins, preference_loss, with_balance
+from mmrm_fast.train.loss import SAVE, StepAccumulator, margins, preference_loss, with_balance
 from mmrm_fast.train.proxy import Proxy
 
 
@@ -93,7 +93,7 @@ class Steps:
             self.optimizer.step()
         self.optimizer.zero_grad()
         sources, self.sources = [source for micro in self.sources for source in micro], []
-        return Outcome(metrics, is_finite, int(totals.sums["errors"]), totals.sums["save"] > 0, sources)
+        return Outcome(metrics, is_finite, int(totals.sums["errors"]), totals.sums[SAVE] > 0, sources)
 
 
 def make_optimizer(named: list[tuple[str, Parameter]], config: OptimizerConfig) -> torch.optim.AdamW:

@@ -25,7 +25,8 @@ from mmrm_fast.tables import percent, print_results
 from mmrm_fast.train import sharding
 from mmrm_fast.train.branch import train_mode
 from mmrm_fast.train.evaluation import best_figure, evaluate
-from mmrm_fast.train.proxy import Beginning, make_branches, parse_proxy
+from mmrm_fast.train.loss import SAVE
+from mmrm_fast.train.proxy import make_branches, parse_proxy
 from mmrm_fast.train.rates import Rates
 from mmrm_fast.train.records import HELD_OUT, MAX_LISTED, InputErrors, open_inputs, training_preparer
 from mmrm_fast.train.resume import Checkpoints, RunState, load_tensors, require_space
@@ -94,9 +95,8 @@ class Trainer:
             load_tensors(self.start, self.steps.tensors())
             self.say(f"resuming after step {self.state.step} from {self.start}")
         sharding.on_first_rank(self.open_folder)
-        resumed, progress = self.start is not None, self.progress_bar
-        beginning = Beginning(self.branches, self.device, self.inputs, self.folder.path, resumed, progress)
-        self.steps.proxy.prepare(beginning)
+        options = {"device": self.device, "resumed": self.start is not None, "progress": self.progress_bar}
+        self.steps.proxy.prepare(self.branches, self.inputs, self.folder.path, **options)
         self.checkpoints = Checkpoints(self.folder.checkpoints, keep=self.config.run.keep)
         status = None
         with terminations() as self.received:
@@ -132,7 +132,7 @@ class Trainer:
             while step := self.add_up(batches):
                 outcome = self.apply(step)
                 self.log(outcome, step, time.perf_counter() - started)
-                self.tell("step")
+                self.on_event("step", self)
                 self.evaluate_when_due()
                 if outcome.save_asked or (run.save_every and self.state.step % run.save_every == 0):
                     self.save()
@@ -165,7 +165,7 @@ class Trainer:
         """Apply the step's gradients and count it."""
         minutes = (time.perf_counter() - self.saved_at) / 60
         if self.is_main and self.config.run.save_minutes and minutes >= self.config.run.save_minutes:
-            self.steps.accumulator.request("save")  # in the sums, as only one rank's clock counts
+            self.steps.accumulator.counts[SAVE] += 1  # in the sums, as only one rank's clock counts
         outcome = self.steps.apply(self.share(step))
         if outcome.num_errors:
             self.note_undecoded()
@@ -240,8 +240,9 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint in the background; a failure is told, and tried again the next time."""
-        self.tell("save")
-        self.warn(self.checkpoints.save(self.state, self.steps.tensors(), on_seal=partial(self.tell, "seal")))
+        self.on_event("save", self)
+        on_seal = partial(self.on_event, "seal", self)
+        self.warn(self.checkpoints.save(self.state, self.steps.tensors(), on_seal=on_seal))
         self.saved_at = time.perf_counter()
 
     def stop(self, number: int) -> int:
@@ -304,7 +305,7 @@ class Trainer:
         started = time.perf_counter()
         for packed in batches:
             self.waited += time.perf_counter() - started
-            self.tell(event)
+            self.on_event(event, self)
             if number := sharding.most(max(self.received, default=0)):
                 raise Stopped(number)
             if packed.step:
@@ -331,16 +332,12 @@ class Trainer:
     def leave_out(self, errors: Iterable[RecordError]) -> None:
         """Leave records out, which `--skip-bad` allows; raises `InputErrors` where it does not."""
         if errors and not self.config.records.skip_bad:
-            raise InputErrors(list(errors), "mend them, or pass --skip-bad to leave them out")
+            raise InputErrors(list(errors))
         self.state.skip(errors)
 
     def progress_bar(self, description: str) -> Callable:
         """A tqdm wrapper that only the first rank shows."""
         return partial(tqdm, desc=description, leave=False, delay=2, disable=not self.is_main)
-
-    def tell(self, event: str) -> None:
-        """Tell whoever started the run what happens next."""
-        self.on_event(event, self)
 
     def warn(self, problem: str | None) -> None:
         """Say what did not work, once."""

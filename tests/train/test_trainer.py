@@ -294,7 +294,7 @@ def test_a_wrong_option_is_a_message_not_a_traceback(make_config, monkeypatch, c
 
 
 def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_written(make_config, monkeypatch):
-    monkeypatch.setattr("mmrm_fast.train.tracking.get_available_trackers", list)
+    monkeypatch.setattr("mmrm_fast.train.refusals.get_available_trackers", list)
     config = make_config("tracked", report_to=("mlflow",))
     with pytest.raises(ValueError, match="--report-to mlflow: pip install mlflow"):
         train(config)
