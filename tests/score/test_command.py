@@ -107,7 +107,7 @@ def test_a_model_that_is_not_one_is_refused_at_once(scoring, capsys):
 @pytest.mark.usefixtures("cluster")
 def test_what_keeps_a_process_from_its_model_is_said_once_and_another_model_may_follow(scoring, capsys, monkeypatch):
     class Refused(ScoringActor):
-        def make_scorer(self):
+        def load(self):
             raise ValueError(f"{self.config.model}: no `score.weight`: this is not a reward model, train one first")
 
     folder, data, _ = scoring
