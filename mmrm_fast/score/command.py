@@ -28,7 +28,7 @@ from mmrm_fast.files import locked, read_json, write_json_lines
 from mmrm_fast.score.cluster import gpus_each, ray_cluster
 from mmrm_fast.score.pool import CHUNKS_AHEAD, Pool, score_alone
 from mmrm_fast.score.scored import Scored
-from mmrm_fast.score.shards import PAIR_COLUMNS, SCORE_COLUMNS, Shards, fingerprint
+from mmrm_fast.score.shards import PAIRS, SCORES, Shards, fingerprint
 from mmrm_fast.tables import print_lines
 
 if TYPE_CHECKING:
@@ -204,8 +204,9 @@ def shards_of(config: ScoreConfig, records: Records) -> Shards:
     if single and config.format == "parquet":
         raise ValueError(f"--format parquet writes a folder of shards; {config.out} looks like a file")
     folder = config.out.with_name(config.out.name + ".parts") if single else config.out
-    columns = SCORE_COLUMNS if config.to_pairs is None else PAIR_COLUMNS
-    return Shards(folder, "jsonl" if single else config.format, len(records), columns)
+    return Shards(
+        folder, "jsonl" if single else config.format, len(records), SCORES if config.to_pairs is None else PAIRS
+    )
 
 
 def require_free(config: ScoreConfig, shards: Shards) -> None:

@@ -22,28 +22,27 @@ from mmrm_fast.files import LOCK, aside_of, file_sum, read_json, recover, whole_
 
 RECORDS_PER_CHUNK = 64
 SAMPLED_BYTES = 1 << 20
-COLUMNS = {
-    "id": pyarrow.string(), "record": pyarrow.int64(), "response_index": pyarrow.int64(), "prompt": pyarrow.string(),
-    "img_path": pyarrow.string(), "response": pyarrow.string(), "score": pyarrow.float64(),
-    "truncated": pyarrow.bool_(), "chosen": pyarrow.string(), "rejected": pyarrow.string(),
-    "reward_margin": pyarrow.float64(), "rejected_images": pyarrow.list_(pyarrow.string()),
-    "tools": pyarrow.string(),
-}  # fmt: skip
-MESSAGE = pyarrow.struct(dict.fromkeys(("role", "content", *MESSAGE_EXTRAS), pyarrow.string()))
-PAIR_TYPES = dict.fromkeys(("prompt", "chosen", "rejected"), pyarrow.list_(MESSAGE))  # to be read again
-PAIR_TYPES |= {"img_path": pyarrow.list_(pyarrow.string())}
-SCORE_COLUMNS = ("id", "record", "response_index", "prompt", "img_path", "response", "score", "truncated", "tools")
-PAIR_COLUMNS = ("id", "record", "prompt", "img_path", "chosen", "rejected", "reward_margin", "rejected_images", "tools")
+TEXT, TEXTS, INTEGER, NUMBER = pyarrow.string(), pyarrow.list_(pyarrow.string()), pyarrow.int64(), pyarrow.float64()
+MESSAGE = pyarrow.struct(dict.fromkeys(("role", "content", *MESSAGE_EXTRAS), TEXT))
+TURNS = pyarrow.list_(MESSAGE)
+SCORES = pyarrow.schema({
+    "id": TEXT, "record": INTEGER, "response_index": INTEGER, "prompt": TEXT, "img_path": TEXT, "response": TEXT,
+    "score": NUMBER, "truncated": pyarrow.bool_(), "tools": TEXT,
+})  # fmt: skip
+PAIRS = pyarrow.schema({  # to be read again
+    "id": TEXT, "record": INTEGER, "prompt": TURNS, "img_path": TEXTS, "chosen": TURNS, "rejected": TURNS,
+    "reward_margin": NUMBER, "rejected_images": TEXTS, "tools": TEXT,
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Shards:
-    """The shards of one run in a folder; `kind` is jsonl or parquet, `columns` are those of a Parquet shard."""
+    """The shards of one run in a folder; `kind` is jsonl or parquet, `schema` that of a Parquet shard."""
 
     folder: Path
     kind: str
     num_records: int
-    columns: Sequence[str] = SCORE_COLUMNS
+    schema: pyarrow.Schema = SCORES
 
     @property
     def num_chunks(self) -> int:
@@ -108,7 +107,7 @@ class Shards:
         """Write a chunk's rows, then, when they are on the disk, its note."""
         with whole_file(self.shard(chunk), "wb") as file:
             if self.kind == "parquet":
-                parquet.write_table(table(rows, self.columns), file)
+                parquet.write_table(table(rows, self.schema), file)
             else:
                 file.writelines((json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode() for row in rows)
         write_text(self.note(chunk), json.dumps({**note, "shard": file_sum(self.shard(chunk))}))
@@ -129,29 +128,28 @@ class Shards:
         shutil.rmtree(removed)
 
 
-def table(rows: Sequence[dict], names: Sequence[str]) -> pyarrow.Table:
+def table(rows: Sequence[dict], schema: pyarrow.Schema) -> pyarrow.Table:
     """Rows as a table of one schema, whatever the rows of other shards hold.
 
     Lists and conversations of scores become JSON. Pairs are records to read again: all their texts are messages, all
     images lists.
     """
-    types = COLUMNS | (PAIR_TYPES if "chosen" in names else {})
-    role = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
-    columns = {name: [in_column(row.get(name), types[name], role.get(name)) for row in rows] for name in names}
-    return pyarrow.table(columns, schema=pyarrow.schema([(name, types[name]) for name in names]))
+    columns = {field.name: [in_column(row.get(field.name), field.type, field.name) for row in rows] for field in schema}
+    return pyarrow.table(columns, schema=schema)
 
 
-def in_column(value: object, kind: pyarrow.DataType, role: str | None) -> object:
-    """A value as its column holds it; a text that becomes a message has the role."""
-    if kind == "string" and isinstance(value, (list, dict)):
+def in_column(value: object, kind: pyarrow.DataType, name: str) -> object:
+    """A value as the column of this name holds it; a text that becomes a message is the user's in a prompt."""
+    if kind == TEXT and isinstance(value, (list, dict)):
         return json.dumps(value, ensure_ascii=False)
-    if not pyarrow.types.is_list(kind) or value is None:
+    if kind not in (TEXTS, TURNS) or value is None:
         return value
     items = value if isinstance(value, list) else [value]
-    if kind.value_type != MESSAGE:
+    if kind == TEXTS:
         return items
+    role = "user" if name == "prompt" else "assistant"
     turns = [item if isinstance(item, dict) else {"role": role, "content": item} for item in items]
-    return [{name: in_column(item, pyarrow.string(), None) for name, item in turn.items()} for turn in turns]
+    return [{key: in_column(item, TEXT, key) for key, item in turn.items()} for turn in turns]
 
 
 def fingerprint(paths: Iterable[Path], *, sampled: bool = False) -> str:

@@ -1,14 +1,14 @@
 """`mmrm-fast init FILE ...`: a commented YAML file of a training on one's own data."""
 
-import ast
 import inspect
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import dedent, indent
+from textwrap import indent
 
 import tyro
+from docstring_parser import parse_from_object
 
 from mmrm_fast.config import TrainConfig
 from mmrm_fast.data.records import Records
@@ -59,23 +59,11 @@ def template(own: dict) -> Iterator[str]:
     """Every option with its help, group by group: as a comment with its default, but for those with a value."""
     for group in vars(TrainConfig()).values():
         yield f"\n# {inspect.cleandoc(type(group).__doc__)}"
-        helps = {name: text for base in reversed(type(group).__mro__) for name, text in help_of(base).items()}
+        fields = [field for base in type(group).__mro__[:-1] for field in parse_from_object(base).params]
+        helps = {field.arg_name: inspect.cleandoc(field.description) for field in fields}
         for name, default in vars(group).items():
             yield "\n" + indent(helps[name], "# ")
             yield written(name, own[name]) if name in own else "# " + written(name, default)
-
-
-def help_of(config_type: type) -> dict[str, str]:
-    """The docstring under each field of a dataclass, by the field's name."""
-    if config_type is object:
-        return {}
-    (body,) = ast.parse(dedent(inspect.getsource(config_type))).body
-    fields = zip(body.body, body.body[1:], strict=False)
-    return {
-        field.target.id: inspect.cleandoc(text.value.value)
-        for field, text in fields
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
-    }
 
 
 def written(name: str, value: object) -> str:

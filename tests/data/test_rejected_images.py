@@ -11,7 +11,7 @@ from mmrm_fast.data.records import RecordError, Records, iter_groups, parse_grou
 from mmrm_fast.data.samples import Preparer
 from mmrm_fast.score.command import rows_of
 from mmrm_fast.score.scored import Scored
-from mmrm_fast.score.shards import PAIR_COLUMNS, Shards
+from mmrm_fast.score.shards import PAIRS, Shards
 from mmrm_fast.train.command import train
 
 PAIR = {"prompt": "What is it?", "chosen": "A square.", "rejected": "A circle."}
@@ -126,7 +126,7 @@ def test_scores_say_which_pictures_and_pairs_of_them_are_read_again(tmp_path, re
     group = parse(**PAIR, image="a.png", rejected_images=others)
     scored = Scored(group, rewards, (False, False))
     assert [row["img_path"] for row in rows_of(scored, ScoreConfig())] == ["a.png", others]
-    shards = Shards(tmp_path / "out", kind, 1, PAIR_COLUMNS)
+    shards = Shards(tmp_path / "out", kind, 1, PAIRS)
     shards.open({})
     shards.write(0, rows_of(scored, ScoreConfig(to_pairs=0.0)), {})
     (again,) = iter_groups(Records(tmp_path / "out", image_root="."))

@@ -13,7 +13,7 @@ from mmrm_fast.data.samples import Preparer
 from mmrm_fast.data.types import FieldError, prompt_json
 from mmrm_fast.score.command import rows_of
 from mmrm_fast.score.scored import Scored
-from mmrm_fast.score.shards import PAIR_COLUMNS, Shards
+from mmrm_fast.score.shards import PAIRS, Shards
 
 QWEN3 = """\
 {%- if tools %}{{- '<|im_start|>system\n' }}{%- if messages[0].role == 'system' %}{{- messages[0].content + '\n\n' }}
@@ -234,7 +234,7 @@ def test_scored_records_keep_them_and_pairs_are_read_again(tmp_path, kind):
     scored = Scored(group, (1.0, 2.0), (False, False))
     rows = rows_of(scored, ScoreConfig())
     assert [row["response"] for row in rows] == replies and rows[0]["prompt"] == prompt and rows[0]["tools"] == TOOLS
-    shards = Shards(tmp_path / "out", kind, 1, PAIR_COLUMNS)
+    shards = Shards(tmp_path / "out", kind, 1, PAIRS)
     shards.open({})
     shards.write(0, rows_of(scored, ScoreConfig(to_pairs=0.0)), {})
     (again,) = iter_groups(Records(tmp_path / "out", image_root="."))

@@ -8,7 +8,7 @@ import shutil
 import pytest
 from pyarrow import parquet
 
-from mmrm_fast.score.shards import PAIR_COLUMNS, Shards, fingerprint
+from mmrm_fast.score.shards import PAIRS, Shards, fingerprint
 
 
 def test_a_chunk_without_its_note_is_not_done_and_a_chunk_written_twice_is_there_once(tmp_path):
@@ -132,9 +132,9 @@ def test_notes_of_a_run_that_is_not_described_do_not_count(tmp_path):
 
 
 def test_a_parquet_shard_without_pairs_has_the_columns_of_one_with_pairs(tmp_path):
-    shards = Shards(tmp_path / "out", "parquet", 128, PAIR_COLUMNS)
+    shards = Shards(tmp_path / "out", "parquet", 128, PAIRS)
     shards.open({})
-    pair = dict.fromkeys(PAIR_COLUMNS) | {"record": 1, "chosen": "a", "rejected": "b", "reward_margin": 1.0}
+    pair = dict.fromkeys(PAIRS.names) | {"record": 1, "chosen": "a", "rejected": "b", "reward_margin": 1.0}
     for chunk, rows in enumerate(([], [pair])):
         shards.write(chunk, rows, {})
     empty, full = (parquet.read_table(shards.shard(chunk)) for chunk in (0, 1))
