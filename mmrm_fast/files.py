@@ -18,7 +18,7 @@ import yaml
 
 UNFINISHED, REPLACED, LOCK = ".unfinished", ".replaced", ".lock"
 
-TABLES = Path(__file__).parent / "assets" / "tables"
+ASSETS = Path(__file__).parent / "assets"
 CHUNK_BYTES = 1 << 24
 LFS_POINTER = b"version https://git-lfs.github.com/spec"
 
@@ -204,7 +204,7 @@ def read_json(path: Path) -> Any:
 
 def read_table(name: str) -> dict:
     """A table of names that comes with the package."""
-    return yaml.safe_load((TABLES / f"{name}.yaml").read_text(encoding="utf-8"))
+    return yaml.safe_load((ASSETS / "tables" / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
 def refuse_pointer(path: Path) -> None:

@@ -4,7 +4,6 @@
 `tokenizer.model` (sentencepiece BPE: InternLM2, Llama, Phi-3) and `vocab.json` + `merges.txt` (byte-level BPE: Qwen2).
 """
 
-from importlib.resources import files
 from pathlib import Path
 
 from google.protobuf.message import DecodeError
@@ -16,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from mmrm_fast.checkpoint.schema import check_settings, check_tokenizer
 from mmrm_fast.data.chat import rendered
 from mmrm_fast.data.prompt import SPACE
-from mmrm_fast.files import read_json, refuse_pointer
+from mmrm_fast.files import ASSETS, read_json, refuse_pointer
 
 IMAGE_TOKENS = ("<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
 QWEN2_WORDS = (
@@ -25,7 +24,7 @@ QWEN2_WORDS = (
 MAX_PIECE = 1 << 10
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 SLOW_ROLES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}  # a slow Llama tokenizer's defaults
-TEMPLATES = files("mmrm_fast") / "assets" / "templates"
+TEMPLATES = ASSETS / "templates"
 FLAGS = ("lstrip", "rstrip", "single_word", "special")
 
 
@@ -216,7 +215,7 @@ def read_sentencepiece(path: Path) -> ModelProto:
 
 def template_names() -> list[str]:
     """InternVL's conversation templates, by the names that original checkpoints give them."""
-    return sorted(path.name.removesuffix(".jinja") for path in TEMPLATES.iterdir())
+    return sorted(path.stem for path in TEMPLATES.iterdir())
 
 
 def named_template(name: str) -> str:

@@ -5,16 +5,14 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
-from mmrm_fast.files import write_text
+from mmrm_fast.files import ASSETS, write_text
 from mmrm_fast.tables import percent
-
-TEMPLATES = Path(__file__).parents[1] / "assets" / "pages"
 
 
 def write_page(path: Path, template: str, **values: object) -> None:
     """Render a template into a file: text is escaped, charts are `plots.svg`'s, a value that is missing is an error."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined,
+        loader=jinja2.FileSystemLoader(ASSETS / "pages"), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters["percent"] = percent

@@ -1,14 +1,11 @@
-"""Every plot, as a figure that `save` writes to a file and `svg` makes a part of a page; legible at phone width.
-
-Text stays text, so that a page can be searched and stays small.
-"""
+"""Every plot, as a figure that `save` writes to a file and `svg` makes a part of a page; legible at phone width."""
 
 import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
+import matplotlib.style
 
 matplotlib.use("Agg")
 import numpy as np
@@ -16,20 +13,13 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-COLOURS = ("#1f5fa8", "#c8501e", "#2b7d4f", "#8a4fa3", "#8c6d1f", "#3c8c93", "#b03060", "#5c6470")
+from mmrm_fast.files import ASSETS
+
+matplotlib.style.use(ASSETS / "plots.mplstyle")
+COLOURS = matplotlib.rcParams["axes.prop_cycle"].by_key()["color"]
 SIZE = (4.4, 3.0)  # inches
 ORACLE = "the truth itself"  # which no model can pass
 NUM_COLUMNS = 80  # of the SFC picture
-matplotlib.rcParams.update(
-    {
-        "text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "mmrm_fast", "font.family": "sans-serif",
-        "font.sans-serif": ["Helvetica", "Arial", "Liberation Sans", "DejaVu Sans"], "font.size": 9,
-        "figure.dpi": 150, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888",
-        "axes.titlesize": 10, "axes.titlelocation": "left", "axes.grid": True, "grid.alpha": 0.3,
-        "axes.axisbelow": True, "axes.prop_cycle": matplotlib.cycler(color=COLOURS), "legend.frameon": False,
-        "legend.fontsize": 8,
-    }
-)  # fmt: skip
 
 
 def new_axes(title: str = "", height: float = SIZE[1]) -> tuple[Figure, Axes]:

@@ -249,8 +249,8 @@ def test_a_folder_without_a_score_weight_is_refused(checkpoint, tmp_path):
 
 def test_a_folder_of_another_kind_of_model_is_refused(folder):
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "qwen2"}))
-    with pytest.raises(ValueError, match=r"model_type is .qwen2.; expected `internvl`"):
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "clip"}))
+    with pytest.raises(ValueError, match=r"model_type is .clip.; expected `internvl`"):
         Scorer.from_pretrained(folder, "cpu")
 
 
