@@ -4,9 +4,12 @@ from pathlib import Path
 
 import jinja2
 import numpy as np
+from matplotlib.colors import LinearSegmentedColormap, to_hex
 
 from mmrm_fast.files import ASSETS, write_text
 from mmrm_fast.tables import percent
+
+HEAT = LinearSegmentedColormap.from_list("heat", ["#f48c78", "white", "#82b4eb"])
 
 
 def write_page(path: Path, template: str, **values: object) -> None:
@@ -22,9 +25,4 @@ def write_page(path: Path, template: str, **values: object) -> None:
 
 def colour(value: float | None, worst: float, best: float) -> str:
     """A background on which black text is legible: red at `worst`, white halfway, blue at `best`."""
-    if value is None or np.isnan(value):
-        return "#eee"
-    share = float(np.clip((value - worst) / (best - worst), 0, 1))
-    end = (244, 140, 120) if share < 0.5 else (130, 180, 235)
-    strength = abs(2 * share - 1)
-    return "#" + "".join(f"{round(255 + (channel - 255) * strength):02x}" for channel in end)
+    return "#eee" if value is None or np.isnan(value) else to_hex(HEAT((value - worst) / (best - worst)))
