@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from mmrm_fast.evaluate.page import colour, write_page
+from mmrm_fast.evaluate.page import write_page
 from mmrm_fast.tables import percent, print_table
 
 NOTHING, STRONG, TRANSFERS = 0.55, 0.65, 0.05  # accuracies of text alone, and points lost elsewhere
@@ -84,14 +84,10 @@ def print_audit(results: dict, folder: Path) -> None:
 
 def proxy_table(results: dict) -> tuple[list[str], list[list[str]]]:
     """Accuracy and interval of every proxy on every file."""
-    found = [
-        (f"{name}: {proxy}", own["pairs"], figures)
+    return ["file and proxy", "pairs", "accuracy", "95 % from", "to"], [
+        [f"{name}: {proxy}", f"{own['pairs']:,}", *(percent(figures[key]) for key in ("accuracy", "low", "high"))]
         for name, own in results["files"].items()
         for proxy, figures in own["proxies"].items()
-    ]
-    heads = ["file and proxy", "pairs", "accuracy", "95 % from", "to"]
-    return heads, [
-        [n, f"{pairs:,}", *(percent(own[k]) for k in ("accuracy", "low", "high"))] for n, pairs, own in found
     ]
 
 
@@ -108,7 +104,6 @@ def cue_table(cues: list[dict]) -> tuple[list[str], list[list[str]]]:
 def write_audit(path: Path, results: dict) -> None:
     """Write audit.html from what audit.json holds."""
     names = [*results["files"], *results["tests"]]
-    shares = [[row[on]["accuracy"] for on in names] for row in results["matrix"].values()]
     write_page(
         path,
         "audit.html",
@@ -116,7 +111,7 @@ def write_audit(path: Path, results: dict) -> None:
         results=results,
         proxies=proxy_table(results),
         names=names,
-        matrix=[[(share, colour(share, 0.0, 1.0)) for share in row] for row in shares],
+        matrix=[[row[on]["accuracy"] for on in names] for row in results["matrix"].values()],
         cues={name: cue_table(own["cues"]) for name, own in results["files"].items()},
         groups={name: group_rows(own["groups"]) for name, own in results["files"].items()},
         health=health_table(results),

@@ -18,7 +18,7 @@ def write_page(path: Path, template: str, **values: object) -> None:
         loader=jinja2.FileSystemLoader(ASSETS / "pages"), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters["percent"] = percent
+    environment.filters |= {"percent": percent, "colour": colour}
     page = environment.get_template(template).render(values)
     write_text(path, page.encode(errors="replace").decode())  # a file's name may be no Unicode
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from mmrm_fast.evaluate import plots
-from mmrm_fast.evaluate.page import colour, write_page
+from mmrm_fast.evaluate.page import write_page
 from mmrm_fast.study.figures import means_table
 from mmrm_fast.tables import percent, plus_minus, signed
 
@@ -25,7 +25,7 @@ def write_study(path: Path, results: dict) -> None:
         means=means_table(results),
         significance=comparison_rows(results["significance"], scale=100, digits=1),
         selections=list(selections(results["best_of_n"])) if "best_of_n" in results else [],
-        maps=maps(results),
+        maps=list(maps(results)),
         sfc_chart=plots.svg(plots.sfc(curves), "weight of a pair over training") if curves else "",
         **controls(results),
     )
@@ -60,27 +60,24 @@ def selections(found: dict) -> Iterator[dict]:
         }
 
 
-def maps(results: dict) -> dict[str, dict[str, list]]:
-    """By title and method, a matrix of (value, colour) by trained and tested environment."""
+def maps(results: dict) -> Iterator[tuple[str, float, float, dict[str, list]]]:
+    """Title, the figures that are worst and best, and by method a matrix by trained (rows) and tested environment."""
     methods = list(results["means"])
-    drawn = {
-        "accuracy, mean over seeds": {method: matrix(results, method, "judged", 0.5, 1.0) for method in methods},
-        "SFD, mean over seeds": {method: matrix(results, method, "sfd", 0.6, 0.0) for method in methods},
-    }
+    yield "accuracy, mean over seeds", 0.5, 1.0, {method: matrix(results, method, "judged") for method in methods}
+    yield "SFD, mean over seeds", 0.6, 0.0, {method: matrix(results, method, "sfd") for method in methods}
     with_proxy = next((row["method"] for row in results["tests"] if "proxy" in row), None)
     if with_proxy is not None:
-        drawn["accuracy of the text-only proxy (labels)"] = {"": matrix(results, with_proxy, "proxy", 0.5, 1.0)}
-    return drawn
+        title = "accuracy of the text-only proxy (labels)"
+        yield title, 0.5, 1.0, {"": matrix(results, with_proxy, "proxy")}
 
 
-def matrix(results: dict, method: str, key: str, worst: float, best: float) -> list[list[tuple[float | None, str]]]:
-    """A figure of one method, a row a trained environment, with its colour from `worst` (red) to `best` (blue)."""
-    found: dict[tuple[str, str], list[float]] = {}  # by seed
+def matrix(results: dict, method: str, key: str) -> list[list[float | None]]:
+    """A figure of one method, mean over seeds, a row a trained environment; None where there is none."""
+    found: dict[tuple[str, str], list[float]] = {}
     for row in (row for row in results["tests"] if row["method"] == method and key in row):
         found.setdefault((row["environment"], row["test"]), []).append(row[key])
     means, names = {place: float(np.mean(values)) for place, values in found.items()}, results["environments"]
-    values = [[means.get((trained, tested)) for tested in names] for trained in names]
-    return [[(value, colour(value, worst, best)) for value in row] for row in values]
+    return [[means.get((trained, tested)) for tested in names] for trained in names]
 
 
 def controls(results: dict) -> dict[str, list]:
