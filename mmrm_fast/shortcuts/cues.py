@@ -113,7 +113,7 @@ def find_cues(sample: Sample) -> list[Cue]:
     """The cues that are no chance, the most telling first, `SHOWN` at most."""
     if not len(sample.ends_P2):
         return []
-    singles = has(sample)
+    singles = [*has(sample)]
     found = [*singles, *by_question(sample, singles), *orders(sample), *either(sample)]
     least = SURE / len(sample.ends_P2) ** 0.5
     sure = [cue for cue in found if cue.advantage > least * max(cue.coverage, 1e-12) ** 0.5]
@@ -148,18 +148,19 @@ def correlation(one: np.ndarray, other: np.ndarray) -> float:
     return float(abs(one @ other) / max(np.sqrt((one @ one) * (other @ other)), 1e-12))
 
 
-def has(sample: Sample) -> list[Cue]:
+def has(sample: Sample) -> Iterable[Cue]:
     """The response that has something, or more of it: of the measures and the most telling words."""
     advantage_F = np.abs(np.asarray(sample.differences_PF.sign().sum(axis=0))).ravel()
     advantage_F[: len(MEASURES)] = advantage_F.max(initial=0) + 1
     columns = np.argsort(-advantage_F, kind="stable")[:CANDIDATES]
     columns = [column for column in columns.tolist() if column in sample.names]
-    signs_CP = sample.differences(columns).T
-    rules = [lambda other, column=column: other.differences([column])[:, 0] for column in columns]
-    return [
-        Cue.of("Has", sample.names[column], rule, sign_P, column=column)
-        for column, rule, sign_P in zip(columns, rules, signs_CP, strict=True)
-    ]
+    for column, sign_P in zip(columns, sample.differences(columns).T, strict=True):
+        yield Cue.of("Has", sample.names[column], partial(signs_of_one, column=column), sign_P, column=column)
+
+
+def signs_of_one(sample: Sample, *, column: int) -> np.ndarray:
+    """Which response has more of a feature."""
+    return sample.differences([column])[:, 0]
 
 
 def by_question(sample: Sample, singles: Sequence[Cue]) -> Iterable[Cue]:
@@ -183,7 +184,7 @@ def by_question(sample: Sample, singles: Sequence[Cue]) -> Iterable[Cue]:
 def signs_by_question(sample: Sample, *, column: int, ways: dict[str, int]) -> np.ndarray:
     """Which response has more of a feature, the way [P] that goes with how the prompt begins."""
     way_P = np.array([ways.get(start, 0) for start in sample.start_P.tolist()], np.int8)
-    return sample.differences([column])[:, 0] * way_P
+    return signs_of_one(sample, column=column) * way_P
 
 
 def frequent(sample: Sample, number: int) -> list[int]:
