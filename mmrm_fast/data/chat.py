@@ -119,15 +119,16 @@ class ChatTemplate:
         self.tokenizer, self.marks, self.whole = tokenizer, marks, whole
         added = tokenizer.added_tokens_decoder
         self.specials = {token.content: id for id, token in added.items() if token.special}
+        self.swallows_right = {id for id in self.specials.values() if added[id].rstrip}  # white space, as Phi-3's do
+        self.swallows_left = {id for id in self.specials.values() if added[id].lstrip}
         self.pattern = re.compile("|".join([*escaped(hidden), PRIVATE]))
         self.splitter = re.compile("(" + "|".join([*escaped(self.specials), IMAGE]) + ")")
         probe = self.text([Turn("user", ["?" + IMAGE]), Turn("assistant", [SLOT])])
         if IMAGE not in probe or SLOT not in probe:
             raise ValueError("the chat template does not render the text of user, assistant as given")
         behind = probe.partition(SLOT)[2]
-        items = self.items(behind, Hidden(self.pattern))
-        end = tokenizer.convert_ids_to_tokens(end_of(items))
-        self.ending = end, behind[len(items[0][1] + end) :]  # the token that ends a response, and what is behind it
+        end = tokenizer.convert_ids_to_tokens(end_of(self.items(behind, Hidden(self.pattern))))
+        self.ending = end, behind.partition(end)[2]  # the token that ends a response, and what is behind it
 
     def render(
         self, turns: Turns, responses: Sequence[Turn], tiles_per_image: tuple[int, ...], tools: Sequence[dict] = ()
@@ -198,18 +199,23 @@ class ChatTemplate:
     def items(self, text: str, hidden: Hidden, tiles_per_image: tuple[int, ...] = ()) -> list[Item]:
         """Rendered text as items, a run of text (it may be empty) before, between and after all others.
 
-        Raises `FieldError` unless every image is rendered once.
+        Runs are without the white space that special tokens swallow. Raises `FieldError` unless every image is rendered
+        once.
         """
         if (found := text.count(IMAGE)) != len(tiles_per_image):
             raise FieldError("prompt", f"the chat template renders {found} of its {len(tiles_per_image)} images")
         items, tiles = [], iter(tiles_per_image)
         for place, part in enumerate(self.splitter.split(text)):
             if place % 2 == 0:
-                items.append(("text", hidden.show(part)))
-            elif part == IMAGE:
-                items += [("id", self.marks[0]), ("image", next(tiles)), ("id", self.marks[1])]
-            else:
-                items.append(("id", self.specials[part]))
+                said = hidden.show(part)
+                items.append(("text", said.lstrip() if items and items[-1][1] in self.swallows_right else said))
+                continue
+            new = [("id", id) for id in (self.marks if part == IMAGE else (self.specials[part],))]
+            if new[0][1] in self.swallows_left:
+                items[-1] = ("text", items[-1][1].rstrip())
+            if part == IMAGE:
+                new.insert(1, ("image", next(tiles)))
+            items += new
         return items
 
 

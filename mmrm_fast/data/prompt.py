@@ -126,10 +126,7 @@ class PromptEncoder:
         marks = [self.backend.token_to_id(token) for token in image_tokens[::2]]
         if None in marks:
             raise ValueError(f"the tokenizer lacks the image tokens {image_tokens}")
-        specials = {id: token for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self.swallows_right = {id for id, token in specials.items() if token.rstrip}
-        self.swallows_left = {id for id, token in specials.items() if token.lstrip}
-        hidden = {*image_tokens, *(token.content for token in specials.values())}
+        hidden = {*image_tokens, *(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)}
         self.chat = ChatTemplate(tokenizer, hidden, marks, whole=reward_token == "last")
 
     def set_literal(self) -> None:
@@ -172,7 +169,7 @@ class PromptEncoder:
             says = [answer.pieces != [""] or answer.extra for answer in answers]
             sequences = [keys if said else empty for said, keys in zip(says, sequences, strict=True)]
             return self.cut(sequences, shared, [])
-        closing = self.encode_items([("text", ""), *rendered.closing])
+        closing = self.encode_items(rendered.closing)
         if self.unread is not None:
             sequences, closing = [self.without_unread(keys) for keys in sequences], self.without_unread(closing)
         if shared + len(closing) >= self.max_length:
@@ -185,11 +182,10 @@ class PromptEncoder:
         The prompt's own are computed once for all responses behind which the template leaves it as it is.
         """
         *head, (_, opening) = rendered.prefix
-        place, backend, before = (len(head), self.backend, head[-1][1]) if head else (0, self.first, None)
-        prefix = self.encode_items([*head, ("text", "")])
-        opened = prefix + self.ids(self.swallow(opening, before, None), backend)
-        same = [items for items in rendered.responses if items[:place] == head]
-        bodies = iter(backend.encode_batch([self.run(items, place) for items in same], add_special_tokens=False))
+        place, backend, prefix = len(head), self.backend if head else self.first, self.encode_items(head)
+        opened = prefix + self.ids(opening, backend)
+        runs = [items[place][1] for items in rendered.responses if items[:place] == head]
+        bodies = iter(backend.encode_batch(runs, add_special_tokens=False))
         sequences, shared = [], len(opened)
         for items in rendered.responses:
             if items[:place] == head:
@@ -199,11 +195,6 @@ class PromptEncoder:
             if not (place < len(items) and items[place][1].startswith(opening)):
                 shared = min(shared, common_length(opened, sequences[-1]))
         return sequences, shared
-
-    def run(self, items: list[Item], place: int) -> str:
-        """The run of text at a place, without the white space that its neighbours swallow."""
-        before = items[place - 1][1] if place else None
-        return self.swallow(items[place][1], before, items[place + 1][1])
 
     def cut(self, sequences: list[list[int]], prefix_length: int, closing: list[int]) -> Encoded:
         """Sequences of at most `max_length`; one that is cut ends in `closing`: its end token and what follows it."""
@@ -220,25 +211,19 @@ class PromptEncoder:
         """Token keys of items."""
         keys: list[int] = []
         row, backend = 0, self.first
-        neighbours = [None, *(value if kind == "id" else None for kind, value in items), None]
-        for (kind, value), before, after in zip(items, neighbours, neighbours[2:], strict=False):
+        for kind, value in items:
             if kind == "image":
                 count = value * self.tokens_per_tile
                 keys.extend(range(-1 - row, -1 - row - count, -1))
                 row += count
             else:
-                keys.extend(self.ids(self.swallow(value, before, after), backend) if kind == "text" else [value])
+                keys.extend(self.ids(value, backend) if kind == "text" else [value])
             backend = self.backend
         return keys
 
-    def swallow(self, text: str, before: int | None, after: int | None) -> str:
-        """A run of text without the white space that the special tokens around it swallow (Phi-3's do)."""
-        text = text.lstrip() if before in self.swallows_right else text
-        return text.rstrip() if after in self.swallows_left else text
-
-    def ids(self, text: str, backend: Tokenizer | None = None) -> list[int]:
+    def ids(self, text: str, backend: Tokenizer) -> list[int]:
         """Token ids of text."""
-        return (backend or self.backend).encode(text, add_special_tokens=False).ids if text else []
+        return backend.encode(text, add_special_tokens=False).ids if text else []
 
 
 def image_rows(tiles: np.ndarray, tokens_per_tile: int) -> np.ndarray:
