@@ -171,8 +171,8 @@ class MemoryConfig:
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What is computed in: bfloat16 with a GPU, float32 without; trained weights and their sums are float32 always."""
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """Recompute activations in the backward pass: all but matrix products and attention, or all of a block."""
+    activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
+    """Recompute in the backward pass all but products and attention, or a whole block; `auto`: the least that fits."""
     compile: bool = False
     """torch.compile every block."""
     reshard_after_forward: bool = True

@@ -11,6 +11,7 @@ from mmrm_fast.checkpoint import internvl_chat
 from mmrm_fast.checkpoint.internvl_chat import EMBEDDING, LM_HEAD, SCORE, Source
 from mmrm_fast.checkpoint.tensors import TensorFolder
 from mmrm_fast.model.decoder import renew_rope
+from mmrm_fast.model.lora import begun, is_stored
 from mmrm_fast.model.reward_model import RewardModel, new_score
 
 POSITIONS = "vision_tower.embeddings.position_embeddings"
@@ -20,8 +21,8 @@ VALUES_AT_A_TIME = 1 << 24
 
 
 def native_name(name: str) -> str:
-    """A parameter of `RewardModel` as its folder names it."""
-    return name.removeprefix("model.")
+    """A parameter of `RewardModel`, of which layers may have adapters, as its folder names it."""
+    return name.removeprefix("model.").replace(".base_layer.", ".")
 
 
 class NativeTensors:
@@ -32,7 +33,8 @@ class NativeTensors:
 
     def __init__(self, tensors: TensorFolder, model: RewardModel, *, is_original: bool):
         self.tensors = tensors
-        self.shapes = {native_name(name): tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        own = filter(lambda named: is_stored(named[0]), model.named_parameters())
+        self.shapes = {native_name(name): tuple(parameter.shape) for name, parameter in own}
         config = model.model.config
         find = (lambda name: internvl_chat.source(name, config)) if is_original else Source
         self.sources = {name: find(name) for name in (*self.shapes, LM_HEAD)}
@@ -111,15 +113,29 @@ class NativeTensors:
 
 
 def fill_model(model: RewardModel, native: NativeTensors, device: torch.device | str) -> None:
-    """Fill a model on the meta device, possibly frozen and sharded.
+    """Fill a model on the meta device, possibly frozen, sharded and with adapters.
 
-    A new score head is drawn from torch's generator, the same on every rank for the same seed. Token embedding rows
-    that the folder does not have are the mean of those it has.
+    A new score head and adapters are drawn from torch's generator, the same on every rank for the same seed. Token
+    embedding rows that the folder does not have are the mean of those it has.
     """
     model.to_empty(device=device)
     renew_rope(model.model.language_model, device)
     for name, parameter in model.named_parameters():
-        native.copy_to(parameter, native_name(name))
+        if is_stored(name):
+            native.copy_to(parameter, native_name(name))
+    for name, parameter in model.named_parameters():
+        if not is_stored(name):
+            local, start = local_rows(parameter)
+            local.copy_(begun(name, tuple(parameter.shape))[start : start + len(local)])
+
+
+@torch.no_grad()
+def vision_output(model: RewardModel, native: NativeTensors, tiles_ISSC: Tensor) -> Tensor:
+    """What a model's vision tower makes of tiles, on the CPU; it alone is filled of a model on the meta device."""
+    tower = model.model.vision_tower.to_empty(device="cpu")
+    for name, parameter in tower.named_parameters():
+        native.copy_to(parameter, f"vision_tower.{name}")
+    return model.tower_output(tiles_ISSC)
 
 
 def local_rows(parameter: nn.Parameter) -> tuple[Tensor, int]:

@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 from mmrm_fast.config import WeightsConfig
 from mmrm_fast.data.packing import TokenPlan
-from mmrm_fast.model.reward_model import RewardModel, ScoreHead
+from mmrm_fast.model.reward_model import RewardModel, ScoreHead, new_score
 
 MAIN, PROXY = "main", "proxy"
 
@@ -111,6 +111,22 @@ class AdaptedProduct(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_TI = (grad_TO @ weight_OI).to(down_KI.dtype).addmm_(grad_low_TK, down_KI).to(x_TI.dtype)
         return grad_TI, None, None, grad_down_KI, grad_up_OK, None
+
+
+def is_stored(name: str) -> bool:
+    """Whether a parameter of a model with adapters is one of the folder that it begins from."""
+    return ".lora_" not in name and not name.startswith("proxy_score.")
+
+
+def begun(name: str, shape: tuple[int, ...]) -> Tensor:
+    """What a parameter that is in no folder begins with, whole: peft's adapters, which change nothing, or a score."""
+    if ".lora_B." in name:
+        return torch.zeros(shape)
+    return (
+        torch.empty(shape).uniform_(-(shape[1] ** -0.5), shape[1] ** -0.5)
+        if ".lora_A." in name
+        else new_score(shape[1])
+    )
 
 
 def activate(language_model: nn.Module, name: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import nn
 
 from mmrm_fast.checkpoint.folder import Checkpoint, CheckpointFolder
 from mmrm_fast.data.images import Compat
@@ -25,6 +26,8 @@ TOKENS_PER_MICRO_BATCH = 16_384
 BUDGETS_A_RECORD = 4  # micro-batches' work that one record may be: cut, its parts would each compute the prefix again
 SPREAD_RECORDS, SPREAD_RESPONSES = 8, ["yes " * count for count in (1, 8, 64)]
 READ_SECONDS = 60.0  # that an image's disk may take
+FILLED = 0.9  # of a GPU at most, by the weights
+GIB = 1 << 30
 NUM_PACKERS = 2  # threads that decode and pack ahead of the model
 
 
@@ -80,7 +83,11 @@ class Scorer:
             max_length=max_length,
             max_tiles=max_tiles,
             compat=compat,
+            with_weights=False,
         )
+        if chosen.type == "cuda":
+            require_room(checkpoint.model, torch.cuda.get_device_properties(chosen).total_memory, path)
+        folder.fill(checkpoint.model, chosen)
         return cls(checkpoint, chosen, tokens_per_micro_batch=tokens_per_micro_batch)
 
     def score(self, records: Iterable[Mapping]) -> list[list[float]]:
@@ -180,6 +187,16 @@ class Scorer:
         for place in sorted(packed.errors):
             scored.insert(place, packed.errors[place])
         return scored
+
+
+def require_room(model: nn.Module, available: int, path: str | Path) -> None:
+    """Raise `ValueError` where a GPU of so many bytes holds no model of this size and a forward of it."""
+    needed = sum(parameter.nbytes for parameter in model.parameters())
+    if needed > FILLED * available:
+        raise ValueError(
+            f"{path}: its weights take {needed / GIB:.1f} GiB, a GPU here has {available / GIB:.1f}: it is scored and "
+            "served by one GPU, of which weights may fill nine tenths; use one with more memory"
+        )
 
 
 def batch_spread(scorer: Scorer) -> float:

@@ -1,11 +1,13 @@
 """`mmrm-fast train --dry-run`: what a training needs, from configs alone, before a GPU is taken for it."""
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
 
+from mmrm_fast.checkpoint.fill import VALUES_AT_A_TIME
 from mmrm_fast.config import TrainConfig
 from mmrm_fast.config_file import with_options
 from mmrm_fast.data.mixture import parse_mixture
@@ -15,13 +17,17 @@ from mmrm_fast.data.samples import Preparer, Sample
 from mmrm_fast.model.experts import active_parameters, num_experts
 from mmrm_fast.model.reward_model import RewardModel
 from mmrm_fast.tables import print_table
-from mmrm_fast.train.memory import Memory, activations, count, memory, needed, sized_branches
+from mmrm_fast.train import sharding
+from mmrm_fast.train.memory import GPU, Memory, count, memory, needed, sized_branches, stack_bytes, stacks
 from mmrm_fast.train.proxy import Proxy, ShortcutProxy, parse_proxy
 from mmrm_fast.train.rates import Rates
 from mmrm_fast.train.records import open_records, training_preparer
 
 GIB = 1 << 30
 WORKSPACE = GIB  # the CUDA context, libraries' workspaces, fragments
+MODES = ("none", "selective", "full")  # of activation checkpointing, by what they recompute
+FILLED = 0.9  # of a GPU at most, by what is computed beforehand
+PIECE = 8 * VALUES_AT_A_TIME  # bytes of values on their way to a GPU, as stored and as kept
 SAMPLED = 256  # records whose tokens stand for all
 PARTS = {"vision tower": "vision_tower", "projector": "multi_modal_projector", "language model": "language_model"}
 
@@ -47,15 +53,67 @@ def dry_run(config: TrainConfig, *, num_gpus: int) -> None:
     apart = list(dict.fromkeys(models))  # adapters are one model
     if config.memory.dtype == "float32" and any(map(num_experts, models)):
         raise ValueError("--dry-run --dtype float32: a mixture of experts can be counted in bfloat16 alone")
-    saved = [activations(proxy, number, *full_micro_batch(config, number, work)) for number in range(len(apart))]
-    memories = [memory(config.memory, *each, num_gpus=num_gpus) for each in zip(apart, saved, strict=True)]
+    needs, available = needs_by_mode(proxy, apart, work, num_gpus), gpu_memory(config)
+    mode = first_that_fits(needs, available)
+    memories = needs[mode]
     heads = ("", "main", "proxy")[: 1 + len(apart)]
     title = f"{config.weights.model.name}, GPUs: {num_gpus}"
     print_table(title, heads, [*parameter_rows(apart), *memory_rows(memories)])
     print("\n".join(work_lines(config, models, work)))
     if isinstance(proxy, ShortcutProxy):
         print("\n".join(spared_lines(proxy, models, num_gpus, work)))
-    refuse(config, needed(memories) + WORKSPACE)
+    print(loading_line(config, memories, apart, num_gpus))
+    if len(needs) > 1:
+        print(mode_line(needs, mode))
+    refuse(needed(memories) + WORKSPACE, available)
+
+
+def with_checkpointing(config: TrainConfig, *, num_gpus: int) -> TrainConfig:
+    """The config with the activation checkpointing that `auto` comes to, which is printed."""
+    available = gpu_memory(config)
+    if config.memory.activation_checkpointing != "auto" or available is None:
+        return config
+    proxy = parse_proxy(config)
+    apart = list(dict.fromkeys(branch.root for branch in sized_branches(proxy)))
+    if config.memory.dtype == "float32" and any(map(num_experts, apart)):
+        return with_options(config, activation_checkpointing="full")  # cannot be counted
+    needs = needs_by_mode(proxy, apart, measure(proxy), num_gpus)
+    mode = first_that_fits(needs, available)
+    print(mode_line(needs, mode))
+    return with_options(config, activation_checkpointing=mode)
+
+
+def needs_by_mode(proxy: Proxy, models: list[RewardModel], work: Work | None, num_gpus: int) -> dict[str, list[Memory]]:
+    """What each model takes, by the activation checkpointing that the config leaves open, the least first."""
+    config, asked = proxy.config, proxy.config.memory.activation_checkpointing
+    found: dict[str, list[Memory]] = {mode: [] for mode in (MODES if asked == "auto" else (asked,))}
+    for number, model in enumerate(models):
+        parts = list(stacks(proxy, number, *full_micro_batch(config, number, work)))
+        for mode, memories in found.items():
+            saved = sum(stack_bytes(mode, *part) for part in parts)
+            memories.append(memory(config.memory, model, saved, num_gpus=num_gpus))
+    return found
+
+
+def first_that_fits(needs: dict[str, list[Memory]], available: float | None) -> str:
+    """The mode that recomputes least and leaves some of a GPU free; the last where none does."""
+    room = math.inf if available is None else FILLED * available
+    return next((mode for mode, memories in needs.items() if needed(memories) + WORKSPACE <= room), list(needs)[-1])
+
+
+def mode_line(needs: dict[str, list[Memory]], mode: str) -> str:
+    """The chosen activation checkpointing, and what each would need."""
+    figures = (f"{name} {(needed(memories) + WORKSPACE) / GIB:.1f}" for name, memories in needs.items())
+    return f"--activation-checkpointing auto is {mode}; GiB a GPU: {', '.join(figures)}"
+
+
+def loading_line(config: TrainConfig, memories: list[Memory], models: list[RewardModel], num_gpus: int) -> str:
+    """What holds a model while it is loaded: each rank fills its own rows, in pieces, as they are stored."""
+    offloaded = sharding.offloads(GPU, config.memory)
+    held = [memory(replace(config.memory, cpu_offload=False), model, 0, num_gpus=num_gpus) for model in models]
+    on_host = PIECE + offloaded * sum(own.weights + own.gradients + own.optimizer for own in held)
+    on_gpu = sum(own.weights for own in memories)
+    return f"loading: {on_host / GIB:.2f} GiB of host memory a rank, {on_gpu / GIB:.2f} GiB of a GPU"
 
 
 def spared_lines(proxy: ShortcutProxy, models: list[RewardModel], num_gpus: int, work: Work | None) -> Iterator[str]:
@@ -159,11 +217,15 @@ def usable_samples(records: Records, preparer: Preparer, place: int) -> list[Sam
     return [sample for sample in samples if len(sample.group.pairs)]
 
 
-def refuse(config: TrainConfig, needed: float) -> None:
+def gpu_memory(config: TrainConfig) -> float | None:
+    """Bytes of a GPU: what the config says, or the first one here has; None where neither does."""
+    if config.memory.gpu_memory:
+        return config.memory.gpu_memory * GIB
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+
+
+def refuse(needed: float, available: float | None) -> None:
     """Raise `ValueError` where a GPU has less memory than is needed."""
-    available = config.memory.gpu_memory and config.memory.gpu_memory * GIB
-    if available is None and torch.cuda.is_available():
-        available = torch.cuda.get_device_properties(0).total_memory
     if available is None:
         print(f"a GPU needs {needed / GIB:.1f} GiB; --gpu-memory says what there is")
     elif needed > available:

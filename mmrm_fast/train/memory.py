@@ -4,7 +4,7 @@ Weights, gradients and optimizer state follow from the parameters. Activations a
 and adding up what autograd saves; what is saved a block is the difference.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -93,13 +93,16 @@ def gathered(config: MemoryConfig, model: RewardModel) -> tuple[float, float]:
 
 def activations(proxy: Proxy, number: int, tokens: int, tiles: int) -> float:
     """Bytes saved for a micro-batch's backward pass by a branch: language model over `tokens`, vision over `tiles`."""
+    mode = proxy.config.memory.activation_checkpointing
+    return sum(stack_bytes(mode, *stack) for stack in stacks(proxy, number, tokens, tiles))
+
+
+def stacks(proxy: Proxy, number: int, tokens: int, tiles: int) -> Iterator[tuple[int, "Pass", "Pass"]]:
+    """The arguments of `stack_bytes` for a branch's language model and its vision part."""
     one, two, whole = (sized_branches(proxy, layers)[number].root for layers in (1, 2, None))
-    mode, layers = proxy.config.memory.activation_checkpointing, len(whole.model.language_model.layers)
-    total = stack_bytes(mode, layers, *(text_pass(model, tokens) for model in (one, two)))
+    yield len(whole.model.language_model.layers), *(text_pass(model, tokens) for model in (one, two))
     if whole.model.vision_tower is not None:
-        layers = len(whole.model.vision_tower.encoder.layer)
-        total += stack_bytes(mode, layers, *(vision_pass(model, tiles) for model in (one, two)))
-    return total
+        yield len(whole.model.vision_tower.encoder.layer), *(vision_pass(model, tiles) for model in (one, two))
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ def stack_bytes(mode: str, layers: int, one: Pass, two: Pass) -> float:
     """Bytes saved by `layers` blocks and what surrounds them, from passes of one and two."""
     block = two.saved - one.saved
     outside = max(0, one.saved - block)
-    if mode == "none" or not block:
+    if mode in ("auto", "none") or not block:
         return layers * block + outside
     kept = one.block_input + (two.kept - one.kept if mode == "selective" else 0)
     return layers * kept + block + outside  # one block is recomputed at a time

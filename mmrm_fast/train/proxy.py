@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mmrm_fast.checkpoint.fill import vision_output
 from mmrm_fast.checkpoint.folder import Checkpoint, CheckpointFolder, refuse_pictures
 from mmrm_fast.config import TrainConfig
 from mmrm_fast.data.images import white_tile
@@ -98,7 +99,7 @@ class TrainedProxy(Proxy):
         return margins(branches[1](batch.text, batch.text_tiles), batch)
 
     def see_white(self, checkpoint: Checkpoint) -> bool:
-        """Run a frozen vision tower on the proxy's white tile, once for the whole training; whether it can be so."""
+        """Let a frozen vision tower run on the proxy's white tile once for the whole training; whether it can be so."""
         weights = self.config.weights
         if self.config.proxy.proxy_image == "none" or not weights.freeze_backbone or weights.vision_lora:
             return False
@@ -233,31 +234,28 @@ def parse_proxy(config: TrainConfig) -> Proxy:
 
 
 def make_branches(proxy: Proxy, device: torch.device) -> list[Branch]:
-    """The rewards that train, the model's first, loaded and sharded."""
+    """The rewards that train, the model's first: made without memory, sharded, then filled, each rank with its rows."""
     config = proxy.config
-    own_shards = reads_own_shards(config)
 
     def open_checkpoint(folder: CheckpointFolder, is_text_only: bool) -> Checkpoint:
         checkpoint = folder.load(max_length=config.batch.max_length, with_weights=False)
         if is_text_only:
             checkpoint.model.drop_vision()
-        if not own_shards:
-            folder.fill(checkpoint.model)
         return checkpoint.configured(config.batch)
 
-    branches = proxy.branches(open_checkpoint)
-    for root in dict.fromkeys(branch.root for branch in branches):
+    with torch.device("meta"):
+        branches = proxy.branches(open_checkpoint)
+    for root, branch in {branch.root: branch for branch in branches}.items():
         sharding.shard(root, device, config.memory)
-    for branch in branches if own_shards else ():
-        branch.folder.fill(branch.root, "cpu" if sharding.offloads(device, config.memory) else device)
+        branch.folder.fill(root, "cpu" if sharding.offloads(device, config.memory) else device)
+        if root.only_tiles is not None:
+            root.only_tiles = sharding.on_first_rank(partial(white_output, branch)).to(device)
     return branches
 
 
-def reads_own_shards(config: TrainConfig) -> bool:
-    """Whether a rank reads its own shards alone, after sharding.
-
-    Adapters rename the weights that they wrap and a white tile passes through the whole vision tower: with them every
-    rank loads all weights first.
-    """
-    has_adapters = config.weights.llm_lora or config.weights.vision_lora
-    return sharding.num_ranks() > 1 and not has_adapters and config.proxy.proxy_image == "none"
+def white_output(branch: Branch) -> Tensor:
+    """What a frozen vision tower makes of the white tile."""
+    model = branch.folder.model()
+    model.pixel_mean, model.pixel_std = branch.root.pixel_mean, branch.root.pixel_std
+    tile = torch.from_numpy(white_tile(branch.checkpoint.tiling.tile_size))
+    return vision_output(model, branch.folder.native(model), tile)

@@ -224,9 +224,15 @@ def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     dcp.load({name: tensor for name, tensor in tensors.items() if name in held}, storage_reader=reader)
 
 
-def require_space(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Raise `ValueError` where the disk cannot hold two checkpoints (the old one is deleted after the new is whole)."""
-    needed = 2 * sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    free = shutil.disk_usage(folder).free
+def require_space(folder: Path, tensors: dict[str, Tensor], *, keep: int) -> None:
+    """Raise `ValueError` where the disk cannot hold what is kept and one more, as the oldest goes when that is whole.
+
+    Args:
+        folder: of the checkpoints; those that are there already count.
+    """
+    number = max(2, max(1, keep) + 1 - len(found(folder)))
+    needed = number * sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    free = shutil.disk_usage(folder.parent).free
     if free < needed:
-        raise ValueError(f"{folder}: two checkpoints take {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
+        sizes = f"{number} checkpoints take {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free"
+        raise ValueError(f"{folder}: {sizes}; --keep says how many stay")

@@ -20,6 +20,7 @@ from mmrm_fast.config import MemoryConfig
 from mmrm_fast.model.reward_model import RewardModel
 
 TIMEOUT = timedelta(minutes=10)
+LONG = timedelta(hours=6)  # as the first rank may write hundreds of gigabytes
 COMPILED_VARIANTS = 64  # of a block: of both branches, with and without images, in training and in evaluation
 
 
@@ -28,7 +29,8 @@ def ranks():
     """This process's device; joins the group that torchrun started (or one of its own), and leaves it at the end."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        place = int(os.environ.get("LOCAL_RANK", "0"))
+        device = torch.device("cuda", place % torch.cuda.device_count())  # launchers may show each process one GPU
         torch.cuda.set_device(device)
     alone = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -85,6 +87,13 @@ def on_first_rank(function: Callable[[], Any]) -> Any:
     return outcome[0]
 
 
+def wait_for_all() -> None:
+    """Wait until every rank is here, far longer than collectives on a GPU do."""
+    group = dist.new_group(backend="gloo", timeout=LONG)
+    dist.barrier(group)
+    dist.destroy_process_group(group)
+
+
 def compute_dtype(config: MemoryConfig, device: torch.device) -> torch.dtype:
     """What models compute in."""
     automatic = "bfloat16" if device.type == "cuda" else "float32"
@@ -104,7 +113,7 @@ def shard(model: RewardModel, device: torch.device, config: MemoryConfig) -> Rew
     for parameter in model.parameters():
         parameter.data = parameter.data.to(stored_dtype(parameter, dtype))
     for block in blocks(model):
-        if config.activation_checkpointing != "none":
+        if config.activation_checkpointing in ("selective", "full"):
             block.forward = partial(checkpoint, block.forward, **checkpoint_options(config.activation_checkpointing))
         if config.compile:  # the checkpoint within, whose recomputation the compiler plans; every batch has other sizes
             block.forward = torch.compile(block.forward, dynamic=True)

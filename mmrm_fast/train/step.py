@@ -37,7 +37,8 @@ class Steps:
         self.branches, self.proxy, self.config, self.device = branches, proxy, config, device
         self.named = [{f"{branch.name}.{name}": p for name, p in branch.trained().items()} for branch in branches]
         self.parameters = [list(named.values()) for named in self.named]
-        self.optimizer = make_optimizer([pair for named in self.named for pair in named.items()], config.optimizer)
+        named = [pair for own in self.named for pair in own.items()]
+        self.optimizer = make_optimizer(named, config.optimizer, fused=sharding.offloads(device, config.memory))
         self.accumulator = StepAccumulator(device)
         self.sources: list[list[str]] = []  # of this rank's records, by micro-batch
 
@@ -96,14 +97,16 @@ class Steps:
         return Outcome(metrics, is_finite, int(totals.sums["errors"]), totals.sums[SAVE] > 0, sources)
 
 
-def make_optimizer(named: list[tuple[str, Parameter]], config: OptimizerConfig) -> torch.optim.AdamW:
+def make_optimizer(
+    named: list[tuple[str, Parameter]], config: OptimizerConfig, *, fused: bool = False
+) -> torch.optim.AdamW:
     """AdamW over all branches; biases, of experts too, and norms do not decay. Its state is there from the start."""
     decayed = {p: p.ndim > 1 and not name.endswith("bias") for name, p in named}
     groups = [
         {"params": [p for p, decays in decayed.items() if decays == group], "weight_decay": group * config.weight_decay}
         for group in (True, False)
     ]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2))
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=fused or None)
     for parameter in decayed:
         moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}

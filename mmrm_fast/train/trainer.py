@@ -116,7 +116,7 @@ class Trainer:
     def open_folder(self) -> None:
         """A folder that holds this run alone, and room for its checkpoints."""
         self.folder.clear(replace=self.config.run.overwrite and self.config.run.resume is None)
-        require_space(self.folder.path, self.steps.tensors())
+        require_space(self.folder.checkpoints, self.steps.tensors(), keep=self.config.run.keep)
         self.folder.begin(self.state, self.config.run.report_to)
 
     def train_steps(self) -> None:
@@ -278,6 +278,7 @@ class Trainer:
         state = self.branches[branch].state()
         if self.is_main:
             self.folder.write_weights(name, self.branches[branch].checkpoint, state, **notes)
+        sharding.wait_for_all()
 
     def batches_left(self) -> Iterator[Packed]:
         """This rank's micro-batches from where the run is to its end."""

@@ -16,7 +16,7 @@ from mmrm_fast.data import samples
 from mmrm_fast.data.images import Tiling
 from mmrm_fast.data.records import Group, RecordError
 from mmrm_fast.score.scored import Scored
-from mmrm_fast.score.scorer import Scorer, batch_spread
+from mmrm_fast.score.scorer import Scorer, batch_spread, require_room
 
 RESPONSES = ("two red circles", "I think so.", "", "on the left", "two red circles on the left of the picture")
 
@@ -276,3 +276,10 @@ def test_the_spread_over_batches_is_what_a_reward_changes_by_beside_others(score
     raised = lambda scored: replace(scored, rewards=tuple(reward + 0.25 for reward in scored.rewards))  # noqa: E731
     scorer.score_groups = lambda groups: [raised(own) if len(groups) > 1 else own for own in score(groups)]
     assert batch_spread(scorer) == pytest.approx(0.25, abs=1e-5)
+
+
+def test_a_model_that_fills_a_gpu_is_refused_with_the_figures(checkpoint):
+    size = sum(parameter.nbytes for parameter in checkpoint.model.parameters())
+    require_room(checkpoint.model, 2 * size, "runs/a/final")
+    with pytest.raises(ValueError, match=r"runs/a/final: its weights take 0\.0 GiB, a GPU here has 0\.0: it is scored"):
+        require_room(checkpoint.model, size, "runs/a/final")

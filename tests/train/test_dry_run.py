@@ -15,6 +15,7 @@ from mmrm_fast.config import TrainConfig
 from mmrm_fast.config_file import with_options
 from mmrm_fast.model.decoder import use_gated_product
 from mmrm_fast.train import memory
+from mmrm_fast.train.dry_run import with_checkpointing
 from mmrm_fast.train.memory import count, needed, run_pass, sized_branches
 from mmrm_fast.train.proxy import parse_proxy
 from mmrm_fast.train.rates import Rates
@@ -245,3 +246,20 @@ def test_an_original_folder_is_planned_from_its_config_alone(tmp_path, capsys, l
 def test_a_folder_that_is_no_model_is_named(tmp_path, capsys):
     assert run(with_options(TrainConfig(), model=tmp_path / "nothing")) == 2
     assert "config.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("gpu_memory", "mode"), [("192", "none"), ("96", "selective"), ("48", "full")])
+def test_the_least_is_recomputed_that_fits(eight, capsys, gpu_memory, mode):
+    """The figures of all three stand beside it, and what loading takes."""
+    options = ["--num-gpus", "8", "--gpu-memory", gpu_memory, "--tokens-per-micro-batch", "16384"]
+    assert run(eight, *options) == 0
+    printed = capsys.readouterr().out
+    assert f"--activation-checkpointing auto is {mode}; GiB a GPU: none " in printed
+    assert "loading: 0.12 GiB of host memory a rank, " in printed
+
+
+def test_a_training_without_a_gpu_recomputes_nothing_unless_it_is_told_to(eight):
+    auto = with_options(eight, activation_checkpointing="auto")
+    assert with_checkpointing(auto, num_gpus=1) == auto
+    chosen = with_checkpointing(with_options(auto, gpu_memory=48.0), num_gpus=8)
+    assert chosen.memory.activation_checkpointing == "full"

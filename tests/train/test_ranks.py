@@ -11,7 +11,7 @@ from runs import losses, margins, mixed_records, read
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from mmrm_fast.checkpoint.folder import save_checkpoint
+from mmrm_fast.checkpoint.folder import CheckpointFolder, save_checkpoint
 from mmrm_fast.config import OptimizerConfig
 from mmrm_fast.model.lora import TwoAdapterModel
 from mmrm_fast.score.scorer import Scorer
@@ -167,6 +167,24 @@ def test_the_white_tile_passes_a_frozen_vision_tower_once(make_way):
     with ranks() as device:
         _, proxy = make_branches(parse_proxy(make_way("run", "proxy white")), device)
     assert proxy.root.model.vision_tower is None and proxy.root.only_tiles.shape[0] == 1
+
+
+def fill_sharded(config):
+    """Make a run's branches, in which only shards are ever filled."""
+    fill = CheckpointFolder.fill
+
+    def filled(folder, model, device):
+        assert all(hasattr(parameter, "placements") and parameter.is_meta for parameter in model.parameters())
+        fill(folder, model, device)
+
+    CheckpointFolder.fill = filled
+    with ranks() as device:
+        make_branches(parse_proxy(config), device)
+
+
+@pytest.mark.parametrize("way", ["lora", "proxy lora, white", "proxy white", "proxy white, all trained"])
+def test_no_rank_ever_holds_a_whole_model(make_way, way):
+    assert run_ranks(fill_sharded, make_way("run", way)) == [0, 0]
 
 
 def test_a_file_of_margins_is_what_an_evaluation_of_the_training_file_wrote(make_way, make_config):
