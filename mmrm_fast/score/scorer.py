@@ -158,9 +158,9 @@ class Scorer:
         """The part of `cost` that samples with the same prompt and images pay once."""
         return self.cost(take_responses(sample, slice(0)))
 
-    def split(self, sample: Sample) -> list[Sample]:
-        """The sample, cut between responses where it is more work than `BUDGETS_A_RECORD` micro-batches."""
-        limit, shared = BUDGETS_A_RECORD * self.tokens_per_micro_batch, self.shared_cost(sample)
+    def split(self, sample: Sample, limit: int | None = None) -> list[Sample]:
+        """The sample, cut between responses where it is more work than `BUDGETS_A_RECORD` micro-batches, or `limit`."""
+        limit, shared = limit or BUDGETS_A_RECORD * self.tokens_per_micro_batch, self.shared_cost(sample)
         if self.cost(sample) <= limit:
             return [sample]
         costs = [self.cost(take_responses(sample, slice(i, i + 1))) - shared for i in range(len(sample.main.sequences))]

@@ -1,7 +1,10 @@
 """Dynamic batching: samples of different requests wait a few milliseconds for each other and share forwards."""
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+import os
+import sys
+import threading
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -9,7 +12,7 @@ import numpy as np
 
 from mmrm_fast.data.packing import Packed, PackedBatch, pack_items
 from mmrm_fast.data.prompt import Encoded
-from mmrm_fast.data.records import RecordError
+from mmrm_fast.data.records import Group, RecordError
 from mmrm_fast.data.samples import Sample
 from mmrm_fast.score.scored import Scored
 from mmrm_fast.score.scorer import Scorer
@@ -17,6 +20,9 @@ from mmrm_fast.score.scorer import Scorer
 AHEAD = 3  # batches decoded, packed or in the model at a time: one that decodes for long does not stop the rest
 # Decoding a photo gives 31 (PNG) to 123 (BMP) Mpx/s a core, 67 as JPEG, measured; a GPU is taken for 20,000 tokens/s.
 PIXELS_PER_TOKEN = 2_000
+PIECES = 8  # of a batch's budget: a small request is less than one, a larger one takes a place a piece
+LARGE_PIXELS = 16_000_000  # of a sample that are decoded before it queues, so that no place waits for them
+NICENESS = 5  # of the threads that do so, beside those of the model
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +34,7 @@ class Waiting:
     shared_cost: int  # paid once by all that ask about the same prompt and images
     own_cost: int
     request_cost: int = 0  # of all entries of its request
+    tiles: list[np.ndarray] | None = None  # where its pictures are decoded already
 
     @property
     def key(self) -> tuple:
@@ -47,7 +54,8 @@ class Batcher:
     """Batches what is waiting up to the scorer's token budget, by turns the oldest and the least work first.
 
     So a line overtakes what large requests have waiting, and no stream of lines holds up a large one: whatever waits
-    for w of older work is begun after 2w. (Start-time fair queueing, Goyal, Vin and Cheng 1996, with a flow a request
+    for w of older work is begun after 2w, or, if it is large and small requests keep coming, after the batches that its
+    pieces and the older ones are, twice. (Start-time fair queueing, Goyal, Vin and Cheng 1996, with a flow a request
     would hold it up for ever, since virtual time stands still while each new request starts at it.)
 
     While the model runs one batch, threads decode and pack others. Samples with the same prompt and images are merged,
@@ -67,26 +75,57 @@ class Batcher:
         self.is_oldest_s_turn = True
         self.arrived, self.places = asyncio.Event(), asyncio.Semaphore(AHEAD)
         self.packers, self.model = ThreadPoolExecutor(AHEAD - 1), ThreadPoolExecutor(1)
+        self.decoders = ThreadPoolExecutor(1, initializer=give_way)
         self.running: set[asyncio.Task] = set()  # the loop and its batches
 
-    async def score(self, samples: Sequence[Sample], pixels: Sequence[int] = ()) -> list[Scored | RecordError]:
+    def pieces(self, sample: Sample) -> list[Sample]:
+        """The sample, cut between responses, so that small requests wait for none of it for long.
+
+        Pieces that share a batch are merged again; at most, each computes as much for its responses as for what they
+        share.
+        """
+        shared = self.scorer.shared_cost(sample)
+        return self.scorer.split(sample, shared + max(shared, self.scorer.tokens_per_micro_batch // PIECES))
+
+    async def decoded(self, sample: Sample, pixels: int) -> list[np.ndarray] | None:
+        """The tiles of a sample of many pixels, None of another; a cancelled call decodes its picture and no more.
+
+        Raises:
+            RecordError: a picture that cannot be decoded.
+        """
+        if pixels < LARGE_PIXELS:
+            return None
+        loop, tiles = asyncio.get_running_loop(), []
+        for group in by_image(sample.group):
+            tiles += await loop.run_in_executor(self.decoders, self.scorer.preparer.tiles, group)
+        return tiles
+
+    async def score(
+        self, samples: Sequence[Sample], pixels: Sequence[int] = (), tiles: Sequence[list[np.ndarray] | None] = ()
+    ) -> list[Scored | RecordError]:
         """The outcome of each sample of a request, in order; a cancelled call leaves the queue.
 
         Args:
             samples: of the request.
             pixels: of each sample's pictures, before they are tiles; none where not given.
+            tiles: of each sample whose pictures are `decoded`.
 
         Raises:
             What the model raised.
         """
         if not self.running:
             self.start(self.run())
-        loop, costs = asyncio.get_running_loop(), []
-        for sample, count in zip(samples, pixels or [0] * len(samples), strict=True):
+        loop, costs, count = asyncio.get_running_loop(), [], len(samples)
+        pixels, tiles = pixels or [0] * count, tiles or [None] * count
+        for sample, to_decode, known in zip(samples, pixels, tiles, strict=True):
             shared = self.scorer.shared_cost(sample)
-            costs.append((shared + count // PIXELS_PER_TOKEN, self.scorer.cost(sample) - shared))
+            to_decode = to_decode // PIXELS_PER_TOKEN if known is None else 0
+            costs.append((shared + to_decode, self.scorer.cost(sample) - shared))
         whole = sum(map(sum, costs))
-        entries = [Waiting(own, loop.create_future(), *cost, whole) for own, cost in zip(samples, costs, strict=True)]
+        entries = [
+            Waiting(sample, loop.create_future(), *cost, whole, own)
+            for sample, cost, own in zip(samples, costs, tiles, strict=True)
+        ]
         self.queue += entries
         self.arrived.set()
         outcomes = await asyncio.gather(*(entry.outcome for entry in entries), return_exceptions=True)
@@ -155,19 +194,28 @@ class Batcher:
         return self.scorer.score_packed(packed) if any(map(is_awaited, batch)) else []
 
     def tiles(self, entries: Sequence[Waiting]) -> list[np.ndarray]:
-        """Decode the pictures of merged entries; `RecordError` as soon as all who asked are gone."""
+        """The tiles of merged entries' pictures; `RecordError` as soon as all who asked are gone."""
+        known = next((entry.tiles for entry in entries if entry.tiles is not None), None)
+        if known is not None:
+            return known
         group, tiles = entries[0].sample.group, []
-        for images in ((), *((image,) for image in group.images)):
+        for own in by_image(group):
             if not is_awaited(entries):
                 raise RecordError(group.source, "", "nobody waits for it")
-            tiles += self.scorer.preparer.tiles(replace(group, images=images))
+            tiles += self.scorer.preparer.tiles(own)
         return tiles
 
     def take(self) -> Batch:
-        """The first entries that fit one batch, and whoever shares their prompt and images while there is room."""
+        """The first entries that fit one batch, and whoever shares their prompt and images while there is room.
+
+        While small requests wait, a large one gives way: it has a piece in every other batch.
+        """
         order = self.queue if self.is_oldest_s_turn else sorted(self.queue, key=lambda entry: entry.request_cost)
-        self.is_oldest_s_turn = not self.is_oldest_s_turn
         budget, total, full = self.scorer.tokens_per_micro_batch, 0, False
+        small = budget // PIECES
+        gives_way = any(entry.request_cost <= small and not entry.outcome.done() for entry in order)
+        room = small if self.is_oldest_s_turn else 0  # for what gives way
+        self.is_oldest_s_turn = not self.is_oldest_s_turn
         keys, taken, left = set(), [], set()
         for entry in order:
             if entry.outcome.done():  # cancelled while it waited
@@ -175,8 +223,12 @@ class Batcher:
             known = entry.key in keys
             cost = entry.own_cost + (0 if known else entry.shared_cost)
             fits = not taken or total + cost <= budget
-            full = full or not (known or fits)
-            if fits and (known or not full):
+            if gives_way and entry.request_cost > small:
+                may = room == small or (known and entry.own_cost <= room)
+                room -= entry.own_cost if may else 0
+            else:
+                may, full = True, full or not (known or fits)
+            if may and fits and (known or not full):
                 keys.add(entry.key)
                 taken.append(entry)
                 total += cost
@@ -186,6 +238,18 @@ class Batcher:
         if not left:
             self.arrived.clear()
         return by_key(taken)
+
+
+def give_way() -> None:
+    """Let the other threads of this process go first, where threads have a niceness of their own."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+
+
+def by_image(group: Group) -> Iterator[Group]:
+    """The group without images, then with each of them alone."""
+    for images in ((), *((image,) for image in group.images)):
+        yield replace(group, images=images)
 
 
 def is_awaited(entries: Iterable[Waiting]) -> bool:

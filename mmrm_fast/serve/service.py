@@ -70,18 +70,16 @@ class RewardService:
     async def scored(self, records: Sequence[dict], client: str) -> Answer:
         """The answer. Raises `RecordError`, `Refused`, and what the model raised."""
         pool = self.preparers[sum(len(record["responses"]) for record in records) > FEW_RESPONSES]
-        samples, pixels = await asyncio.get_running_loop().run_in_executor(pool, self.prepare, records)
+        pieces, pixels = await asyncio.get_running_loop().run_in_executor(pool, self.prepare, records)
         if not self.pixels.take(client, sum(pixels)):
             raise Refused(429, "too many pixels are waiting already; try again later")
         try:
-            pieces = [self.scorer.split(sample) for sample in samples]
-            counts = [count for parts, count in zip(pieces, pixels, strict=True) for _ in parts]
-            outcomes = iter(await self.batcher.score([piece for parts in pieces for piece in parts], counts))
+            tiles = [await self.batcher.decoded(parts[0], own) for parts, own in zip(pieces, pixels, strict=True)]
+            each = [(piece, *own) for parts, *own in zip(pieces, pixels, tiles, strict=True) for piece in parts]
+            outcomes = iter(await self.batcher.score(*zip(*each, strict=True)) if each else ())
         finally:
             self.pixels.give(client, sum(pixels))
-        joined = [
-            join(sample.group, [next(outcomes) for _ in parts]) for sample, parts in zip(samples, pieces, strict=True)
-        ]
+        joined = [join(parts[0].group, [next(outcomes) for _ in parts]) for parts in pieces]
         for outcome in joined:
             if isinstance(outcome, RecordError):
                 raise outcome
@@ -90,12 +88,12 @@ class RewardService:
         return Answer(
             rewards,
             [cut for scored in joined for cut in scored.truncated],
-            sum(sample.num_tokens_unshared for sample in samples),
+            sum(part.num_tokens_unshared for parts in pieces for part in parts),
             work,
         )
 
-    def prepare(self, records: Sequence[dict]) -> tuple[list[Sample], list[int]]:
-        """Records to samples and the pixels of each, all checked that can be before pictures are decoded."""
+    def prepare(self, records: Sequence[dict]) -> tuple[list[list[Sample]], list[int]]:
+        """Records to samples in pieces, and each one's pixels; all is checked that can be without decoding pictures."""
         groups = [
             parse_group(fields, source=f"record {i}", record=i, image_root=self.image_root, confined=True)
             for i, fields in enumerate(records)
@@ -108,7 +106,7 @@ class RewardService:
         require(sum(pixels), limits.request_pixels, "pixels of all images")
         samples = [self.scorer.encode(group) for group in groups]
         require(sum(map(self.scorer.cost, samples)), limits.tokens, "tokens of work")
-        return samples, pixels
+        return [self.batcher.pieces(sample) for sample in samples], pixels
 
 
 def require(number: int, limit: int, what: str) -> None:

@@ -19,6 +19,7 @@ from reward_server import data_url, picture, running
 from runs import wait_until
 
 from mmrm_fast.data.records import Group, RecordError
+from mmrm_fast.score.scorer import Scorer
 from mmrm_fast.serve.batcher import AHEAD, Batcher, Waiting
 from mmrm_fast.serve.command import RayReplicas
 from mmrm_fast.serve.guard import Limits, client_of
@@ -284,6 +285,53 @@ def test_no_stream_of_lines_holds_up_a_large_request(scorer):
         turns += 1
     loop.close()
     assert turns == 3  # as two lines were there before
+
+
+def test_beside_small_requests_a_large_one_has_a_piece_in_every_other_batch_and_all_of_one_alone(scorer):
+    class Cheap:
+        """A response costs a token."""
+
+        tokens_per_micro_batch, split = 80, Scorer.split
+
+        def cost(self, sample):
+            return len(sample.main.sequences)
+
+        def shared_cost(self, sample):
+            return 0
+
+    def waiting(name, responses, whole):
+        sample = scorer.encode(Group(name, 0, None, name, None, (), tuple(map(str, range(responses)))))
+        cost = batcher.scorer.cost
+        return [Waiting(part, asyncio.Future(loop=loop), 0, cost(part), whole) for part in batcher.pieces(sample)]
+
+    def taken():
+        return [(merged[0].sample.group.source, len(merged)) for merged in batcher.take()]
+
+    loop, batcher = asyncio.new_event_loop(), Batcher(Cheap())
+    large = waiting("large", 40, 40)
+    assert [len(entry.sample.main.sequences) for entry in large] == [10, 10, 10, 10]
+    batcher.queue += large
+    for expected in ([("large", 1), ("small", 1)], [("small", 1)], [("large", 1), ("small", 1)]):
+        batcher.queue += waiting("small", 1, 1)
+        assert taken() == expected
+    assert taken() == [("large", 2)] and not batcher.queue
+    loop.close()
+
+
+def test_pictures_of_many_pixels_are_decoded_before_they_queue_one_at_a_time(scorer, monkeypatch):
+    monkeypatch.setattr("mmrm_fast.serve.batcher.LARGE_PIXELS", 2 * 120 * 60)
+    group = Group("a", 0, None, "What?", None, (picture(), picture(1)), ("two",))
+    sample, (alone,) = scorer.encode(group), scorer.score_groups([group])
+
+    async def score():
+        batcher = Batcher(scorer)
+        assert await batcher.decoded(sample, 2 * 120 * 60 - 1) is None
+        tiles = await batcher.decoded(sample, 2 * 120 * 60)
+        monkeypatch.setattr(type(scorer.preparer), "tiles", None)
+        return await batcher.score([sample], [2 * 120 * 60], [tiles])
+
+    (outcome,) = asyncio.run(score())
+    assert outcome.rewards == pytest.approx(alone.rewards, abs=1e-5)
 
 
 # replicas that do not answer
