@@ -10,6 +10,7 @@ from ray._private import ray_constants
 from mmrm_fast.score.watchdog import watched
 
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # what makes all of Ray listen on 127.0.0.1, as it does on a Mac
+FOREGROUND = {"RAY_worker_niceness": "0"}  # Ray's 15 lets whatever else runs there go first, our own HTTP too
 NEEDS = (
     "Ray needs a HOME that can be written to, for its token; /dev/shm; and a short path in RAY_TMPDIR or TMPDIR, such"
     " as /tmp, for its sockets; with --address a cluster that is there."
@@ -33,7 +34,7 @@ def ray_cluster(address: str | None = None, env: Mapping[str, str] | None = None
     if not address:  # all processes inherit ours
         os.environ.update(env)
     try:
-        with nullcontext() if address else on_loopback():
+        with nullcontext() if address else as_ours():
             context = ray.init(
                 address=address or "local",  # None would join what RAY_ADDRESS or an earlier `ray start` names
                 runtime_env={"env_vars": env} if address else None,
@@ -51,15 +52,16 @@ def ray_cluster(address: str | None = None, env: Mapping[str, str] | None = None
 
 
 @contextmanager
-def on_loopback() -> Iterator[None]:
-    """What Ray starts meanwhile listens on 127.0.0.1; it has read the variable when our process imported it."""
+def as_ours() -> Iterator[None]:
+    """What Ray starts meanwhile listens on 127.0.0.1 and is no background work; ours has read the first at import."""
     before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
-    os.environ.update(LOOPBACK)
+    added = {name: value for name, value in FOREGROUND.items() if name not in os.environ} | LOOPBACK
+    os.environ.update(added)
     try:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
-        for name in LOOPBACK:
+        for name in added:
             del os.environ[name]
 
 

@@ -243,7 +243,8 @@ class Batcher:
 def give_way() -> None:
     """Let the other threads of this process go first, where threads have a niceness of their own."""
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS)
 
 
 def by_image(group: Group) -> Iterator[Group]:

@@ -15,11 +15,11 @@ from mmrm_fast.score.cluster import ray_cluster
 from mmrm_fast.score.watchdog import of_session
 
 CODE = """
-import time, ray
+import os, time, ray
 from mmrm_fast.score.cluster import ray_cluster
 with ray_cluster():
-    ray.get(ray.remote(lambda: 1).remote())
-    print(ray._private.worker.global_worker.node.get_session_dir_path(), flush=True)
+    niceness = ray.get(ray.remote(lambda: os.nice(0)).remote()) - os.nice(0)
+    print(ray._private.worker.global_worker.node.get_session_dir_path(), niceness, flush=True)
     time.sleep(600)
 """
 
@@ -32,8 +32,8 @@ def process():
 
 
 def test_it_listens_on_this_machine_alone_and_what_a_kill_leaves_of_it_is_ended_by_name(process):
-    session = process.stdout.readline().strip()
-    assert session, process.stderr.read()
+    session, _, niceness = process.stdout.readline().strip().partition(" ")
+    assert niceness == "0", process.stderr.read()  # what it runs is no background work
     found = listening(process.pid)
     assert len(found) > 5 and {"127.0.0.1"} == {address for _, address, _ in found}, found
     assert len(of_session(session)) > 3
