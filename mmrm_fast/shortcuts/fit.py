@@ -15,8 +15,11 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.sparse import csr_matrix, issparse
 
+from mmrm_fast.data.workers import idle_workers, in_order
+
 FOLDS = 5
 STRENGTHS = (0.001, 0.01, 0.1, 1.0)  # variances of a weight under the prior: one over L2
+WORTH_WORKERS = 1_000_000  # values; a fit of fewer is done before worker processes have started
 USUAL = 0.1  # where there is nothing to choose by
 CHOOSING_VALUES = 4_000_000  # of the pairs that L2 is chosen on
 LEAST_PAIRS = 2  # that have a feature which is looked at
@@ -39,12 +42,11 @@ class Fitted:
 
 def cross_fit(differences_PF: Matrix, fold_P: np.ndarray) -> Fitted:
     """Fit a regression a fold, 0 to `FOLDS` - 1, and one on all pairs; the pairs of a record are in one fold."""
-    from threadpoolctl import threadpool_limits
-
     kept = seen_columns(differences_PF)
     regressions = Regressions(differences_PF[:, kept], fold_P)
-    with threadpool_limits(1):
-        fits = [regressions.fit(fold) for fold in (*range(FOLDS), None)]
+    num_workers = idle_workers() if regressions.signed_PF.size > WORTH_WORKERS else 0
+    ranges = [range(fold, fold + 1) for fold in range(FOLDS + 1)]
+    fits = list(in_order(regressions.fit, ranges, num_workers=num_workers, ahead=0))
     weights_FK = np.zeros((differences_PF.shape[1], FOLDS + 1), np.float32)
     weights_FK[kept] = np.stack(fits, axis=1)
     margins_PK = np.asarray(differences_PF @ weights_FK)
@@ -73,14 +75,16 @@ class Regressions:
         every = max(1, -(-values // CHOOSING_VALUES))
         self.choosing_P = np.arange(len(fold_P)) // 2 % every == 0
 
-    def fit(self, fold: int | None) -> np.ndarray:
+    def fit(self, fold: int) -> np.ndarray:
         """Calibrated weights [F] that are fitted without a fold, with the strength that the next fold chose."""
-        inner = 0 if fold is None else (fold + 1) % FOLDS
-        outside = np.ones(len(self.fold_P), bool) if fold is None else self.fold_P != fold
+        from threadpoolctl import threadpool_limits
+
+        inner, outside = (fold + 1) % (FOLDS + 1) % FOLDS, self.fold_P != fold
         judges = self.choosing_P & (self.fold_P == inner)
-        tried = list(self.tried(outside & self.choosing_P & (self.fold_P != inner), judges))
-        _, strength, temperature = min(tried, default=(0.0, USUAL, 1.0))
-        return self.weights(outside, strength) / temperature
+        with threadpool_limits(1):
+            tried = list(self.tried(outside & self.choosing_P & (self.fold_P != inner), judges))
+            _, strength, temperature = min(tried, default=(0.0, USUAL, 1.0))
+            return self.weights(outside, strength) / temperature
 
     def tried(self, training_P: np.ndarray, judges_P: np.ndarray) -> Iterator[tuple[float, float, float]]:
         """(log-loss on the judges once calibrated, strength, temperature) of each strength."""

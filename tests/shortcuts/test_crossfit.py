@@ -8,7 +8,7 @@ import pytest
 from mmrm_fast.data.records import Records
 from mmrm_fast.data.types import Group, Message, Pairs
 from mmrm_fast.pairs import accuracy
-from mmrm_fast.shortcuts import crossfit
+from mmrm_fast.shortcuts import crossfit, fit
 from mmrm_fast.shortcuts.chunks import NgramFeatures
 from mmrm_fast.shortcuts.crossfit import Ranks, fold_of, level_of
 from mmrm_fast.shortcuts.features import COUNTED, MEASURES, measured, read_words, response_features, words_of
@@ -165,3 +165,10 @@ def test_duplicates_of_a_pair_are_in_one_fold_and_do_not_raise_the_accuracy(writ
     renamed = [record | {"prompt": f"{record['prompt']} {copy}"} for record in unique for copy in range(3)]
     leaked, _ = margins_of(write_jsonl(renamed, "renamed.jsonl"))
     assert judged(leaked) > 0.9  # as it would be
+
+
+def test_worker_processes_fit_the_same_regressions(write_jsonl, monkeypatch):
+    path = write_jsonl(preferences(60, 0.9))
+    here, _ = margins_of(path)
+    monkeypatch.setattr(fit, "WORTH_WORKERS", 0)
+    assert margins_of(path)[0] == here
