@@ -99,13 +99,19 @@ class RewardClient:
         with ThreadPoolExecutor(NUM_THREADS) as pool:
             return [reward for rewards in pool.map(ask, bodies) for reward in rewards]
 
-    def get_reward(self, query: Sequence[str], prompts: Sequence[str] | None = None, images: Sequence | None = None):
-        """OpenRLHF's answer, `{"rewards", "scores", "extra_logs"}`, for whole decoded queries."""
+    def get_reward(self, query: Sequence[str], prompts: Sequence[str] | None = None, images: Sequence | None = None,
+                   labels: Sequence | None = None) -> dict:  # fmt: skip
+        """OpenRLHF's answer, `{"rewards", "scores", "extra_logs"}`, for whole decoded queries.
+
+        Labels may name the pictures of a prompt: `{"images": ["cat.png"]}` or its JSON.
+        """
         body: dict[str, Any] = {"query": list(query)}
         if prompts is not None:
             body["prompts"] = list(prompts)
         if images is not None:
             body["images"] = [[image_url(image) for image in own] for own in images]
+        if labels is not None:
+            body["labels"] = list(labels)
         return self.post("/get_reward", body)
 
     def reward_func(self, prompts: Sequence, completions: Sequence, **columns: Any) -> list[float]:

@@ -164,6 +164,17 @@ def test_openrlhf_gets_tensors(scorer, example):
     assert answer["extra_logs"]["truncated"].tolist() == [0.0]
 
 
+def test_openrlhfs_file_hands_on_the_label_that_names_a_prompts_pictures(scorer, example, wide):
+    module = example("openrlhf_reward")
+    head = f"<|im_start|>user\n<IMG_CONTEXT>\n{PROMPT}<|im_end|>\n<|im_start|>assistant\n"
+    query = head.replace("<IMG_CONTEXT>", "<img>" + "<IMG_CONTEXT>" * 4 + "</img>") + RESPONSES[0] + "<|im_end|>"
+    label = json.dumps({"images": [image_url(picture())]})
+    expected = rewards_of(scorer, PROMPT, RESPONSES[:1], img_path=wide)
+    assert module.reward_func([query], [head], [label])["rewards"].tolist() == pytest.approx(expected, **EXACT)
+    with pytest.raises(ValueError, match=r"422: .*shows 1 pictures and none was sent"):
+        module.reward_func([query], [head], ["label"])
+
+
 def test_a_refusal_is_an_error_with_the_servers_reason(client):
     with pytest.raises(ValueError, match=r"422: .*not downloaded"):
         client.score(PROMPT, RESPONSES, ["http://example.com/x.png"])

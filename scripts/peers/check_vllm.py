@@ -6,7 +6,6 @@
 The status is 1 if a reward is further away than `--bound`.
 """
 
-import base64
 import io
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from PIL import Image
 from mmrm_fast.checkpoint.export import export_vllm
 from mmrm_fast.checkpoint.folder import CheckpointFolder, save_checkpoint
 from mmrm_fast.checkpoint.tokenizer import named_template
+from mmrm_fast.client import image_url
 from mmrm_fast.score.scorer import Scorer
 from mmrm_fast.tables import print_table
 from mmrm_fast.train.command import TINY_CHECKPOINT
@@ -92,17 +92,17 @@ def records() -> dict[str, dict]:
         "text": {"prompt": [asking]},
         "system": {"prompt": [{"role": "system", "content": "Be brief."}, asking]},
         "several turns": {"prompt": [*turns, asking]},
-        **{f"picture {w} x {h}": {"prompt": [asking], "images": [picture(w, h)]} for w, h in SIZES},
-        "two pictures": {"prompt": [asking], "images": [picture(*size) for size in SIZES[1:3]]},
+        **{f"picture {w} x {h}": {"prompt": [asking], "images": [image_url(picture(w, h))]} for w, h in SIZES},
+        "two pictures": {"prompt": [asking], "images": [image_url(picture(*size)) for size in SIZES[1:3]]},
     }
 
 
-def picture(width: int, height: int) -> str:
-    """A smooth picture as a data URL."""
+def picture(width: int, height: int) -> bytes:
+    """A smooth picture as a PNG file."""
     patches = np.random.default_rng(width).integers(0, 256, (5, 5, 3), np.uint8)
     file = io.BytesIO()
     Image.fromarray(patches).resize((width, height), Image.Resampling.BICUBIC).save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return file.getvalue()
 
 
 def asked(url: str, record: dict, response: str) -> float:
@@ -127,23 +127,23 @@ def vllm_server(folder: Path, python: Path, port: int) -> Iterator[str]:
     with open(log, "w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
     try:
-        wait_for(url, process, log)
+        wait_for(f"{url}/health", process, log)
         yield url
     finally:
         process.terminate()
         process.wait(60)
 
 
-def wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
+def wait_for(health: str, process: subprocess.Popen, log: Path) -> None:
     """Wait until a server answers. Raises `RuntimeError` with the end of its log."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            if requests.get(f"{url}/health", timeout=5).ok:
+            if requests.get(health, timeout=5).ok:
                 return
         except requests.RequestException:
             time.sleep(1)
-    raise RuntimeError("vLLM did not start:\n" + "\n".join(log.read_text().splitlines()[-LINES:]))
+    raise RuntimeError("the server did not start:\n" + "\n".join(log.read_text().splitlines()[-LINES:]))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,124 @@
+"""OpenRLHF's and verl's own reward clients against a live server: equal to scoring, or refused, never another number.
+
+    python -m venv rl && rl/bin/pip install "torch<2.14" torchvision "transformers>=5.5.3,<5.11" "tensordict<=0.10" \
+        ray omegaconf hydra-core aiohttp codetiming datasets peft accelerate torchdata orjson pylatexenc requests
+    rl/bin/pip install --no-deps verl==0.9.1 openrlhf==0.11.2   # which else ask for CUDA packages
+    python scripts/peers/check_clients.py --python rl/bin/python
+
+The status is 1 where a case is answered otherwise than its row says.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import tyro
+from check_vllm import picture, wait_for, write_tiny
+
+from mmrm_fast.score.scorer import Scorer
+from mmrm_fast.tables import print_table
+
+ROOT = Path(__file__).resolve().parents[2]
+BOUND = 1e-4
+TURNS = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hello!"}]
+ASKING = {"role": "user", "content": "What is it?"}
+EMPTY = {"images": [], "labelled": [], "cut": False, "foreign": False, "response": "Two red circles."}
+SIZES = {"a.png": (56, 56), "b.png": (120, 60)}
+PICTURES = list(SIZES)
+TEMPLATED = ("OpenRLHF, HTTP", "OpenRLHF, file", "verl, /classify", "verl, /v1/embeddings")  # they send text
+VERL = ("verl, /classify", "verl, /v1/embeddings")
+CASES = {  # and which clients are refused
+    "text": ({"messages": [ASKING]}, ()),
+    "system": ({"messages": [{"role": "system", "content": "Be brief."}, ASKING]}, ()),
+    "several turns": ({"messages": [*TURNS, ASKING]}, ()),
+    "one picture": ({"messages": [ASKING], "images": PICTURES[:1], "labelled": PICTURES[:1]}, VERL),
+    "two pictures": ({"messages": [ASKING], "images": PICTURES, "labelled": PICTURES}, VERL),
+    "picture not named": ({"messages": [ASKING], "images": PICTURES[:1]}, (*TEMPLATED, "verl, file")),
+    "over-long response": ({"messages": [ASKING], "response": "two red circles " * 1000}, ()),
+    "over-long prompt": (
+        {"messages": [{"role": "user", "content": "What is it? " * 1500}]},
+        (*TEMPLATED, "verl, file"),
+    ),
+    "prompt cut on its left": ({"messages": [*TURNS, ASKING], "cut": True}, TEMPLATED[:2]),
+    "malformed": ({"messages": [ASKING], "foreign": True}, (*TEMPLATED, "verl, file")),
+}
+
+
+def check_clients(python: Path, port: int = 8912) -> int:
+    """Ask by every client for every case.
+
+    Args:
+        python: interpreter of an environment with OpenRLHF and verl.
+        port: that the server listens on.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_tiny(root / "model", "")
+        for name, size in SIZES.items():
+            (root / name).write_bytes(picture(*size))
+        expected = {name: reward(root, {**EMPTY, **case}) for name, (case, _) in CASES.items()}
+        with server(root, port) as url:
+            outcomes = asked(python, root, url)
+    rows = [
+        [client, case, *judged(outcome, expected[case], client in CASES[case][1])]
+        for client, own in outcomes.items()
+        for case, outcome in own.items()
+    ]
+    print_table("Rewards that the clients end with", ["client", "case", "outcome", "as it should be"], rows, num_text=4)
+    return int(any(row[-1] != "yes" for row in rows))
+
+
+def reward(root: Path, case: dict) -> float | None:
+    """What scoring gives; None where the record cannot be scored."""
+    images = [str(root / name) for name in case["labelled"]]
+    record = {"prompt": case["messages"], "images": images, "responses": [case["response"]]}
+    try:
+        return Scorer.from_pretrained(root / "model", "cpu").score([record])[0][0]
+    except ValueError:
+        return None
+
+
+def asked(python: Path, root: Path, url: str) -> dict[str, dict]:
+    """What the clients get."""
+    cases = {name: {**EMPTY, **case} for name, (case, _) in CASES.items()}
+    for case in cases.values():
+        case["images"] = [str(root / name) for name in case["images"]]
+    given = {"model": str(root / "model"), "url": url, "examples": str(ROOT / "scripts" / "examples"), "cases": cases}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "REWARD_SERVER": url, "CUDA_VISIBLE_DEVICES": ""}
+    command = [str(python), str(Path(__file__).with_name("rl_clients.py"))]
+    done = subprocess.run(command, input=json.dumps(given), env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the clients failed:\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def judged(outcome: float | str, expected: float | None, refused: bool) -> tuple[str, str]:
+    """An outcome in words, and whether it is right."""
+    if isinstance(outcome, str):
+        return outcome[:160], "yes" if refused else "NO"
+    far = abs(outcome - expected) if expected is not None else float("nan")
+    return f"{outcome:+.6f}, {far:.1e} from scoring", "yes" if not refused and far <= BOUND else "NO"
+
+
+@contextmanager
+def server(root: Path, port: int) -> Iterator[str]:
+    """`mmrm-fast serve` until the end."""
+    url, log = f"http://127.0.0.1:{port}", root / "serve.log"
+    command = [sys.executable, "-m", "mmrm_fast.cli", "serve", "--model", str(root / "model"), "--port", str(port)]
+    with open(log, "w") as file:
+        process = subprocess.Popen([*command, "--image-root", str(root)], stdout=file, stderr=subprocess.STDOUT)
+    try:
+        wait_for(f"{url}/healthz", process, log)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+if __name__ == "__main__":
+    sys.exit(tyro.cli(check_clients, description=__doc__))
