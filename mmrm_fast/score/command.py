@@ -140,7 +140,9 @@ def rows_of(scored: Scored, config: ScoreConfig, mean: float = 0.0, std: float =
         if best == worst or margin < config.to_pairs:
             return []
         pair = {"chosen": said(best), "rejected": said(worst), "reward_margin": margin}
-        pair |= {"rejected_images": as_list(written(worst))} if group.seen else {}
+        others = written(worst)  # null would be those of the chosen response
+        if group.seen:
+            pair["rejected_images"] = others if isinstance(others, list) else [others] if others else []
         return [{**shared, "prompt": prompt, "img_path": written(best), **pair, **tools}]
     return [
         {
@@ -149,11 +151,6 @@ def rows_of(scored: Scored, config: ScoreConfig, mean: float = 0.0, std: float =
         }
         for i in (order[:1] if config.best_of else range(len(scores)))
     ]  # fmt: skip
-
-
-def as_list(images: str | list | None) -> list:
-    """Images as a list; null would be those of the other response."""
-    return images if isinstance(images, list) else [images] if images else []
 
 
 def score(config: ScoreConfig) -> int:

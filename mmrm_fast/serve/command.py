@@ -45,7 +45,8 @@ class Replica(RewardService):
         scorer = Scorer.from_pretrained(config.model, **options(config.batch))
         dtype = str(scorer.model.model.dtype).removeprefix("torch.")
         self.precision = f"{dtype}, rewards within {batch_spread(scorer):.1g}"
-        super().__init__(scorer, limits=limits_of(config), image_root=config.image_root)
+        limits = Limits(requests=config.max_requests, seconds=config.timeout)
+        super().__init__(scorer, limits=limits, image_root=config.image_root)
 
     async def say_precision(self) -> str:
         """The dtype that the model computes in, and how far a reward moves with what shares its batch."""
@@ -94,7 +95,8 @@ def serve(config: ServeConfig) -> None:
     """Serve until SIGINT or SIGTERM; requests under way are answered first."""
     config = checked(config)
     token, bound = read_token(config), listen(config.host, config.port)
-    limits = replace(limits_of(config), requests=config.max_requests * (config.max_replicas or config.replicas))
+    places = config.max_requests * (config.max_replicas or config.replicas)
+    limits = Limits(requests=places, seconds=config.timeout)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     checkpoint = CheckpointFolder(config.model).load(with_weights=False)
     reader = ConversationReader(checkpoint.prompt_encoder().chat, checkpoint.tokenizer)
@@ -112,11 +114,6 @@ def serve(config: ServeConfig) -> None:
             stop.wait()
             print("draining", flush=True)
         ray_serve.delete(APP)
-
-
-def limits_of(config: ServeConfig) -> Limits:
-    """The limits of one replica."""
-    return Limits(requests=config.max_requests, seconds=config.timeout)
 
 
 def checked(config: ServeConfig) -> ServeConfig:

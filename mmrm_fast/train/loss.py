@@ -105,10 +105,6 @@ class StepTotals:
             **{name: int(self.sums[name]) for name in COUNTS},
         }
 
-    def router_metrics(self) -> dict[str, float]:
-        """The mean of the micro-batches' load-balancing losses, weighted by their pairs."""
-        return {"router_loss": self.sums["router"] / (self.sums["weight"] or 1.0)}
-
     def sfc_metrics(self) -> dict[str, float | list[int]]:
         """The SFC's distribution over the step's pairs: quantiles (to within a bin) and a histogram over 0..1."""
         edges = {f"sfc_p{percent}": quantile(self.sfc_histogram, percent / 100) for percent in (10, 50, 90)}

@@ -32,7 +32,8 @@ class Rates:
         self.text = [pass_flops(model.model.language_model.layers, expert_share(model)) for model in models]
         tower = models[0].model.vision_tower
         self.tile = (4 * tokens_per_tile + 1) * pass_flops(tower.encoder) if tower else 0
-        self.device, self.peak = device, peak_flops(device)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        self.device, self.peak = device, next((flops for known, flops in PEAK_FLOPS.items() if known in name), None)
 
     def __call__(self, row: dict[str, Any], seconds: float) -> dict[str, float]:
         """The figures of a step with the counts of `row`."""
@@ -69,11 +70,3 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 operations a second of a known GPU; None of any other device."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for known, flops in PEAK_FLOPS.items() if known in name), None)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
 
 from mmrm_fast.data.records import RecordError
-from mmrm_fast.files import aside_of, file_sum, read_json, recover, replace_folder, write_text
+from mmrm_fast.files import aside_of, file_sum, read_json, replace_folder, write_text
 from mmrm_fast.train import sharding
 
 SEAL = "checkpoint.json"
@@ -95,7 +95,9 @@ class Checkpoints:
             return None
         if not isinstance(error, (CheckpointException, OSError, RuntimeError)):
             raise error
-        return f"the checkpoint of step {self.saving_step} could not be written: {first_cause(error)}"
+        failures = getattr(error, "failures", {})  # torch's, by rank
+        cause = next((failure for failure, *_ in failures.values()), error)
+        return f"the checkpoint of step {self.saving_step} could not be written: {str(cause) or repr(error)}"
 
     def close(self) -> None:
         """Leave the group, with all ranks, when nothing is under way any more."""
@@ -109,12 +111,6 @@ def end_write(aside: Path, saving: Future, write: Future) -> None:
     if error is not None and sharding.rank() == 0:  # every rank has stopped writing when one learns of a failure
         shutil.rmtree(aside, ignore_errors=True)
     saving.set_result(error)
-
-
-def first_cause(error: BaseException) -> str:
-    """The reason inside torch's list of every rank's failure."""
-    failures = getattr(error, "failures", {})
-    return str(next((failure[0] for failure in failures.values()), error)) or repr(error)
 
 
 class SealingWriter(FileSystemWriter):
@@ -166,11 +162,6 @@ def read_seal(path: Path) -> dict:
     if given is None or given != content_sum(content):
         raise ValueError(f"{path / SEAL}: damaged: it is not what its checksum was made of")
     return content
-
-
-def complete(folder: Path) -> None:
-    """Let what a killed run had sealed have its name, and remove what it had not. On one rank, before others look."""
-    recover(folder, is_whole=lambda aside: (aside / SEAL).is_file())
 
 
 def found(folder: Path) -> list[Path]:

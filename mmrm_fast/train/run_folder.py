@@ -22,7 +22,7 @@ from mmrm_fast.machine import this_machine
 from mmrm_fast.pairs import PairRow, write_rows
 from mmrm_fast.train import sharding
 from mmrm_fast.train.margins import SHORTCUT
-from mmrm_fast.train.resume import RunState, complete, damage_of, newest_good
+from mmrm_fast.train.resume import SEAL, RunState, damage_of, newest_good
 
 CONFIG, ENVIRONMENT, CHECKPOINTS = "config.json", "environment.json", "checkpoints"
 METRICS, EVALUATIONS, RESULTS, SKIPPED = "metrics.jsonl", "evaluations.jsonl", "results.json", "skipped.jsonl"
@@ -146,7 +146,9 @@ def alone_in(folder: Path) -> Iterator[None]:
     with ExitStack() as stack:
 
         def enter() -> None:
-            require_writable(folder)
+            there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+            if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+                raise ValueError(f"{folder}: the run folder cannot be written to: {there} is no folder to write in")
             stack.enter_context(files.locked(folder))
 
         sharding.on_first_rank(enter)
@@ -165,7 +167,8 @@ def open_run(config: TrainConfig) -> Path | None:
     if config.run.resume is None:
         sharding.on_first_rank(lambda: require_free(folder, config.run.overwrite))  # emptied when all is checked
         return None
-    sharding.on_first_rank(lambda: complete(folder / CHECKPOINTS))
+    sealed = lambda aside: (aside / SEAL).is_file()  # noqa: E731 what a killed run had sealed gets its name
+    sharding.on_first_rank(lambda: files.recover(folder / CHECKPOINTS, is_whole=sealed))
     if config.run.resume == "auto":
         path, problems = newest_good(folder / CHECKPOINTS)
         if problems and sharding.rank() == 0:
@@ -180,13 +183,6 @@ def open_run(config: TrainConfig) -> Path | None:
             raise ValueError(f"--resume: {damage}")
     sharding.on_first_rank(lambda: require_same(config, path))
     return path
-
-
-def require_writable(folder: Path) -> None:
-    """Raise `ValueError` where files cannot be made in the folder, or the folder cannot be made."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"{folder}: the run folder cannot be written to: {there} is no folder to write in")
 
 
 def require_free(folder: Path, overwrite: bool) -> None:

@@ -56,7 +56,8 @@ class Steps:
         The proxy's pass is over before the model's begins, so that the activations of one branch are held at a time.
         """
         config, batch = self.config.loss, packed.batch.to(self.device)
-        self.seed_noise(step)
+        place = (self.config.run.seed, step, len(self.sources), sharding.rank())  # all that dropout depends on
+        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]) >> 1)
         proxy_margin_P = self.proxy.margins(self.branches, packed, batch)
         rewards, balance = self.branches[0].balanced(batch.main, batch.tiles, factor=config.router_aux_loss)
         loss = preference_loss(
@@ -68,18 +69,13 @@ class Steps:
         self.accumulator.add(loss, margins(rewards.detach(), batch), packed.batch, len(packed.errors), balance)
         self.sources.append([sample.group.source for sample in packed.samples])
 
-    def seed_noise(self, step: int) -> None:
-        """Let dropout depend on seed, step, micro-batch and rank alone, so that no random state has to be kept."""
-        place = (self.config.run.seed, step, len(self.sources), sharding.rank())
-        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]) >> 1)
-
     def apply(self, share: float) -> Outcome:
         """Scale, clip and apply the added-up gradients, unless they are not finite; `share` of the training is done."""
         config, optimizer = self.config, self.config.optimizer
         totals = self.accumulator.totals(sharding.all_sum)
         metrics = totals.metrics() | (totals.sfc_metrics() if config.proxy.robust else {})
         if config.loss.router_aux_loss:
-            metrics |= totals.router_metrics()
+            metrics["router_loss"] = totals.sums["router"] / (totals.sums["weight"] or 1.0)
         scales = totals.gradient_scales(config.loss.sfc_mode if config.proxy.robust else "standard")
         norms = gradient_norms(self.parameters, scales)
         metrics |= dict(zip(("grad_norm", "proxy_grad_norm"), norms, strict=False))

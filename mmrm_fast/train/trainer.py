@@ -94,7 +94,7 @@ class Trainer:
         if self.start is not None:
             load_tensors(self.start, self.steps.tensors())
             self.say(f"resuming after step {self.state.step} from {self.start}")
-        sharding.on_first_rank(self.open_folder)
+        sharding.on_first_rank(self.begin_folder)
         options = {"device": self.device, "resumed": self.start is not None, "progress": self.progress_bar}
         self.steps.proxy.prepare(self.branches, self.inputs, self.folder.path, **options)
         self.checkpoints = Checkpoints(self.folder.checkpoints, keep=self.config.run.keep)
@@ -113,7 +113,7 @@ class Trainer:
             sys.exit(status)
         return self.folder.path
 
-    def open_folder(self) -> None:
+    def begin_folder(self) -> None:
         """A folder that holds this run alone, and room for its checkpoints."""
         self.folder.clear(replace=self.config.run.overwrite and self.config.run.resume is None)
         require_space(self.folder.checkpoints, self.steps.tensors(), keep=self.config.run.keep)
@@ -121,7 +121,10 @@ class Trainer:
 
     def train_steps(self) -> None:
         """Every optimizer step that is left, with a progress bar over the records."""
-        run, batches = self.config.run, self.watched(self.batches_left(), "micro-batch", training=True)
+        run, batch, order = self.config.run, self.config.batch, self.inputs.order(self.total, self.config.run.seed)
+        sizes = {"tokens_per_batch": batch.tokens_per_batch, "pairs_per_step": batch.pairs_per_step}
+        left = self.load(self.inputs.dataset, order, start=self.state.consumed, **sizes)
+        batches = self.watched(left, "micro-batch", training=True)
         for branch in self.branches:
             train_mode(branch.root)
         self.saved_at = time.perf_counter()
@@ -223,8 +226,12 @@ class Trainer:
 
     def evaluate(self) -> dict[str, list[PairRow]]:
         """Every pair of every test set, by its name."""
-        sets = zip(self.inputs.eval_sets, self.inputs.eval_datasets, strict=True)
-        batches = {eval_set.name: self.evaluation_batches(dataset, eval_set.name) for eval_set, dataset in sets}
+        together = self.config.batch.tokens_per_micro_batch * sharding.num_ranks() * EVALUATED_TOGETHER
+        batches = {}
+        for name, dataset in zip(self.kinds, self.inputs.eval_datasets, strict=True):
+            packed = self.load(dataset, np.arange(len(dataset)), tokens_per_batch=together)
+            shown = self.progress_bar(f"evaluating {name}")(packed)
+            batches[name] = self.watched(shown, "evaluation", training=False)
         rows, errors = evaluate(self.branches, self.steps.proxy, batches, self.device)
         self.note_undecoded()
         self.state.skip(errors)
@@ -234,9 +241,8 @@ class Trainer:
 
     def figures(self, rows: dict[str, list[PairRow]]) -> dict[str, dict]:
         """The kind and the figures of every evaluated test set, and how many of its pairs are in none, by its name."""
-        left_out = [dataset.left_out() for dataset in self.inputs.eval_datasets]
-        sets = zip(rows.items(), left_out, strict=True)
-        return {name: {"kind": self.kinds[name], **summarize(own), **counts} for (name, own), counts in sets}
+        sets = zip(rows.items(), self.inputs.eval_datasets, strict=True)
+        return {name: {"kind": self.kinds[name], **summarize(own), **data.left_out()} for (name, own), data in sets}
 
     def save(self) -> None:
         """Write a checkpoint in the background; a failure is told, and tried again the next time."""
@@ -279,18 +285,6 @@ class Trainer:
         if self.is_main:
             self.folder.write_weights(name, self.branches[branch].checkpoint, state, **notes)
         sharding.wait_for_all()
-
-    def batches_left(self) -> Iterator[Packed]:
-        """This rank's micro-batches from where the run is to its end."""
-        order, batch = self.inputs.order(self.total, self.config.run.seed), self.config.batch
-        options = {"tokens_per_batch": batch.tokens_per_batch, "pairs_per_step": batch.pairs_per_step}
-        return self.load(self.inputs.dataset, order, start=self.state.consumed, **options)
-
-    def evaluation_batches(self, dataset: PreferenceDataset, name: str) -> Iterator[Packed]:
-        """This rank's packed batches of a test set."""
-        together = self.config.batch.tokens_per_micro_batch * sharding.num_ranks() * EVALUATED_TOGETHER
-        batches = self.load(dataset, np.arange(len(dataset)), tokens_per_batch=together)
-        return self.watched(self.progress_bar(f"evaluating {name}")(batches), "evaluation", training=False)
 
     def load(self, dataset: PreferenceDataset, order: np.ndarray, **options) -> Iterator[Packed]:
         """This rank's packed micro-batches over `order`, prepared by worker processes from the first one on."""
