@@ -109,7 +109,6 @@ def score_or_say_why(scorer: "Scorer", groups: Sequence[Group | RecordError]) ->
 
 
 def error_row(position: int, error: Exception) -> dict:
-    """A line of the list of errors."""
     place = {name: getattr(error, name, None) for name in ("source", "field")}
     return {"record": position, **place, "reason": getattr(error, "reason", str(error)), "error": type(error).__name__}
 
@@ -188,7 +187,6 @@ def score(config: ScoreConfig) -> int:
 
 
 def open_records(config: ScoreConfig) -> Records:
-    """What is to be scored."""
     roots = ImageRoots.parse(config.image_root)
     records = Records(config.data, image_root=roots, ignored=config.ignore_fields)
     roots.refuse_unused(records.names)

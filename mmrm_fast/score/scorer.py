@@ -136,7 +136,6 @@ class Scorer:
             yield from self.score_groups(chunk)
 
     def score_samples(self, samples: Sequence[Sample]) -> list[Scored | RecordError]:
-        """The outcome of each sample, in order."""
         outcomes: list = [None] * len(samples)
         costs = [self.cost(sample) for sample in samples]
         batches = [places for places in balance(costs, self.tokens_per_micro_batch, 1) if places]
@@ -168,7 +167,6 @@ class Scorer:
         return [take_responses(sample, slice(run.start, run.stop)) for run in runs]
 
     def pack(self, samples: Sequence[Sample]) -> Packed:
-        """Decode and pack the samples of one forward."""
         return pack_items(self.preparer, samples, lambda sample: (sample, self.preparer.tiles(sample.group)))
 
     @torch.inference_mode()

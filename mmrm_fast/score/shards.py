@@ -49,7 +49,6 @@ class Shards:
         return -(-self.num_records // RECORDS_PER_CHUNK)
 
     def records(self, chunk: int) -> range:
-        """Positions of a chunk's records."""
         return range(chunk * RECORDS_PER_CHUNK, min((chunk + 1) * RECORDS_PER_CHUNK, self.num_records))
 
     def shard(self, chunk: int) -> Path:
@@ -100,7 +99,6 @@ class Shards:
         return f"{self.shard(chunk)} {problem}: its records are scored again"
 
     def todo(self) -> list[int]:
-        """Chunks that are not done."""
         return sorted(set(range(self.num_chunks)).difference(self.done()))
 
     def write(self, chunk: int, rows: Sequence[dict], note: dict) -> None:
@@ -113,7 +111,6 @@ class Shards:
         write_text(self.note(chunk), json.dumps({**note, "shard": file_sum(self.shard(chunk))}))
 
     def notes(self) -> Iterator[dict]:
-        """The notes of the chunks that are done, in order."""
         yield from (read_json(self.note(chunk)) for chunk in self.done())
 
     def join(self, path: Path) -> None:

@@ -63,7 +63,6 @@ class Front:
 def make_app(
     front: Front, *, limits: Limits | None = None, token: str | None = None, hosts: Iterable[str] = ()
 ) -> FastAPI:
-    """The ASGI application."""
     app = FastAPI(title="mmrm_fast reward server", version=__version__, docs_url=None, redoc_url=None)
     add_scoring(app, front)
     add_pages(app, front)
@@ -96,7 +95,6 @@ def add_scoring(app: FastAPI, front: Front) -> None:
 
 
 def add_pages(app: FastAPI, front: Front) -> None:
-    """The page, the API's description, health and metrics."""
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 
     @app.get("/", include_in_schema=False)

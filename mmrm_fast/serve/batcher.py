@@ -186,7 +186,6 @@ class Batcher:
             await self.score_batch(by_key(half))
 
     def pack(self, batch: Batch) -> Packed:
-        """Decode and pack a batch."""
         return pack_items(self.scorer.preparer, batch, lambda entries: (merge(entries), self.tiles(entries)))
 
     def forward(self, batch: Batch, packed: Packed) -> list[Scored | RecordError]:

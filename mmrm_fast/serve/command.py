@@ -81,7 +81,6 @@ class RayReplicas:
         return await asyncio.shield(self.probe)
 
     async def ask(self) -> Refused | None:
-        """Ask one whether it is ready."""
         answer = self.handle.say_precision.remote()
         try:
             await asyncio.wait_for(answer, PROBE_SECONDS)

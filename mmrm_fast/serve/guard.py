@@ -71,7 +71,6 @@ class Share:
         return True
 
     def give(self, client: str, amount: int = 1) -> None:
-        """Give back what was taken."""
         self.held[client] -= amount
         if not self.held[client]:
             del self.held[client]
@@ -95,7 +94,6 @@ class Exchange:
         self.body, self.status = bytearray(), None
 
     async def send(self, message: dict) -> None:
-        """ASGI's `send`, which notes the status."""
         self.status = message.get("status", self.status)
         await self.raw_send(message)
 
@@ -165,7 +163,6 @@ class Guard:
             self.metrics.seconds.labels(path).observe(time.perf_counter() - started)
 
     async def answer(self, exchange: Exchange) -> None:
-        """Let the request through. Raises `Refused`."""
         path = exchange.scope["path"]
         if sum(len(name) + len(value) for name, value in exchange.scope["headers"]) > self.limits.head:
             raise Refused(400, f"headers of over {self.limits.head} bytes")

@@ -25,6 +25,5 @@ class Metrics:
         self.work = {name: Counter(name, what, **own) for name, what in WORK.items()}
 
     def count(self, work: Mapping[str, int]) -> None:
-        """Count what came with an answer."""
         for name, amount in work.items():
             self.work[name].inc(amount)

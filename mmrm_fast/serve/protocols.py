@@ -206,12 +206,10 @@ def with_object(call: dict) -> dict:
 
 
 def user(text: Text) -> list[dict]:
-    """One user turn."""
     return [{"role": "user", "content": plain(text if isinstance(text, str) else text.content)}]
 
 
 def plain(content: Content) -> str | list[dict]:
-    """Content as JSON."""
     return content if isinstance(content, str) else [part.model_dump() for part in content]
 
 

@@ -69,7 +69,6 @@ class AdapterBranch(Branch):
 
 
 def add_adapters(model: RewardModel, weights: WeightsConfig) -> None:
-    """Add the adapters that the config asks for."""
     if weights.llm_lora:
         add_lora(model.model.language_model, weights, MAIN)
     if weights.vision_lora and model.model.vision_tower is not None:
@@ -77,7 +76,6 @@ def add_adapters(model: RewardModel, weights: WeightsConfig) -> None:
 
 
 def freeze(model: RewardModel, weights: WeightsConfig) -> None:
-    """Take parts out of the training."""
     parts = ("language_model", "vision_tower", "multi_modal_projector")
     for name, frozen in zip(parts, (weights.freeze_llm, weights.freeze_backbone, weights.freeze_mlp), strict=True):
         part = getattr(model.model, name)

@@ -57,7 +57,6 @@ class ProxyMargins:
 
 
 def pair_key(record: int, chosen: int, rejected: int) -> int:
-    """A pair as a number of 64 bits."""
     if not (0 <= record < 2**32 and 0 <= chosen < 2**16 and 0 <= rejected < 2**16):
         raise ValueError(f"record {record}, responses {chosen} and {rejected}: under 2^32 and 2^16")
     return record << 32 | chosen << 16 | rejected
@@ -108,7 +107,6 @@ def file_of(test_set: str) -> str:
 
 
 def margin_rows(parts: Iterable[crossfit.Margins]) -> Iterator[dict]:
-    """Margins as rows of a file."""
     for part in parts:
         for (record, chosen, rejected), margin in zip(*(column.tolist() for column in part), strict=True):
             yield {"record": record, "chosen": chosen, "rejected": rejected, "proxy_margin": margin}

@@ -38,7 +38,6 @@ def refuse(config: TrainConfig, *, num_ranks: int) -> None:
 
 
 def flag(name: str) -> str:
-    """An option as it is written on a command line."""
     return "--" + name.replace("_", "-")
 
 

@@ -49,7 +49,6 @@ class RunState:
             self.skipped = list({tuple(row.values()): row for row in rows}.values())
 
     def count(self, what: str, number: int) -> None:
-        """Count what is not trained on."""
         self.counts[what] = self.counts.get(what, 0) + number
 
     @classmethod

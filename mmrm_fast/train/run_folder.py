@@ -63,7 +63,6 @@ class RunFolder:
         self.trackers = start_trackers(report_to, self.path, state.config, state.step)
 
     def log_step(self, row: dict[str, Any]) -> None:
-        """One optimizer step."""
         append_json(self.path / METRICS, row)
         self.track("train", {name: value for name, value in row.items() if name != "step"}, row["step"])
 

@@ -44,12 +44,10 @@ def ranks():
 
 
 def rank() -> int:
-    """This process's rank."""
     return dist.get_rank()
 
 
 def num_ranks() -> int:
-    """Ranks in the group."""
     return dist.get_world_size()
 
 

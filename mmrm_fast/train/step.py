@@ -135,5 +135,4 @@ def scale_and_clip(
 
 
 def gradients(parameters: list[Parameter]) -> list[Tensor]:
-    """The gradients that there are."""
     return [p.grad for p in parameters if p.grad is not None]
