@@ -8,19 +8,9 @@ import numpy as np
 
 from mmrm_fast.checkpoint.folder import Checkpoint
 from mmrm_fast.config import RecordsConfig, TrainConfig
+from mmrm_fast.data import mixture
 from mmrm_fast.data.census import Census, counted, told
-from mmrm_fast.data.mixture import (
-    SAMPLE,
-    UNKNOWN,
-    Look,
-    PreferenceDataset,
-    contradictions,
-    copies,
-    is_held_out,
-    parse_mixture,
-    record_order,
-    unknown_samples,
-)
+from mmrm_fast.data.mixture import Look, PreferenceDataset, parse_mixture, record_order
 from mmrm_fast.data.pictures import ImageRoots
 from mmrm_fast.data.records import RecordError, Records
 from mmrm_fast.data.samples import Preparer
@@ -90,9 +80,9 @@ def open_inputs(
         ValueError: a file without records, or a wrong option.
     """
     fraction = config.eval_fraction or 0.0
-    mixture, testing = parse_mixture(config.data), replace(preparer, pairs="all", overlong="truncate")
+    mixed, testing = parse_mixture(config.data), replace(preparer, pairs="all", overlong="truncate")
     roots = ImageRoots.parse(config.image_root)
-    train = open_records(config, "train", roots, *mixture.paths)
+    train = open_records(config, "train", roots, *mixed.paths)
     tests = [open_records(config, "test", roots, own.path, name=own.name) for own in eval_sets]
     roots.refuse_unused(names for records in (train, *tests) for names in records.names)
     first = config.check_records
@@ -104,9 +94,9 @@ def open_inputs(
     if first and errors and not config.skip_bad:
         raise InputErrors(errors)
     if copies is None:
-        copies = find_copies(train, table, config.duplicates, by_file=mixture.weights is not None)
+        copies = find_copies(train, table, config.duplicates, by_file=mixed.weights is not None)
     table = table[~np.isin(table["record"], [copy for copy, _ in copies])]
-    held_out = is_held_out(table["key"], fraction)
+    held_out = mixture.is_held_out(table["key"], fraction)
     dataset = PreferenceDataset(train, preparer, table[~held_out])
     datasets = [PreferenceDataset(own, testing, rows) for own, rows in zip(tests, tested, strict=True)]
     report_tested(dataset, eval_sets, datasets)
@@ -114,9 +104,9 @@ def open_inputs(
         if held_out.all() or not held_out.any():
             side = "train" if held_out.all() else "evaluate"
             raise ValueError(f"--eval-fraction {fraction} of {len(train)} records leaves none to {side} on")
-        eval_sets = [EvalSet(HELD_OUT, "iid", Path(mixture.paths[0])), *eval_sets]
+        eval_sets = [EvalSet(HELD_OUT, "iid", Path(mixed.paths[0])), *eval_sets]
         datasets = [PreferenceDataset(train, testing, table[held_out]), *datasets]
-    return Inputs(dataset, mixture.weights, eval_sets, datasets, copies)
+    return Inputs(dataset, mixed.weights, eval_sets, datasets, copies)
 
 
 def open_records(
@@ -151,12 +141,12 @@ def survey(look: Look, count: int, progress: Callable) -> np.ndarray:
             counted([looked.kind], census)
             yield from looked.rows
 
-    tables, censuses = zip(*sharding.gather_lists([(np.fromiter(rows(), SAMPLE), census)]), strict=True)
+    tables, censuses = zip(*sharding.gather_lists([(np.fromiter(rows(), mixture.SAMPLE), census)]), strict=True)
     if sharding.rank() == 0:
         print_lines(told(look.records, sum(censuses, Census())))
     found = np.concatenate(tables)
     found = found[np.argsort(found["record"], kind="stable")]
-    return np.concatenate([found, unknown_samples(range(count, len(look.records)))])
+    return np.concatenate([found, mixture.unknown_samples(range(count, len(look.records)))])
 
 
 def find_copies(records: Records, table: np.ndarray, duplicates: str, *, by_file: bool) -> list[list[int]]:
@@ -165,8 +155,8 @@ def find_copies(records: Records, table: np.ndarray, duplicates: str, *, by_file
     Args:
         by_file: copies in two files of a mixture are meant, its weights say how often they come.
     """
-    found = copies(table, records.spec_edges if by_file else (0, len(records)))
-    opposed = contradictions(table[~np.isin(table["record"], found[:, 0])])
+    found = mixture.copies(table, records.spec_edges if by_file else (0, len(records)))
+    opposed = mixture.contradictions(table[~np.isin(table["record"], found[:, 0])])
     fate = "left out, --duplicates keep trains on them" if duplicates == "drop" else "kept"
     findings = {f"the same prompt, images and pairs as others ({fate})": found}
     findings["the pairs of others the other way round (kept)"] = opposed
@@ -182,7 +172,7 @@ def report_tested(dataset: PreferenceDataset, eval_sets: list[EvalSet], tests: l
     for eval_set, tested in zip(eval_sets, tests, strict=True):
         found = np.flatnonzero(np.isin(tested.table["key"], keys[keys > 0]))
         if len(found) and sharding.rank() == 0:
-            surveyed = (tested.table["cost"] != UNKNOWN).sum()
+            surveyed = (tested.table["cost"] != mixture.UNKNOWN).sum()
             print(
                 f"{eval_set.name}: {len(found)} of {surveyed} test records are in the training data with the same "
                 f"prompt and image, such as {tested.records.source(int(tested.table['record'][found[0]]))}"
