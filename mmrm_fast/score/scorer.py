@@ -112,21 +112,18 @@ class Scorer:
         While the model runs on one micro-batch, threads decode and pack the next ones.
         """
         results: list[Scored | RecordError] = list(groups)
-        pieces: list[tuple[int, Sample]] = []
-        identical: dict[int, tuple[bool, ...]] = {}
+        samples: dict[int, Sample] = {}
         for place, group in enumerate(groups):
             try:
                 if isinstance(group, Group):
-                    sample = self.encode(group)
-                    identical[place] = tuple(same_sides(sample.main.sequences, group.pairs.ends).tolist())
-                    pieces += [(place, piece) for piece in self.split(sample)]
+                    samples[place] = self.encode(group)
             except RecordError as error:
                 results[place] = error
-        outcomes: dict[int, list] = {place: [] for place, _ in pieces}
-        for (place, _), outcome in zip(pieces, self.score_samples([piece for _, piece in pieces]), strict=True):
-            outcomes[place].append(outcome)
-        for place, parts in outcomes.items():
-            results[place] = join(groups[place], parts, identical[place])
+        pieces = {place: self.split(sample) for place, sample in samples.items()}
+        outcomes = iter(self.score_samples([piece for own in pieces.values() for piece in own]))
+        for place, own in pieces.items():
+            identical = same_sides(samples[place].main.sequences, groups[place].pairs.ends)
+            results[place] = join(groups[place], [next(outcomes) for _ in own], tuple(identical.tolist()))
         return results
 
     def score_stream(self, groups: Iterable[Group | RecordError], at_once: int) -> Iterator[Scored | RecordError]:

@@ -17,6 +17,7 @@ from mmrm_fast.data.samples import Sample
 from mmrm_fast.score.scored import Scored
 from mmrm_fast.score.scorer import Scorer
 
+MAX_DELAY = 0.003  # seconds that a batch under the budget waits for company
 AHEAD = 3  # batches decoded, packed or in the model at a time: one that decodes for long does not stop the rest
 # Decoding a photo gives 31 (PNG) to 123 (BMP) Mpx/s a core, 67 as JPEG, measured; a GPU is taken for 20,000 tokens/s.
 PIXELS_PER_TOKEN = 2_000
@@ -63,14 +64,11 @@ class Batcher:
 
     Args:
         scorer: its `tokens_per_micro_batch` is the budget of one batch.
-        max_delay: seconds that a batch under the budget waits for company.
         on_batch: is shown every packed batch that has been scored.
     """
 
-    def __init__(
-        self, scorer: Scorer, *, max_delay: float = 0.003, on_batch: Callable[[PackedBatch], None] = lambda batch: None
-    ):
-        self.scorer, self.max_delay, self.on_batch = scorer, max_delay, on_batch
+    def __init__(self, scorer: Scorer, *, on_batch: Callable[[PackedBatch], None] = lambda batch: None):
+        self.scorer, self.on_batch = scorer, on_batch
         self.queue: list[Waiting] = []
         self.is_oldest_s_turn = True
         self.arrived, self.places = asyncio.Event(), asyncio.Semaphore(AHEAD)
@@ -134,30 +132,24 @@ class Batcher:
                 raise outcome
         return outcomes
 
-    def start(self, work: Coroutine) -> None:
+    def start(self, work: Coroutine) -> asyncio.Task:
         """Run it beside all else, and keep it from being collected."""
         task = asyncio.ensure_future(work)
         self.running.add(task)
         task.add_done_callback(self.running.discard)
+        return task
 
     async def run(self) -> None:
         """Batch without end, each batch taken as late as there is a place for it."""
         while True:
             await self.arrived.wait()
             if sum(entry.cost for entry in self.queue) < self.scorer.tokens_per_micro_batch:
-                await asyncio.sleep(self.max_delay)
+                await asyncio.sleep(MAX_DELAY)
             await self.places.acquire()
             if batch := self.take():
-                self.start(self.finish(batch))
+                self.start(self.score_batch(batch)).add_done_callback(lambda _: self.places.release())
             else:
                 self.places.release()
-
-    async def finish(self, batch: Batch) -> None:
-        """Score a batch and give its place to another."""
-        try:
-            await self.score_batch(batch)
-        finally:
-            self.places.release()
 
     async def score_batch(self, batch: Batch) -> None:
         """Decode, pack and run a batch, and hand out what came of it; nothing that nobody waits for any more."""
