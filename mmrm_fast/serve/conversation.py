@@ -8,7 +8,7 @@ cut on its left or a text without any is refused, never read as something else.
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -25,14 +25,12 @@ REMEDY = "is not a conversation in this model's chat template; send it as messag
 Turn = tuple[str, str]  # (role, text)
 
 
-@dataclass(frozen=True)
-class Seams:
+class Seams(NamedTuple):
     """What a template puts before the first turn and between turns."""
 
     start: str
     system_user: str | None  # where the conversation begins with a system turn
-    user_assistant: str
-    assistant_user: str
+    ends: dict[str, str]  # of user's and assistant's turns
 
 
 class ConversationReader:
@@ -43,11 +41,12 @@ class ConversationReader:
         system, user, assistant, again = MARKS
         middle = [("user", user), ("assistant", assistant), ("user", again), ("assistant", system)]
         before, *between, tail = split_marks(self.rendered(middle), (user, assistant, again, system))
-        self.seams = [Seams(before, None, between[0], between[1])]
+        ends = {"user": between[0], "assistant": between[1]}
+        self.seams = [Seams(before, None, ends)]
         with suppress(FieldError):  # the template takes no system turn
             begun = self.rendered([("system", system), ("user", user), ("assistant", assistant)])
             start, first, _, _ = split_marks(begun, (system, user, assistant))
-            self.seams.append(Seams(start, first, between[0], between[1]))
+            self.seams.append(Seams(start, first, ends))
         closing = {tokenizer.eos_token, tokenizer.pad_token} | {token for token in chat.specials if token in tail}
         self.closing = longest_first(closing)
         opening = map(re.escape, longest_first({tokenizer.bos_token, tokenizer.pad_token}))
@@ -87,9 +86,9 @@ class ConversationReader:
         if seams.system_user is not None:
             system, _, text = text.partition(seams.system_user)
             turns = [("system", system)]
-        role, ends = "user", {"user": seams.user_assistant, "assistant": seams.assistant_user}
-        while ends[role] in text:
-            turn, _, text = text.partition(ends[role])
+        role = "user"
+        while seams.ends[role] in text:
+            turn, _, text = text.partition(seams.ends[role])
             turns.append((role, turn))
             role = "assistant" if role == "user" else "user"
         return [*turns, (role, without_end(text + rest, self.closing))] if role == "assistant" else []

@@ -5,7 +5,6 @@ Gradients of a step are accumulated as sums over pairs, on every rank and micro-
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +13,7 @@ from torch.nn.functional import embedding, one_hot
 
 from mmrm_fast.data.packing import PackedBatch
 from mmrm_fast.ops.pair_loss import PairLoss, pair_loss
+from mmrm_fast.train import sharding
 
 SUMS = ("main", "proxy", "weight", "weighted_sfc", "main_correct", "proxy_correct", "bt_main")
 MARGINS = ("margin", "margin_squared", "router")
@@ -148,10 +148,10 @@ class StepAccumulator:
         histogram = one_hot(torch.bucketize(loss.sfc.detach(), self.edges), NUM_BINS).sum(0).double()
         self.sums += torch.cat([histogram, torch.stack([*values, margin_P.sum(), margin_P.square().sum(), router])])
 
-    def totals(self, all_sum: Callable[[Tensor], Tensor]) -> StepTotals:
-        """The step's sums over all ranks (`all_sum` adds a tensor up over them); ready for the next step."""
+    def totals(self) -> StepTotals:
+        """The step's sums over all ranks; ready for the next step."""
         counts = torch.tensor(list(self.counts.values())).to(self.sums, non_blocking=True)
-        sums = all_sum(torch.cat([self.sums, counts])).tolist()
+        sums = sharding.all_sum(torch.cat([self.sums, counts])).tolist()
         names = (*SUMS, *MARGINS, *self.counts)
         self.sums, self.counts = self.zeros.clone(), dict.fromkeys(self.counts, 0)
         return StepTotals(dict(zip(names, sums[NUM_BINS:], strict=True)), tuple(map(int, sums[:NUM_BINS])))

@@ -72,7 +72,7 @@ class Steps:
     def apply(self, share: float) -> Outcome:
         """Scale, clip and apply the added-up gradients, unless they are not finite; `share` of the training is done."""
         config, optimizer = self.config, self.config.optimizer
-        totals = self.accumulator.totals(sharding.all_sum)
+        totals = self.accumulator.totals()
         metrics = totals.metrics() | (totals.sfc_metrics() if config.proxy.robust else {})
         if config.loss.router_aux_loss:
             metrics["router_loss"] = totals.sums["router"] / (totals.sums["weight"] or 1.0)
