@@ -3,18 +3,19 @@
 import asyncio
 import json
 from collections.abc import Callable, Iterable
-from html import escape
 from pathlib import Path
 from typing import Protocol
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from jinja2 import Template
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
 from mmrm_fast import __version__
 from mmrm_fast.data.types import FieldError
+from mmrm_fast.files import ASSETS
 from mmrm_fast.serve import protocols
 from mmrm_fast.serve.conversation import ConversationReader
 from mmrm_fast.serve.guard import Guard, Limits, Refused, client_of, refusal
@@ -96,6 +97,7 @@ def add_scoring(app: FastAPI, front: Front) -> None:
 
 def add_pages(app: FastAPI, front: Front) -> None:
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    schema = Template((ASSETS / "pages" / "api.html").read_text(encoding="utf-8"), autoescape=True)
 
     @app.get("/", include_in_schema=False)
     async def index() -> HTMLResponse:
@@ -103,7 +105,7 @@ def add_pages(app: FastAPI, front: Front) -> None:
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
-        return html(described(app.openapi()), DOCS_POLICY)
+        return html(schema.render(app.openapi(), dumps=json.dumps), DOCS_POLICY)
 
     @app.get("/healthz", tags=["operations"])
     async def healthz() -> dict:
@@ -126,20 +128,6 @@ def add_pages(app: FastAPI, front: Front) -> None:
 def html(content: str, policy: str) -> HTMLResponse:
     """A page that may load nothing from elsewhere."""
     return HTMLResponse(content, headers={"content-security-policy": policy, "x-content-type-options": "nosniff"})
-
-
-def described(schema: dict) -> str:
-    """An OpenAPI schema as a page without scripts."""
-    parts = [f"<h1>{escape(schema['info']['title'])} {escape(schema['info']['version'])}</h1>"]
-    for path, methods in schema["paths"].items():
-        for method, call in methods.items():
-            content = call.get("requestBody", {}).get("content", {})
-            body = "".join(part["schema"].get("$ref", "").rpartition("/")[2] for part in content.values())
-            parts.append(f"<h2>{method.upper()} {escape(path)}</h2><p>{escape(call.get('description', ''))} {body}</p>")
-    for name, body in schema["components"]["schemas"].items():
-        parts.append(f"<h3>{escape(name)}</h3><pre>{escape(json.dumps(body, indent=1))}</pre>")
-    parts.append("<p>The same as JSON: /openapi.json</p>")
-    return f'<!doctype html><html lang="en"><meta charset="utf-8"><title>API</title><body>{"".join(parts)}</html>'
 
 
 async def refused(request: Request, error: Exception) -> JSONResponse:
