@@ -33,11 +33,6 @@ SPECIAL = ["<pad>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTE
 CORPUS = ["What is in the picture? There are two red circles on the left.", "user assistant system\n", "I think so."]
 
 
-def pytest_collection_modifyitems(items):
-    """What waits for Ray begins first, so that it ends no later than the rest."""
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
-
-
 @pytest.fixture(autouse=True)
 def one_thread():
     torch.set_num_threads(1)
