@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import tyro
-from check_vllm import picture, wait_for, write_tiny
+from check_vllm import picture, running, write_tiny
 
 from mmrm_fast.score.scorer import Scorer
 from mmrm_fast.tables import print_table
@@ -108,16 +108,10 @@ def judged(outcome: float | str, expected: float | None, refused: bool) -> tuple
 @contextmanager
 def server(root: Path, port: int) -> Iterator[str]:
     """`mmrm-fast serve` until the end."""
-    url, log = f"http://127.0.0.1:{port}", root / "serve.log"
+    url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "mmrm_fast.cli", "serve", "--model", str(root / "model"), "--port", str(port)]
-    with open(log, "w") as file:
-        process = subprocess.Popen([*command, "--image-root", str(root)], stdout=file, stderr=subprocess.STDOUT)
-    try:
-        wait_for(f"{url}/healthz", process, log)
+    with running([*command, "--image-root", str(root)], f"{url}/healthz", root / "serve.log"):
         yield url
-    finally:
-        process.terminate()
-        process.wait(60)
 
 
 if __name__ == "__main__":

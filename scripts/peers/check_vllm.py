@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -119,16 +119,23 @@ def asked(url: str, record: dict, response: str) -> float:
 @contextmanager
 def vllm_server(folder: Path, python: Path, port: int) -> Iterator[str]:
     """vLLM serving a folder, until the end."""
-    url, log = f"http://127.0.0.1:{port}", folder.with_suffix(".log")
+    url = f"http://127.0.0.1:{port}"
     command = [
         str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--host", "127.0.0.1",
         "--port", str(port), "--served-model-name", "reward", "--runner", "pooling", "--dtype", "float32",
     ]  # fmt: skip
+    with running(command, f"{url}/health", folder.with_suffix(".log")):
+        yield url
+
+
+@contextmanager
+def running(command: Sequence[str], health: str, log: Path) -> Iterator[None]:
+    """A server that answers, until the end; what it says goes into its log."""
     with open(log, "w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
     try:
-        wait_for(f"{url}/health", process, log)
-        yield url
+        wait_for(health, process, log)
+        yield
     finally:
         process.terminate()
         process.wait(60)
