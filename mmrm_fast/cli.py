@@ -8,7 +8,7 @@ from importlib import import_module
 
 from mmrm_fast import config
 from mmrm_fast.config_file import parse
-from mmrm_fast.evaluate.audit_config import AuditConfig
+from mmrm_fast.evaluate.config import AuditConfig, BestOfNConfig, EvaluateConfig, ReportConfig
 from mmrm_fast.train.starter import InitConfig
 
 # GNU OpenMP's waiting threads otherwise spin without end: one busy neighbour made a training step ten times slower.
@@ -21,9 +21,9 @@ COMMANDS = {  # what it takes, the function that runs it (None or 0 is success),
     "train": (config.TrainConfig, "train.command:run", "train a reward model, standard or --robust"),
     "study": (config.StudyConfig, "study.command:study", "methods against each other, in and out of distribution"),
     "audit": (AuditConfig, "evaluate.audit:audit", "what text alone can tell of preference files"),
-    "evaluate": (config.EvaluateConfig, "evaluate.command:evaluate", "a benchmark, with calibration and intervals"),
-    "best-of-n": (config.BestOfNConfig, "evaluate.best_of_n:best_of_n", "true quality of what models select out of N"),
-    "report": (config.ReportConfig, "evaluate.report:report", "an HTML page about runs"),
+    "evaluate": (EvaluateConfig, "evaluate.command:evaluate", "a benchmark, with calibration and intervals"),
+    "best-of-n": (BestOfNConfig, "evaluate.best_of_n:best_of_n", "true quality of what models select out of N"),
+    "report": (ReportConfig, "evaluate.report:report", "an HTML page about runs"),
     "score": (config.ScoreConfig, "score.command:score", "score a file with a reward model"),
     "serve": (config.ServeConfig, "serve.command:serve", "answer reward requests over HTTP, with a page to try it"),
     "inspect": (config.InspectConfig, "checkpoint.export:inspect", "what a checkpoint folder holds"),

@@ -276,44 +276,6 @@ class ScoreConfig(ReadConfig, ModelConfig):
 
 
 @dataclass(frozen=True)
-class EvaluateConfig(ReadConfig, ModelConfig):
-    """Score a benchmark of the field, or any preference file, and say how far its numbers can be trusted."""
-
-    bench: Literal["vl-rewardbench", "multimodal-rewardbench", "mm-rlhf-rewardbench", "rewardbench", "pairs"] = "pairs"
-    """Layout, groups and metrics: a benchmark as published, or `pairs` for any preference records."""
-    data: Path = Path("pairs.jsonl")
-    """Parquet, JSONL, JSON or CSV file, or the folder that holds it; of splits the test one, else validation."""
-    max_pairs: int = 2048
-    """Most pairs of a record: of more so many are drawn, and the others counted."""
-    output_dir: Path = Path("runs/evaluate")
-    """Folder of results.json, reliability.svg and margins.svg."""
-
-
-@dataclass(frozen=True)
-class BestOfNConfig:
-    """True quality of the response that reward models select out of N, as N grows: a curve a model on one plot."""
-
-    scores: tuple[str, ...] = ()
-    """Scores of one model each, as `mmrm-fast score` writes them: FILE or NAME=FILE."""
-    truth: Path = Path("candidates.jsonl")
-    """Records with a list `truth` in the order of the responses, or rows record, response_index, truth."""
-    n: str = "1,2,4,...,64"
-    """Numbers of responses to choose from; `...` doubles."""
-    output_dir: Path = Path("runs/best-of-n")
-    """Folder of best-of-n.json, best-of-n.svg and best-of-n.png."""
-
-
-@dataclass(frozen=True)
-class ReportConfig:
-    """Write one HTML page about runs: curves, margins, calibration, the pairs worth looking at."""
-
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run folders, such as runs/robust."""
-    out: Path | None = None
-    """The page. Default: report.html in the first run's folder."""
-
-
-@dataclass(frozen=True)
 class ConvertConfig:
     """Convert a checkpoint, original or native, to a native transformers one, and compare a reward of both."""
 

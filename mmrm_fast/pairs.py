@@ -74,14 +74,14 @@ def without_numbers(rows: Iterable[PairRow]) -> dict[PairRow, RewardError]:
     return errors
 
 
-def credit(margins: np.ndarray) -> np.ndarray:
-    """1 for a right pair, 0 for a wrong one, a half for a tie."""
-    return (margins > 0) + 0.5 * (margins == 0)
+def credit(margins: np.ndarray, tie: float = 0.5) -> np.ndarray:
+    """1 for a right pair, 0 for a wrong one, `tie` for a tie."""
+    return (margins > 0) + tie * (margins == 0)
 
 
-def accuracy(margins: np.ndarray) -> float:
+def accuracy(margins: np.ndarray, tie: float = 0.5) -> float:
     """Mean credit; NaN of none."""
-    return float(np.mean(credit(margins))) if len(margins) else float("nan")
+    return float(np.mean(credit(margins, tie))) if len(margins) else float("nan")
 
 
 def shortcut_failure_degradation(margins: np.ndarray, proxy_margins: np.ndarray) -> float:

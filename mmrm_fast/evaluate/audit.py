@@ -17,8 +17,8 @@ from mmrm_fast.data.pictures import ImageRoots
 from mmrm_fast.data.records import Records
 from mmrm_fast.data.samples import Preparer
 from mmrm_fast.data.types import RecordError
-from mmrm_fast.evaluate.audit_config import AuditConfig
 from mmrm_fast.evaluate.audit_page import advice, print_audit, write_audit
+from mmrm_fast.evaluate.config import AuditConfig
 from mmrm_fast.evaluate.report import text_of
 from mmrm_fast.files import write_json
 from mmrm_fast.ops.pair_loss import pair_loss

@@ -4,6 +4,7 @@
     multimodal-rewardbench  ID, Text, Image, Output1, Output2, Better, Category            arXiv 2502.14191
     mm-rlhf-rewardbench     id, prompt, chosen, rejected, image                            arXiv 2502.10391
     rewardbench             prompt, chosen, rejected, subset, id                           arXiv 2403.13787
+    rewardbench-2           the same with lists of responses, and counts of them           arXiv 2506.01937
     pairs                   any record form with preferences
 
 Files are Parquet, JSON lines, a JSON list or CSV. An image is a file name under the image root (with or without the
@@ -13,6 +14,7 @@ first folder of its name), a data URL, bytes, or the `{"bytes", "path"}` object 
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +24,7 @@ from mmrm_fast.data.pictures import ImageRoots, resolve_image
 from mmrm_fast.data.records import MAX_PAIRS, READ_INSIDE, Group, Records, iter_groups, parse_group
 from mmrm_fast.data.splits import record_files, said_left
 from mmrm_fast.data.types import FieldError, Pairs, RecordError, at, kind_of
-from mmrm_fast.files import read_table
+from mmrm_fast.evaluate.rewardbench import KINDS, TABLES, TIES
 from mmrm_fast.tables import print_lines
 
 IMAGE_FIELDS = ("image", "Image", "image_path", "images", "img_path")
@@ -31,8 +33,6 @@ COLUMNS = {  # that are read; others may say nothing that changes an item
     *ID_FIELDS, "query", "response", "human_ranking", "ranking", "query_source", "Text", "Output1", "Output2", "Better",
     "Category", "prompt", "chosen", "rejected", "subset", *IMAGE_FIELDS,
 }  # fmt: skip
-
-TABLES = read_table("benchmarks")
 
 
 class MissingImage(RecordError):
@@ -65,7 +65,7 @@ class Published(NamedTuple):
 
     record: dict  # in ours: a prompt with two responses, or with the chosen and the rejected one
     labels: dict  # of the `Item`
-    better: int | None = None  # of two responses
+    pairs: Pairs | None = None  # of all responses, where the record does not say them
     names: dict[str, str] = {}  # noqa: RUF012 what the layout calls our fields
 
 
@@ -132,7 +132,7 @@ def read_layout(
                 labels = published.labels
                 record = parse(published, source, ignored)
                 refuse_unread(fields, COLUMNS, ignored)
-                images = find_images(fields, source, *root, required=bench != "rewardbench")
+                images = find_images(fields, source, *root, required=not bench.startswith("rewardbench"))
         except RecordError as error:
             yield Unread(identity, labels["group"], error)
         else:
@@ -147,11 +147,11 @@ def parse(published: Published, source: str, ignored: Collection[str]) -> Group:
     except RecordError as error:
         ours = error.field.partition("[")[0]
         raise FieldError(error.field.replace(ours, published.names.get(ours, ours)), error.reason) from None
-    if published.better is None:
+    if published.pairs is None:
         return group
-    if len(group.responses) != 2:
-        raise FieldError(published.names["responses"], f"expected two responses, got {len(group.responses)}")
-    return replace(group, pairs=Pairs.of((published.better, 1 - published.better)))
+    if len(group.responses) != (expected := published.pairs.ends.max() + 1):
+        raise FieldError(published.names["responses"], f"expected {expected} responses, got {len(group.responses)}")
+    return replace(group, pairs=published.pairs)
 
 
 def vl_rewardbench(fields: dict) -> Published:
@@ -167,7 +167,7 @@ def vl_rewardbench(fields: dict) -> Published:
     return Published(
         {"prompt": fields.get("query"), "responses": fields.get("response")},
         {"group": group, "in_training_set": source in TABLES["training_sets"]},
-        ranking.index(0),
+        Pairs.of(tuple(ranking)),
         {"prompt": "query", "responses": "response"},
     )
 
@@ -186,7 +186,7 @@ def multimodal_rewardbench(fields: dict) -> Published:
         labels["subgroup"] = f"{category}/{part}"
     record = {"prompt": fields.get("Text"), "responses": [fields.get("Output1"), fields.get("Output2")]}
     names = {"prompt": "Text", "responses": "Output1, Output2"}
-    return Published(record, labels, int(better == "Output2"), names)
+    return Published(record, labels, Pairs.of((0, 1) if better == "Output1" else (1, 0)), names)
 
 
 def chosen_rejected(fields: dict) -> Published:
@@ -195,11 +195,29 @@ def chosen_rejected(fields: dict) -> Published:
     return Published(record, {"group": str(fields.get("subset", "all")), "ordered": False})
 
 
+def lists_of_responses(fields: dict) -> Published:
+    """RewardBench 2: one right response of four, or, in the subset of ties, any number of right ones."""
+    subset, chosen, rejected = (fields.get(name) for name in ("subset", "chosen", "rejected"))
+    for name, responses in (("chosen", chosen), ("rejected", rejected)):
+        if not isinstance(responses, list) or not responses:
+            raise FieldError(name, f"expected a list of responses, got {kind_of(responses)}")
+    if subset == TIES and not re.fullmatch(rf"({'|'.join(KINDS)}):.+", str(fields.get("id"))):
+        raise FieldError("id", f"expected ref:N or tied:N in the subset {TIES}, got {fields.get('id')!r}")
+    if subset != TIES and len(chosen) != 1:
+        raise FieldError("chosen", f"expected one response outside of the subset {TIES}, got {len(chosen)}")
+    record = {"prompt": fields.get("prompt"), "responses": [*chosen, *rejected]}
+    labels = {"group": str(subset), "ordered": False}
+    places = range(len(chosen) + len(rejected))
+    pairs = Pairs.of(*product(places[: len(chosen)], places[len(chosen) :]))
+    return Published(record, labels, pairs, {"responses": "chosen, rejected"})
+
+
 LAYOUTS: dict[str, Callable[[dict], Published]] = {
     "vl-rewardbench": vl_rewardbench,
     "multimodal-rewardbench": multimodal_rewardbench,
     "mm-rlhf-rewardbench": chosen_rejected,
     "rewardbench": chosen_rejected,
+    "rewardbench-2": lists_of_responses,
 }
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from scipy.special import gammaln
 
-from mmrm_fast.config import BestOfNConfig
 from mmrm_fast.evaluate import plots
+from mmrm_fast.evaluate.config import BestOfNConfig
 from mmrm_fast.evaluate.plots import ORACLE
 from mmrm_fast.evaluate.reliability import mean_interval
 from mmrm_fast.files import json_lines, write_json

@@ -7,15 +7,16 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from mmrm_fast.config import EvaluateConfig
 from mmrm_fast.config_file import options
 from mmrm_fast.data.census import Kind, counted, told_files
 from mmrm_fast.data.records import RecordError
 from mmrm_fast.evaluate import plots
-from mmrm_fast.evaluate.benchmarks import TABLES, Item, MissingImage, Unread, read_items
-from mmrm_fast.evaluate.reliability import bootstrap, calibration, credit, rank_correlation, text_controls
+from mmrm_fast.evaluate.benchmarks import Item, MissingImage, Unread, read_items
+from mmrm_fast.evaluate.config import EvaluateConfig
+from mmrm_fast.evaluate.reliability import bootstrap, calibration, rank_correlation, text_controls
+from mmrm_fast.evaluate.rewardbench import Ranked, section_scores, subset_scores
 from mmrm_fast.files import write_json
-from mmrm_fast.pairs import accuracy
+from mmrm_fast.pairs import accuracy, credit
 from mmrm_fast.score.scored import Scored
 from mmrm_fast.score.scorer import Scorer
 from mmrm_fast.tables import percent, print_lines, print_table, signed
@@ -24,6 +25,7 @@ RECORDS_AT_ONCE = 64
 BATCH_SIZES = (1, 7, 64)  # records a call, for the spread of the same rewards
 EXIT_SOME_UNSCORED = 3
 MAX_LISTED = 20
+TIE_CREDIT = {"half": 0.5, "wrong": 0.0}
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def evaluate(config: EvaluateConfig) -> int:
         "bench": config.bench,
         "data": str(config.data),
         "model": str(config.model),
-        "metrics": metrics(config.bench, pairs, unscored),
+        "metrics": metrics(config.bench, pairs, unscored, TIE_CREDIT[config.ties]),
         "reliability": reliability(pairs) | {"repeatability": repeatability(scorer, readable)},
         "controls": controls(pairs, ordered=all(item.ordered for item in readable)),
         "unscored": [unscored_row(item) for item in unscored],
@@ -109,28 +111,32 @@ def score_items(scorer: Scorer, items: Sequence[Item]) -> tuple[list[ScoredPair]
     return pairs, identical, unscored
 
 
-def metrics(bench: str, pairs: Sequence[ScoredPair], unscored: Sequence[Unread]) -> dict:
-    """The benchmark's figures: per group, `overall` (over items) and `macro` (mean of the groups); a tie is a half."""
-    figures = {"all": accuracies(pairs)}
+def metrics(bench: str, pairs: Sequence[ScoredPair], unscored: Sequence[Unread], tie: float = 0.5) -> dict:
+    """The benchmark's figures: per group, `overall` (over items) and `macro` (mean of the groups); a tie is `tie`."""
+    figures = {"all": accuracies(pairs, tie)}
     if bench == "vl-rewardbench":
-        figures["without training-set items"] = accuracies([pair for pair in pairs if not pair.item.in_training_set])
-        figures["training-set items"] = accuracies([pair for pair in pairs if pair.item.in_training_set])
+        figures["without training-set items"] = accuracies(
+            [pair for pair in pairs if not pair.item.in_training_set], tie
+        )
+        figures["training-set items"] = accuracies([pair for pair in pairs if pair.item.in_training_set], tie)
     if subgroups := [pair for pair in pairs if pair.item.subgroup]:
-        figures["subgroups"] = grouped(subgroups, [pair.item.subgroup for pair in subgroups])
+        figures["subgroups"] = grouped(subgroups, [pair.item.subgroup for pair in subgroups], tie)
     if bench == "mm-rlhf-rewardbench":
         figures["acc_plus"] = accuracy_plus(pairs, unscored)
     if bench == "rewardbench":
-        figures["sections"] = rewardbench_sections(figures["all"]["groups"])
+        figures["sections"] = section_scores(figures["all"]["groups"])
+    if bench == "rewardbench-2":
+        figures["sections"] = subset_scores(ranked(pairs), ties_count=tie > 0)
     missing = sum(isinstance(item.error, MissingImage) for item in unscored)
     return figures | {"scored": len({p.source for p in pairs}), "unscored": len(unscored), "missing_images": missing}
 
 
-def accuracies(pairs: Sequence[ScoredPair]) -> dict:
+def accuracies(pairs: Sequence[ScoredPair], tie: float) -> dict:
     """Pairs and accuracy with its interval of every group, of all and of the groups' mean."""
     if not pairs:
         return {"pairs": 0}
     names = [pair.item.group for pair in pairs]
-    groups, credits = grouped(pairs, names), credit(margins_of(pairs))
+    groups, credits = grouped(pairs, names, tie), credit(margins_of(pairs), tie)
     intervals = bootstrap(credits, [pair.source for pair in pairs], names)
     for name, figures in groups.items():
         figures["interval"] = intervals[name]
@@ -147,11 +153,11 @@ def margins_of(pairs: Sequence[ScoredPair]) -> np.ndarray:
     return np.array([pair.margin for pair in pairs])
 
 
-def grouped(pairs: Sequence[ScoredPair], names: Sequence[str]) -> dict[str, dict]:
+def grouped(pairs: Sequence[ScoredPair], names: Sequence[str], tie: float) -> dict[str, dict]:
     """Pairs and accuracy by name."""
     margins, names = margins_of(pairs), np.array(names)
     return {
-        str(name): {"pairs": int(np.sum(names == name)), "accuracy": accuracy(margins[names == name])}
+        str(name): {"pairs": int(np.sum(names == name)), "accuracy": accuracy(margins[names == name], tie)}
         for name in np.unique(names)
     }
 
@@ -166,15 +172,11 @@ def accuracy_plus(pairs: Sequence[ScoredPair], unscored: Sequence[Unread]) -> di
     return {"ids": len(kept), "accuracy": float(np.mean(kept)) if kept else float("nan"), "ids_left_out": len(lost)}
 
 
-def rewardbench_sections(groups: dict[str, dict]) -> dict[str, float]:
-    """The leaderboard's sections that have items here, and `score`, their mean."""
-    sections = {}
-    for section, subsets in TABLES["rewardbench_sections"].items():
-        present = [name for name in subsets if name in groups]
-        if present:
-            weights = [TABLES["rewardbench_weights"].get(name, groups[name]["pairs"]) for name in present]
-            sections[section] = float(np.average([groups[name]["accuracy"] for name in present], weights=weights))
-    return sections | ({"score": float(np.mean(list(sections.values())))} if sections else {})
+def ranked(pairs: Sequence[ScoredPair]) -> Iterator[Ranked]:
+    """The items of RewardBench 2, each response once."""
+    for pair in {pair.source: pair for pair in pairs}.values():
+        rewards, ends = np.array(pair.scored.rewards), pair.item.record.pairs.ends
+        yield Ranked(pair.item.id, pair.item.group, *(rewards[np.unique(ends[:, side])] for side in (0, 1)))
 
 
 def reliability(pairs: Sequence[ScoredPair]) -> dict:
@@ -228,7 +230,9 @@ def unscored_row(item: Unread) -> dict:
 def report(config: EvaluateConfig, results: dict) -> None:
     """Print the tables, what was not scored and where everything is."""
     heads = ("group", "pairs", "unscored", "accuracy", "95 % interval")
-    print_table(f"{config.bench}: accuracy (%), a tie counts half", heads, accuracy_rows(results))
+    print_table(
+        f"{config.bench}: accuracy (%), a tie counts {TIE_CREDIT[config.ties]:g}", heads, accuracy_rows(results)
+    )
     figures, calibrated = results["metrics"], results["reliability"]["calibration"]
     repeated, controlled = results["reliability"]["repeatability"], results["controls"]
     names = ("ece", "brier", "log_loss", "temperature")

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mmrm_fast.config import ReportConfig
 from mmrm_fast.data.images import load_image
 from mmrm_fast.data.pictures import ImageRoots
 from mmrm_fast.data.records import Group, Records
 from mmrm_fast.data.types import file_of
 from mmrm_fast.evaluate import plots
+from mmrm_fast.evaluate.config import ReportConfig
 from mmrm_fast.evaluate.page import write_page
 from mmrm_fast.evaluate.reliability import calibration
 from mmrm_fast.files import json_lines, read_json

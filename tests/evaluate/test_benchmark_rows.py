@@ -1,6 +1,7 @@
 """Rows as the benchmarks publish them, with every column of their cards: counts, groups and figures worked by hand."""
 
 import json
+import math
 from pathlib import Path
 
 import pyarrow
@@ -134,11 +135,91 @@ def test_rewardbench(tmp_path):
     assert found["sections"] == {"Chat": 0.5, "Reasoning": reasoning, "score": (0.5 + reasoning) / 2}
 
 
+def two(identity, subset, chosen, rejected, **fields):
+    """A row of RewardBench 2, whose responses are the rewards that they get."""
+    counts = {"num_correct": len(chosen), "num_incorrect": len(rejected), "total_completions": len(chosen + rejected)}
+    return {
+        "id": identity, "prompt": "What?", "chosen": [*map(str, chosen)], "rejected": [*map(str, rejected)], **counts,
+        "models": ["a", "human"], "subset": subset, "additional_metadata": {"category": "x", "index": 1.0}, **fields,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def subsets(tmp_path):
+    """The sections of rows of RewardBench 2."""
+
+    def subsets(rows, tie=0.5):
+        pairs = []
+        for item in read("rewardbench-2", rows, tmp_path):
+            scored = Scored(
+                item.record, tuple(map(float, item.record.responses)), (False,) * len(item.record.responses)
+            )
+            pairs += [ScoredPair(item, scored, pair.chosen, pair.rejected) for pair in item.record.pairs]
+        return metrics("rewardbench-2", pairs, [], tie)
+
+    return subsets
+
+
+@pytest.mark.parametrize(("tie", "focus", "pairwise"), [(0.5, (1 + 0 + 1 / 3) / 3, 6 / 9), (0.0, 1 / 3, 5 / 9)])
+def test_rewardbench_2_counts_how_often_the_right_response_of_four_is_first(subsets, tie, focus, pairwise):
+    rows = [
+        two("0", "Focus", [4], [1, 2, 3]),
+        two("1", "Focus", [3], [4, 2, 5]),
+        two("2", "Focus", [3], [3, 3, 1]),  # a third of the first place
+        two("3", "Math", [1], [0, 0, 0]),
+    ]
+    found = subsets(rows, tie)
+    assert found["sections"] == pytest.approx({"Focus, first": focus, "Math, first": 1.0, "score": (focus + 1) / 2})
+    assert found["all"]["groups"]["Focus"]["accuracy"] == pytest.approx(pairwise)
+
+
+TIED = {  # rows of one prompt, with one right answer and with several: how much of the score they are, by hand
+    "right answers close together": (([5], [1]), ([6, 5], [2, 1]), 0.3 + 0.3 + 0.2 + 0.2 + 0.01 * 0.9640276),
+    "further apart than from wrong ones": (([5], [1]), ([9, 4], [2, 1]), 0.3 + 0.3 - 0.01 * 0.5370496),
+    "the twin is closer": (([3], [2]), ([6, 4], [1, 0]), 0.3 + 0.3 + 0.2 - 0.01 * 0.4621172),
+    "a tie is not right": (([3], [3]), ([6, 6], [1, 0]), 0.3 + 0.2),
+    "a wrong one above": (([3], [1]), ([6, 2], [3, 0]), 0.3 - 0.01 * 0.8482836),
+    "no spread": (([3], [1]), ([6, 6], [3, 0]), 1.01),
+}
+
+
+@pytest.mark.parametrize(("one", "several", "score"), TIED.values(), ids=TIED)
+def test_rewardbench_2_weighs_ties_by_accuracy_and_by_the_spread_of_right_answers(subsets, one, several, score):
+    found = subsets([two("ref:7", "Ties", *one), two("tied:7", "Ties", *several)])["sections"]
+    assert found == pytest.approx({"Ties, weighted": score, "score": score})
+
+
+def test_rewardbench_2_takes_accuracies_of_all_ties_and_spreads_of_those_with_a_twin(subsets):
+    rows = [
+        two("ref:1", "Ties", [5], [1]), two("tied:1", "Ties", [6, 5], [2]), two("ref:2", "Ties", [1], [5]),
+        two("tied:3", "Ties", [1, 2], [5]), two("tied:4", "Ties", [1, 2], [5]), two("tied:5", "Ties", [1, 2], [0]),
+    ]  # fmt: skip
+    expected = 0.3 / 2 + 0.3 * 2 / 4 + 0.2 + 0.2 + 0.01 * 0.9640276
+    assert subsets(rows)["sections"]["Ties, weighted"] == pytest.approx(expected)
+    assert math.isnan(subsets(rows[2:])["sections"]["Ties, weighted"])
+
+
+@pytest.mark.parametrize(
+    ("row", "field"),
+    [
+        (two("7", "Ties", [1, 2], [3]), "id"), (two("7", "Math", [1, 2], [3]), "chosen"),
+        (two("7", "Math", [1], []), "rejected"), ({**two("7", "Math", [1], [2]), "chosen": "a string"}, "chosen"),
+        (two("7", "Math", [1], [2], prompt=None), "prompt"),
+    ],
+)  # fmt: skip
+def test_a_row_of_rewardbench_2_that_says_something_else_is_refused_by_its_field(tmp_path, row, field):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    (refused,) = read_items("rewardbench-2", path)
+    assert isinstance(refused, Unread) and refused.error.field == field
+
+
 BENCHES = {
     "vl-rewardbench": lambda picture, **extra: vl(0, "POVID", [0, 1], picture, **extra),
     "multimodal-rewardbench": lambda picture, **extra: multimodal("1", "vqa", "Output1", picture, **extra),
     "mm-rlhf-rewardbench": lambda picture, **extra: mm_rlhf("1", picture, **extra),
     "rewardbench": lambda picture, **extra: text("1", "donotanswer", **extra),
+    "rewardbench-2": lambda picture, **extra: two("1", "Focus", [1], [2], **extra),
     "pairs": lambda picture, **extra: {"prompt": "What?", "chosen": "A", "rejected": "B", "image": picture, **extra},
 }
 

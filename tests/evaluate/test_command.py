@@ -12,7 +12,8 @@ from mmrm_fast.cli import main
 from mmrm_fast.data.types import Group
 from mmrm_fast.evaluate import command
 from mmrm_fast.evaluate.benchmarks import Item, MissingImage, Unread
-from mmrm_fast.evaluate.command import ScoredPair, accuracy_plus, metrics, rewardbench_sections
+from mmrm_fast.evaluate.command import ScoredPair, accuracy_plus, metrics
+from mmrm_fast.evaluate.rewardbench import section_scores
 from mmrm_fast.score.scored import Scored
 from mmrm_fast.score.scorer import Scorer
 
@@ -75,7 +76,7 @@ def test_rewardbench_sections_weigh_mathematics_like_all_code():
         "mt-bench-easy": {"pairs": 28, "accuracy": 1.0},
         "mt-bench-med": {"pairs": 40, "accuracy": 0.0},
     }
-    sections = rewardbench_sections(groups)
+    sections = section_scores(groups)
     assert sections["Reasoning"] == pytest.approx(0.75)
     assert sections["Chat"] == pytest.approx(28 / 68)
     assert sections["score"] == pytest.approx((0.75 + 28 / 68) / 2)
