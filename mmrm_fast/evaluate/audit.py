@@ -54,13 +54,14 @@ def audit(config: AuditConfig) -> None:
         if not found.pairs:
             why = f"; the first problem: {found.errors[0]}" if found.errors else ""
             raise ValueError(f"{(files | tests)[name]}: no pair{why}")
-    fits = {
-        name: cross_fit(looks[name].part.differences_PF, looks[name].part.fold_P)
-        for name in tqdm(files, desc="fitting", unit=" files", delay=1, leave=False)
-    }
+    fits = fitted({name: looks[name].part for name in files})
     results = figures(looks, fits, list(tests))
-    for name, scores in probed(config, {name: opened[name] for name in files}):
-        results["files"][name]["proxies"]["probe"] = scores
+    if config.model is not None:
+        parts = dict(state_parts(config, opened))
+        probes = fitted({name: parts[name] for name in files})
+        results["probe_matrix"] = matrix(parts, probes)
+        for name, fit in probes.items():
+            results["files"][name]["proxies"]["probe"] = scored_fit(parts[name], fit)
     results["advice"] = advice(results)
     config.output_dir.mkdir(parents=True, exist_ok=True)
     write_json(config.output_dir / "audit.json", results)
@@ -75,18 +76,21 @@ def read(features: NgramFeatures | StateFeatures, said: str, see: Callable[[Chun
     return crossfit.sample(features, records, seed=SEED, ranks=Ranks(), progress=progress, see=see)[0]
 
 
-def probed(config: AuditConfig, files: Mapping[str, Records]) -> Iterator[tuple[str, dict]]:
-    """By file, how often the states of a language model over text alone tell the preferred response."""
-    if config.model is None:
-        return
+def fitted(parts: Mapping[str, Part]) -> dict[str, Fitted]:
+    """The regressions of each file."""
+    files = tqdm(parts.items(), desc="fitting", unit=" files", delay=1, leave=False)
+    return {name: cross_fit(part.differences_PF, part.fold_P) for name, part in files}
+
+
+def state_parts(config: AuditConfig, files: Mapping[str, Records]) -> Iterator[tuple[str, Part]]:
+    """By file, its pairs with the states of the language model over text alone."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = CheckpointFolder(config.model).load(dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
     states = states_of(checkpoint.model.drop_vision().to(device).eval(), device)
     preparer = Preparer(checkpoint.prompt_encoder(), checkpoint.tiling)
     for name, records in files.items():
-        part = read(StateFeatures(records, preparer, states, TOKENS), f"states of {name}", lambda chunk: None)
-        fit = cross_fit(part.differences_PF, part.fold_P)
-        yield name, scored(part, fit.margins_P) | {"log_loss": fit.log_loss}
+        features = StateFeatures(records, preparer, states, TOKENS)
+        yield name, read(features, f"states of {name}", lambda chunk: None)
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:
@@ -152,16 +156,23 @@ def figures(looks: Mapping[str, Look], fits: Mapping[str, Fitted], tests: Sequen
     """Everything that audit.json holds but the advice."""
     samples = {name: Sample.of(own.chunks) for name, own in looks.items()}
     seen = {name: Seen.joined(own.seen) for name, own in looks.items()}
-
-    def margins(name: str, on: str) -> np.ndarray:  # in its own file cross-fitted, elsewhere of all of it
-        return fits[name].margins_P if on == name else looks[on].part.differences_PF @ fits[name].weights_FK[:, -1]
-
     others = [(one, other) for one in looks for other in fits if one != other]
     return {
         "files": {name: file_figures(name, looks[name], fit, samples, seen) for name, fit in fits.items()},
         "tests": {name: {"records": looks[name].num_records, **health(looks[name], seen[name])} for name in tests},
-        "matrix": {name: {on: scored(own.part, margins(name, on)) for on, own in looks.items()} for name in fits},
+        "matrix": matrix({name: own.part for name, own in looks.items()}, fits),
         "shared": [{"of": one, "in": other, **shared(seen[one], seen[other])} for one, other in others],
+    }
+
+
+def matrix(parts: Mapping[str, Part], fits: Mapping[str, Fitted]) -> dict[str, dict[str, dict[str, float]]]:
+    """By the file fitted on and the one tested on: in its own file cross-fitted, elsewhere the regression of all of it."""
+    return {
+        name: {
+            on: scored(part, fit.margins_P if on == name else part.differences_PF @ fit.weights_FK[:, -1])
+            for on, part in parts.items()
+        }
+        for name, fit in fits.items()
     }
 
 
@@ -177,7 +188,7 @@ def file_figures(name: str, own: Look, fit: Fitted, samples: Mapping[str, Sample
         "first_problem": str(own.errors[0]) if own.errors else None,
         "proxies": {
             f"length alone ({wins} wins)": scored(own.part, sign * length),
-            "words and form": scored(own.part, margins) | {"log_loss": fit.log_loss},
+            "words and form": scored_fit(own.part, fit),
         },
         "cues": [
             cue.row() | {"elsewhere": {other: told(cue, there) for other, there in samples.items() if other != name}}
@@ -220,6 +231,11 @@ def scored(part: Part, margins: np.ndarray) -> dict[str, float]:
     mean = float(credits.mean())
     error = 1.96 * float(np.sqrt((np.bincount(record_P, credits - mean) ** 2).sum())) / len(credits)
     return {"accuracy": mean, "low": max(0.0, mean - error), "high": min(1.0, mean + error)}
+
+
+def scored_fit(part: Part, fit: Fitted) -> dict[str, float]:
+    """Accuracy and log-loss, cross-validated."""
+    return scored(part, fit.margins_P) | {"log_loss": fit.log_loss}
 
 
 def listened_to(margins: np.ndarray, mode: str) -> float:

@@ -73,13 +73,21 @@ def print_audit(results: dict, folder: Path) -> None:
     """Print the tables and where everything is."""
     print_table("Text-only accuracy (%), cross-validated", *proxy_table(results))
     names = [*results["files"], *results["tests"]]
-    rows = [[name, *(percent(row[on]["accuracy"]) for on in names)] for name, row in results["matrix"].items()]
-    if len(names) > 1:
-        print_table("Fitted on (rows), tested on (columns)", ["", *names], rows)
+    for proxy, shares in matrices(results):
+        rows = [[name, *map(percent, row)] for name, row in zip(results["files"], shares, strict=True)]
+        print_table(f"{proxy}, fitted on (rows), tested on (columns)", ["", *names], rows)
     for name, own in results["files"].items():
         print_table(f"{name}: strongest cues", *cue_table(own["cues"][:PRINTED]), num_text=2)
     print("\n".join(results["advice"]))
     print(f"everything: {folder / 'audit.html'}, {folder / 'audit.json'}")
+
+
+def matrices(results: dict) -> Iterator[tuple[str, list[list[float]]]]:
+    """By proxy, the accuracy of each file's regressions (rows) on every file (columns), where there are several."""
+    names = [*results["files"], *results["tests"]]
+    for proxy, key in (("words and form", "matrix"), ("probe", "probe_matrix")):
+        if key in results and len(names) > 1:
+            yield proxy, [[row[on]["accuracy"] for on in names] for row in results[key].values()]
 
 
 def proxy_table(results: dict) -> tuple[list[str], list[list[str]]]:
@@ -103,15 +111,14 @@ def cue_table(cues: list[dict]) -> tuple[list[str], list[list[str]]]:
 
 def write_audit(path: Path, results: dict) -> None:
     """Write audit.html from what audit.json holds."""
-    names = [*results["files"], *results["tests"]]
     write_page(
         path,
         "audit.html",
         title="What text alone can tell",
         results=results,
         proxies=proxy_table(results),
-        names=names,
-        matrix=[[row[on]["accuracy"] for on in names] for row in results["matrix"].values()],
+        names=[*results["files"], *results["tests"]],
+        matrices=list(matrices(results)),
         cues={name: cue_table(own["cues"]) for name, own in results["files"].items()},
         groups={name: group_rows(own["groups"]) for name, own in results["files"].items()},
         health=health_table(results),

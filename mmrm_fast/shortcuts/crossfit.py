@@ -19,8 +19,8 @@ from mmrm_fast.data.types import Group, RecordError
 from mmrm_fast.shortcuts.features import mixed
 from mmrm_fast.shortcuts.fit import FOLDS, Fitted, Matrix, cross_fit
 
-CHUNK = 16  # records that are read at a time
-WINDOW = 64  # chunks of a rank between two exchanges
+CHUNK = 64  # records that are read at a time, and of a language model's forwards
+WINDOW = 16  # chunks of a rank between two exchanges
 LEVELS = 64
 
 

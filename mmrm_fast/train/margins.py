@@ -95,8 +95,9 @@ def write_margins(
             )  # fmt: skip
             rows = margin_rows(parts)
             write_json_lines(aside / f"{name}.jsonl", rows) if aside else all(map(bool, rows))
+            if name == TRAIN:  # what follows is evaluation
+                seconds = time.perf_counter() - started
         if aside:
-            seconds = time.perf_counter() - started
             write_json(aside / FITTED, {"log_loss": losses, "taken": taken, "seconds": seconds})
     sharding.on_first_rank(lambda: None)  # the folder is there
 

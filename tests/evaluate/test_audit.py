@@ -102,11 +102,17 @@ def test_labels_are_judged(faulty, tmp_path, capsys):
     assert "held: 1 records are in train with their image and prompt" in printed
 
 
-def test_a_model_s_states_are_a_further_proxy(environments, model_folder, tmp_path):
-    file = str(environments["hedging"] / "iid.jsonl")
-    assert main(["audit", file, "--model", str(model_folder), "--output-dir", str(tmp_path / "out")]) == 0
-    (own,) = json.loads((tmp_path / "out" / "audit.json").read_text())["files"].values()
-    assert {*own["proxies"]["probe"]} == {"accuracy", "low", "high", "log_loss"}
+def test_a_model_s_states_are_a_further_proxy_with_a_matrix_of_its_own(environments, model_folder, tmp_path):
+    files = [str(environments[name] / "iid.jsonl") for name in ("hedging", "length")]
+    assert main(["audit", *files, "--model", str(model_folder), "--output-dir", str(tmp_path / "out")]) == 0
+    results = json.loads((tmp_path / "out" / "audit.json").read_text())
+    assert {*results["probe_matrix"]} == {"hedging/iid", "length/iid"}
+    for name, own in results["files"].items():
+        figures = own["proxies"]["probe"]
+        assert {*figures} == {"accuracy", "low", "high", "log_loss"}
+        assert {*results["probe_matrix"][name]} == {"hedging/iid", "length/iid"}
+        assert results["probe_matrix"][name][name]["accuracy"] == figures["accuracy"]
+    assert (tmp_path / "out" / "audit.html").read_text().count('<table class="map">') == 2
 
 
 @pytest.mark.parametrize(
