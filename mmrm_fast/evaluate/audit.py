@@ -166,7 +166,7 @@ def figures(looks: Mapping[str, Look], fits: Mapping[str, Fitted], tests: Sequen
 
 
 def matrix(parts: Mapping[str, Part], fits: Mapping[str, Fitted]) -> dict[str, dict[str, dict[str, float]]]:
-    """By the file fitted on and the one tested on: in its own file cross-fitted, elsewhere the regression of all of it."""
+    """By file fitted on and file tested on: in its own cross-fitted, elsewhere by the regression of all of it."""
     return {
         name: {
             on: scored(part, fit.margins_P if on == name else part.differences_PF @ fit.weights_FK[:, -1])
