@@ -85,8 +85,7 @@ class RewardClient:
         Raises:
             ValueError: what the server refuses, with its reason; content that is neither text nor parts.
         """
-        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        turns = place_images(turns, [image_url(image) for image in images])
+        turns = place_images(turns_of(prompt), [image_url(image) for image in images])
         if [turn["role"] for turn in turns] == ["user"]:
             lots = (
                 responses[first : first + RESPONSES_AT_ONCE] for first in range(0, len(responses), RESPONSES_AT_ONCE)
@@ -122,39 +121,86 @@ class RewardClient:
         """
         images = columns.get("images") or [[image] if image is not None else [] for image in columns.get("image") or ()]
         images = images or [[] for _ in prompts]
-        texts = [completion if isinstance(completion, str) else text_of(completion) for completion in completions]
-        urls = [[image_url(image) for image in own or ()] for own in images]
-        asked = list(zip(prompts, urls, strict=True))
+        said = [*map(with_turns, prompts, completions)]
+        urls = [  # TRL has put a prompt's pictures into its messages already
+            [] if holds_pictures(turns) else [*map(image_url, own or ())]
+            for (turns, _), own in zip(said, images, strict=True)
+        ]
+        asked = [(turns, own) for (turns, _), own in zip(said, urls, strict=True)]
         runs = [list(run) for _, run in groupby(range(len(asked)), key=asked.__getitem__)]
-        ask = lambda run: self.score(asked[run[0]][0], [texts[i] for i in run], asked[run[0]][1])  # noqa: E731
+        ask = lambda run: self.score(asked[run[0]][0], [said[i][1] for i in run], asked[run[0]][1])  # noqa: E731
         with ThreadPoolExecutor(NUM_THREADS) as pool:
             return [reward for rewards in pool.map(ask, runs) for reward in rewards]
 
 
+def turns_of(prompt: str | Sequence[Mapping]) -> list[Mapping]:
+    """A prompt as a conversation."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+
+
+def with_turns(prompt: str | Sequence[Mapping], completion: str | Sequence[Mapping]) -> tuple[list[Mapping], str]:
+    """The conversation and the response of a completion, whose messages but the last, such as calls, are turns."""
+    if isinstance(completion, str):
+        return turns_of(prompt), completion
+    *between, last = completion
+    content = last.get("content")
+    if isinstance(content, Sequence) and all(type_of(part) == "text" for part in content):
+        content = "".join(part["text"] for part in content)
+    if last.get("tool_calls") or not isinstance(content, str):
+        raise ValueError(f"a completion must end in text, got {last}")
+    return [*turns_of(prompt), *between], content
+
+
+def holds_pictures(turns: Sequence[Mapping]) -> bool:
+    """Whether image parts of a conversation hold their pictures."""
+    contents = (turn.get("content") for turn in turns)
+    return any(
+        own_picture(part) is not None for content in contents if not isinstance(content, str) for part in content or ()
+    )
+
+
+def type_of(part: Any) -> Any:
+    """The type of a message's part; None of what is none."""
+    return part.get("type") if isinstance(part, Mapping) else None
+
+
+def own_picture(part: Mapping) -> Any:
+    """The picture that an image part holds, if any."""
+    return next((part[key] for key in ("image", "url", "path") if part.get(key) is not None), None)
+
+
 def place_images(turns: Sequence[Mapping], urls: Sequence[str]) -> list[dict]:
-    """The conversation with its images: at its empty `image` parts, else before the first user's text."""
+    """The conversation with its images: at its empty `image` parts, where it has none before the first user's text."""
     left = list(urls)
-    placed = [{**turn, "content": placed_content(turn.get("content"), left, i)} for i, turn in enumerate(turns)]
-    if left:
-        first = next(turn for turn in placed if turn["role"] == "user")
-        text = first["content"]
-        parts = [{"type": "text", "text": text}] if isinstance(text, str) else text
-        first["content"] = [*map(image_part, left), *parts]
+    placed = [{**turn, "content": placed_content(turn, left, i)} for i, turn in enumerate(turns)]
+    if not left:
+        return placed
+    first = next((turn for turn in placed if turn["role"] == "user"), None)
+    if first is None or any(type_of(part) == "image_url" for turn in placed for part in turn["content"] or ()):
+        raise ValueError(f"the messages have no place for {len(left)} of the images, add a part of type image for each")
+    text = first["content"]
+    parts = [{"type": "text", "text": text}] if isinstance(text, str) else text
+    first["content"] = [*map(image_part, left), *parts]
     return placed
 
 
-def placed_content(content: Any, left: list[str], turn: int) -> str | list[dict]:
+def placed_content(turn: Mapping, left: list[str], number: int) -> str | list[dict] | None:
     """A turn's content with pictures in its `image` parts: their own, else the next that are `left`."""
-    if isinstance(content, str):
+    content = turn.get("content")
+    if isinstance(content, str) or (content is None and turn.get("tool_calls")):
         return content
     if not isinstance(content, Sequence):
-        raise ValueError(f"messages[{turn}].content is {content!r}; expected text or a list of parts")
+        raise ValueError(f"messages[{number}].content is {content!r}; expected text or a list of parts")
     parts = []
     for part in content:
-        if part["type"] == "image":
-            own = next((part[key] for key in ("image", "url", "path") if part.get(key) is not None), None)
+        if type_of(part) not in ("text", "image", "image_url"):
+            raise ValueError(
+                f"messages[{number}].content has {part!r}; expected parts of type text, image or image_url"
+            )
+        if type_of(part) == "image":
+            own = own_picture(part)
             if own is None and not left:
-                raise ValueError(f"messages[{turn}].content has an image part without a picture")
+                raise ValueError(f"messages[{number}].content has an image part without a picture")
             part = image_part(left.pop(0) if own is None else image_url(own))
         parts.append(dict(part))
     return parts
@@ -178,9 +224,3 @@ def image_url(image: Any) -> str:
         (upright if upright.mode in PNG_MODES else upright.convert("RGB")).save(file, "PNG", compress_level=1)
         image = file.getvalue()
     return "data:image/png;base64," + base64.b64encode(image).decode()
-
-
-def text_of(turns: Sequence[Mapping]) -> str:
-    """The text of a completion that comes as messages."""
-    content = turns[-1]["content"]
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)

@@ -88,11 +88,35 @@ def test_a_part_may_hold_its_picture(client, scorer, wide):
     [
         (None, r"messages\[0\].content is None"),
         ([{"type": "image"}], r"messages\[0\].content has an image part without"),
+        (["What?"], r"messages\[0\].content has 'What\?'; expected parts of type"),
+        ([{"type": "video", "video": "a.mp4"}], r"content has \{'type': 'video'"),
     ],
 )
 def test_content_that_says_nothing_is_refused(client, content, reason):
     with pytest.raises(ValueError, match=reason):
         client.score([{"role": "user", "content": content}], RESPONSES)
+
+
+def test_images_that_have_no_place_in_the_messages_are_refused(client):
+    turns = [{"role": "user", "content": [{"type": "image", "image": picture()}, {"type": "text", "text": "?"}]}]
+    with pytest.raises(ValueError, match=r"no place for 1 of the images"):
+        client.score(turns, RESPONSES, [picture(1)])
+
+
+def test_turns_of_tools_are_sent_as_they_are_and_refused_where_the_template_drops_them(client):
+    call = {"type": "function", "function": {"name": "look", "arguments": "{}"}}
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    with pytest.raises(ValueError, match=r"422: .*tool_calls.*the chat template drops"):
+        client.score([*turns, {"role": "tool", "content": "red"}], RESPONSES)
+
+
+def test_many_coroutines_get_their_own_rewards(client, scorer):
+    async def score_all():
+        return await asyncio.gather(*(asyncio.to_thread(client.score, f"What is {i}?", RESPONSES) for i in range(24)))
+
+    rewards = asyncio.run(score_all())
+    expected = scorer.score([{"prompt": f"What is {i}?", "responses": RESPONSES} for i in range(24)])
+    assert rewards == [pytest.approx(own, **EXACT) for own in expected]
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "P", "LA", "RGBA", "I;16", "1"])
@@ -129,6 +153,26 @@ def test_trl_gets_a_reward_a_completion(client, scorer, wide):
     expected = rewards_of(scorer, PROMPT, RESPONSES[:2], img_path=wide) + rewards_of(scorer, "What?", RESPONSES[:1])
     assert rewards == pytest.approx(expected, **EXACT)
     assert client.reward_func.__name__ == "reward_func"
+
+
+def test_trls_pictures_stand_in_its_messages_and_in_a_column_and_are_sent_once(client, scorer, wide):
+    """As TRL 1.16 calls: it fills the parts and hands on the column as well."""
+    parts = [{"type": "image", "image": as_pil(picture())}, {"type": "text", "text": PROMPT}]
+    turns = [{"role": "system", "content": [{"type": "text", "text": "Be brief."}]}, {"role": "user", "content": parts}]
+    completions = [[{"role": "assistant", "content": response}] for response in RESPONSES[:2]]
+    rewards = client.reward_func([turns] * 2, completions, completion_ids=[[1]] * 2, images=[[as_pil(picture())]] * 2)
+    record = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"<image>\n{PROMPT}"}]
+    assert rewards == pytest.approx(rewards_of(scorer, record, RESPONSES[:2], img_path=wide), **EXACT)
+
+
+def test_a_completion_of_several_turns_is_scored_by_its_last(client, scorer):
+    between = [{"role": "assistant", "content": "I look."}, {"role": "user", "content": "And?"}]
+    last = {"role": "assistant", "content": [{"type": "text", "text": "two"}]}
+    expected = rewards_of(scorer, [{"role": "user", "content": PROMPT}, *between], ["two"])
+    assert client.reward_func([PROMPT], [[*between, last]]) == pytest.approx(expected, **EXACT)
+    for unfit in ({"role": "assistant", "content": None}, {**last, "tool_calls": [{}]}, {**last, "content": [{}]}):
+        with pytest.raises(ValueError, match="a completion must end in text"):
+            client.reward_func([PROMPT], [[unfit]])
 
 
 @pytest.fixture
