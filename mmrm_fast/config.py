@@ -247,8 +247,18 @@ class ModelConfig:
     batch: tyro.conf.OmitArgPrefixes[BatchConfig] = BatchConfig()
 
 
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig(ModelConfig):
+    """A reward model on Ray."""
+
+    gpus_per_actor: float | None = None
+    """GPUs of a copy of the model, over which its layers are placed where one does not hold it. Default: 1, if any."""
+    address: str | None = None
+    """Ray cluster to join. Default: start one on this machine."""
+
+
 @dataclass(frozen=True)
-class ScoreConfig(ReadConfig, ModelConfig):
+class ScoreConfig(ReadConfig, ClusterConfig):
     """Score every response with a reward model, on Ray actors, in input order; started again, it goes on."""
 
     data: Path = Path("records.jsonl")
@@ -268,11 +278,7 @@ class ScoreConfig(ReadConfig, ModelConfig):
     allow_errors: bool = False
     """Exit with status 0 though records failed."""
     actors: Literal["auto"] | int = "auto"
-    """Scoring processes; `auto`: one a GPU, or one a two CPUs."""
-    gpus_per_actor: float | None = None
-    """GPUs of an actor. Default: 1 where there are any."""
-    address: str | None = None
-    """Ray cluster to join. Default: start one on this machine."""
+    """Scoring processes; `auto`: as many as there are GPUs for, or one a two CPUs."""
 
 
 @dataclass(frozen=True)
@@ -308,7 +314,7 @@ class InspectConfig:
 
 
 @dataclass(frozen=True)
-class ServeConfig(ModelConfig):
+class ServeConfig(ClusterConfig):
     """Serve a reward model over HTTP, to this machine alone by default; images are data URLs, nothing is fetched."""
 
     host: str = "127.0.0.1"
@@ -325,8 +331,6 @@ class ServeConfig(ModelConfig):
     """Copies of the model to begin with."""
     max_replicas: int | None = None
     """Copies under load; they come and go between the two numbers. Default: as many as `--replicas`."""
-    address: str | None = None
-    """Ray cluster to join. Default: start one on this machine."""
     max_requests: int = 256
     """Requests of a copy that wait or are being scored, half of them of one address; the next is answered 429."""
     timeout: float = 60.0

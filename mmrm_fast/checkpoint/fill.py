@@ -12,6 +12,7 @@ from mmrm_fast.checkpoint.internvl_chat import EMBEDDING, LM_HEAD, SCORE, Source
 from mmrm_fast.checkpoint.tensors import TensorFolder
 from mmrm_fast.model.decoder import renew_rope
 from mmrm_fast.model.lora import begun, is_stored
+from mmrm_fast.model.placement import place
 from mmrm_fast.model.reward_model import RewardModel, new_score
 
 POSITIONS = "vision_tower.embeddings.position_embeddings"
@@ -112,14 +113,17 @@ class NativeTensors:
             copy_spans(local, part_of_spans(spans, start, stop), where, self.tensors)
 
 
-def fill_model(model: RewardModel, native: NativeTensors, device: torch.device | str) -> None:
-    """Fill a model on the meta device, possibly frozen, sharded and with adapters.
+def fill_model(model: RewardModel, native: NativeTensors, *devices: torch.device | str) -> None:
+    """Fill a model on the meta device, possibly frozen, sharded and with adapters; over several devices, see `place`.
 
     A new score head and adapters are drawn from torch's generator, the same on every rank for the same seed. Token
     embedding rows that the folder does not have are the mean of those it has.
     """
-    model.to_empty(device=device)
-    renew_rope(model.model.language_model, device)
+    if len(devices) > 1:
+        place(model, devices)
+    else:
+        model.to_empty(device=devices[0])
+    renew_rope(model.model.language_model, devices[0])
     for name, parameter in model.named_parameters():
         if is_stored(name):
             native.copy_to(parameter, native_name(name))

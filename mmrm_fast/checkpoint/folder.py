@@ -299,9 +299,12 @@ class CheckpointFolder:
         """The stored tensors under the names of a model's parameters."""
         return NativeTensors(self.tensors, model, is_original=self.is_original)
 
-    def fill(self, model: RewardModel, device: torch.device | str = "cpu") -> None:
-        """Fill a model of this folder, from the meta device, possibly frozen, sharded or without its vision part."""
-        fill_model(model, self.native(model), device)
+    def fill(self, model: RewardModel, *devices: torch.device | str) -> None:
+        """Fill a model of this folder, from the meta device, possibly frozen, sharded or without its vision part.
+
+        It stands on the CPU, or on the device, or is placed over several.
+        """
+        fill_model(model, self.native(model), *(devices or ("cpu",)))
 
     def require_vision(self, what: str) -> None:
         """Raise `ValueError` for a text model."""

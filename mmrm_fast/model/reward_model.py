@@ -58,6 +58,11 @@ class RewardModel(nn.Module):
         """The score heads."""
         return [self.score]
 
+    def blocks(self) -> list[nn.Module]:
+        """The repeated blocks in order: vision layers, then decoder layers."""
+        tower = self.model.vision_tower
+        return [*(tower.encoder.layer if tower is not None else ()), *self.model.language_model.layers]
+
     def image_features(self, tiles_ISSC: Tensor) -> Tensor:
         """Projected image tokens [I * tokens_per_tile, D] of uint8 tiles."""
         return self.project(self.tower_output(tiles_ISSC) if self.only_tiles is None else self.only_tiles)

@@ -65,6 +65,18 @@ def as_ours() -> Iterator[None]:
             del os.environ[name]
 
 
-def gpus_each(wanted: float | None = None) -> float:
-    """GPUs of one process: what was asked for, else 1 where there are any."""
+def gpus_each(wanted: float | None) -> float:
+    """GPUs of one process: what was asked for, else 1 where there are any. Raises `ValueError` for what cannot be."""
+    if wanted is not None and (wanted < 0 or (wanted > 1 and wanted % 1)):
+        raise ValueError(f"--gpus-per-actor {wanted:g}: expected a whole number, or a share of one GPU")
     return wanted if wanted is not None else float(bool(ray.cluster_resources().get("GPU")))
+
+
+def require_gpus(count: int, gpus: float, option: str) -> None:
+    """Raise `ValueError` where the cluster lacks GPUs for so many processes with so many each."""
+    there = ray.cluster_resources().get("GPU", 0)
+    if count * gpus > there:
+        raise ValueError(
+            f"{count} {option.strip('-')} with {gpus:g} GPUs each: the cluster has {there:g}; "
+            f"lower {option} or --gpus-per-actor"
+        )

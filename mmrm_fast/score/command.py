@@ -25,7 +25,7 @@ from mmrm_fast.data.records import Group, RecordError, Records, iter_groups, par
 from mmrm_fast.data.splits import FAILURES
 from mmrm_fast.data.types import prompt_json
 from mmrm_fast.files import locked, read_json, write_json_lines
-from mmrm_fast.score.cluster import gpus_each, ray_cluster
+from mmrm_fast.score.cluster import gpus_each, ray_cluster, require_gpus
 from mmrm_fast.score.pool import CHUNKS_AHEAD, Pool, score_alone
 from mmrm_fast.score.scored import Scored
 from mmrm_fast.score.shards import PAIRS, SCORES, Shards, fingerprint
@@ -268,19 +268,15 @@ def scored_chunks(config: ScoreConfig, shards: Shards, chunks: Sequence[int]) ->
 
 
 def actor_starts(config: ScoreConfig, shards: Shards, num_chunks: int) -> list[Callable]:
-    """What starts each of the scoring processes: one a GPU, or one a two CPUs, unless the config says how many.
+    """What starts each of the scoring processes: as many as there are GPUs for, or one a two CPUs, if not told.
 
     Raises `ValueError` where the cluster lacks GPUs for them.
     """
     resources = ray.cluster_resources()
     gpus = gpus_each(config.gpus_per_actor)
-    there = resources.get("GPU", 0)
-    slots = there / gpus if gpus else resources["CPU"] / CPUS_PER_ACTOR
+    slots = resources.get("GPU", 0) / gpus if gpus else resources["CPU"] / CPUS_PER_ACTOR
     count = max(1, int(slots)) if config.actors == "auto" else config.actors
-    if count * gpus > there:
-        raise ValueError(
-            f"{count} actors with {gpus:g} GPUs each: the cluster has {there:g}; lower --actors or --gpus-per-actor"
-        )
+    require_gpus(count, gpus, "--actors")
     count = min(count, num_chunks)
     threads = max(1, min(int(resources["CPU"] / count), CPUS_PER_ACTOR))
     cpus = threads if count * threads <= resources["CPU"] else 0  # more actors than CPUs, if the user wants it so

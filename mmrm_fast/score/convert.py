@@ -28,5 +28,5 @@ def sample_reward(folder: Path) -> float:
     Image.radial_gradient("L").resize((500, 300)).save(picture, "png")
     record = {"prompt": "What is in it?", "images": [picture.getvalue()], "responses": ["A circle of many shades."]}
     torch.manual_seed(0)
-    ((reward,),) = Scorer(CheckpointFolder(folder).load(), torch.device("cpu")).score([record])
+    ((reward,),) = Scorer(CheckpointFolder(folder).load()).score([record])
     return reward

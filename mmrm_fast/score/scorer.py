@@ -1,18 +1,18 @@
-"""Rewards of records with one model on one device, through the same preparation, packing and model as training."""
+"""Rewards of records with one model, on one device or several, through the preparation and packing of training."""
 
 import io
 import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor
 
 from mmrm_fast.checkpoint.folder import Checkpoint, CheckpointFolder
 from mmrm_fast.data.images import Compat
@@ -20,14 +20,13 @@ from mmrm_fast.data.packing import Packed, pack_items
 from mmrm_fast.data.records import Group, Pairs, RecordError, parse_group
 from mmrm_fast.data.samples import Preparer, Sample, same_sides
 from mmrm_fast.data.schedule import balance, cut
+from mmrm_fast.model.placement import fewest_devices
 from mmrm_fast.score.scored import Scored, join
 
 TOKENS_PER_MICRO_BATCH = 16_384
 BUDGETS_A_RECORD = 4  # micro-batches' work that one record may be: cut, its parts would each compute the prefix again
 SPREAD_RECORDS, SPREAD_RESPONSES = 8, ["yes " * count for count in (1, 8, 64)]
 READ_SECONDS = 60.0  # that an image's disk may take
-FILLED = 0.9  # of a GPU at most, by the weights
-GIB = 1 << 30
 NUM_PACKERS = 2  # threads that decode and pack ahead of the model
 
 
@@ -38,14 +37,14 @@ class Scorer:
     scorer.score([{"prompt": "What is this?", "img_path": "cat.png", "responses": ["A cat.", "A dog."]}])
     """
 
-    def __init__(
-        self, checkpoint: Checkpoint, device: torch.device, *, tokens_per_micro_batch: int = TOKENS_PER_MICRO_BATCH
-    ):
-        self.checkpoint, self.device = checkpoint, device
-        self.tokens_per_micro_batch = tokens_per_micro_batch
-        self.model = checkpoint.model.to(device).eval()
+    def __init__(self, checkpoint: Checkpoint, *, tokens_per_micro_batch: int = TOKENS_PER_MICRO_BATCH):
+        self.checkpoint, self.tokens_per_micro_batch = checkpoint, tokens_per_micro_batch
+        self.model = checkpoint.model.eval()
+        self.device = self.model.model.get_input_embeddings().weight.device  # that batches go to
+        gpus = {parameter.device for parameter in self.model.parameters() if parameter.is_cuda}
+        self.num_ahead = len(gpus)  # forwards that are begun before one is read
         self.preparer = Preparer(checkpoint.prompt_encoder(), checkpoint.tiling, seconds=READ_SECONDS)
-        self.lock = threading.Lock()  # one forward at a time, whoever calls
+        self.lock = threading.Lock()  # one forward is begun at a time, whoever calls
 
     @classmethod
     def from_pretrained(
@@ -63,19 +62,18 @@ class Scorer:
 
         Args:
             path: a local folder, such as runs/NAME/final.
-            device: `auto` is CUDA where there is a GPU, else the CPU.
+            device: `auto` is the CPU, or as few of the GPUs that this process sees as hold the model; or names such as
+                "cuda:0,cuda:1", over which its layers are placed in that order.
             dtype: `auto` is bfloat16 on CUDA and float32 on the CPU; or a torch dtype's name.
             max_length, max_tiles: override what the checkpoint says.
             compat: `reference` prepares texts and pictures as the reference implementation does.
             tokens_per_micro_batch: work of one forward, see `config.BatchConfig`.
 
         Raises:
-            ValueError: the folder is not a reward model.
+            ValueError: the folder is not a reward model, or fills the GPUs.
         """
-        chosen = (
-            torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
-        )
-        default = torch.bfloat16 if chosen.type == "cuda" else torch.float32
+        devices = named_devices(device)
+        default = torch.bfloat16 if devices[0].type == "cuda" else torch.float32
         folder = CheckpointFolder(path)
         folder.require_reward_model()
         checkpoint = folder.load(
@@ -85,10 +83,12 @@ class Scorer:
             compat=compat,
             with_weights=False,
         )
-        if chosen.type == "cuda":
-            require_room(checkpoint.model, torch.cuda.get_device_properties(chosen).total_memory, path)
-        folder.fill(checkpoint.model, chosen)
-        return cls(checkpoint, chosen, tokens_per_micro_batch=tokens_per_micro_batch)
+        if devices[0].type == "cuda":
+            memories = [torch.cuda.get_device_properties(own).total_memory for own in devices]
+            at_least = 1 if device == "auto" else len(devices)
+            devices = devices[: fewest_devices(checkpoint.model, memories, path=path, at_least=at_least)]
+        folder.fill(checkpoint.model, *devices)
+        return cls(checkpoint, tokens_per_micro_batch=tokens_per_micro_batch)
 
     def score(self, records: Iterable[Mapping]) -> list[list[float]]:
         """The reward of every response of every record, in order.
@@ -109,7 +109,7 @@ class Scorer:
     def score_groups(self, groups: Sequence[Group | RecordError]) -> list[Scored | RecordError]:
         """Score groups; each place holds the group's rewards or the error that kept it from being scored.
 
-        While the model runs on one micro-batch, threads decode and pack the next ones.
+        While the model runs on one micro-batch, the next is on its way to it, and threads decode and pack others.
         """
         results: list[Scored | RecordError] = list(groups)
         samples: dict[int, Sample] = {}
@@ -137,8 +137,8 @@ class Scorer:
         costs = [self.cost(sample) for sample in samples]
         batches = [places for places in balance(costs, self.tokens_per_micro_batch, 1) if places]
         packed = prefetch(lambda places: self.pack([samples[place] for place in places]), batches)
-        for places, batch in zip(batches, packed, strict=True):
-            for place, outcome in zip(places, self.score_packed(batch), strict=True):
+        for places, begun in zip(batches, ahead(map(self.begin, packed), self.num_ahead), strict=True):
+            for place, outcome in zip(places, begun.outcomes(), strict=True):
                 outcomes[place] = outcome
         return outcomes
 
@@ -164,34 +164,55 @@ class Scorer:
         return [take_responses(sample, slice(run.start, run.stop)) for run in runs]
 
     def pack(self, samples: Sequence[Sample]) -> Packed:
-        return pack_items(self.preparer, samples, lambda sample: (sample, self.preparer.tiles(sample.group)))
+        return self.packed(samples, lambda sample: (sample, self.preparer.tiles(sample.group)))
+
+    def packed(self, items: Sequence, prepare: Callable) -> Packed:
+        """One batch of what `prepare` makes of the items, see `pack_items`; a GPU fetches it while it computes."""
+        packed = pack_items(self.preparer, items, prepare)
+        return packed.pin_memory() if self.device.type == "cuda" else packed
+
+    def score_packed(self, packed: Packed) -> list[Scored | RecordError]:
+        """One forward: the outcome of each sample that `pack` was given, in order."""
+        return self.begin(packed).outcomes()
 
     @torch.inference_mode()
-    def score_packed(self, packed: Packed) -> list[Scored | RecordError]:
-        """One forward: the outcome of each sample that `pack` was given, in order. One thread at a time runs it."""
+    def begin(self, packed: Packed) -> "Begun":
+        """Begin a forward, for which a GPU is not waited. One thread at a time does."""
         with self.lock:
             batch = packed.batch.to(self.device)
-            count = sum(batch.num_responses)
-            rewards = self.model(batch.main, batch.tiles)[:count].split(list(batch.num_responses))
-            values = [tuple(own.tolist()) for own in rewards]
-        scored = []
-        for sample, own in zip(packed.samples, values, strict=True):
-            unshared = sample.num_tokens_unshared
-            tokens = unshared - sample.main.prefix_length * (len(own) - 1)
+            rewards = self.model(batch.main, batch.tiles)
+            on_host, event = rewards.to("cpu", non_blocking=True), torch.cuda.Event
+            stream = torch.cuda.current_stream(rewards.device) if rewards.is_cuda else None
+            return Begun(packed, on_host, stream and stream.record_event(event(blocking=True)))
+
+
+@dataclass(frozen=True, eq=False)
+class Begun:
+    """A forward whose rewards are on their way to the host."""
+
+    packed: Packed
+    rewards_R: Tensor  # on the host, when `done` has happened
+    done: torch.cuda.Event | None
+
+    def outcomes(self) -> list[Scored | RecordError]:
+        """The outcome of each sample that was to be packed, in order; waits for the forward."""
+        if self.done is not None:
+            self.done.synchronize()
+        rewards, scored = iter(self.rewards_R.tolist()), []
+        for sample, count in zip(self.packed.samples, self.packed.batch.num_responses, strict=True):
+            unshared, own = sample.num_tokens_unshared, tuple(islice(rewards, count))
+            tokens = unshared - sample.main.prefix_length * (count - 1)
             scored.append(Scored(sample.group, own, sample.main.truncated, (), tokens, unshared))
-        for place in sorted(packed.errors):
-            scored.insert(place, packed.errors[place])
+        for place in sorted(self.packed.errors):
+            scored.insert(place, self.packed.errors[place])
         return scored
 
 
-def require_room(model: nn.Module, available: int, path: str | Path) -> None:
-    """Raise `ValueError` where a GPU of so many bytes holds no model of this size and a forward of it."""
-    needed = sum(parameter.nbytes for parameter in model.parameters())
-    if needed > FILLED * available:
-        raise ValueError(
-            f"{path}: its weights take {needed / GIB:.1f} GiB, a GPU here has {available / GIB:.1f}: it is scored and "
-            "served by one GPU, of which weights may fill nine tenths; use one with more memory"
-        )
+def named_devices(device: str) -> list[torch.device]:
+    """The devices of names with commas between them; of `auto` all GPUs that this process sees, or the CPU."""
+    gpus = range(torch.cuda.device_count() if device == "auto" and torch.cuda.is_available() else 0)
+    names = [f"cuda:{gpu}" for gpu in gpus] or device.replace("auto", "cpu").split(",")
+    return [torch.device(name) for name in names]
 
 
 def batch_spread(scorer: Scorer) -> float:
@@ -224,10 +245,15 @@ def take_responses(sample: Sample, chosen: slice) -> Sample:
 def prefetch(function: Callable, items: Iterable, num_threads: int = NUM_PACKERS) -> Iterator:
     """`map(function, items)` computed up to `num_threads` items ahead of what is asked for."""
     with ThreadPoolExecutor(num_threads) as pool:
-        ahead: deque[Future] = deque()
-        for item in items:
-            ahead.append(pool.submit(function, item))
-            if len(ahead) > num_threads:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+        for future in ahead((pool.submit(function, item) for item in items), num_threads):
+            yield future.result()
+
+
+def ahead(items: Iterable, count: int) -> Iterator:
+    """The items, each as soon as so many after it have been made."""
+    made = deque()
+    for item in items:
+        made.append(item)
+        if len(made) > count:
+            yield made.popleft()
+    yield from made

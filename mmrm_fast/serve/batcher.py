@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mmrm_fast.data.packing import Packed, PackedBatch, pack_items
+from mmrm_fast.data.packing import Packed, PackedBatch
 from mmrm_fast.data.prompt import Encoded
 from mmrm_fast.data.records import Group, RecordError
 from mmrm_fast.data.samples import Sample
@@ -72,7 +72,7 @@ class Batcher:
         self.queue: list[Waiting] = []
         self.is_oldest_s_turn = True
         self.arrived, self.places = asyncio.Event(), asyncio.Semaphore(AHEAD)
-        self.packers, self.model = ThreadPoolExecutor(AHEAD - 1), ThreadPoolExecutor(1)
+        self.packers, self.model = ThreadPoolExecutor(AHEAD - 1), ThreadPoolExecutor(1 + scorer.num_ahead)
         self.decoders = ThreadPoolExecutor(1, initializer=give_way)
         self.running: set[asyncio.Task] = set()  # the loop and its batches
 
@@ -178,7 +178,7 @@ class Batcher:
             await self.score_batch(by_key(half))
 
     def pack(self, batch: Batch) -> Packed:
-        return pack_items(self.scorer.preparer, batch, lambda entries: (merge(entries), self.tiles(entries)))
+        return self.scorer.packed(batch, lambda entries: (merge(entries), self.tiles(entries)))
 
     def forward(self, batch: Batch, packed: Packed) -> list[Scored | RecordError]:
         """The outcomes of a packed batch; none where nobody waits for it."""

@@ -16,7 +16,7 @@ from ray.serve.handle import DeploymentHandle
 from mmrm_fast.checkpoint.folder import CheckpointFolder
 from mmrm_fast.config import ServeConfig
 from mmrm_fast.config_file import options
-from mmrm_fast.score.cluster import gpus_each, ray_cluster
+from mmrm_fast.score.cluster import gpus_each, ray_cluster, require_gpus
 from mmrm_fast.score.scorer import Scorer, batch_spread
 from mmrm_fast.serve.api import Front, make_app
 from mmrm_fast.serve.connections import listen, serving
@@ -142,8 +142,8 @@ def read_token(config: ServeConfig) -> str | None:
 
 def start_replicas(config: ServeConfig) -> DeploymentHandle:
     """Deploy the replicas; returns a handle to them when the first are ready."""
-    gpus = gpus_each()
-    count, most = config.replicas, config.max_replicas or config.replicas
+    gpus, count, most = gpus_each(config.gpus_per_actor), config.replicas, config.max_replicas or config.replicas
+    require_gpus(count, gpus, "--replicas")
     threads = max(1, min(int(ray.cluster_resources()["CPU"] / most), CPUS_PER_REPLICA))
     scaling = {"num_replicas": count}
     if most > count:

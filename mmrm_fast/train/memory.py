@@ -84,7 +84,7 @@ def gathered(config: MemoryConfig, model: RewardModel) -> tuple[float, float]:
     """Bytes of gathered weights (two blocks, one of them on its way, and the root's) with a block's unreduced
     gradients, and of the root's, which come when the activations are gone.
     """
-    width, parts = sharding.compute_dtype(config, GPU).itemsize, list(sharding.blocks(model))
+    width, parts = sharding.compute_dtype(config, GPU).itemsize, model.blocks()
     root, root_trained = (count(model, own) - sum(count(part, own) for part in parts) for own in (None, True))
     weights = root + 2 * max(map(count, parts)) if config.reshard_after_forward else count(model)
     reduced = width + 4  # in fp32

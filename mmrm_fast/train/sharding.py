@@ -1,7 +1,7 @@
 """Ranks and FSDP2: who runs where, and how a model is sharded over them."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -110,7 +110,7 @@ def shard(model: RewardModel, device: torch.device, config: MemoryConfig) -> Rew
     torch._dynamo.config.recompile_limit = COMPILED_VARIANTS
     for parameter in model.parameters():
         parameter.data = parameter.data.to(stored_dtype(parameter, dtype))
-    for block in blocks(model):
+    for block in model.blocks():
         if config.activation_checkpointing in ("selective", "full"):
             block.forward = partial(checkpoint, block.forward, **checkpoint_options(config.activation_checkpointing))
         if config.compile:  # the checkpoint within, whose recomputation the compiler plans; every batch has other sizes
@@ -125,7 +125,7 @@ def shard(model: RewardModel, device: torch.device, config: MemoryConfig) -> Rew
         options["offload_policy"] = CPUOffloadPolicy()
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    groups = [fully_shard(block, mp_policy=policy, **options) for block in blocks(model)]
+    groups = [fully_shard(block, mp_policy=policy, **options) for block in model.blocks()]
     groups += [fully_shard(head, mp_policy=exact, **options) for head in model.heads()]
     options["reshard_after_forward"] = False  # what the backward pass begins with need not be gathered twice
     for group in [*groups, fully_shard(model, mp_policy=policy, **options)]:
@@ -169,13 +169,6 @@ def keep_expensive(context, op, *args, **kwargs) -> CheckpointPolicy:
     kept = {"aten::mm", "aten::addmm", "aten::bmm", "aten::_grouped_mm", "mmrm_fast::trie_attention_fwd"}
     is_kept = op.name().split(".")[0] in kept or "scaled_dot_product" in op.name()
     return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def blocks(model: RewardModel) -> Iterable[nn.Module]:
-    """The repeated blocks: vision layers, then decoder layers."""
-    if model.model.vision_tower is not None:
-        yield from model.model.vision_tower.encoder.layer
-    yield from model.model.language_model.layers
 
 
 def full_state(model: RewardModel) -> dict[str, Tensor]:

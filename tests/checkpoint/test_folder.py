@@ -253,7 +253,7 @@ def test_what_transformers_saved_loads_with_equal_hidden_states(folder, tmp_path
     whole = InternVLForConditionalGeneration(config)
     whole.save_pretrained(tmp_path / "native", max_shard_size="20KB")
     (tmp_path / "native" / "model.safetensors").unlink()
-    scorer = Scorer(CheckpointFolder(tmp_path / "native").load(), torch.device("cpu"))
+    scorer = Scorer(CheckpointFolder(tmp_path / "native").load())
     group = Group("test", 0, None, "What?", None, (), ("the red circle",))
     (ids,) = scorer.checkpoint.prompt_encoder().encode(group.prompt, group.responses).sequences
     hidden = whole.model(input_ids=torch.from_numpy(ids)[None]).last_hidden_state[0, -1]

@@ -8,6 +8,7 @@ import json
 import sys
 import tempfile
 import warnings
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,8 @@ from transformers import InternVLConfig, InternVLVisionConfig, Qwen2Config
 from mmrm_fast.config import TrainConfig
 from mmrm_fast.config_file import with_options
 from mmrm_fast.data.packing import Packed, PackedBatch, map_tensors, plan_tokens
+from mmrm_fast.model.decoder import renew_rope
+from mmrm_fast.model.placement import place
 from mmrm_fast.score.scorer import Scorer
 from mmrm_fast.train import memory, sharding
 from mmrm_fast.train.branch import train_mode
@@ -77,7 +80,7 @@ def on_gpu(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """A model of the meta device with fake parameters and buffers on the GPU."""
     for module in model.modules():
         for name, own in [*module._parameters.items(), *module._buffers.items()]:
-            if own is not None:
+            if own is not None and own.device.type == "meta":
                 with mode:
                     tensor = torch.empty(own.shape, dtype=own.dtype, device=CUDA)
                 is_parameter = name in module._parameters
@@ -190,17 +193,26 @@ def peaks() -> dict:
 
 
 def scoring() -> dict:
-    """The waits of one forward of a `Scorer`."""
-    mode, config = fake_mode(), with_options(TrainConfig(), model=folder_of(TINY, 2))
-    model = on_gpu(sized_branches(parse_proxy(config))[0].root, mode).eval()
-    scorer = Scorer.__new__(Scorer)
-    scorer.__dict__ |= {"model": model, "device": CUDA, "lock": contextlib.nullcontext()}
-    main = SimpleNamespace(prefix_length=1, truncated=(False, False))
-    sample = SimpleNamespace(group=None, main=main, num_tokens_unshared=2)
-    packed = replace(batch_of(mode, 56), samples=(sample, sample))
-    with mode, Watch() as watch:
-        scorer.score_packed(packed)
-    return watch.counts()
+    """The waits of one forward of a `Scorer`, and what goes between devices where its layers are on one, two, three."""
+    found = {}
+    for count in (1, 2, 3):
+        mode, config = fake_mode(), with_options(TrainConfig(), model=folder_of(TINY, 4))
+        model = sized_branches(parse_proxy(config))[0].root.eval()
+        with mode:
+            if count > 1:
+                place(model, [torch.device("cuda", number) for number in range(count)])
+            renew_rope(on_gpu(model, mode).model.language_model, CUDA)
+        scorer = Scorer.__new__(Scorer)
+        scorer.__dict__ |= {"model": model, "device": CUDA, "lock": contextlib.nullcontext()}
+        main = SimpleNamespace(prefix_length=1, truncated=(False, False))
+        sample = SimpleNamespace(group=None, main=main, num_tokens_unshared=2)
+        packed = replace(batch_of(mode, 56), samples=(sample, sample))
+        with mode, Watch() as watch:
+            begun = scorer.begin(packed)
+            begins, copies = watch.counts(), Counter(map(" to ".join, watch.copies))
+            begun.outcomes()
+        found[count] = {"begin": begins, "outcomes": watch.counts(), "copies": copies}
+    return found
 
 
 def with_host_edges(steps: Steps) -> None:

@@ -12,6 +12,7 @@ import traceback
 import weakref
 from collections import Counter
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -51,7 +52,11 @@ class Stream:
     def nothing(self, *args):
         return self
 
-    record = wait = query = synchronize = wait_stream = wait_event = nothing
+    def synchronize(self):
+        for watch in Watch.all:
+            watch.waits.append(("event", where()))
+
+    record = wait = query = wait_stream = wait_event = nothing
 
 
 @contextlib.contextmanager
@@ -80,20 +85,25 @@ def where() -> str:
 
 
 class Watch(TorchDispatchMode):
-    """What would make a host wait for the GPU, by kind and line; and the collectives, in order."""
+    """What would make a host wait for the GPU, by kind and line; the collectives and copies between GPUs, in order."""
+
+    all: ClassVar[list] = []  # those that are open
 
     def __init__(self):
         super().__init__()
         self.waits: list[tuple[str, str]] = []
         self.collectives: list[str] = []
+        self.copies: list[tuple[str, str]] = []
         self.num_ops = 0
 
     def __enter__(self):
         self.tolist, FakeTensor.tolist = FakeTensor.tolist, lambda tensor: self.read(tensor, Watch.ones)
+        Watch.all.append(self)
         return super().__enter__()
 
     def __exit__(self, *error):
         FakeTensor.tolist = self.tolist
+        Watch.all.remove(self)
         return super().__exit__(*error)
 
     @staticmethod
@@ -118,9 +128,11 @@ class Watch(TorchDispatchMode):
         if name.startswith(("c10d::", "_c10d_functional::", "fsdp::")):
             self.collectives.append(name)
         out = op(*args, **kwargs)
-        if name in ("aten::_to_copy", "aten::copy_"):
+        if name.partition(".")[0] in ("aten::_to_copy", "aten::copy_", "aten::to"):  # the last in inference mode
             source, target = (args[1], args[0]) if name == "aten::copy_" else (args[0], out)
             is_async = kwargs.get("non_blocking") or (name == "aten::copy_" and len(args) > 2 and args[2])
+            if source.device.type == target.device.type and source.device != target.device:
+                self.copies.append((str(source.device), str(target.device)))
             if source.device.type != target.device.type and not is_async and source.numel():
                 self.waits.append((f"{source.device.type} to {target.device.type}", where()))
         return out

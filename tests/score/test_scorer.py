@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from published import published_config
 
 from mmrm_fast.checkpoint.folder import CheckpointFolder, save_checkpoint
 from mmrm_fast.data import samples
 from mmrm_fast.data.images import Tiling
 from mmrm_fast.data.records import Group, RecordError
+from mmrm_fast.model.placement import Copies, device_numbers, fewest_devices, last_modules, nbytes, shares
 from mmrm_fast.score.scored import Scored
-from mmrm_fast.score.scorer import Scorer, batch_spread, require_room
+from mmrm_fast.score.scorer import Scorer, batch_spread
 
 RESPONSES = ("two red circles", "I think so.", "", "on the left", "two red circles on the left of the picture")
 
@@ -114,7 +116,7 @@ def test_best_of_64_is_one_forward_of_less_than_an_eighth_of_the_tokens(checkpoi
     """A picture of 7 tiles of 256 tokens and 64 responses of 150 tokens."""
     Image.new("RGB", (448 * 3, 448 * 2)).save(tmp_path / "photo.png")
     real = replace(checkpoint, tiling=Tiling(448, 1, 6), tokens_per_tile=256, max_length=4096)
-    scorer = Scorer(real, torch.device("cpu"))
+    scorer = Scorer(real)
     (sample,) = scorer.split(scorer.encode(group(0, [str(tmp_path / "photo.png")], *["a" * 150] * 64)))
     tokens = sample.main.prefix_length + sum(len(own) - sample.main.prefix_length for own in sample.main.sequences)
     assert sample.main.prefix_length > 7 * 256 and len(sample.main.sequences) == 64
@@ -232,7 +234,7 @@ def test_a_saved_folder_remembers_how_records_are_read(make_checkpoint, tmp_path
 
 def test_a_saved_model_gives_the_rewards_it_gave_before(checkpoint, scorer, pictures):
     records = [record(pictures["photo"], *RESPONSES)]
-    assert Scorer(checkpoint, torch.device("cpu")).score(records) == scorer.score(records)
+    assert Scorer(checkpoint).score(records) == scorer.score(records)
 
 
 def test_limits_can_be_overridden_when_loading(folder):
@@ -278,8 +280,43 @@ def test_the_spread_over_batches_is_what_a_reward_changes_by_beside_others(score
     assert batch_spread(scorer) == pytest.approx(0.25, abs=1e-5)
 
 
-def test_a_model_that_fills_a_gpu_is_refused_with_the_figures(checkpoint):
-    size = sum(parameter.nbytes for parameter in checkpoint.model.parameters())
-    require_room(checkpoint.model, 2 * size, "runs/a/final")
-    with pytest.raises(ValueError, match=r"runs/a/final: its weights take 0\.0 GiB, a GPU here has 0\.0: it is scored"):
-        require_room(checkpoint.model, size, "runs/a/final")
+# several devices
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_layers_placed_over_several_devices_give_the_same_bits(folder, scorer, pictures, monkeypatch, count):
+    followed = set()
+    follow = Copies.follow
+    monkeypatch.setattr(Copies, "follow", lambda self, *call: followed.add(call[1]) or follow(self, *call))
+    placed = Scorer.from_pretrained(folder, ",".join(["cpu"] * count))
+    records = crowd(pictures, 6)
+    assert placed.score(records) == scorer.score(records)
+    assert followed >= {*placed.model.blocks(), *last_modules(placed.model)}
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """InternVL3-78B in bf16, on the meta device."""
+    folder = tmp_path_factory.mktemp("78B")
+    (folder / "config.json").write_text(json.dumps(published_config("InternVL2.5-78B, 3-78B")))
+    return CheckpointFolder(folder).model(torch.bfloat16)
+
+
+def test_a_model_is_cut_into_runs_of_blocks_of_about_the_same_bytes(large):
+    for count in (2, 3, 8):
+        numbers = list(map(device_numbers(large, count).get, large.blocks()))
+        assert numbers == sorted(numbers) and {*numbers} == {*range(count)}
+        held = shares(large, count)
+        assert sum(held) == nbytes(large) and max(held) < 1.06 * sum(held) / count
+
+
+def test_a_model_is_on_as_few_gpus_as_hold_it_and_what_fills_them_is_refused_with_the_figures(large):
+    gib = 1 << 30
+    assert fewest_devices(large, [79 * gib] * 8, path="final") == 3
+    assert fewest_devices(large, [141 * gib] * 8, path="final") == 2
+    assert fewest_devices(large, [180 * gib], path="final") == 1
+    figures = (
+        r"final: its weights take 14\d\.\d GiB, on 2 GPU\(s\) up to 7\d\.\d of the 79\.0 of one.*--gpus-per-actor 3"
+    )
+    with pytest.raises(ValueError, match=figures):
+        fewest_devices(large, [79 * gib] * 2, path="final")

@@ -211,7 +211,7 @@ def test_pictures_of_a_client_that_is_gone_are_not_decoded_to_the_end(scorer):
     async def decode():
         nonlocal waiting
         waiting = Waiting(sample, asyncio.get_running_loop().create_future(), 1, 1)
-        stub = type("Stub", (), {"preparer": Preparer()})
+        stub = type("Stub", (), {"preparer": Preparer(), "num_ahead": 0})
         with pytest.raises(RecordError, match="nobody waits"):
             Batcher(stub).tiles([waiting])
 

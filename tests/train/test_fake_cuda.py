@@ -68,9 +68,19 @@ def test_a_step_holds_what_the_dry_run_says(guard):
         assert peak["dry run"] == pytest.approx(peak["allocated"], rel=0.15), way
 
 
-def test_a_forward_of_scoring_is_read_once_at_its_end(guard):
-    (read,) = result(guard, "scoring").items()
-    assert read == ("read in scorer.py: values = [tuple(own.tolist()) for own in rewards]", 2)
+def test_a_forward_of_scoring_is_begun_without_waiting_and_waited_for_once(guard):
+    """On one GPU, or with layers on two or three, each of which has one copy of the plan."""
+    found = result(guard, "scoring")
+    for count, scored in found.items():
+        assert (count, scored["begin"]) == (count, {})
+        assert scored["outcomes"] == {"event in scorer.py: self.done.synchronize()": 1}
+    plan, hidden, tiles = 12, 1, 1  # the index that the score reads by among the plan
+    assert found["1"]["copies"] == {}
+    assert found["2"]["copies"] == {"cuda:0 to cuda:1": plan + hidden}
+    assert found["3"]["copies"] == {
+        "cuda:0 to cuda:1": tiles + plan - 1 + hidden, "cuda:1 to cuda:0": tiles,
+        "cuda:1 to cuda:2": hidden, "cuda:0 to cuda:2": plan,
+    }  # fmt: skip
 
 
 def test_planted_faults_are_caught(guard):
