@@ -215,7 +215,9 @@ class CheckpointFolder:
     @cached_property
     def reward_token(self) -> RewardToken:
         """Where rewards are read; of a sequence classifier that does not say so, where such are: at the last token."""
-        is_classifier = self.is_text or (not self.is_original and CLASSIFIER in self.settings.get("architectures", ()))
+        is_classifier = self.is_text or (
+            not self.is_original and CLASSIFIER in (self.settings.get("architectures") or ())
+        )
         found = self.settings.get(REWARD_TOKEN, "last" if is_classifier else "end")
         if found not in get_args(RewardToken):
             raise ValueError(f"{self.path}/config.json: {REWARD_TOKEN} is {found!r}; expected end or last")

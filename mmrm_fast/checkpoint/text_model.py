@@ -24,11 +24,11 @@ def shell(settings: dict, tokenizer: PreTrainedTokenizerBase | None) -> InternVL
     Raises:
         ValueError: a head that is no reward's.
     """
-    (architecture,) = settings.get("architectures") or ["Model"]
     text = CONFIG_MAPPING[settings["model_type"]].from_dict(settings)
-    if not architecture.endswith(HEADS):
-        raise ValueError(f"architectures is [{architecture}]; expected {CLASSIFIERS[text.model_type]} or a causal LM")
-    if architecture.endswith(CLASSIFIER) and text.num_labels != 1:
+    found = settings.get("architectures") or ["Model"]
+    if not (isinstance(found, list) and len(found) == 1 and str(found[0]).endswith(HEADS)):
+        raise ValueError(f"architectures is {found}; expected [{CLASSIFIERS[text.model_type]}] or a causal LM alone")
+    if found[0].endswith(CLASSIFIER) and text.num_labels != 1:
         raise ValueError(f"num_labels is {text.num_labels}; expected 1, a reward")
     if text.pad_token_id is None and tokenizer:
         own = tokenizer.pad_token_id

@@ -1,9 +1,10 @@
-"""OpenRLHF's and verl's own reward clients against a live server: equal to scoring, or refused, never another number.
+"""Other programs' own reward clients against a live server: equal to scoring, or refused, never another number.
 
     python -m venv rl && rl/bin/pip install "torch<2.14" torchvision "transformers>=5.5.3,<5.11" "tensordict<=0.10" \
         ray omegaconf hydra-core aiohttp codetiming datasets peft accelerate torchdata orjson pylatexenc requests
     rl/bin/pip install --no-deps verl==0.9.1 openrlhf==0.11.2   # which else ask for CUDA packages
-    python scripts/peers/check_clients.py --python rl/bin/python
+    python -m venv trl && trl/bin/pip install trl==1.16.0 "torch<2.14" torchvision requests
+    python scripts/peers/check_clients.py --rl rl/bin/python --trl trl/bin/python
 
 The status is 1 where a case is answered otherwise than its row says.
 """
@@ -30,6 +31,7 @@ ASKING = {"role": "user", "content": "What is it?"}
 EMPTY = {"images": [], "labelled": [], "cut": False, "foreign": False, "response": "Two red circles."}
 SIZES = {"a.png": (56, 56), "b.png": (120, 60)}
 PICTURES = list(SIZES)
+SCRIPTS = {"rl": "rl_clients.py", "trl": "trl_client.py"}
 TEMPLATED = ("OpenRLHF, HTTP", "OpenRLHF, file", "verl, /classify", "verl, /v1/embeddings")  # they send text
 VERL = ("verl, /classify", "verl, /v1/embeddings")
 CASES = {  # and which clients are refused
@@ -42,18 +44,19 @@ CASES = {  # and which clients are refused
     "over-long response": ({"messages": [ASKING], "response": "two red circles " * 1000}, ()),
     "over-long prompt": (
         {"messages": [{"role": "user", "content": "What is it? " * 1500}]},
-        (*TEMPLATED, "verl, file"),
+        (*TEMPLATED, "verl, file", "TRL"),
     ),
     "prompt cut on its left": ({"messages": [*TURNS, ASKING], "cut": True}, TEMPLATED[:2]),
-    "malformed": ({"messages": [ASKING], "foreign": True}, (*TEMPLATED, "verl, file")),
+    "malformed": ({"messages": [ASKING], "foreign": True}, (*TEMPLATED, "verl, file", "TRL")),
 }
 
 
-def check_clients(python: Path, port: int = 8912) -> int:
+def check_clients(rl: Path | None = None, trl: Path | None = None, port: int = 8912) -> int:
     """Ask by every client for every case.
 
     Args:
-        python: interpreter of an environment with OpenRLHF and verl.
+        rl: interpreter of an environment with OpenRLHF and verl.
+        trl: and of one with TRL.
         port: that the server listens on.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -63,7 +66,8 @@ def check_clients(python: Path, port: int = 8912) -> int:
             (root / name).write_bytes(picture(*size))
         expected = {name: reward(root, {**EMPTY, **case}) for name, (case, _) in CASES.items()}
         with server(root, port) as url:
-            outcomes = asked(python, root, url)
+            pythons = {name: python for name, python in (("rl", rl), ("trl", trl)) if python is not None}
+            outcomes = {k: v for name, python in pythons.items() for k, v in asked(name, python, root, url).items()}
     rows = [
         [client, case, *judged(outcome, expected[case], client in CASES[case][1])]
         for client, own in outcomes.items()
@@ -83,14 +87,14 @@ def reward(root: Path, case: dict) -> float | None:
         return None
 
 
-def asked(python: Path, root: Path, url: str) -> dict[str, dict]:
+def asked(name: str, python: Path, root: Path, url: str) -> dict[str, dict]:
     """What the clients get."""
     cases = {name: {**EMPTY, **case} for name, (case, _) in CASES.items()}
     for case in cases.values():
         case["images"] = [str(root / name) for name in case["images"]]
     given = {"model": str(root / "model"), "url": url, "examples": str(ROOT / "scripts" / "examples"), "cases": cases}
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "REWARD_SERVER": url, "CUDA_VISIBLE_DEVICES": ""}
-    command = [str(python), str(Path(__file__).with_name("rl_clients.py"))]
+    command = [str(python), str(Path(__file__).with_name(SCRIPTS[name]))]
     done = subprocess.run(command, input=json.dumps(given), env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the clients failed:\n{done.stderr[-4000:]}")

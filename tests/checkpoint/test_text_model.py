@@ -4,6 +4,7 @@ import httpx
 import pytest
 import torch
 from conftest import CHATML, exact
+from ranks import run_ranks
 from reward_server import data_url, picture, running
 from runs import losses
 from safetensors.torch import load_file
@@ -16,11 +17,13 @@ from transformers import (
 
 from mmrm_fast.checkpoint.export import convert_folder, export_original, export_vllm, summary
 from mmrm_fast.checkpoint.folder import CheckpointFolder, rewrite_json, save_checkpoint, save_tokenizer
+from mmrm_fast.cli import main
 from mmrm_fast.config import TrainConfig
 from mmrm_fast.config_file import with_options
 from mmrm_fast.data.packing import pack_items
 from mmrm_fast.data.records import parse_group
 from mmrm_fast.data.samples import Preparer
+from mmrm_fast.files import read_json
 from mmrm_fast.score.scorer import Scorer
 from mmrm_fast.train.command import run, train
 from mmrm_fast.train.loss import preference_loss
@@ -162,6 +165,36 @@ def test_a_text_model_trains_in_every_form_and_resumes_to_the_same_losses(write_
     assert weights.keys() == again.keys() and all(torch.equal(again[name], weights[name]) for name in weights)
 
 
+def test_a_text_model_trains_on_two_ranks_to_the_losses_of_one(write_text, write_jsonl, tmp_path):
+    data = write_jsonl([{**record, "prompt": f"{i}?"} for i in range(6) for record in RECORDS[:1]])
+    one, two = (config_of(write_text(), data, tmp_path / name) for name in ("one", "two"))
+    train(one)
+    assert run_ranks(train, two) == [0, 0]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+def test_a_text_model_judges_a_benchmark_and_its_states_tell_an_audit_what_text_tells(
+    write_text, write_jsonl, tmp_path
+):
+    folder, rows = (
+        write_text(),
+        [{"id": "1", "prompt": "Why?", "chosen": ["so"], "rejected": ["", "no"], "subset": "Math"}],
+    )
+    bench = {
+        "bench": "rewardbench-2",
+        "data": write_jsonl(rows),
+        "model": folder,
+        "output-dir": tmp_path,
+        "ties": "wrong",
+    }
+    assert main(["evaluate", *(f"--{name}={value}" for name, value in bench.items())]) == 0
+    found = read_json(tmp_path / "results.json")
+    assert found["metrics"]["sections"].keys() == {"Math, first", "score"} and len(found["items"]) == 2
+    data = write_jsonl([{**record, "prompt": f"{i}?"} for i in range(8) for record in RECORDS[:1]], "audited.jsonl")
+    assert main(["audit", str(data), f"--model={folder}", f"--output-dir={tmp_path}"]) == 0
+    assert "probe_matrix" in read_json(tmp_path / "audit.json")
+
+
 def test_the_dry_run_counts_a_text_model(write_text, write_jsonl, tmp_path, capsys):
     run(config_of(write_text(), write_jsonl(RECORDS), tmp_path / "run", dry_run=True, gpu_memory=80.0))
     printed = capsys.readouterr().out
@@ -213,6 +246,12 @@ def test_other_model_types_and_what_a_text_model_has_not_are_refused_by_name(wri
         "--proxy-model ngrams": lambda: train(with_options(config, robust=True)),
         "no chat template": lambda: unwritten(write_text()),
         "model_type is 'qwen2_vl'": lambda: changed(folder, "config.json", model_type="qwen2_vl"),
+        r"architectures is \['Qwen2Model', 'X'\]; expected \[Qwen2ForSequenceClassification\] or": lambda: changed(
+            write_text(), "config.json", architectures=["Qwen2Model", "X"]
+        ),
+        "architectures is Qwen2Model; expected": lambda: changed(
+            write_text(), "config.json", architectures="Qwen2Model"
+        ),
         "BertModel": lambda: changed(folder, "config.json", model_type="bert", architectures=["BertModel"]),
     }
     for reason, call in calls.items():
