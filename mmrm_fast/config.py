@@ -327,6 +327,8 @@ class ServeConfig(ClusterConfig):
     """File whose content requests must carry as `Authorization: Bearer`. Default: no token is asked for."""
     image_root: Path | None = None
     """Folder whose images requests may name by path. Default: images by data URL only."""
+    image_index: Path | None = None
+    """JSON lines of `id` and `images`: those that a label of `/get_reward` means which is such an id."""
     replicas: int = 1
     """Copies of the model to begin with."""
     max_replicas: int | None = None

@@ -27,14 +27,16 @@ class Here:
 
 
 @contextmanager
-def running(scorer, *, limits: Limits | None = None, image_root=None, token=None, hosts=(), replicas=None):
+def running(scorer, *, limits: Limits | None = None, image_root=None, token=None, hosts=(), replicas=None, index=None):
     """The base URL of a server around `scorer`, or around `replicas`."""
     limits = limits or Limits()
     replicas = replicas or Here(RewardService(scorer, limits=limits, image_root=image_root))
     reader = ConversationReader(scorer.checkpoint.prompt_encoder().chat, scorer.checkpoint.tokenizer)
     bound = listen("127.0.0.1", 0)
     url = f"http://127.0.0.1:{bound.getsockname()[1]}"
-    with serving(make_app(Front(replicas, reader, "tiny"), limits=limits, token=token, hosts=hosts), bound, limits):
+    with serving(
+        make_app(Front(replicas, reader, "tiny", index or {}), limits=limits, token=token, hosts=hosts), bound, limits
+    ):
         wait_until(lambda: answers(url), "the server does not start", seconds=60)
         yield url
 

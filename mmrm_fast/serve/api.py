@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -48,8 +48,8 @@ class Replicas(Protocol):
 class Front:
     """What stands between HTTP and the replicas: requests become records, answers are counted."""
 
-    def __init__(self, replicas: Replicas, reader: ConversationReader, name: str):
-        self.replicas, self.reader, self.name, self.metrics = replicas, reader, name, Metrics()
+    def __init__(self, replicas: Replicas, reader: ConversationReader, name: str, index: Mapping[str, dict]):
+        self.replicas, self.reader, self.name, self.index, self.metrics = replicas, reader, name, index, Metrics()
 
     async def score(self, body: protocols.RewardRequest | protocols.PoolingBody, request: Request) -> Answer:
         """The answer to a request's records. Raises `Refused` and `FieldError`."""
@@ -80,7 +80,7 @@ def add_scoring(app: FastAPI, front: Front) -> None:
     @app.post("/get_reward", responses=REFUSALS, tags=["OpenRLHF"])
     async def get_reward(body: protocols.RewardRequest, request: Request) -> dict:
         """Rewards of whole decoded queries, with `images` optionally."""
-        answer = await front.score(body, request)
+        answer = await front.score(body.with_indexed(front.index), request)
         return protocols.reward_answer(answer.rewards, answer.truncated)
 
     def responder(endpoint: protocols.Endpoint) -> Callable:
@@ -107,6 +107,7 @@ def add_pages(app: FastAPI, front: Front) -> None:
     async def docs() -> HTMLResponse:
         return html(schema.render(app.openapi(), dumps=json.dumps), DOCS_POLICY)
 
+    @app.get("/health", include_in_schema=False)  # vLLM's name
     @app.get("/healthz", tags=["operations"])
     async def healthz() -> dict:
         """The process answers."""

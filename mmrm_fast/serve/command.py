@@ -22,6 +22,7 @@ from mmrm_fast.serve.api import Front, make_app
 from mmrm_fast.serve.connections import listen, serving
 from mmrm_fast.serve.conversation import ConversationReader
 from mmrm_fast.serve.guard import Limits, Refused
+from mmrm_fast.serve.protocols import read_index
 from mmrm_fast.serve.service import Answer, RewardService
 
 APP = "mmrm_fast"
@@ -93,7 +94,7 @@ class RayReplicas:
 def serve(config: ServeConfig) -> None:
     """Serve until SIGINT or SIGTERM; requests under way are answered first."""
     config = checked(config)
-    token, bound = read_token(config), listen(config.host, config.port)
+    token, index, bound = read_token(config), read_index(config.image_index), listen(config.host, config.port)
     places = config.max_requests * (config.max_replicas or config.replicas)
     limits = Limits(requests=places, seconds=config.timeout)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -105,7 +106,7 @@ def serve(config: ServeConfig) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):  # after Ray has set its own
             signal.signal(number, lambda *_: stop.set())
         precision = handle.say_precision.remote().result()
-        front = Front(RayReplicas(handle), reader, config.model.name)
+        front = Front(RayReplicas(handle), reader, config.model.name, index)
         app = make_app(front, limits=limits, token=token, hosts=(config.host, *config.allowed_host))
         with serving(app, bound, limits, on_end=stop.set):
             print(f"computing in {precision} whatever shares their batch", flush=True)
@@ -117,7 +118,7 @@ def serve(config: ServeConfig) -> None:
 
 def checked(config: ServeConfig) -> ServeConfig:
     """The config with absolute paths. Raises `ValueError` for what can be known to fail."""
-    paths = {name: getattr(config, name) for name in ("model", "image_root", "token_file")}
+    paths = {name: getattr(config, name) for name in ("model", "image_root", "image_index", "token_file")}
     resolved = {name: path.resolve() for name, path in paths.items() if path is not None}
     config = replace(config, **resolved)
     CheckpointFolder(config.model).require_reward_model()

@@ -7,9 +7,10 @@ checks and scores them as files are.
 import json
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
@@ -18,6 +19,7 @@ from scipy.special import expit
 from mmrm_fast.data.messages import MESSAGE_EXTRAS
 from mmrm_fast.data.prompt import IMAGE
 from mmrm_fast.data.types import FieldError
+from mmrm_fast.files import json_lines
 from mmrm_fast.serve.conversation import ConversationReader, without_end
 
 # What clients of other servers send that changes no reward here; any other unknown field is refused.
@@ -95,13 +97,18 @@ class RewardRequest(Body):
     """OpenRLHF: `query` is the whole decoded prompt + response, special tokens included.
 
     A prompt of `prompts` is the text that its query begins with, or messages; then the query is the response alone.
-    Pictures are in `images`, or in a label, as an object or its JSON: `{"images": ["cat.png"]}`.
+    Pictures are in `images`, or in a label, as an object or its JSON, `{"images": ["cat.png"]}`, or as an indexed id.
     """
 
     query: Texts
     prompts: Annotated[list[str | Messages], Field(**BOUNDED)] | None = None
     labels: list[Any] | None = None
     images: Annotated[list[Annotated[list[str], Field(**BOUNDED)]], Field(**BOUNDED)] | None = None
+
+    def with_indexed(self, index: Mapping[str, dict]) -> "RewardRequest":
+        """The request with what an index says in place of labels that it has."""
+        labels = self.labels and [index.get(own, own) if isinstance(own, str) else own for own in self.labels]
+        return self.model_copy(update={"labels": labels})
 
     def records(self, reader: ConversationReader) -> list[dict]:
         """One record a query. Raises `FieldError`."""
@@ -228,6 +235,17 @@ def label_images(label: Any) -> list:
             label = json.loads(label)
     images = label.get("images") if isinstance(label, dict) else None
     return images or []
+
+
+def read_index(path: Path | None) -> dict[str, dict]:
+    """What each id of an image index stands for. Raises `ValueError` naming the line that is no id with its images."""
+    index: dict[str, dict] = {}
+    for source, row in json_lines(path) if path else ():
+        identity, images = row.get("id"), row.get("images")
+        if not isinstance(identity, (str, int)) or not isinstance(images, list) or str(identity) in index:
+            raise ValueError(f"{source}: expected a new `id` and a list of `images`")
+        index[str(identity)] = {"images": images}
+    return index
 
 
 def with_pictures(turns: list[dict], images: Sequence) -> list[dict]:

@@ -34,6 +34,11 @@ SIZES = ((56, 56), (120, 60), (168, 112), (56, 224))  # pixels; vLLM resizes oth
 RESPONSES = ("Two red circles at the left.", "I cannot tell.", "")
 START_SECONDS = 300
 LINES = 30  # of a failed server's log
+REFUSED = {  # messages that vLLM refuses too; here an over-long response is cut, and said to be
+    "over-long prompt": [{"role": "user", "content": "What is it? " * 3000}, {"role": "assistant", "content": "Two."}],
+    "over-long response": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "two red " * 3000}],
+    "malformed": [{"role": "user", "content": {"text": "What?"}}, {"role": "assistant", "content": "Two."}],
+}
 
 
 def check_vllm(
@@ -82,6 +87,7 @@ def compare(source: Path, exported: Path, python: Path, port: int) -> Iterator[t
             ours = scorer.score([record | {"responses": list(RESPONSES)}])[0]
             for response, reward in zip(RESPONSES, ours, strict=True):
                 yield name, reward, asked(url, record, response)
+        print_refusals(url)
 
 
 def records() -> dict[str, dict]:
@@ -110,10 +116,22 @@ def asked(url: str, record: dict, response: str) -> float:
     *before, last = record["prompt"]
     parts = [{"type": "image_url", "image_url": {"url": image}} for image in record.get("images", ())]
     content = [*parts, {"type": "text", "text": last["content"]}] if parts else last["content"]
-    messages = [*before, {"role": "user", "content": content}, {"role": "assistant", "content": response}]
-    answer = requests.post(f"{url}/classify", json={"model": "reward", "messages": messages}, timeout=120)
+    answer = classify(url, [*before, {"role": "user", "content": content}, {"role": "assistant", "content": response}])
     answer.raise_for_status()
     return answer.json()["data"][-1]["probs"][-1]
+
+
+def classify(url: str, messages: list[dict]) -> requests.Response:
+    return requests.post(f"{url}/classify", json={"model": "reward", "messages": messages}, timeout=120)
+
+
+def print_refusals(url: str) -> None:
+    """Print what vLLM answers to what it cannot score. Raises `RuntimeError` where it scores it."""
+    for name, messages in REFUSED.items():
+        answer = classify(url, messages)
+        print(f"{name}: vLLM answers {answer.status_code}: {answer.text[:200]}")
+        if answer.ok:
+            raise RuntimeError(f"{name}: vLLM gives a reward")
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from mmrm_fast.data.records import Group, RecordError
 from mmrm_fast.score.scorer import Scorer
 from mmrm_fast.serve.batcher import Batcher
 from mmrm_fast.serve.guard import Limits
-from mmrm_fast.serve.protocols import RerankRequest, RewardRequest, ScoreRequest
+from mmrm_fast.serve.protocols import RerankRequest, RewardRequest, ScoreRequest, read_index
 
 PROMPT = "What is in the picture?"
 RESPONSES = ["two red circles", "I think so.", "", "two red circles on the left"]
@@ -46,7 +46,10 @@ def image_root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(scorer, image_root):
-    with running(scorer, image_root=image_root) as url, httpx.Client(base_url=url, timeout=30) as client:
+    with (
+        running(scorer, image_root=image_root, index={"7": {"images": ["wide.png"]}}) as url,
+        httpx.Client(base_url=url, timeout=30) as client,
+    ):
         yield client
 
 
@@ -88,12 +91,24 @@ def test_get_reward_takes_images(client, scorer, expected, image):
     assert post(client, "/get_reward", body)["rewards"] == pytest.approx(expected["image"][:1], **EXACT)
 
 
-@pytest.mark.parametrize("label", [{"images": ["wide.png"]}, '{"images": ["wide.png"]}'], ids=["object", "JSON"])
+@pytest.mark.parametrize(
+    "label", [{"images": ["wide.png"]}, '{"images": ["wide.png"]}', "7"], ids=["object", "JSON", "indexed"]
+)
 def test_get_reward_takes_images_that_a_label_names(client, scorer, expected, label):
     body = {"query": [rendered(scorer, PROMPT, RESPONSES[0])] * 2, "labels": [label, "a cat"]}
     assert post(client, "/get_reward", body)["rewards"] == pytest.approx(
         [expected["image"][0], expected["text"][0]], **EXACT
     )
+
+
+def test_an_index_of_images_is_read_or_refused_by_its_line(tmp_path):
+    path = tmp_path / "index.jsonl"
+    path.write_text('{"id": "a", "images": ["x.png"]}\n{"id": 7, "images": [], "prompt": "?"}\n')
+    assert read_index(path) == {"a": {"images": ["x.png"]}, "7": {"images": []}} and read_index(None) == {}
+    for line in ('{"id": "a"}', '{"images": []}', '{"id": 7, "images": []}\n{"id": "7", "images": []}'):
+        path.write_text('{"id": "b", "images": []}\n' + line)
+        with pytest.raises(ValueError, match=r"index.jsonl:[23]: expected a new `id` and a list of `images`"):
+            read_index(path)
 
 
 def test_a_response_that_was_cut_is_reported(client, scorer):
@@ -296,7 +311,7 @@ def test_docs_health_and_metrics(client):
     assert (
         docs.headers["content-security-policy"].startswith("default-src 'none'; style-src") and "http" not in docs.text
     )
-    assert client.get("/healthz").json() == {"status": "ok"}
+    assert client.get("/healthz").json() == client.get("/health").json() == {"status": "ok"}
     assert client.get("/readyz").json() == {"status": "ready", "model": "tiny"}
     post(client, "/rerank", {"query": PROMPT, "documents": RESPONSES})
     metrics = client.get("/metrics").text
