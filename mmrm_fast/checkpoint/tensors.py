@@ -19,6 +19,7 @@ PICKLE_REMEDY = (
     " s({k: v.contiguous().clone() for k, v in torch.load('pytorch_model.bin', weights_only=True).items()},"
     " 'model.safetensors')\""
 )
+VALUE_HEADS = ("value_head.safetensors", "value_head.bin")  # of LLaMA-Factory's reward models
 SHARD_BYTES = 5 * 10**9
 LORA = re.compile(r"\.lora_([AB])(?:\.\w+)?\.weight$")
 PEFT = re.compile(r"base_model\.model\.|base_layer\.|modules_to_save\.default\.")  # what its wrappers put into a name
@@ -38,7 +39,8 @@ class TensorFolder:
         lora_scale: alpha / rank of adapters.
 
     Raises:
-        ValueError: no safetensors, an index that names a file outside of the folder, or an expert without its weights.
+        ValueError: no safetensors, an index that names a file outside of the folder, an expert without its weights, or
+            a reward head in a file of its own.
     """
 
     def __init__(
@@ -62,6 +64,11 @@ class TensorFolder:
         ]
         if missing:
             raise ValueError(f"{folder}: no tensor {missing[0]}")
+        if found := [head for head in VALUE_HEADS if (folder / head).is_file() and "score.weight" not in self.places]:
+            raise ValueError(
+                f"{folder}: {found[0]} holds the reward head; put its v_head.summary.weight into {WEIGHTS} as"
+                " score.weight, which leaves its bias out of all rewards, or remove it to begin with a new head"
+            )
 
     def __contains__(self, name: str) -> bool:
         return name in self.places or name in self.stacks

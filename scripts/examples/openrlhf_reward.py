@@ -3,9 +3,10 @@
 `--remote_rm_url http://127.0.0.1:8000/get_reward` speaks to the server directly, and asks five times what it refuses;
 with this file the trainer's log says once why. OpenRLHF 0.11 goes on without that reward in both cases.
 
-OpenRLHF sends no pictures. `--label_key` names a column that says which belong to a prompt, as JSON:
-`{"images": ["cat.png"]}`, paths under the server's `--image-root`. A text that shows pictures without that is refused.
-So is a prompt that was cut on its left, of which nobody can say what it asked: raise `--prompt_max_len`.
+OpenRLHF sends no pictures. `--label_key` names a column that says which belong to a prompt, as JSON with paths under
+the server's `--image-root`, `{"images": ["cat.png"]}`, or as an id of its `--image-index`. A text that shows pictures
+without that is refused. So is a prompt that was cut on its left, of which nobody can say what it asked: raise
+`--prompt_max_len`.
 """
 
 import os

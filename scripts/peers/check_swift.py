@@ -10,20 +10,19 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
-import torch
 import tyro
-from check_vllm import SIZES, picture
+from check_vllm import SIZES, picture, write_tiny
+from safetensors import safe_open
 from time_peers import CHATML, flags, timed
 
 from mmrm_fast.checkpoint.export import summary
-from mmrm_fast.checkpoint.folder import CheckpointFolder, save_checkpoint
-from mmrm_fast.files import write_json_lines
+from mmrm_fast.checkpoint.folder import rewrite_json
+from mmrm_fast.client import image_url
+from mmrm_fast.files import read_json, write_json, write_json_lines
 from mmrm_fast.score.scorer import Scorer
 from mmrm_fast.tables import print_table
-from mmrm_fast.train.command import TINY_CHECKPOINT
 
 MAX_LENGTH = 512
 ASKING = {"role": "user", "content": "What is it?"}
@@ -40,44 +39,58 @@ CASES = {  # prompt, response, pictures
     "over-long prompt": ([{**ASKING, "content": LONG}], "Two.", ()),
     "malformed": ([{"role": "user", "content": None}], "Two.", ()),
 }
+REPLAYED = ("text", "empty response", "system", "several turns", "picture 56 x 56")  # by a test, from `--record`
+WRITTEN = ("config.json", "preprocessor_config.json", "processor_config.json", "tokenizer_config.json")
 REFUSED = {"over-long response": "there", "over-long prompt": "both", "malformed": "here"}
 
 
-def check_swift(python: Path, bound: float = 5e-3) -> int:
+def check_swift(python: Path, bound: float = 5e-3, record: Path | None = None) -> int:
     """Train a tiny model with ms-swift for two steps, and score by both what it saved.
 
     Args:
         python: interpreter of an environment with ms-swift.
         bound: largest difference of a reward in fp32; without a picture to resize it is about 1e-6.
+        record: JSON file for its rewards and what it wrote beside the weights, which it then leaves as they were.
     """
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         for width, height in SIZES:
             (root / f"{width}x{height}.png").write_bytes(picture(width, height))
-        saved = trained(root, python)
+        saved = trained(root, python, lr=1e-3 if record is None else 0.0)
         print(f"ms-swift saved {sorted(path.name for path in saved.iterdir())}")
         print("inspect: reward model", summary(saved)["reward model"])
         theirs = asked(root, saved, python)
+        if record is not None:
+            write_record(record, saved, theirs)
         scorer = Scorer.from_pretrained(saved, "cpu", max_length=MAX_LENGTH)
         rows = [[name, *judged(name, ours(scorer, root, *CASES[name]), theirs[name], bound)] for name in CASES]
     print_table("Rewards of ms-swift's folder", ["case", "mmrm_fast", "ms-swift", "as it should be"], rows, num_text=4)
     return int(any(row[-1] != "yes" for row in rows))
 
 
-def trained(root: Path, python: Path) -> Path:
+def write_record(path: Path, saved: Path, rewards: dict) -> None:
+    """Write what a test needs to make the saved folder again, and what ms-swift's rewards of it are."""
+    cases = {name: {"prompt": CASES[name][0], "response": CASES[name][1]} for name in REPLAYED}
+    cases[REPLAYED[-1]]["images"] = [image_url(picture(*SIZES[0]))]
+    with safe_open(saved / "model.safetensors", "pt") as weights:
+        names = sorted(weights.keys())
+    files = {name: read_json(saved / name) for name in WRITTEN}
+    template = (saved / "chat_template.jinja").read_text()
+    rewarded = {name: {**case, "reward": rewards[name]} for name, case in cases.items()}
+    write_json(path, {"files": files, "chat_template": template, "names": names, "cases": rewarded})
+
+
+def trained(root: Path, python: Path, *, lr: float) -> Path:
     """The folder that ms-swift saves."""
-    torch.manual_seed(0)
-    tiny = CheckpointFolder(TINY_CHECKPOINT).load()
-    tiny.tokenizer.chat_template = CHATML
-    with torch.no_grad():
-        tiny.model.score.weight.normal_()
-    save_checkpoint(root / "model", replace(tiny, reward_token="last"))
+    write_tiny(root / "model", "")
+    (root / "model" / "chat_template.jinja").write_text(CHATML)
+    rewrite_json(root / "model" / "config.json", {"reward_token": "last"})
     write_json_lines(root / "pairs.jsonl", [row(root, *case) for name, case in list(CASES.items())[:8]])
     options = {
         "rlhf_type": "rm", "model": root / "model", "model_type": "internvl", "template": "internvl_hf",
         "dataset": root / "pairs.jsonl", "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1,
         "max_steps": 2, "torch_dtype": "float32", "tuner_type": "full", "freeze_vit": "true", "freeze_aligner": "false",
-        "learning_rate": 1e-3, "output_dir": root / "run", "save_strategy": "steps", "save_steps": 2,
+        "learning_rate": lr, "output_dir": root / "run", "save_strategy": "steps", "save_steps": 2,
         "save_only_model": "true", "eval_strategy": "no", "split_dataset_ratio": 0, "use_cpu": "true",
         "gradient_checkpointing": "false", "attn_impl": "sdpa", "report_to": "none",
     }  # fmt: skip

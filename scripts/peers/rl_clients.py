@@ -60,7 +60,7 @@ async def openrlhf(case: dict, endpoint: str, model: str) -> float | str:
     if case["foreign"]:
         prompt = f"[INST] {case['messages'][-1]['content']} [/INST]"
     longest = 24 if case["cut"] else 100_000
-    label = json.dumps({"images": case["labelled"]}) if case["labelled"] else "label"
+    label = case["label"] or (json.dumps({"images": case["labelled"]}) if case["labelled"] else "label")
     params = SimpleNamespace(max_tokens=8, logprobs=None)
     executor = openrlhf_agent.SingleTurnAgentExecutor(endpoint)
     engine = Engine(tokenizer, case["response"])

@@ -7,7 +7,7 @@ from conftest import CHATML, exact
 from ranks import run_ranks
 from reward_server import data_url, picture, running
 from runs import losses
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -252,11 +252,23 @@ def test_other_model_types_and_what_a_text_model_has_not_are_refused_by_name(wri
         "architectures is Qwen2Model; expected": lambda: changed(
             write_text(), "config.json", architectures="Qwen2Model"
         ),
+        "value_head.safetensors holds the reward head; put its v_head": lambda: with_value_head(
+            write_text(auto=AutoModelForCausalLM)
+        ),
         "BertModel": lambda: changed(folder, "config.json", model_type="bert", architectures=["BertModel"]),
     }
     for reason, call in calls.items():
         with pytest.raises(ValueError, match=reason):
             call()
+
+
+def with_value_head(folder):
+    """As LLaMA-Factory saves a reward model."""
+    save_file(
+        {"v_head.summary.weight": torch.ones(1, 32), "v_head.summary.bias": torch.ones(1)},
+        folder / "value_head.safetensors",
+    )
+    CheckpointFolder(folder).load()
 
 
 def unwritten(folder):
