@@ -351,7 +351,8 @@ class StudyConfig:
     env: tuple[str, ...] = ()
     """NAME=TRAIN,TEST: preference files as published; or names of shapes environments. Default: the first three."""
     methods: str = "standard,robust"
-    """Of standard, robust, robust-X; X: reference, balanced, white, ngrams, probe, ngrams-balanced, probe-balanced."""
+    """Of standard, robust, robust-X; X: reference, balanced, white, lora, ngrams, probe, with -balanced the last two.
+    robust-lora takes --llm-lora among the options."""
     model: Path | None = None
     """Local folder of the checkpoint that trainings start from. Default: the tiny one."""
     options: str = ""

@@ -29,6 +29,7 @@ METHODS = {  # options of `mmrm-fast train`
     "robust-reference": "--robust --sfc-mode reference",
     "robust-balanced": "--robust --sfc-mode balanced",
     "robust-white": "--robust --proxy-image white",
+    "robust-lora": "--robust --proxy-model lora",
     "robust-ngrams": "--robust --proxy-model ngrams",
     "robust-ngrams-balanced": "--robust --proxy-model ngrams --sfc-mode balanced",
     "robust-probe": "--robust --proxy-model probe",
