@@ -35,6 +35,8 @@ class Geometry:
     vision_layers: int
     text_layers: int
     vocab_size: int
+    vision: tuple[int, int, int] = (256, 4, 1024)  # hidden size, heads, MLP
+    text: tuple[int, int, int, int] = (512, 8, 2, 1792)  # hidden size, heads, key and value heads, MLP
 
     @property
     def tokens_per_tile(self) -> int:
@@ -54,13 +56,14 @@ def geometry(options: Options) -> Geometry:
 
 def model_config(sizes: Geometry) -> InternVLConfig:
     """An InternVL with a Qwen2 language model."""
+    (hidden, heads, kv_heads, mlp), (vision_hidden, vision_heads, vision_mlp) = sizes.text, sizes.vision
     text_config = Qwen2Config(
-        vocab_size=sizes.vocab_size, hidden_size=512, num_hidden_layers=sizes.text_layers, num_attention_heads=8,
-        num_key_value_heads=2, intermediate_size=1792,
+        vocab_size=sizes.vocab_size, hidden_size=hidden, num_hidden_layers=sizes.text_layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, intermediate_size=mlp,
     )  # fmt: skip
     vision_config = InternVLVisionConfig(
-        hidden_size=256, num_hidden_layers=sizes.vision_layers, num_attention_heads=4, intermediate_size=1024,
-        image_size=sizes.tile_size, patch_size=PATCH_SIZE,
+        hidden_size=vision_hidden, num_hidden_layers=sizes.vision_layers, num_attention_heads=vision_heads,
+        intermediate_size=vision_mlp, image_size=sizes.tile_size, patch_size=PATCH_SIZE,
     )  # fmt: skip
     return InternVLConfig(
         vision_config=vision_config, text_config=text_config, image_token_id=IMAGE_TOKEN_ID,

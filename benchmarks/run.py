@@ -18,6 +18,7 @@ from rich.console import Console
 from tqdm import tqdm
 
 from benchmarks import (
+    bench_depth,
     bench_end_to_end,
     bench_flops,
     bench_ops,
@@ -37,6 +38,7 @@ SUITES = {
     "end-to-end": bench_end_to_end.cases,
     "serve": bench_serve.cases,
     "flops": bench_flops.cases,
+    "depth": bench_depth.cases,
 }
 
 
