@@ -122,11 +122,10 @@ class RewardClient:
         images = columns.get("images") or [[image] if image is not None else [] for image in columns.get("image") or ()]
         images = images or [[] for _ in prompts]
         said = [*map(with_turns, prompts, completions)]
-        urls = [  # TRL has put a prompt's pictures into its messages already
-            [] if holds_pictures(turns) else [*map(image_url, own or ())]
+        asked = [  # TRL has put a prompt's pictures into its messages already
+            (turns, [] if holds_pictures(turns) else [*map(image_url, own or ())])
             for (turns, _), own in zip(said, images, strict=True)
         ]
-        asked = [(turns, own) for (turns, _), own in zip(said, urls, strict=True)]
         runs = [list(run) for _, run in groupby(range(len(asked)), key=asked.__getitem__)]
         ask = lambda run: self.score(asked[run[0]][0], [said[i][1] for i in run], asked[run[0]][1])  # noqa: E731
         with ThreadPoolExecutor(NUM_THREADS) as pool:
@@ -151,12 +150,15 @@ def with_turns(prompt: str | Sequence[Mapping], completion: str | Sequence[Mappi
     return [*turns_of(prompt), *between], content
 
 
+def parts_of(turns: Sequence[Mapping]) -> list:
+    """The parts of all turns that have any."""
+    contents = (turn.get("content") for turn in turns)
+    return [part for content in contents if not isinstance(content, str) for part in content or ()]
+
+
 def holds_pictures(turns: Sequence[Mapping]) -> bool:
     """Whether image parts of a conversation hold their pictures."""
-    contents = (turn.get("content") for turn in turns)
-    return any(
-        own_picture(part) is not None for content in contents if not isinstance(content, str) for part in content or ()
-    )
+    return any(type_of(part) == "image" and own_picture(part) is not None for part in parts_of(turns))
 
 
 def type_of(part: Any) -> Any:
@@ -176,7 +178,7 @@ def place_images(turns: Sequence[Mapping], urls: Sequence[str]) -> list[dict]:
     if not left:
         return placed
     first = next((turn for turn in placed if turn["role"] == "user"), None)
-    if first is None or any(type_of(part) == "image_url" for turn in placed for part in turn["content"] or ()):
+    if first is None or "image_url" in map(type_of, parts_of(placed)):
         raise ValueError(f"the messages have no place for {len(left)} of the images, add a part of type image for each")
     text = first["content"]
     parts = [{"type": "text", "text": text}] if isinstance(text, str) else text
@@ -218,6 +220,10 @@ def image_url(image: Any) -> str:
     if isinstance(image, (str, PathLike)):
         return str(image)
     if not isinstance(image, bytes):
+        if not hasattr(image, "mode"):
+            raise ValueError(
+                f"{image!r} is no picture: expected a PIL image, bytes, a path or a URL, or a dict of them"
+            )
         from PIL import ImageOps
 
         upright, file = ImageOps.exif_transpose(image), io.BytesIO()

@@ -75,10 +75,10 @@ def test_a_conversation_is_scored_with_the_image_in_its_place(client, scorer, wi
     assert client.score(turns, RESPONSES, [picture()]) == pytest.approx(expected, **EXACT)
 
 
-def test_a_part_may_hold_its_picture(client, scorer, wide):
-    turns = [
-        {"role": "user", "content": [{"type": "image", "image": as_pil(picture())}, {"type": "text", "text": "?"}]}
-    ]
+@pytest.mark.parametrize("held", ENCODINGS.values(), ids=ENCODINGS)
+def test_a_part_may_hold_its_picture(client, scorer, wide, held):
+    image = {"type": "image", "image": held(picture()), "text": None}  # nulls as Arrow's tables fill them in
+    turns = [{"role": "user", "content": [image, {"type": "text", "text": "?", "image": None}]}]
     expected = rewards_of(scorer, "<image>\n?", RESPONSES, img_path=wide)
     assert client.score(turns, RESPONSES) == pytest.approx(expected, **EXACT)
 
@@ -89,6 +89,7 @@ def test_a_part_may_hold_its_picture(client, scorer, wide):
         (None, r"messages\[0\].content is None"),
         ([{"type": "image"}], r"messages\[0\].content has an image part without"),
         (["What?"], r"messages\[0\].content has 'What\?'; expected parts of type"),
+        ([{"type": "image", "image": {"bytes": None, "path": None}}], "None is no picture"),
         ([{"type": "video", "video": "a.mp4"}], r"content has \{'type': 'video'"),
     ],
 )

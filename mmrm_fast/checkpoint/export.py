@@ -14,6 +14,7 @@ from mmrm_fast.checkpoint import internvl_chat, text_model
 from mmrm_fast.checkpoint.folder import (
     CLASSIFIER,
     PROXY,
+    REWARD_TOKEN,
     Checkpoint,
     CheckpointFolder,
     rewrite_json,
@@ -92,7 +93,7 @@ def export_vllm(source: Path, target: Path) -> None:
     write_weights(folder, checkpoint, target, text_place if checkpoint.is_text else vllm_place)
     save_settings(target, checkpoint)
     if not checkpoint.is_text:
-        rewrite_json(target / "config.json", {"architectures": [CLASSIFIER]})
+        rewrite_json(target / "config.json", {"architectures": [CLASSIFIER], REWARD_TOKEN: checkpoint.reward_token})
     if behind := behind_read(checkpoint):
         whole = checkpoint.tokenizer.chat_template.removesuffix("\n")  # which jinja does not render
         template = ENDED.replace("BEHIND", str(len(behind))).replace("TEMPLATE", whole)

@@ -370,20 +370,21 @@ def save_checkpoint(folder: str | Path, checkpoint: Checkpoint, state: dict[str,
 
 def save_settings(folder: Path, checkpoint: Checkpoint) -> None:
     """Write everything of a native folder, or of a text model's, but the weights."""
-    config = checkpoint.model.model.config
+    model, config = checkpoint.model, checkpoint.model.model.config
     for part in (config, config.text_config):  # vLLM reads the text part's
         part.num_labels, part.problem_type = 1, "regression"
     written = text_model.as_classifier(config.text_config) if checkpoint.is_text else config
-    setattr(written, REWARD_TOKEN, checkpoint.reward_token)
+    vars(written).pop(REWARD_TOKEN, None)
+    usual = "last" if CLASSIFIER in (written.architectures or ()) else "end"
+    if checkpoint.is_text or checkpoint.reward_token != usual:  # else a program that reads another one would keep it
+        setattr(written, REWARD_TOKEN, checkpoint.reward_token)
     written.save_pretrained(folder)
     checkpoint.tokenizer.model_max_length = checkpoint.max_length
     save_tokenizer(folder, checkpoint.tokenizer)
     if checkpoint.is_text:
         return
     rewrite_json(folder / "tokenizer_config.json", {"extra_special_tokens": processor_tokens(checkpoint.tokenizer)})
-    model = checkpoint.model
-    settings = settings_of(checkpoint.tiling, model.pixel_mean, model.pixel_std, checkpoint.max_length)
-    write_json(folder / PLAIN, settings)
+    write_json(folder / PLAIN, settings_of(checkpoint.tiling, model.pixel_mean, model.pixel_std, checkpoint.max_length))
     write_json(folder / NESTED, {"processor_class": PROCESSOR, "image_seq_length": checkpoint.tokens_per_tile})
 
 

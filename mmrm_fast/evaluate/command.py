@@ -115,10 +115,8 @@ def metrics(bench: str, pairs: Sequence[ScoredPair], unscored: Sequence[Unread],
     """The benchmark's figures: per group, `overall` (over items) and `macro` (mean of the groups); a tie is `tie`."""
     figures = {"all": accuracies(pairs, tie)}
     if bench == "vl-rewardbench":
-        figures["without training-set items"] = accuracies(
-            [pair for pair in pairs if not pair.item.in_training_set], tie
-        )
-        figures["training-set items"] = accuracies([pair for pair in pairs if pair.item.in_training_set], tie)
+        for title, inside in (("without training-set items", False), ("training-set items", True)):
+            figures[title] = accuracies([pair for pair in pairs if pair.item.in_training_set == inside], tie)
     if subgroups := [pair for pair in pairs if pair.item.subgroup]:
         figures["subgroups"] = grouped(subgroups, [pair.item.subgroup for pair in subgroups], tie)
     if bench == "mm-rlhf-rewardbench":

@@ -144,7 +144,7 @@ async def refused(request: Request, error: Exception) -> JSONResponse:
         response = refusal(error.status_code, str(error.detail))
         response.headers.update(error.headers or {})
         return response
-    first = error.errors()[0]
+    first = max(error.errors(), key=lambda own: len(own["loc"]))  # of alternatives the one that was meant
     field = ".".join(map(str, first["loc"][1:]))
     if first["type"] == "json_invalid":
         return refusal(400, f"not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}")

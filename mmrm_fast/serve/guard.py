@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse
 
 from mmrm_fast.serve.metrics import Metrics
 
-OPEN_PATHS = ("/", "/healthz", "/readyz")
+OPEN_PATHS = ("/", "/health", "/healthz", "/readyz")
 UNCOUNTED_PATHS = ("/docs", "/openapi.json", "/metrics")  # what a full server shows too, to those with the token
 CLIENT_GONE = 499  # nginx's number for a client that hung up; it gets no answer
 SITE = 64  # bits of an IPv6 address that one client has for itself

@@ -32,7 +32,7 @@ from mmrm_fast.tables import print_table
 
 ROOT = Path(__file__).resolve().parents[2]
 BOUND = 1e-4
-SHORT = 4000  # characters of an exchange that a test sends again
+SHORT = 8000  # characters of an exchange that a test sends again
 TURNS = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hello!"}]
 ASKING = {"role": "user", "content": "What is it?"}
 EMPTY = {"images": [], "labelled": [], "label": None, "cut": False, "foreign": False, "response": "Two red circles."}

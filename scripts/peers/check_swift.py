@@ -18,7 +18,6 @@ from safetensors import safe_open
 from time_peers import CHATML, flags, timed
 
 from mmrm_fast.checkpoint.export import summary
-from mmrm_fast.checkpoint.folder import rewrite_json
 from mmrm_fast.client import image_url
 from mmrm_fast.files import read_json, write_json, write_json_lines
 from mmrm_fast.score.scorer import Scorer
@@ -84,7 +83,6 @@ def trained(root: Path, python: Path, *, lr: float) -> Path:
     """The folder that ms-swift saves."""
     write_tiny(root / "model", "")
     (root / "model" / "chat_template.jinja").write_text(CHATML)
-    rewrite_json(root / "model" / "config.json", {"reward_token": "last"})
     write_json_lines(root / "pairs.jsonl", [row(root, *case) for name, case in list(CASES.items())[:8]])
     options = {
         "rlhf_type": "rm", "model": root / "model", "model_type": "internvl", "template": "internvl_hf",

@@ -26,6 +26,7 @@ from mmrm_fast.checkpoint.export import export_vllm
 from mmrm_fast.checkpoint.folder import CheckpointFolder, save_checkpoint
 from mmrm_fast.checkpoint.tokenizer import named_template
 from mmrm_fast.client import image_url
+from mmrm_fast.files import write_json
 from mmrm_fast.score.scorer import Scorer
 from mmrm_fast.tables import print_table
 from mmrm_fast.train.command import TINY_CHECKPOINT
@@ -34,6 +35,7 @@ SIZES = ((56, 56), (120, 60), (168, 112), (56, 224))  # pixels; vLLM resizes oth
 RESPONSES = ("Two red circles at the left.", "I cannot tell.", "")
 START_SECONDS = 300
 LINES = 30  # of a failed server's log
+REPLAYED = ("text", "system", "several turns", "picture 56 x 56")  # by a test, from `--record`
 REFUSED = {  # messages that vLLM refuses too; here an over-long response is cut, and said to be
     "over-long prompt": [{"role": "user", "content": "What is it? " * 3000}, {"role": "assistant", "content": "Two."}],
     "over-long response": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "two red " * 3000}],
@@ -42,7 +44,12 @@ REFUSED = {  # messages that vLLM refuses too; here an over-long response is cut
 
 
 def check_vllm(
-    python: Path, model: Path | None = None, port: int = 8911, bound: float = 5e-3, templates: tuple[str, ...] = ("",)
+    python: Path,
+    model: Path | None = None,
+    port: int = 8911,
+    bound: float = 5e-3,
+    templates: tuple[str, ...] = ("",),
+    record: Path | None = None,
 ) -> int:
     """Score the same records by both.
 
@@ -52,6 +59,7 @@ def check_vllm(
         port: that vLLM listens on.
         bound: largest difference of a reward in fp32; without a picture to resize it is about 1e-5.
         templates: chat templates of the tiny one, by InternVL's names; "" is its own.
+        record: JSON file for vLLM's rewards of `REPLAYED`.
     """
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -63,6 +71,9 @@ def check_vllm(
             rows += [[template or "its own", *row] for row in compare(source, exported, python, port)]
     cells = [[*row[:2], *(f"{value:.6f}" for value in row[2:]), f"{abs(row[2] - row[3]):.1e}"] for row in rows]
     print_table("Rewards", ["chat template", "record", "mmrm_fast", "vLLM", "difference"], cells, num_text=2)
+    if record is not None:
+        rewards = {name: [row[-1] for row in rows if row[:2] == ["its own", name]] for name in REPLAYED}
+        write_json(record, {k: {**records()[k], "responses": RESPONSES, "rewards": own} for k, own in rewards.items()})
     worst = max(abs(ours - theirs) for *_, ours, theirs in rows)
     print(f"{len(rows)} rewards, the largest difference {worst:.1e}")
     return int(not worst <= bound)

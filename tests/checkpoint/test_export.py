@@ -2,12 +2,13 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from original import LLM, original_config, random_state, write_checkpoint
-from safetensors.torch import load_file
-from transformers import AutoTokenizer, InternVLModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, InternVLForConditionalGeneration, InternVLModel
 
 from mmrm_fast.checkpoint.export import convert_folder, export_original, export_vllm, summary
 from mmrm_fast.checkpoint.folder import CheckpointFolder, rewrite_json, save_checkpoint
@@ -115,10 +116,13 @@ def test_a_sequence_classifier_of_another_program_is_read_at_the_last_token(tmp_
     save_checkpoint(tmp_path / "final", checkpoint)
     asked = {"prompt": "What?", "responses": ["the red circle", "left " * 300]}
     read_at_end = Scorer.from_pretrained(tmp_path / "final", device="cpu", max_length=240).score([asked])
-    rewrite_json(tmp_path / "final" / "config.json", {"architectures": ["InternVLForSequenceClassification"]})
+    marks = {"architectures": ["InternVLForSequenceClassification"], "reward_token": "end"}
+    rewrite_json(tmp_path / "final" / "config.json", marks)
     assert Scorer.from_pretrained(tmp_path / "final", device="cpu", max_length=240).score([asked]) == read_at_end
     settings = json.loads((tmp_path / "final" / "config.json").read_text())
-    del settings["reward_token"]  # which no other program writes
+    del settings[
+        "reward_token"
+    ]  # as ms-swift leaves a folder of ours, which says it only where it is not the usual one
     (tmp_path / "final" / "config.json").write_text(json.dumps(settings))
     folder = CheckpointFolder(tmp_path / "final")
     newline = folder.tokenizer.encode("\n", add_special_tokens=False)
@@ -163,6 +167,9 @@ def test_the_vllm_layout_has_one_bias_free_score_under_the_names_of_the_whole_mo
     expert = "model.language_model.layers.0.mlp.experts.7.gate_proj.weight"
     assert (expert in names) == (llm == "Qwen3Moe")
     CheckpointFolder(tmp_path / "vllm").load()
+    _, loading = InternVLForConditionalGeneration.from_pretrained(tmp_path / "vllm", output_loading_info=True)
+    assert loading["missing_keys"] <= {"lm_head.weight"}
+    assert [name.rpartition("language_model.")[2] for name in loading["unexpected_keys"]] == ["score.weight"]
 
 
 def test_an_exported_tokenizer_adds_the_bos_token_and_reads_in_transformers_4(tmp_path):
@@ -245,3 +252,33 @@ def test_the_commands_convert_export_and_inspect(tmp_path, capsys):
         assert words in shown
     assert main(["inspect", str(tmp_path)]) == 2
     assert "no config.json" in capsys.readouterr().err
+
+
+SWIFT = json.loads(Path(__file__).with_name("swift.json").read_text())
+
+
+def tiny_with_head():
+    """The model that other programs were run with."""
+    tiny = CheckpointFolder(TINY_CHECKPOINT).load()
+    with torch.no_grad():
+        tiny.model.score.weight.copy_(torch.linspace(-2, 2, tiny.model.score.weight.numel())[None])
+    return tiny
+
+
+@pytest.fixture(scope="module")
+def swift_scorer(tmp_path_factory):
+    """A scorer of the folder that ms-swift 4.6 saved, as `scripts/peers/check_swift.py --record` wrote it down."""
+    folder, tiny = tmp_path_factory.mktemp("swift"), tiny_with_head()
+    state = {name.removeprefix("model."): value for name, value in tiny.model.state_dict().items()}
+    tiny.tokenizer.save_pretrained(folder)
+    save_file({name: state[name.removeprefix("model.")] for name in SWIFT["names"]}, folder / "model.safetensors")
+    for name, content in SWIFT["files"].items():
+        (folder / name).write_text(json.dumps(content))
+    (folder / "chat_template.jinja").write_text(SWIFT["chat_template"])
+    return Scorer.from_pretrained(folder, "cpu")
+
+
+@pytest.mark.parametrize("case", SWIFT["cases"].values(), ids=SWIFT["cases"])
+def test_a_folder_that_ms_swift_saved_gives_the_rewards_that_ms_swift_gives(swift_scorer, case):
+    record = {"prompt": case["prompt"], "responses": [case["response"]], "images": case.get("images", [])}
+    assert swift_scorer.score([record])[0][0] == pytest.approx(case["reward"], abs=1e-4)

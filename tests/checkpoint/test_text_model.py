@@ -165,9 +165,10 @@ def test_a_text_model_trains_in_every_form_and_resumes_to_the_same_losses(write_
     assert weights.keys() == again.keys() and all(torch.equal(again[name], weights[name]) for name in weights)
 
 
-def test_a_text_model_trains_on_two_ranks_to_the_losses_of_one(write_text, write_jsonl, tmp_path):
+def test_a_text_model_trains_beside_a_probe_on_two_ranks_to_the_losses_of_one(write_text, write_jsonl, tmp_path):
     data = write_jsonl([{**record, "prompt": f"{i}?"} for i in range(6) for record in RECORDS[:1]])
-    one, two = (config_of(write_text(), data, tmp_path / name) for name in ("one", "two"))
+    probe = {"robust": True, "proxy_model": "probe"}
+    one, two = (config_of(write_text(), data, tmp_path / name, **probe) for name in ("one", "two"))
     train(one)
     assert run_ranks(train, two) == [0, 0]
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)

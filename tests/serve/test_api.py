@@ -285,6 +285,7 @@ def test_calls_tools_and_reasoning_are_scored_as_their_record_is_and_refused_whe
         ("/rerank", {"query": "a", "documents": []}, "documents"),
         ("/rerank", {"query": "a", "documents": ["b"], "top_n": -1}, "top_n"),
         ("/rerank", {"query": "a", "documents": [{"content": content(image="wide.png")}]}, "documents"),
+        ("/score", {"queries": {"content": [{"type": "video_url"}]}, "documents": "b"}, "tags: 'text', 'image_url'"),
     ],
 )  # fmt: skip
 def test_a_body_that_makes_no_sense_is_refused_by_its_field(client, path, body, field):
