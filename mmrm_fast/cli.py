@@ -15,6 +15,9 @@ from mmrm_fast.train.starter import InitConfig
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # Huge pages behind torch's CPU tensors: the page faults of large fp32 activations cost a tenth of their products.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+# Every micro-batch has other sizes, which would leave a GPU's memory in fragments.
+if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 COMMANDS = {  # what it takes, the function that runs it (None or 0 is success), what it is for
     "init": (InitConfig, "train.starter:init", "write a commented YAML file for your data"),
@@ -42,7 +45,8 @@ USAGE = "\n".join(
             f"\n{task}:\n" + "\n".join(f"  {name:10} {COMMANDS[name][2]}" for name in names)
             for task, names in TASKS.items()
         ),
-        "\n`mmrm-fast COMMAND --help` explains every option.",
+        "\n`mmrm-fast COMMAND --help` explains every option."
+        " On a GPU, PYTORCH_ALLOC_CONF is expandable_segments:True unless you set it.",
     ]
 )
 

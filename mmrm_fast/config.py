@@ -219,6 +219,8 @@ class RunConfig:
     """Processes a rank that decode, tile and pack; 0: the training one. Default: 4 with a GPU, 0 without."""
     seed: int = 0
     """Seed of the score head and of the order of the records."""
+    deterministic: bool = False
+    """The same bits again on the same GPUs, more slowly; an operation that cannot stops the run by its name."""
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,20 @@ WINDOW = 4096
 def load(
     dataset: PreferenceDataset, order: Sequence[int], *, num_workers: int = 0, pin_memory: bool = False, **options
 ) -> Iterator[Packed]:
-    """The packed micro-batches of `schedule`, in its order, prepared by `num_workers` processes (0: by this one)."""
+    """The packed micro-batches of `schedule`, in its order, prepared by `num_workers` processes (0: by this one).
+
+    Raises:
+        OSError: the processes have no room for what they hand over.
+    """
     micro_batches = schedule(dataset, order, num_workers=num_workers, **options)
     packed = Values(partial(pack_micro_batch, dataset))
     options = {"batch_size": None, "num_workers": num_workers, "pin_memory": pin_memory}
-    return iter(DataLoader(packed, sampler=micro_batches, **options))
+    try:
+        yield from DataLoader(packed, sampler=micro_batches, **options)
+    except RuntimeError as error:
+        if "shared memory" not in str(error) and "shm" not in str(error):
+            raise
+        raise OSError(f"/dev/shm: {error}; a container has more with --shm-size 16g; or --num-workers 0") from error
 
 
 def pack_micro_batch(dataset: PreferenceDataset, micro: MicroBatch) -> Packed:

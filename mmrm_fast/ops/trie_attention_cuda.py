@@ -18,6 +18,8 @@ from torch import Tensor
 
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_SIZE = 256  # of the C++ kernel and of FlashAttention
+# Keys in one piece, whatever else is in the batch, where the installed FlashAttention may split them.
+IN_ONE_PIECE = {"num_splits": 1} if "num_splits" in str(torch.ops.aten._flash_attention_forward.default._schema) else {}
 
 
 class Plan(NamedTuple):
@@ -178,7 +180,7 @@ def trie_attention_bwd_cuda(
 def flash_forward(q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float) -> tuple[Tensor, Tensor]:
     """torch's FlashAttention: output [rows, H, E] and log-sum-exp [H, rows] fp32."""
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, *flash_edges(call), 0.0, call.causal, False, scale=scale, **flash_window(call.window)
+        q, k, v, *flash_edges(call), 0.0, call.causal, False, scale=scale, **flash_window(call.window), **IN_ONE_PIECE
     )
     return out, lse
 

@@ -41,7 +41,7 @@ def train(config: TrainConfig, on_event: OnEvent = lambda event, trainer: None) 
     Raises:
         ValueError: options that cannot be, all of them, before anything is loaded or written.
     """
-    with sharding.ranks() as device:
+    with sharding.deterministic(config.run.deterministic), sharding.ranks() as device:
         refuse(config, num_ranks=sharding.num_ranks())
         config, eval_sets = with_data(completed(config))
         config = sharding.on_first_rank(partial(with_checkpointing, config, num_gpus=sharding.num_ranks()))

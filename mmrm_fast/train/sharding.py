@@ -34,13 +34,31 @@ def ranks():
         torch.cuda.set_device(device)
     alone = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT, **alone)
+    try:
+        dist.init_process_group(backend, timeout=TIMEOUT, **alone)
+    except RuntimeError as error:
+        remedy = "of several networks, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the one to take, see `ip addr`"
+        raise OSError(f"ranks do not reach each other: {error}; {remedy}") from error
     if dist.get_rank():
         disable_progress_bar()
     try:
         yield device
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def deterministic(asked: bool):
+    """Where it is asked for, operations give the same bits again; raises `RuntimeError` at one that cannot."""
+    if not asked:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS needs for it
+    torch.use_deterministic_algorithms(True)  # to warn alone would leave FlashAttention's backward as it is
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def rank() -> int:

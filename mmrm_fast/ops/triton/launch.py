@@ -57,7 +57,7 @@ def warps(block: int) -> int:
     return min(max(block // 256, 1), 16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_chunks"])
 def sum_chunks_kernel(chunks, out, num_chunks, num_columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([ROWS, BLOCK], tl.float32)

@@ -53,7 +53,7 @@ def _shortcut_failure(loss, b, MODE: tl.constexpr):
     return sfc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])
 def pair_loss_fwd_kernel(
     margin, proxy_margin, demand, weight, sums, sfc, slope, proxy_slope, smoothing, num_pairs,
     MODE: tl.constexpr, BLOCK: tl.constexpr,
