@@ -177,8 +177,10 @@ class MemoryConfig:
     """torch.compile every block."""
     reshard_after_forward: bool = True
     """Free gathered weights after a block's forward pass; no keeps them for the backward pass."""
-    replicas: int = 1
-    """Groups of ranks that each hold a whole sharded copy (HSDP), such as the number of nodes."""
+    replicas: int | None = None
+    """Groups of ranks that each hold a whole sharded copy (HSDP). Default: as many as nodes, if that fits, else 1."""
+    hold_gradients: bool | None = None
+    """Add up a step's gradients on each rank, and over ranks once a step. Default: where there is room for them."""
     cpu_offload: bool = False
     """Keep sharded weights, gradients and optimizer in host memory."""
     dry_run: bool = False

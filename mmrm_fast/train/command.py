@@ -10,7 +10,7 @@ from mmrm_fast.config_file import with_options
 from mmrm_fast.data.shapes import ENVIRONMENTS, cached_environments
 from mmrm_fast.pairs import EvalSet, named_sets
 from mmrm_fast.train import sharding
-from mmrm_fast.train.dry_run import dry_run, with_checkpointing
+from mmrm_fast.train.dry_run import dry_run, fitted
 from mmrm_fast.train.refusals import refuse
 from mmrm_fast.train.run_folder import alone_in, open_run
 from mmrm_fast.train.trainer import OnEvent, Trainer
@@ -44,7 +44,7 @@ def train(config: TrainConfig, on_event: OnEvent = lambda event, trainer: None) 
     with sharding.deterministic(config.run.deterministic), sharding.ranks() as device:
         refuse(config, num_ranks=sharding.num_ranks())
         config, eval_sets = with_data(completed(config))
-        config = sharding.on_first_rank(partial(with_checkpointing, config, num_gpus=sharding.num_ranks()))
+        config = sharding.on_first_rank(partial(fitted, config, num_gpus=sharding.num_ranks()))
         with alone_in(config.run.output_dir):
             return Trainer(config, eval_sets, device, open_run(config), on_event).run()
 

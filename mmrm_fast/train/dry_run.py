@@ -3,12 +3,13 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from itertools import product
 
 import numpy as np
 import torch
 
 from mmrm_fast.checkpoint.fill import VALUES_AT_A_TIME
-from mmrm_fast.config import TrainConfig
+from mmrm_fast.config import MemoryConfig, TrainConfig
 from mmrm_fast.config_file import with_options
 from mmrm_fast.data.mixture import parse_mixture
 from mmrm_fast.data.pictures import ImageRoots
@@ -19,6 +20,7 @@ from mmrm_fast.model.reward_model import RewardModel
 from mmrm_fast.tables import print_table
 from mmrm_fast.train import sharding
 from mmrm_fast.train.memory import GPU, Memory, count, memory, needed, sized_branches, stack_bytes, stacks
+from mmrm_fast.train.paper import paper_rows
 from mmrm_fast.train.proxy import Proxy, ShortcutProxy, parse_proxy
 from mmrm_fast.train.rates import Rates
 from mmrm_fast.train.records import open_records, training_preparer
@@ -53,9 +55,9 @@ def dry_run(config: TrainConfig, *, num_gpus: int) -> None:
     apart = list(dict.fromkeys(models))  # adapters are one model
     if config.memory.dtype == "float32" and any(map(num_experts, models)):
         raise ValueError("--dry-run --dtype float32: a mixture of experts can be counted in bfloat16 alone")
-    needs, available = needs_by_mode(proxy, apart, work, num_gpus), gpu_memory(config)
-    mode = first_that_fits(needs, available)
-    memories = needs[mode]
+    needs, available = needs_by_choice(proxy, apart, work, num_gpus), gpu_memory(config)
+    chosen = first_that_fits(needs, available)
+    memories = needs[chosen]
     heads = ("", "main", "proxy")[: 1 + len(apart)]
     title = f"{config.weights.model.name}, GPUs: {num_gpus}"
     print_table(title, heads, [*parameter_rows(apart), *memory_rows(memories)])
@@ -63,48 +65,98 @@ def dry_run(config: TrainConfig, *, num_gpus: int) -> None:
     if isinstance(proxy, ShortcutProxy):
         print("\n".join(spared_lines(proxy, models, num_gpus, work)))
     print(loading_line(config, memories, apart, num_gpus))
-    if len(needs) > 1:
-        print(mode_line(needs, mode))
-    refuse(needed(memories) + WORKSPACE, available)
+    print("\n".join(chosen_lines(config.memory, needs, chosen)))
+    if not any(map(num_experts, models)):
+        print_paper(proxy, models[0], num_gpus)
+    refuse(needed(memories) + WORKSPACE, available, remedies(config, chosen, memories))
 
 
-def with_checkpointing(config: TrainConfig, *, num_gpus: int) -> TrainConfig:
-    """The config with the activation checkpointing that `auto` comes to, which is printed."""
+def print_paper(proxy: Proxy, model: RewardModel, num_gpus: int) -> None:
+    """How long a micro-batch of the main model may take on H100s."""
+    roots = [*(sized_branches(proxy, layers)[0].root for layers in (1, 2)), model]
+    decoders = {len(root.model.language_model.layers): root.model.language_model for root in roots}
+    tokens = proxy.config.batch.tokens_per_micro_batch
+    heads = ("ms of a micro-batch", "all", "products", "attention", "elements", "GPU to GPU", "tokens/s", "MFU")
+    print_table(
+        f"computed, nothing was timed: {tokens:,} tokens, {num_gpus} H100",
+        heads,
+        paper_rows(decoders, num_gpus, tokens),
+    )
+
+
+def remedies(config: TrainConfig, chosen: MemoryConfig, memories: list[Memory]) -> str:
+    """What would take less of a GPU."""
+    ways = {
+        "more GPUs (--num-gpus says how many)": True,
+        "--activation-checkpointing full": chosen.activation_checkpointing != "full",
+        "a --proxy-model without a second model (ngrams, probe, lora)": len(memories) > 1,
+        "a lower --tokens-per-micro-batch": True,
+        "--llm-lora": not config.weights.llm_lora,
+        "--cpu-offload": not config.memory.cpu_offload,
+    }
+    return ", ".join(way for way, helps in ways.items() if helps)
+
+
+def fitted(config: TrainConfig, *, num_gpus: int) -> TrainConfig:
+    """The config with what it leaves open of memory, by what fits a GPU, which is printed; as it is without one."""
     available = gpu_memory(config)
-    if config.memory.activation_checkpointing != "auto" or available is None:
+    if available is None or len(choices(config.memory, num_gpus)) == 1:
         return config
     proxy = parse_proxy(config)
     apart = list(dict.fromkeys(branch.root for branch in sized_branches(proxy)))
     if config.memory.dtype == "float32" and any(map(num_experts, apart)):
-        return with_options(config, activation_checkpointing="full")  # cannot be counted
-    needs = needs_by_mode(proxy, apart, measure(proxy), num_gpus)
-    mode = first_that_fits(needs, available)
-    print(mode_line(needs, mode))
-    return with_options(config, activation_checkpointing=mode)
+        is_open = config.memory.activation_checkpointing == "auto"
+        return with_options(config, activation_checkpointing="full") if is_open else config  # it cannot be counted
+    needs = needs_by_choice(proxy, apart, measure(proxy), num_gpus)
+    chosen = first_that_fits(needs, available)
+    print("\n".join(chosen_lines(config.memory, needs, chosen)))
+    return replace(config, memory=chosen)
 
 
-def needs_by_mode(proxy: Proxy, models: list[RewardModel], work: Work | None, num_gpus: int) -> dict[str, list[Memory]]:
-    """What each model takes, by the activation checkpointing that the config leaves open, the least first."""
-    config, asked = proxy.config, proxy.config.memory.activation_checkpointing
-    found: dict[str, list[Memory]] = {mode: [] for mode in (MODES if asked == "auto" else (asked,))}
+def choices(config: MemoryConfig, num_gpus: int) -> list[MemoryConfig]:
+    """What the options that a config leaves open can be, in the order of how fast a step is."""
+    nodes = [sharding.num_nodes(num_gpus), 1] if config.replicas is None else [config.replicas]
+    modes = MODES if config.activation_checkpointing == "auto" else (config.activation_checkpointing,)
+    holds = [config.hold_gradients]
+    if config.hold_gradients is None:
+        holds = [True, False] if num_gpus > 1 and not config.cpu_offload else [False]
+    open_options = product(dict.fromkeys(nodes), modes, holds)
+    names = ("replicas", "activation_checkpointing", "hold_gradients")
+    return [replace(config, **dict(zip(names, values, strict=True))) for values in open_options]
+
+
+Needs = dict[MemoryConfig, list[Memory]]
+
+
+def needs_by_choice(proxy: Proxy, models: list[RewardModel], work: Work | None, num_gpus: int) -> Needs:
+    """What each model takes, by what the config leaves open."""
+    found: Needs = {choice: [] for choice in choices(proxy.config.memory, num_gpus)}
     for number, model in enumerate(models):
-        parts = list(stacks(proxy, number, *full_micro_batch(config, number, work)))
-        for mode, memories in found.items():
-            saved = sum(stack_bytes(mode, *part) for part in parts)
-            memories.append(memory(config.memory, model, saved, num_gpus=num_gpus))
+        parts = list(stacks(proxy, number, *full_micro_batch(proxy.config, number, work)))
+        for choice, memories in found.items():
+            saved = sum(stack_bytes(choice.activation_checkpointing, *part) for part in parts)
+            memories.append(memory(choice, model, saved, num_gpus=num_gpus))
     return found
 
 
-def first_that_fits(needs: dict[str, list[Memory]], available: float | None) -> str:
-    """The mode that recomputes least and leaves some of a GPU free; the last where none does."""
+def first_that_fits(needs: Needs, available: float | None) -> MemoryConfig:
+    """The first choice that leaves some of a GPU free; the last where none does."""
     room = math.inf if available is None else FILLED * available
-    return next((mode for mode, memories in needs.items() if needed(memories) + WORKSPACE <= room), list(needs)[-1])
+    return next((one for one, memories in needs.items() if needed(memories) + WORKSPACE <= room), list(needs)[-1])
 
 
-def mode_line(needs: dict[str, list[Memory]], mode: str) -> str:
-    """The chosen activation checkpointing, and what each would need."""
-    figures = (f"{name} {(needed(memories) + WORKSPACE) / GIB:.1f}" for name, memories in needs.items())
-    return f"--activation-checkpointing auto is {mode}; GiB a GPU: {', '.join(figures)}"
+def chosen_lines(config: MemoryConfig, needs: Needs, chosen: MemoryConfig) -> Iterator[str]:
+    """What was chosen of what a config leaves open, and what each would need."""
+    if config.activation_checkpointing == "auto":
+        others = (replace(chosen, activation_checkpointing=mode, hold_gradients=False) for mode in MODES)
+        figures = ((own.activation_checkpointing, needs.get(own)) for own in others)
+        told = ", ".join(f"{mode} {(needed(own) + WORKSPACE) / GIB:.1f}" for mode, own in figures if own)
+        yield f"--activation-checkpointing auto is {chosen.activation_checkpointing}; GiB a GPU: {told}"
+    if config.replicas is None:
+        yield f"--replicas {chosen.replicas}, of the nodes that torchrun names and 1 the first that fits"
+    if config.hold_gradients is None:
+        when = "once a step" if chosen.hold_gradients else "in each micro-batch"
+        yield f"gradients are added up over GPUs {when} (--hold-gradients)"
 
 
 def loading_line(config: TrainConfig, memories: list[Memory], models: list[RewardModel], num_gpus: int) -> str:
@@ -224,14 +276,11 @@ def gpu_memory(config: TrainConfig) -> float | None:
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
-def refuse(needed: float, available: float | None) -> None:
+def refuse(needed: float, available: float | None, remedies: str) -> None:
     """Raise `ValueError` where a GPU has less memory than is needed."""
     if available is None:
         print(f"a GPU needs {needed / GIB:.1f} GiB; --gpu-memory says what there is")
     elif needed > available:
-        raise ValueError(
-            f"a GPU needs {needed / GIB:.1f} GiB and has {available / GIB:.1f}: more GPUs (--num-gpus says how many), "
-            "--activation-checkpointing full, a lower --tokens-per-micro-batch, --llm-lora or --cpu-offload"
-        )
+        raise ValueError(f"a GPU needs {needed / GIB:.1f} GiB and has {available / GIB:.1f}; what helps: {remedies}")
     else:
         print(f"fits: a GPU needs {needed / GIB:.1f} of {available / GIB:.1f} GiB")

@@ -29,7 +29,7 @@ class Memory:
     """Bytes a GPU."""
 
     weights: float  # sharded: fp32 where trained, else in the dtype that is computed in
-    gradients: float  # sharded, fp32
+    gradients: float  # fp32, sharded; a whole copy more where they are held until a step's end
     optimizer: float  # sharded, fp32: two moments
     gathered: float  # whole weights in use, and a block's gradients before they are reduced
     activations: float  # what the backward pass needs of a full micro-batch, or at its end the root's gradients so
@@ -66,14 +66,14 @@ def sized_branches(proxy: Proxy, num_layers: int | None = None) -> list[Branch]:
 def memory(config: MemoryConfig, model: RewardModel, activations: float, *, num_gpus: int) -> Memory:
     """What a GPU holds of one model, as `sharding.shard` shards it."""
     dtype, offloaded = sharding.compute_dtype(config, GPU), sharding.offloads(GPU, config)
-    shards = num_gpus / config.replicas
+    shards = num_gpus / (config.replicas or 1)
     trained = count(model, True) / shards
     stored = sum(p.numel() * sharding.stored_dtype(p, dtype).itemsize for p in model.parameters()) / shards
     is_sharded = sharding.is_sharded(num_gpus, dtype, offloaded)
     whole, root_gradients = gathered(config, model) if is_sharded else (0, 0)
     return Memory(
         weights=0 if offloaded else stored,
-        gradients=0 if offloaded else 4 * trained,
+        gradients=(0 if offloaded else 4 * trained) + (4 * count(model, True) if config.hold_gradients else 0),
         optimizer=0 if offloaded else 8 * trained,
         gathered=whole,
         activations=max(activations, root_gradients),
@@ -126,14 +126,19 @@ def stack_bytes(mode: str, layers: int, one: Pass, two: Pass) -> float:
 
 def text_pass(model: RewardModel, tokens: int) -> Pass:
     """The language model over `tokens`."""
+    decoder = model.model.language_model
+    block_input = tokens * decoder.config.hidden_size * decoder.dtype.itemsize
+    return run_pass(lambda: run_decoder(decoder, tokens), model, block_input)
+
+
+def run_decoder(decoder: nn.Module, tokens: int) -> torch.Tensor:
+    """The last hidden states [1, tokens, D] of a decoder on the meta device, over one sequence."""
     with torch.device("meta"):
         ends, places = torch.zeros(2, dtype=torch.int32), torch.zeros(tokens, dtype=torch.int64)
-        size = model.model.config.text_config.hidden_size
-        embeds = torch.zeros(1, tokens, size, dtype=model.model.dtype, requires_grad=True)
+        embeds = torch.zeros(1, tokens, decoder.config.hidden_size, dtype=decoder.dtype, requires_grad=True)
     plan = {"cu_seqlens_q": ends, "kv_index": places, "cu_seqlens_k": ends}
     plan |= {"max_seqlen_q": tokens, "max_seqlen_k": tokens, "use_cache": False}
-    decoder = model.model.language_model
-    return run_pass(lambda: decoder(inputs_embeds=embeds, position_ids=places[None], **plan), model, embeds.nbytes)
+    return decoder(inputs_embeds=embeds, position_ids=places[None], **plan).last_hidden_state
 
 
 def vision_pass(model: RewardModel, tiles: int) -> Pass:
@@ -169,7 +174,7 @@ class KeptBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         out = op(*args, **(kwargs or {}))
-        if sharding.keep_expensive(None, op) == CheckpointPolicy.MUST_SAVE:
+        if sharding.keep_expensive(None, op, *args) == CheckpointPolicy.MUST_SAVE:
             outputs = out if isinstance(out, tuple) else (out,)
             self.bytes += sum(value.nbytes for value in outputs if isinstance(value, torch.Tensor))
         return out

@@ -65,7 +65,7 @@ def idle(config: TrainConfig) -> Iterator[str]:
 
 def contradictions(config: TrainConfig, num_ranks: int) -> Iterator[str]:
     """What no training can be."""
-    records, batch, replicas = config.records, config.batch, config.memory.replicas
+    records, batch, replicas = config.records, config.batch, config.memory.replicas or 1
     wrong = {
         "--model without --data: give the JSONL to train on": (
             config.weights.model and not records.data and not config.memory.dry_run
@@ -82,7 +82,7 @@ def contradictions(config: TrainConfig, num_ranks: int) -> Iterator[str]:
         "--router-aux-loss with --compile, which does not let what routers decide be heard": (
             config.loss.router_aux_loss and config.memory.compile
         ),
-        f"--replicas {replicas} does not divide {num_ranks} ranks": replicas > 0 and num_ranks % replicas,
+        f"--replicas {replicas} does not divide {num_ranks} ranks": num_ranks % replicas,
     }
     yield from (message for message, is_so in wrong.items() if is_so)
     trackers = set(map(str, get_available_trackers()))

@@ -34,8 +34,8 @@ WRITTEN = (*WORK, CONFIG, ENVIRONMENT, EVALUATIONS, "tensorboard", PROXY, SHORTC
 FREE = {
     "resume", "overwrite", "accept_changed_data", "output_dir", "save_every", "save_minutes", "keep", "num_workers",
     "eval", "eval_ood", "eval_every", "best", "report_to", "check_records", "skip_bad", "tokens_per_micro_batch",
-    "compile", "activation_checkpointing", "reshard_after_forward", "replicas", "cpu_offload", "max_bad_steps",
-    "config", "num_gpus", "gpu_memory", "dry_run", "deterministic",
+    "compile", "activation_checkpointing", "reshard_after_forward", "replicas", "hold_gradients", "cpu_offload",
+    "config", "num_gpus", "gpu_memory", "dry_run", "deterministic", "max_bad_steps",
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.utils.logging import disable_progress_bar
 
@@ -21,6 +21,7 @@ from mmrm_fast.model.reward_model import RewardModel
 
 TIMEOUT = timedelta(minutes=10)
 LONG = timedelta(hours=6)  # as the first rank may write hundreds of gigabytes
+THIN = 8  # times its inner size are the columns of a product that is not worth keeping, at least
 COMPILED_VARIANTS = 64  # of a block: of both branches, with and without images, in training and in evaluation
 
 
@@ -59,6 +60,12 @@ def deterministic(asked: bool):
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def num_nodes(num_ranks: int) -> int:
+    """Machines that so many ranks are on, as far as torchrun says."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
+    return 1 if num_ranks % here else num_ranks // here
 
 
 def rank() -> int:
@@ -138,7 +145,7 @@ def shard(model: RewardModel, device: torch.device, config: MemoryConfig) -> Rew
         model.to(device)
     if not is_sharded(num_ranks(), dtype, offloaded):
         return model
-    options = {"mesh": make_mesh(device, config.replicas), "reshard_after_forward": config.reshard_after_forward}
+    options = {"mesh": make_mesh(device, config.replicas or 1), "reshard_after_forward": config.reshard_after_forward}
     if offloaded:
         options["offload_policy"] = CPUOffloadPolicy()
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
@@ -150,6 +157,12 @@ def shard(model: RewardModel, device: torch.device, config: MemoryConfig) -> Rew
         group.set_gradient_divide_factor(1.0)
         group.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def reduce_gradients(model: RewardModel, now: bool) -> None:
+    """Whether backward passes of a sharded model add gradients up over ranks, with what they held back before."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(now)
 
 
 def stored_dtype(parameter: nn.Parameter, dtype: torch.dtype) -> torch.dtype:
@@ -183,9 +196,12 @@ def checkpoint_options(mode: str) -> dict:
 
 
 def keep_expensive(context, op, *args, **kwargs) -> CheckpointPolicy:
-    """Selective checkpointing: matrix products and attention are kept, the rest is computed again."""
+    """Selective checkpointing: matrix products and attention are kept; the rest, and thin products, are repeated."""
     kept = {"aten::mm", "aten::addmm", "aten::bmm", "aten::_grouped_mm", "mmrm_fast::trie_attention_fwd"}
-    is_kept = op.name().split(".")[0] in kept or "scaled_dot_product" in op.name()
+    name = op.name().split(".")[0]
+    is_kept = name in kept or "scaled_dot_product" in name
+    if name in ("aten::mm", "aten::addmm"):  # an adapter's, which is little work and as large as the layer's own
+        is_kept = THIN * args[-2].shape[-1] > args[-1].shape[-1]
     return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 

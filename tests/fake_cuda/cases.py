@@ -24,7 +24,7 @@ from transformers import InternVLConfig, InternVLVisionConfig, Qwen2Config
 
 from mmrm_fast.config import TrainConfig
 from mmrm_fast.config_file import with_options
-from mmrm_fast.data.packing import Packed, PackedBatch, map_tensors, plan_tokens
+from mmrm_fast.data.packing import Packed, PackedBatch, Step, map_tensors, plan_tokens
 from mmrm_fast.model.decoder import renew_rope
 from mmrm_fast.model.placement import place
 from mmrm_fast.score.scorer import Scorer
@@ -120,7 +120,7 @@ def steps_of(folder: Path, mode: FakeTensorMode, **options) -> Steps:
     """The branches of a training, made as it makes them, sharded, and their optimizer."""
     config = with_options(TrainConfig(), model=folder, lr=1e-5, tokens_per_batch=4096, dtype="bfloat16", **options)
     proxy = parse_proxy(config)
-    branches, mesh = sized_branches(proxy), make_mesh(CUDA, config.memory.replicas)
+    branches, mesh = sized_branches(proxy), make_mesh(CUDA, config.memory.replicas or 1)
     sharding.make_mesh = lambda *about: mesh  # its own tensors are read
     for root in dict.fromkeys(branch.root for branch in branches):
         on_gpu(root, mode)
@@ -165,6 +165,14 @@ def collectives() -> dict:
                 with mode, Watch() as watch:
                     steps.add(packed, 0)
                 found[f"{name}, {world} ranks, {replicas} replicas"] = watch.collectives
+    with ranks(8):
+        mode = fake_mode()
+        steps = steps_of(folder, mode, robust=True, activation_checkpointing="full", hold_gradients=True)
+        for step in (None, None, Step(2, 2, 1.0, None)):  # the first one sets up what is set up once
+            packed = replace(batch_of(mode, 56, with_text=True), step=step)
+            with mode, Watch() as watch:
+                steps.add(packed, 0)
+            found["held" if step is None else "reduced"] = watch.collectives
     return found
 
 

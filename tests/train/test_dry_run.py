@@ -15,8 +15,9 @@ from mmrm_fast.config import TrainConfig
 from mmrm_fast.config_file import with_options
 from mmrm_fast.model.decoder import use_gated_product
 from mmrm_fast.train import memory
-from mmrm_fast.train.dry_run import with_checkpointing
+from mmrm_fast.train.dry_run import fitted
 from mmrm_fast.train.memory import count, needed, run_pass, sized_branches
+from mmrm_fast.train.paper import Traffic, paper_rows
 from mmrm_fast.train.proxy import parse_proxy
 from mmrm_fast.train.rates import Rates
 
@@ -255,11 +256,30 @@ def test_the_least_is_recomputed_that_fits(eight, capsys, gpu_memory, mode):
     assert run(eight, *options) == 0
     printed = capsys.readouterr().out
     assert f"--activation-checkpointing auto is {mode}; GiB a GPU: none " in printed
-    assert "loading: 0.12 GiB of host memory a rank, " in printed
+    assert "loading: 0.12 GiB of host memory a rank, " in printed and "computed, nothing was timed" in printed
+
+
+def test_what_is_between_products_is_counted_by_each_operation_or_once():
+    x, weight = (torch.zeros(4, 4, device="meta") for _ in range(2))
+    with Traffic() as seen:
+        ((x @ weight).sigmoid() * 2).mul_(3) @ weight
+    assert (seen.eager, seen.fused) == (6 * x.nbytes, 2 * x.nbytes)
+
+
+def test_a_micro_batch_takes_less_time_on_paper_the_less_is_done_twice(eight):
+    roots = (sized_branches(parse_proxy(eight), layers)[0].root for layers in (1, 2, None))
+    decoders = {len(own.layers): own for own in (root.model.language_model for root in roots)}
+    rows = list(paper_rows(decoders, 8, 7_326))
+    mfu = [float(row[-1].rstrip("%")) for row in rows]
+    products, elements, moved = zip(*([int(row[part]) for part in (2, 4, 5)] for row in rows), strict=True)
+    assert mfu == sorted(mfu) and products[0] == pytest.approx(products[1] * 4 / 3, abs=1.5)
+    assert elements[0] > elements[1] > elements[2] and moved[0] == moved[2] > moved[3]
+    a_layer = (LANGUAGE_MODEL - VOCABULARY * HIDDEN) / LAYERS
+    assert products[1] == pytest.approx(6e3 * 7_326 * LAYERS * a_layer / (0.65 * 989e12), rel=0.01)
 
 
 def test_a_training_without_a_gpu_recomputes_nothing_unless_it_is_told_to(eight):
     auto = with_options(eight, activation_checkpointing="auto")
-    assert with_checkpointing(auto, num_gpus=1) == auto
-    chosen = with_checkpointing(with_options(auto, gpu_memory=48.0), num_gpus=8)
+    assert fitted(auto, num_gpus=1) == auto
+    chosen = fitted(with_options(auto, gpu_memory=48.0), num_gpus=8)
     assert chosen.memory.activation_checkpointing == "full"

@@ -50,14 +50,16 @@ def test_a_micro_batch_never_waits_and_a_step_only_for_its_sums_and_norms(guard)
 
 
 def test_collectives_do_not_depend_on_what_is_in_a_batch_nor_on_the_number_of_ranks(guard):
-    found = result(guard, "collectives")
-    by_mesh = {}
+    found, by_mesh = dict(result(guard, "collectives")), {}
+    held, reduced = found.pop("held"), found.pop("reduced")
     for name, collectives in found.items():
         by_mesh.setdefault(name.partition(", ")[2], []).append(collectives)
     for mesh, (pictures, *others) in by_mesh.items():
         assert others == [pictures, pictures], mesh
     assert by_mesh["8 ranks, 1 replicas"] == by_mesh["64 ranks, 1 replicas"]
     gathers = by_mesh["8 ranks, 1 replicas"][0].count("c10d::_allgather_base_")
+    assert reduced == by_mesh["8 ranks, 1 replicas"][0]
+    assert held == [name for name in reduced if name not in ("fsdp::chunk_cat", "c10d::_reduce_scatter_base_")]
     trained, frozen, roots, scores = 4, 2, 2, 2
     assert gathers == 2 * trained + frozen + roots + 2 * scores + 1  # FSDP2 fetches a frozen block for no backward
 
