@@ -30,6 +30,8 @@ from mmrm_fast.data.shapes import (
 
 CONFIG = ShapesConfig(num_train=1000, num_test=400)
 
+pytestmark = pytest.mark.xdist_group("shapes")  # made once
+
 
 def read(path):
     return [json.loads(line) for line in open(path, encoding="utf-8")]

@@ -14,6 +14,9 @@ NAMES = {  # of each environment's dominant cue
 }  # fmt: skip
 
 
+pytestmark = pytest.mark.xdist_group("audit")  # made once
+
+
 @pytest.fixture(scope="module")
 def environments(tmp_path_factory):
     config = ShapesConfig(num_train=2000, num_test=40)

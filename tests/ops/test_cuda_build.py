@@ -7,6 +7,7 @@ import re
 import shutil
 import struct
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -22,14 +23,17 @@ from mmrm_fast.ops.pair_loss import MODES
 CSRC = Path(__file__).parents[2] / "csrc"
 MAIN = Path(__file__).parent / "cuda_emulation" / "main.cpp"
 NUM_KERNELS = {"pair_loss.cu": 4, "pack_image_tokens.cu": 7}
-NVCC = shutil.which("nvcc")
+NVCC, TRITON = shutil.which("nvcc"), find_spec("triton")
+CUOBJDUMP = TRITON and Path(TRITON.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 COMPILER = [
     "g++", "-x", "c++", "-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
     "-fno-strict-aliasing", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DMMRM_EMULATION",
     f"-I{CSRC}",
 ]  # fmt: skip
 
+pytestmark = pytest.mark.xdist_group("emulation")  # built once
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+needs_cuobjdump = pytest.mark.skipif(CUOBJDUMP is None, reason="Triton, which brings cuobjdump, is not installed")
 needs_gcc = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 needs_cuda_build = pytest.mark.skipif(
     not hasattr(native(), "cuda_architectures"), reason="the native module was built without CUDA"
@@ -41,28 +45,33 @@ def known_architectures() -> list[int]:
     return [architecture for architecture in (80, 90, 100) if f"sm_{architecture}" in codes]
 
 
-@needs_nvcc
-@pytest.mark.parametrize("source", NUM_KERNELS)
-def test_kernels_use_no_stack_and_spill_nothing(source, tmp_path):
-    assert known_architectures()
-    for architecture in known_architectures():
-        command = [NVCC, "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-cubin", "-o", str(tmp_path / "out.cubin")]
-        command += ["-Xptxas=-v", "-Xcompiler=-Wall,-Wextra", str(CSRC / source)]
-        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-        frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-        assert frames == [("0", "0", "0")] * NUM_KERNELS[source], report
-        assert "warning" not in report
+def dumped(what: str) -> dict[tuple[int, str], str]:
+    """What cuobjdump says of each kernel of the module, by architecture and name."""
+    found = {}
+    report = subprocess.run([CUOBJDUMP, what, native().__file__], check=True, capture_output=True, text=True).stdout
+    for part in re.split(r"^arch = sm_", report, flags=re.M)[1:]:
+        architecture, _, kernels = part.partition("\n")
+        for kernel in re.split(r"\bFunction (?:: )?", kernels)[1:]:
+            found[int(architecture), kernel.split()[0]] = kernel
+    return found
 
 
-@needs_nvcc
-def test_pack_image_tokens_reads_and_writes_16_bytes_at_a_time(tmp_path):
-    command = [NVCC, "-std=c++17", "-O3", "-arch=sm_90", "-ptx", "-o", str(tmp_path / "out.ptx")]
-    subprocess.run([*command, str(CSRC / "pack_image_tokens.cu")], check=True)
-    _, *kernels = (tmp_path / "out.ptx").read_text().split(".entry ")
-    assert len(kernels) == NUM_KERNELS["pack_image_tokens.cu"]
-    for kernel in kernels:
-        accesses = re.findall(r"(ld|st)\.global\.(?:nc\.)?v(?:4\..32|2\..64)", kernel)
-        assert {"ld", "st"} <= set(accesses)
+@needs_cuda_build
+@needs_cuobjdump
+def test_kernels_use_no_stack_and_spill_nothing():
+    usage = dumped("-res-usage")
+    assert len(usage) == sum(NUM_KERNELS.values()) * len(native().cuda_architectures)
+    for kernel, text in usage.items():
+        assert "STACK:0 " in text and "LOCAL:0 " in text, kernel
+
+
+@needs_cuda_build
+@needs_cuobjdump
+def test_pack_image_tokens_reads_and_writes_16_bytes_at_a_time():
+    kernels = {name: text for name, text in dumped("-sass").items() if "pack_image_tokens" in name[1]}
+    assert len(kernels) == NUM_KERNELS["pack_image_tokens.cu"] * len(native().cuda_architectures)
+    for kernel, text in kernels.items():
+        assert {"LDG", "STG"} <= set(re.findall(r"(LDG|STG)\S*\.128\b", text)), kernel
 
 
 @needs_nvcc

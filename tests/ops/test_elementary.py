@@ -20,7 +20,10 @@ extern "C" void log1p_fraction(const float* x, float* out, int64_t size) {
 """
 STEP = 61  # of the bit patterns
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed"),
+    pytest.mark.xdist_group("elementary"),  # compiled once
+]
 
 
 @pytest.fixture(scope="module")

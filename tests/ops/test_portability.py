@@ -22,6 +22,7 @@ AARCH64, QEMU = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch6
 HERE = platform.machine() == "x86_64" and Path("/proc/cpuinfo").read_text()
 
 pytestmark = [
+    pytest.mark.xdist_group("portability"),  # compiled once
     pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed"),
     pytest.mark.skipif(platform.machine() != "x86_64", reason="compares generations of x86-64"),
 ]

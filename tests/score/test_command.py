@@ -397,10 +397,10 @@ def an_actor_that_never_starts(monkeypatch):
 
 
 @pytest.mark.usefixtures("cluster", "an_actor_that_never_starts")
-def test_2000_good_and_bad_records_are_all_accounted_for(make_checkpoint, tmp_path):
+def test_good_and_bad_records_are_all_accounted_for(make_checkpoint, tmp_path):
     save_checkpoint(tmp_path / "model", make_checkpoint(max_length=256))
     write_pictures(tmp_path)
-    chosen = [KINDS[0 if i % 3 else i // 3 % len(KINDS)] for i in range(2000)]
+    chosen = [KINDS[0 if i % 3 else i // 3 % len(KINDS)] for i in range(NUM_RECORDS)]
     lines = [record if isinstance(record, str) else json.dumps(record) for record, _ in chosen]
     (tmp_path / "records.jsonl").write_text("".join(line + "\n" for line in lines))
     out = tmp_path / "out.jsonl"

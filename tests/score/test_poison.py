@@ -67,8 +67,8 @@ def test_a_record_that_kills_its_process_is_listed_and_the_rest_is_scored(
     class Mortal(ScoringActor):
         """Dies over a certain record, as inside a broken decoder."""
 
-        def make_scorer(self):
-            return Constant()
+        def load(self):
+            self.scorer = Constant()
 
         def groups(self, positions, fatal):
             found = super().groups(positions, fatal)

@@ -10,7 +10,7 @@ from reward_server import picture, running
 PROMPT = "What is in the picture?"
 RESPONSES = ["two red circles", "I think so.", "two red circles on the left of the picture"]
 
-pytestmark = needs_chromium
+pytestmark = [needs_chromium, pytest.mark.xdist_group("page")]  # one browser
 
 
 @pytest.fixture(scope="module")

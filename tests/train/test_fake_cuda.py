@@ -15,13 +15,37 @@ import torch
 FOLDER = Path(__file__).parents[1] / "fake_cuda"
 TORCH = Path(torch.__file__).parent
 
-pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason="torch has a CUDA of its own")
+pytestmark = [
+    pytest.mark.skipif(torch.version.cuda is not None, reason="torch has a CUDA of its own"),
+    pytest.mark.xdist_group("fake cuda"),  # one process imports for all
+]
 
 
-@pytest.fixture(scope="session")
-def guard(tmp_path_factory):
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    """What a case of `cases.py` prints, each of a process of its own."""
+    folder = tmp_path_factory.mktemp("fake_cuda")
+    command, log = [sys.executable, str(FOLDER / "cases.py")], folder / "log.txt"
+    environment = os.environ | {"FAKE_CUDA_GUARD": str(built_guard(folder))}
+    with (
+        open(log, "w") as errors,
+        subprocess.Popen(command, stdin=-1, stdout=-1, stderr=errors, env=environment, text=True) as server,
+    ):
+
+        @cache
+        def ask(case):
+            print(case, file=server.stdin, flush=True)
+            found = server.stdout.readline()
+            assert found not in ("", "null\n"), log.read_text()[-4000:]
+            return json.loads(found)
+
+        yield ask
+        server.kill()
+
+
+def built_guard(folder):
     """`guard.cpp`, built."""
-    library = tmp_path_factory.mktemp("guard") / "guard.so"
+    library = folder / "guard.so"
     includes = [f"-I{TORCH / 'include'}", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
     links = [f"-L{TORCH / 'lib'}", "-lc10", "-ltorch_cpu", "-o", str(library)]
     flags = ["-O0", "-std=c++20", "-shared", "-fPIC"]
@@ -29,19 +53,9 @@ def guard(tmp_path_factory):
     return library
 
 
-@cache
-def result(guard, case):
-    """What a case of `cases.py` prints, of a process of its own."""
-    command = [sys.executable, str(FOLDER / "cases.py"), case]
-    environment = os.environ | {"FAKE_CUDA_GUARD": str(guard)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def test_a_micro_batch_never_waits_and_a_step_only_for_its_sums_and_norms(guard):
+def test_a_micro_batch_never_waits_and_a_step_only_for_its_sums_and_norms(result):
     """Standard, robust, two adapters, white, margins of a file and of n-grams, with every checkpointing."""
-    found = result(guard, "waits")
+    found = result("waits")
     assert len(found) == 10
     for way, counts in found.items():
         assert not counts["add"], way
@@ -49,8 +63,8 @@ def test_a_micro_batch_never_waits_and_a_step_only_for_its_sums_and_norms(guard)
         assert sum(counts["apply"].values()) == 1 + counts["branches"], way
 
 
-def test_collectives_do_not_depend_on_what_is_in_a_batch_nor_on_the_number_of_ranks(guard):
-    found, by_mesh = dict(result(guard, "collectives")), {}
+def test_collectives_do_not_depend_on_what_is_in_a_batch_nor_on_the_number_of_ranks(result):
+    found, by_mesh = dict(result("collectives")), {}
     held, reduced = found.pop("held"), found.pop("reduced")
     for name, collectives in found.items():
         by_mesh.setdefault(name.partition(", ")[2], []).append(collectives)
@@ -64,15 +78,15 @@ def test_collectives_do_not_depend_on_what_is_in_a_batch_nor_on_the_number_of_ra
     assert gathers == 2 * trained + frozen + roots + 2 * scores + 1  # FSDP2 fetches a frozen block for no backward
 
 
-def test_a_step_holds_what_the_dry_run_says(guard):
+def test_a_step_holds_what_the_dry_run_says(result):
     """Peaks at the widths of 8B over 8 GPUs, to 15 %."""
-    for way, peak in result(guard, "peaks").items():
+    for way, peak in result("peaks").items():
         assert peak["dry run"] == pytest.approx(peak["allocated"], rel=0.15), way
 
 
-def test_a_forward_of_scoring_is_begun_without_waiting_and_waited_for_once(guard):
+def test_a_forward_of_scoring_is_begun_without_waiting_and_waited_for_once(result):
     """On one GPU, or with layers on two or three, each of which has one copy of the plan."""
-    found = result(guard, "scoring")
+    found = result("scoring")
     for count, scored in found.items():
         assert (count, scored["begin"]) == (count, {})
         assert scored["outcomes"] == {"event in scorer.py: self.done.synchronize()": 1}
@@ -85,8 +99,8 @@ def test_a_forward_of_scoring_is_begun_without_waiting_and_waited_for_once(guard
     }  # fmt: skip
 
 
-def test_planted_faults_are_caught(guard):
-    found = {fault: " ".join(seen) for fault, seen in result(guard, "faults").items()}
+def test_planted_faults_are_caught(result):
+    found = {fault: " ".join(seen) for fault, seen in result("faults").items()}
     assert "same device" in found["host edges"]
     assert "trie_attention_fwd has tensors on several devices" in found["host plan"]
     assert "read in " in found["read"] and "nonzero" in found["boolean mask"]

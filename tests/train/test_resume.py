@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import weakref
 from dataclasses import asdict
@@ -206,8 +207,8 @@ def alter_the_state(newest):
 @pytest.mark.parametrize("damage", [flip_a_bit, alter_the_state])
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(make_config, capsys, damage):
     config = make_config("run", **OPTIONS)
-    whole = train(make_config("whole", **OPTIONS))
-    *_, before, newest = sorted((train(config) / "checkpoints").iterdir())
+    whole = shutil.copytree(train(config), config.run.output_dir.with_name("whole"))
+    *_, before, newest = sorted((config.run.output_dir / "checkpoints").iterdir())
     part = damage(newest)
     same_runs(whole, train(with_options(config, resume="auto")))
     said = capsys.readouterr().err
@@ -313,8 +314,8 @@ def test_nothing_of_a_run_waits_for_the_garbage_collector(make_config):
 
 def test_a_checkpoint_can_be_named(make_config):
     config = make_config("run", **OPTIONS)
-    whole = train(make_config("whole", **OPTIONS))
-    oldest = sorted((train(config) / "checkpoints").iterdir())[0]
+    whole = shutil.copytree(train(config), config.run.output_dir.with_name("whole"))
+    oldest = sorted((config.run.output_dir / "checkpoints").iterdir())[0]
     same_runs(whole, train(with_options(config, resume=str(oldest), output_dir=None)))
     with pytest.raises(ValueError, match="not a checkpoint of the run folder"):
         train(make_config("other", resume=str(oldest), **OPTIONS))

@@ -45,9 +45,8 @@ def test_scores_of_the_saved_model_are_the_rewards_of_the_last_evaluation(make_c
     assert saved_margins(folder / "final", mixed_records(pictures)[:3]) == pytest.approx(margins(folder), abs=1e-5)
 
 
-@pytest.mark.parametrize("robust", [False, True], ids=["standard", "robust"])
-def test_two_ranks_equal_one(make_config, robust):
-    options = {"robust": robust, "epochs": 2, "eval_every": 2}
+def test_two_ranks_equal_one(make_config):
+    options = {"robust": True, "epochs": 2, "eval_every": 2}
     one, two = train(make_config("one", **options)), make_config("two", **options)
     assert run_ranks(train, two) == [0, 0]
     assert [row["step"] for row in read(one / "evaluations.jsonl")][:2] == [2, 4]
