@@ -32,7 +32,7 @@ COMMANDS = {  # what it takes, the function that runs it (None or 0 is success),
     "inspect": (config.InspectConfig, "checkpoint.export:inspect", "what a checkpoint folder holds"),
     "convert": (config.ConvertConfig, "score.convert:convert", "an InternVL checkpoint to transformers' own format"),
     "export": (config.ExportConfig, "checkpoint.export:export", "a reward model to the layout of other programs"),
-    "doctor": (config.DoctorConfig, "doctor:doctor", "what was built here and what each op runs on"),
+    "doctor": (config.DoctorConfig, "doctor.command:doctor", "what was built here, whether it is right and how fast"),
 }
 TASKS = {
     "train": ("init", "train", "study"), "judge": ("audit", "evaluate", "best-of-n", "report"),

@@ -347,6 +347,13 @@ class ServeConfig(ClusterConfig):
 class DoctorConfig:
     """Print what was built here, what each op runs on and why, and what to do where something is missing."""
 
+    gpu: bool = False
+    """Check on the GPU, under torchrun on all: ops, rewards, training, against the CPU and one rank; measure speeds."""
+    cpu: bool = False
+    """The same on the CPU: the checks that need no GPU."""
+    json: Path | None = None
+    """File to write all of it to, for a bug report."""
+
 
 @dataclass(frozen=True)
 class StudyConfig:

@@ -32,8 +32,7 @@ class Rates:
         self.text = [pass_flops(model.model.language_model.layers, expert_share(model)) for model in models]
         tower = models[0].model.vision_tower
         self.tile = (4 * tokens_per_tile + 1) * pass_flops(tower.encoder) if tower else 0
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-        self.device, self.peak = device, next((flops for known, flops in PEAK_FLOPS.items() if known in name), None)
+        self.device, self.peak = device, peak_flops(device)
 
     def __call__(self, row: dict[str, Any], seconds: float) -> dict[str, float]:
         """The figures of a step with the counts of `row`."""
@@ -51,6 +50,12 @@ class Rates:
     def flops(self, tokens: float, text_tokens: float, tiles: float) -> float:
         """Operations in all passes of all models over so many tokens, of the proxy's text, and tiles."""
         return sum(map(mul, self.text, (tokens, text_tokens))) + self.tile * tiles
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 operations a second of a GPU; None of what is not listed, and of a CPU."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops for known, flops in PEAK_FLOPS.items() if known in name), None)
 
 
 def pass_flops(part: torch.nn.Module, share: float = 1.0) -> float:

@@ -26,17 +26,18 @@ COMPILED_VARIANTS = 64  # of a block: of both branches, with and without images,
 
 
 @contextmanager
-def ranks():
-    """This process's device; joins the group that torchrun started (or one of its own), and leaves it at the end."""
+def ranks(*, alone: bool = False):
+    """This process's device; joins the group that torchrun started, or one of its own, and leaves it at the end."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         place = int(os.environ.get("LOCAL_RANK", "0"))
         device = torch.device("cuda", place % torch.cuda.device_count())  # launchers may show each process one GPU
         torch.cuda.set_device(device)
-    alone = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    is_alone = alone or "WORLD_SIZE" not in os.environ
+    own = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if is_alone else {}
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, timeout=TIMEOUT, **alone)
+        dist.init_process_group(backend, timeout=TIMEOUT, **own)
     except RuntimeError as error:
         remedy = "of several networks, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the one to take, see `ip addr`"
         raise OSError(f"ranks do not reach each other: {error}; {remedy}") from error

@@ -20,13 +20,14 @@ import torch
 import torch.distributed as dist
 import torch.distributed._tools.fake_collectives
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import InternVLConfig, InternVLVisionConfig, Qwen2Config
 
 from mmrm_fast.config import TrainConfig
 from mmrm_fast.config_file import with_options
 from mmrm_fast.data.packing import Packed, PackedBatch, Step, map_tensors, plan_tokens
+from mmrm_fast.doctor import checks, kernels, speed
 from mmrm_fast.model.decoder import renew_rope
 from mmrm_fast.model.placement import place
 from mmrm_fast.score.scorer import Scorer
@@ -87,6 +88,7 @@ def on_gpu(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
                     tensor = torch.empty(own.shape, dtype=own.dtype, device=CUDA)
                 is_parameter = name in module._parameters
                 setattr(module, name, nn.Parameter(tensor, own.requires_grad) if is_parameter else tensor)
+    model.to = lambda device: None
     return model
 
 
@@ -126,7 +128,6 @@ def steps_of(folder: Path, mode: FakeTensorMode, **options) -> Steps:
     sharding.make_mesh = lambda *about: mesh  # its own tensors are read
     for root in dict.fromkeys(branch.root for branch in branches):
         on_gpu(root, mode)
-        root.to = lambda device: None
         with mode:
             sharding.shard(root, CUDA, config.memory)
         train_mode(root)
@@ -223,6 +224,43 @@ def scoring() -> dict:
             begun.outcomes()
         found[count] = {"begin": begins, "outcomes": watch.counts(), "copies": copies}
     return found
+
+
+def really(function):
+    """A function of meta tensors, outside of the fake mode."""
+
+    def call(*arguments):
+        with unset_fake_temporarily():
+            return function(*arguments)
+
+    return call
+
+
+def doctor() -> dict:
+    """What `doctor --gpu` finds with fake tensors: its calls, not its figures, as each number that is read is 1."""
+    cuda, checks.watched = torch.cuda, lambda *about: contextlib.nullcontext()
+    cuda._sleep = cuda.synchronize = lambda *about: None
+    cuda.device_count, cuda.get_device_name = lambda: 2, lambda device: "NVIDIA H100"
+    cuda.get_device_properties = lambda device: SimpleNamespace(memory_clock_rate=2_619_000, memory_bus_width=5120)
+    speed.TIMES, kernels.HEAD_SIZES, kernels.NODES = 1, (64,), (1, 3)
+    kernels.on_cuda.takes_flash = lambda *about: True
+    for _, schema, reference in kernels.SCHEMAS:
+        kernels.op_cases(schema, reference)  # real ones, made before
+    for dtype in kernels.ALLOWED:
+        kernels.attention_cases(dtype, 64)
+    mode, measured, shard = fake_mode(), speed.Speed(CUDA), sharding.shard
+    measured.model, speed.text_pass = really(measured.model), really(speed.text_pass)
+    speed.plan_tokens = really(speed.plan_tokens)
+    speed.drawn = lambda model, device: on_gpu(model, mode)  # which leaves alone what is there
+    sharding.shard = lambda model, *about: shard(on_gpu(model, mode), *about)
+    with ranks(8):
+        mesh = make_mesh(CUDA, 1)
+        sharding.make_mesh = lambda *about: mesh
+        cases = [own for own in kernels.kernel_checks(CUDA) if "as dispatched" in own.name or "Flash" in own.name]
+        cases += [own for own in measured.checks() if "loader" not in own.name]
+        with mode, Watch(), Memory() as allocated:
+            cuda.memory_allocated = lambda device: allocated.total()
+            return {own.name: checks.outcome(own, 0)._asdict() for own in cases}
 
 
 def with_host_edges(steps: Steps) -> None:

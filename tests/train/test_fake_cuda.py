@@ -99,6 +99,13 @@ def test_a_forward_of_scoring_is_begun_without_waiting_and_waited_for_once(resul
     }  # fmt: skip
 
 
+def test_doctor_calls_a_gpu_as_torch_takes_it(result):
+    """Its ops on streams and another device, FlashAttention, decoder layers of 8B, an all-gather over 8 ranks."""
+    found = result("doctor")
+    assert not {name: came["note"] for name, came in found.items() if came["passed"] is False}
+    assert [name for name, came in found.items() if came["figure"] is None] == [*found][-1:] and len(found) == 24
+
+
 def test_planted_faults_are_caught(result):
     found = {fault: " ".join(seen) for fault, seen in result("faults").items()}
     assert "same device" in found["host edges"]

@@ -1,10 +1,9 @@
-"""`mmrm-fast doctor`: what was built here, what each op runs on and why, and a remedy where something is missing."""
+"""What was built here, what each op runs on and why, and a remedy where something is missing."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mmrm_fast.config import DoctorConfig
 from mmrm_fast.machine import Machine, this_machine
 from mmrm_fast.ops.native import native, runs_on, takes
 
@@ -131,8 +130,3 @@ def lines(machine: Built) -> Iterator[str]:
     missing = list(remedies(machine))
     yield "\nto do:" if missing else "\nnothing is missing"
     yield from (f"  {remedy}" for remedy in missing)
-
-
-def doctor(config: DoctorConfig) -> None:
-    """Print the report of this machine."""
-    print("\n".join(lines(inspect())))

@@ -11,7 +11,7 @@ import torch
 
 from mmrm_fast import machine, ops
 from mmrm_fast.cli import main
-from mmrm_fast.doctor import CUDA_OPS, HOST_OPS, OPS, Built, choose, lines, remedies
+from mmrm_fast.doctor.built import CUDA_OPS, HOST_OPS, OPS, Built, choose, lines, remedies
 from mmrm_fast.ops.native import cuda_native, native
 
 H100 = ("NVIDIA H100", 9, 0)

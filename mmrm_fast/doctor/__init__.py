@@ -1,0 +1,1 @@
+"""What is here, and whether it computes right and how fast."""
