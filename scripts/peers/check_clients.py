@@ -107,7 +107,8 @@ def recording(url: str) -> Iterator[tuple[str, list[dict]]]:
             answer = requests.post(url + self.path, json=body)
             exchanges.append({"path": self.path, "body": body, "status": answer.status_code, "answer": answer.json()})
             self.send_response(answer.status_code)
-            self.send_header("content-length", str(len(answer.content)))
+            for name in ("content-length", "content-type"):
+                self.send_header(name, answer.headers[name])
             self.end_headers()
             self.wfile.write(answer.content)
 

@@ -254,7 +254,7 @@ def test_the_commands_convert_export_and_inspect(tmp_path, capsys):
     assert "no config.json" in capsys.readouterr().err
 
 
-SWIFT = json.loads(Path(__file__).with_name("swift.json").read_text())
+SWIFT, VLLM = (json.loads(Path(__file__).with_name(f"{name}.json").read_text()) for name in ("swift", "vllm"))
 
 
 def tiny_with_head():
@@ -263,6 +263,21 @@ def tiny_with_head():
     with torch.no_grad():
         tiny.model.score.weight.copy_(torch.linspace(-2, 2, tiny.model.score.weight.numel())[None])
     return tiny
+
+
+@pytest.fixture(scope="module")
+def vllm_scorer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vllm")
+    save_checkpoint(folder / "final", tiny_with_head())
+    export_vllm(folder / "final", folder / "out")
+    return Scorer.from_pretrained(folder / "out", "cpu")
+
+
+@pytest.mark.parametrize("record", VLLM.values(), ids=VLLM)
+def test_the_vllm_folder_gives_the_rewards_that_vllm_gave_of_it(vllm_scorer, record):
+    """vLLM 0.32 was asked by `scripts/peers/check_vllm.py --record`."""
+    record = dict(record)
+    assert record.pop("rewards") == pytest.approx(vllm_scorer.score([record])[0], abs=1e-4)
 
 
 @pytest.fixture(scope="module")
