@@ -1,12 +1,14 @@
 """The command line: help that explains, names that are suggested, statuses that scripts can use."""
 
 import ast
+import importlib
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
-from mmrm_fast import config
+from mmrm_fast import cli, config
 from mmrm_fast.cli import COMMANDS, TASKS, main
 from mmrm_fast.config import TrainConfig
 from mmrm_fast.config_file import types
@@ -64,3 +66,17 @@ def test_serving_without_its_packages_says_what_to_install(capsys, monkeypatch):
         monkeypatch.delitem(sys.modules, name, raising=False)
     assert main(["serve"]) == 2
     assert "pip install 'mmrm_fast[serve]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("own", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", None])
+def test_segments_of_a_gpu_s_memory_can_grow_unless_the_user_says_how_it_is_taken(monkeypatch, own):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")  # what stands there now comes back
+        monkeypatch.delenv(name)
+    if own:
+        monkeypatch.setenv(own, "backend:native")
+    importlib.reload(cli)
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == {
+        "PYTORCH_ALLOC_CONF": "backend:native",
+        None: "expandable_segments:True",
+    }.get(own)

@@ -164,4 +164,9 @@ def start_replicas(config: ServeConfig) -> DeploymentHandle:
         **scaling,
     )
     ray_serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
-    return ray_serve.run(deployment.bind(config, threads), name=APP, route_prefix=None)
+    try:
+        return ray_serve.run(deployment.bind(config, threads), name=APP, route_prefix=None)
+    except RuntimeError as error:
+        said = ray_serve.status().applications[APP].deployments["reward"].message.strip().splitlines()
+        reasons = (line.partition("Error: ")[2] for line in said[::-1] if "Error: " in line)
+        raise ValueError(f"no replica starts: {next(reasons, error)}") from error

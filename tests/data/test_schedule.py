@@ -2,10 +2,12 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import MagicMock as Mock
 
 import numpy as np
 import pytest
 
+from mmrm_fast.data import schedule as module
 from mmrm_fast.data.mixture import PreferenceDataset, unknown_samples
 from mmrm_fast.data.samples import Size
 from mmrm_fast.data.schedule import balance, cut, imbalance, schedule
@@ -229,6 +231,17 @@ def test_worker_processes_change_nothing(num_workers):
     options = {"tokens_per_batch": 300, "tokens_per_micro_batch": 100, "window": 150}
     alone, helped = (list(schedule(StandIn(costs), order, num_workers=n, **options)) for n in (0, num_workers))
     assert places(helped) == places(alone)
+
+
+def test_worker_processes_without_shared_memory_are_told_what_gives_them_more(monkeypatch):
+    bus_error = (
+        "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that it is out of shared memory."
+    )
+    monkeypatch.setattr(
+        module, "DataLoader", Mock(return_value=Mock(__iter__=Mock(side_effect=RuntimeError(bus_error))))
+    )
+    with pytest.raises(OSError, match=r"^/dev/shm: .*Bus error.* --shm-size 16g; or --num-workers 0"):
+        next(module.load(StandIn([1]), [0], tokens_per_batch=1, tokens_per_micro_batch=1))
 
 
 def test_the_last_step_has_consumed_everything_even_if_it_ends_in_errors():

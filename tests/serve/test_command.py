@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import grpc
 import httpx
@@ -23,7 +25,9 @@ from runs import descendants, listening, wait_until
 from mmrm_fast.checkpoint.folder import save_checkpoint
 from mmrm_fast.cli import main
 from mmrm_fast.client import RewardClient
+from mmrm_fast.config import ServeConfig
 from mmrm_fast.score.scorer import Scorer
+from mmrm_fast.serve import command
 
 MAX_REQUESTS = 8  # of a replica; under load it asks for another with one request in flight
 BODY = {"queries": "What?", "documents": [f"{'two red circles ' * 10}{i}" for i in range(400)]}  # seen in flight
@@ -207,3 +211,19 @@ def test_a_server_drains_on_sigterm(server):
 def test_what_cannot_work_is_refused_at_once(model, options, reason, capsys):
     assert main(["serve", "--model", str(model), *options]) == 2
     assert reason in capsys.readouterr().err
+
+
+def test_why_no_replica_starts_is_said_in_the_replica_s_own_words(model, monkeypatch):
+    """Of a model that fills its GPUs: Ray Serve itself says that the deployments were not updated."""
+    told = "Error:\n  raise RuntimeError()\nRuntimeError: Traceback\nValueError: final: its weights take 143.7 GiB\n"
+    application = SimpleNamespace(deployments={"reward": SimpleNamespace(message=told)})
+    monkeypatch.setattr(command.ray, "cluster_resources", lambda: {"CPU": 2.0, "GPU": 2.0})
+    for name, answer in {"start": None, "status": SimpleNamespace(applications={command.APP: application})}.items():
+        monkeypatch.setattr(command.ray_serve, name, lambda *_, answer=answer, **options: answer)
+    monkeypatch.setattr(command.ray_serve, "run", Mock(side_effect=RuntimeError("Failed to update")))
+    with pytest.raises(ValueError, match=r"no replica starts: final: its weights take 143\.7 GiB$"):
+        command.start_replicas(ServeConfig(model=model, gpus_per_actor=2))
+    with pytest.raises(ValueError, match="2 replicas with 2 GPUs each: the cluster has 2; lower --replicas or --gpus"):
+        command.start_replicas(ServeConfig(model=model, gpus_per_actor=2, replicas=2))
+    with pytest.raises(ValueError, match=r"--gpus-per-actor 1\.5: expected a whole number"):
+        command.start_replicas(ServeConfig(model=model, gpus_per_actor=1.5))

@@ -275,7 +275,7 @@ def test_no_stream_of_lines_holds_up_a_large_request(scorer):
         return Waiting(sample, asyncio.Future(loop=loop), 0, cost, cost)
 
     loop = asyncio.new_event_loop()
-    batcher = Batcher(type("Stub", (), {"tokens_per_micro_batch": 1}))
+    batcher = Batcher(type("Stub", (), {"tokens_per_micro_batch": 1, "num_ahead": 0}))
     large = waiting(0, *(f"two red {i}" for i in range(40)))
     batcher.queue += [waiting(1, "a"), waiting(2, "a"), large]
     turns = 0
@@ -291,7 +291,7 @@ def test_beside_small_requests_a_large_one_has_a_piece_in_every_other_batch_and_
     class Cheap:
         """A response costs a token."""
 
-        tokens_per_micro_batch, split = 80, Scorer.split
+        tokens_per_micro_batch, num_ahead, split = 80, 0, Scorer.split
 
         def cost(self, sample):
             return len(sample.main.sequences)

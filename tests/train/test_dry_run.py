@@ -259,6 +259,29 @@ def test_the_least_is_recomputed_that_fits(eight, capsys, gpu_memory, mode):
     assert "loading: 0.12 GiB of host memory a rank, " in printed and "computed, nothing was timed" in printed
 
 
+@pytest.mark.parametrize(("gpu_memory", "replicas"), [(96.0, 2), (48.0, 1)])
+def test_there_are_as_many_replicas_as_nodes_where_a_copy_fits_one(eight, monkeypatch, gpu_memory, replicas):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    asked = with_options(eight, gpu_memory=gpu_memory, tokens_per_micro_batch=32_768, activation_checkpointing="auto")
+    assert fitted(asked, num_gpus=16).memory.replicas == replicas
+
+
+def test_gradients_are_held_where_there_is_room_and_counted(eight):
+    chosen = [fitted(with_options(eight, gpu_memory=size), num_gpus=8).memory for size in (192.0, 48.0)]
+    assert [own.hold_gradients for own in chosen] == [True, False]
+    more = bytes_of(with_options(eight, hold_gradients=True)).total - bytes_of(eight).total
+    assert more == pytest.approx(4 * TRAINED)
+
+
+def test_selective_checkpointing_keeps_less_of_adapters_than_a_step_without(eight):
+    lora = with_options(eight, robust=False, llm_lora=True)
+    kept, all_saved = (
+        activations(with_options(lora, activation_checkpointing=mode), "main", 1024, 1)
+        for mode in ("selective", "none")
+    )
+    assert kept < 0.8 * all_saved
+
+
 def test_what_is_between_products_is_counted_by_each_operation_or_once():
     x, weight = (torch.zeros(4, 4, device="meta") for _ in range(2))
     with Traffic() as seen:

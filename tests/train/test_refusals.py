@@ -2,12 +2,14 @@
 
 import re
 from typing import get_args
+from unittest.mock import Mock
 
 import pytest
 
 from mmrm_fast.cli import main
 from mmrm_fast.config import TrainConfig
 from mmrm_fast.config_file import flags, options, types, with_options
+from mmrm_fast.train import sharding
 from mmrm_fast.train.refusals import RANGES, refuse
 
 DATA = {"data": ("a.jsonl",)}
@@ -90,3 +92,12 @@ def test_all_that_is_wrong_is_told_at_once_and_nothing_is_written(tmp_path, caps
 def test_every_number_has_a_range():
     numbers = {name for name, hint in types(TrainConfig).items() if {int, float} & {hint, *get_args(hint)}}
     assert numbers == {name for names in RANGES.values() for name in names.split()} <= set(options(TrainConfig()))
+
+
+def test_ranks_that_do_not_reach_each_other_are_told_what_names_the_network(monkeypatch):
+    monkeypatch.setattr(sharding.dist, "init_process_group", Mock(side_effect=RuntimeError("no address for: node-7")))
+    with (
+        pytest.raises(OSError, match="no address for: node-7; of several networks, GLOO_SOCKET_IFNAME"),
+        sharding.ranks(),
+    ):
+        pass
