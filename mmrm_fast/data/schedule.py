@@ -144,7 +144,8 @@ def balance(costs: Sequence[int], limit: int, num_ranks: int) -> list[list[int]]
     Largest first into the emptiest bin; bins may be empty. Items keep their order inside a bin. Rank r takes
     `bins[r::num_ranks]`.
     """
-    num_bins = -(-max(1, -(-sum(costs) // limit)) // num_ranks) * num_ranks
+    least = -(-sum(min(cost, limit) for cost in costs) // limit)
+    num_bins = -(-max(1, least) // num_ranks) * num_ranks
     while True:
         bins = deal(costs, num_bins)
         if all(len(items) <= 1 or sum(costs[item] for item in items) <= limit for items in bins):

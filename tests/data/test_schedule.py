@@ -46,7 +46,8 @@ def test_cut_fills_consecutive_runs_up_to_the_budget(costs, budget, runs):
         ([1, 9, 2, 8], 10, 2, [[0, 1], [2, 3]]),
         ([6, 6, 6], 10, 1, [[0], [1], [2]]),
         ([6, 6, 6], 10, 2, [[0], [1], [2], []]),
-        ([50, 1], 10, 1, [[0], [1], [], [], [], []]),
+        ([50, 1], 10, 1, [[0], [1]]),
+        ([50], 10, 1, [[0]]),
     ],
 )
 def test_balance_deals_the_largest_first_into_the_emptiest_bin(costs, limit, num_ranks, bins):
