@@ -5,15 +5,17 @@ In bf16, with the pairs of `train-step`, verified as there on the single layer. 
 takes is timed beside a small language model.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from statistics import median
 
+import numpy as np
 import torch
 
 from benchmarks.bench_train_step import baseline, exact_side, make_sides
-from benchmarks.harness import MODEL_REPEATS, Case, Options, Row, interleaved, verdict
+from benchmarks.flops import counted
+from benchmarks.harness import MODEL_REPEATS, Case, Check, Options, Row, interleaved, verdict
 from benchmarks.models import FULL, PROBE, Geometry, geometry, make_records
 
 TOWER, TOWER_LAYERS, VOCABULARY = (1024, 16, 4096), 24, 151_674
@@ -31,45 +33,39 @@ def cases(options: Options) -> Iterator[Case]:
 
 
 def rows(name: str, options: Options) -> Iterator[Row]:
-    """Predicted seconds of ours and of each baseline."""
+    """Predicted seconds and FLOPs of ours and of each baseline."""
     text, layers = MODELS[name]
-    one = replace(geometry(options), vision=TOWER, text=text, vocab_size=VOCABULARY)
-    one = replace(one, vision_layers=1, text_layers=1)
-    tower = more_seconds(replace(one, text=FULL.text, vocab_size=FULL.vocab_size), "vision_layers", options)
-    decoder, names = more_seconds(one, "text_layers", options), ("padded", "reference")
-    single = timed(one, options)
-    ours, *others = [
-        first + (layers - 1) * layer + (TOWER_LAYERS - 1) * tile_layer
-        for first, layer, tile_layer in zip(single, decoder, tower, strict=True)
-    ]
-    checks = verified(one, options.device)
-    for other, seconds, layer in zip(names, others, decoder[1:], strict=True):
-        details = {"decoder layer seconds": decoder[0], "baseline decoder layer seconds": layer}
+    one = replace(geometry(options), vision=TOWER, text=text, vocab_size=VOCABULARY, vision_layers=1, text_layers=1)
+    small = replace(one, text=FULL.text, vocab_size=FULL.vocab_size)
+    layer, tile_layer = added(one, "text_layers", options), added(small, "vision_layers", options)
+    (ours, *others), (flops, *other_flops) = cost(one, options) + (layers - 1) * layer + (TOWER_LAYERS - 1) * tile_layer
+    for (other, checks), seconds, baseline_flops in zip(verified(one, options), others, other_flops, strict=True):
+        details = {"ratio of FLOP": baseline_flops / flops, "decoder layer seconds": layer[0, 0]}
         yield Row(
             "depth", f"train-step {name}, by difference", options.device.type, "bfloat16", ours, other, seconds,
-            seconds / ours, None, None, *verdict(checks[other]), details=details,
+            seconds / ours, None, None, *verdict(checks), details=details,
         )  # fmt: skip
 
 
 @cache
-def more_seconds(one: Geometry, kind: str, options: Options) -> list[float]:
-    """What a second layer of a kind adds to a step of ours, `padded` and `reference`."""
-    both = timed(one, options), timed(replace(one, **{kind: 2}), options)
-    return [second - first for first, second in zip(*both, strict=True)]
+def added(one: Geometry, kind: str, options: Options) -> np.ndarray:
+    """What a second layer of a kind adds to the cost of a step."""
+    return cost(replace(one, **{kind: 2}), options) - cost(one, options)
 
 
 @cache
-def timed(sizes: Geometry, options: Options) -> list[float]:
-    """Seconds of a step of ours, `padded` and `reference`."""
+def cost(sizes: Geometry, options: Options) -> np.ndarray:
+    """Seconds and FLOPs of a step of ours, `padded` and `reference` [2, 3]."""
     sides = make_sides(make_records(sizes, PROBE), None, torch.bfloat16, options.device)
+    flops = [counted(side.step)[1].flops for side in sides]
     samples = interleaved([side.step for side in sides], repeats=min(options.repeats, MODEL_REPEATS), min_seconds=0)
-    return list(map(median, samples))
+    return np.array([list(map(median, samples)), flops])
 
 
-def verified(sizes: Geometry, device: torch.device) -> dict[str, list]:
+def verified(sizes: Geometry, options: Options) -> Iterator[tuple[str, Sequence[Check]]]:
     """The checks of each baseline, as in `train-step`."""
     records = make_records(sizes, PROBE)
-    ours, *others = make_sides(records, None, torch.bfloat16, device)
-    exact = exact_side(ours, records, None, device).result()
-    result = ours.result()
-    return {side.name: baseline(side, result, exact).checks for side in others}
+    ours, *others = make_sides(records, None, torch.bfloat16, options.device)
+    exact, result = exact_side(ours, records, None, options.device).result(), ours.result()
+    for side in others:
+        yield side.name, baseline(side, result, exact).checks

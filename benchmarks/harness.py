@@ -21,9 +21,7 @@ MIN_SAMPLE_SECONDS = 0.05
 MODEL_REPEATS = 3  # timed samples of each side of a whole model, at most
 SLOW_SECONDS = 20.0  # a call over it is timed twice at most
 CPU = torch.device("cpu")
-Suite = Literal[
-    "ops", "preprocess", "plan", "loader", "train-step", "score", "scale", "end-to-end", "serve", "flops", "depth"
-]
+Suite = Literal["ops", "preprocess", "plan", "loader", "train-step", "score", "scale", "end-to-end", "serve", "depth"]
 
 
 @dataclass(frozen=True)

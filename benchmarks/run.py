@@ -20,7 +20,6 @@ from tqdm import tqdm
 from benchmarks import (
     bench_depth,
     bench_end_to_end,
-    bench_flops,
     bench_ops,
     bench_scale,
     bench_score,
@@ -37,7 +36,6 @@ SUITES = {
     "scale": bench_scale.cases,
     "end-to-end": bench_end_to_end.cases,
     "serve": bench_serve.cases,
-    "flops": bench_flops.cases,
     "depth": bench_depth.cases,
 }
 

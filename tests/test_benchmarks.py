@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks import bench_flops, bench_ops, bench_score, bench_train_step, report
+from benchmarks import bench_ops, bench_score, bench_train_step, report
 from benchmarks.bench_ops import digest
-from benchmarks.flops import counted, visible_pairs
+from benchmarks.flops import ATTENTION_BACKWARD, counted, visible_pairs
 from benchmarks.harness import Baseline, Check, Comparison, Options, Row, compare, peak_bytes, relative_error
 from benchmarks.models import Geometry, make_model, make_records
 from benchmarks.report import ResultFile, read_rows, regressions
@@ -26,21 +26,31 @@ TINY = Geometry(56, 32, 10, 0.1, vision_layers=1, text_layers=2, vocab_size=64)
 ROW = Row("score", "score 1x1", "cpu", "float32", 1.0, "padded", 5.0, 5.0, spread=0.05, verified=True)
 
 
-def test_a_step_computes_every_shared_token_once_and_no_product_more(monkeypatch):
-    """The formulas of the computed suite, for one image of 3 tiles, a prompt and two responses."""
-    monkeypatch.setattr(bench_flops, "PATCHES", 16)
-    monkeypatch.setattr(bench_flops, "TOKENS_PER_TILE", TINY.tokens_per_tile)
-    sizes = bench_flops.Sizes(256, 1, 1024, 512, 2, 8, 2, 1792, vocab=64, head_size=64)
-    start, first, second = 32 + 3 * TINY.tokens_per_tile + 10, 12, 10
-    whole = [bench_flops.triangle(start + response) for response in (first, second)]
-    text = bench_flops.decoder_flops(
-        sizes, start + first + second, sum(whole) - bench_flops.triangle(start), read=2,
-        read_pairs=2 * start + first + second, forwards=1,
-    )  # fmt: skip
+def test_a_step_computes_every_shared_token_once_and_no_product_more():
+    """One image of 3 tiles, a prompt and two responses; the last layer runs on what is read, the tower is frozen."""
+    hidden, _, kv_heads, mlp = TINY.text
+    width, _, vision_mlp = TINY.vision
+    heads, head_size, patches, tiles = 8, 64, 16, 3
+    start, responses = 32 + tiles * TINY.tokens_per_tile + 10, (12, 10)
+    tokens, read = start + sum(responses), len(responses)
+    kv, other = 2 * hidden * kv_heads * head_size, 2 * hidden * heads * head_size + 3 * hidden * mlp
+    weights = TINY.text_layers * kv * tokens + other * ((TINY.text_layers - 1) * tokens + read)
+    pairs = sum(triangle(start + response) for response in responses) - triangle(start)
+    read_pairs = read * start + sum(responses)
+    attention = 4 * heads * head_size * ((TINY.text_layers - 1) * pairs + read_pairs)
+    rows = patches + 1
+    layer = 2 * rows * (4 * width**2 + 2 * width * vision_mlp) + 4 * width * rows**2
+    projector = 3 * 2 * TINY.tokens_per_tile * (4 * width * hidden + hidden**2)
+    vision = tiles * (2 * patches * 3 * 14 * 14 * width + TINY.vision_layers * layer + projector)
     model = make_model(TINY)
-    batch = make_records(TINY, [(3, (120, 100))]).pack()
+    batch = make_records(TINY, [(tiles, (120, 100))]).pack()
     _, work = counted(lambda: model(batch.main, batch.tiles).sum().backward())
-    assert work.flops == pytest.approx(text + bench_flops.vision_flops(sizes, 3), rel=1e-6)
+    assert work.flops == pytest.approx(3 * 2 * weights + (1 + ATTENTION_BACKWARD) * attention + vision, rel=1e-6)
+
+
+def triangle(length: int) -> float:
+    """(query, key) pairs of a causal sequence."""
+    return length * (length + 1) / 2
 
 
 def test_a_padded_step_counts_what_its_causal_mask_leaves():
