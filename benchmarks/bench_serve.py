@@ -1,8 +1,9 @@
 """The reward server under load: 64 clients, one request in twenty hostile, against the same requests one by one.
 
 Every request must get the answer that it should: honest ones the rewards of `Scorer.score`, hostile ones a refusal
-with a reason. Details: throughput and latencies, also without the hostile ones, and the memory of all the server's
-processes by third of the load.
+with a reason. Details: throughput and latencies, also without the hostile ones; the memory of all the server's
+processes by third of the load; the CPU time of a request in the process that speaks HTTP, in the replica with the model
+and in Ray's others, and in a scorer that is handed the same records one by one.
 """
 
 import base64
@@ -83,7 +84,7 @@ def rows(options: Options) -> Iterator[Row]:
         if options.model is None:
             train_run(Path(folder) / "run", options)
         model = options.model or Path(folder) / "run" / "final"
-        requests = make_requests(model, NUM_REQUESTS)
+        requests, scorer_ms = make_requests(model, NUM_REQUESTS)
         with server(model) as (url, pid):
             alone = load(url, pid, requests, clients=1, hostile=0.0, seconds=min(seconds / 4, 30))
             calm = load(url, pid, requests, clients=CLIENTS, hostile=0.0, seconds=seconds / 2)
@@ -99,6 +100,8 @@ def rows(options: Options) -> Iterator[Row]:
         "requests/s": together.rate, "p50 seconds": p50, "p99 seconds": p99, "requests": len(together.seconds),
         "MB of all processes by third": " -> ".join(f"{mb:,.0f}" for mb in memory),
         "tokens unshared / shared": metrics["mmrm_tokens_unshared_total"] / metrics["mmrm_tokens_total"],
+        "CPU ms of a request, one by one": alone.cpu_ms, f"of {CLIENTS} clients": calm.cpu_ms,
+        "of the scorer, one by one": scorer_ms,
         "wrong": str(dict(wrong)),
     }  # fmt: skip
     yield Row(
@@ -107,8 +110,8 @@ def rows(options: Options) -> Iterator[Row]:
     )  # fmt: skip
 
 
-def make_requests(model: Path, count: int) -> list[tuple[str, dict, list[float]]]:
-    """Honest requests over a few pictures and prompts, and their rewards."""
+def make_requests(model: Path, count: int) -> tuple[list[tuple[str, dict, list[float]]], float]:
+    """Honest requests over a few pictures and prompts with their rewards, and the scorer's CPU time of one, in ms."""
     rng, draw = random.Random(0), np.random.default_rng(0)
     pictures = [encoded_image(render(random_scene(draw), draw), "PNG") for _ in range(8)]
     records, requests = [], []
@@ -122,8 +125,12 @@ def make_requests(model: Path, count: int) -> list[tuple[str, dict, list[float]]
             url = {"type": "image_url", "image_url": {"url": image_url(pictures[picture])}}
             body = {"queries": {"content": [url, {"type": "text", "text": prompt}]}, "documents": responses}
             requests.append(("/score", {"json": body}))
-        rewards = Scorer.from_pretrained(model).score(records)
-    return [(*request, expected) for request, expected in zip(requests, rewards, strict=True)]
+        scorer = Scorer.from_pretrained(model)
+        rewards, started = scorer.score(records), time.process_time()
+        for record in records:
+            scorer.score([record])
+        seconds = time.process_time() - started
+    return [(*request, own) for request, own in zip(requests, rewards, strict=True)], 1e3 * seconds / count
 
 
 @contextmanager
@@ -150,16 +157,22 @@ class Load:
     wrong: Counter = field(default_factory=Counter)
     memory: list[float] = field(default_factory=list)  # MB of the server's processes, every five seconds
     took: float = 0.0  # seconds of the whole load
+    cpu: Counter = field(default_factory=Counter)  # seconds of the server's processes
 
     @property
     def rate(self) -> float:
         """Honest requests a second."""
         return len(self.seconds) / self.took
 
+    @property
+    def cpu_ms(self) -> str:
+        """Of an honest request, by process."""
+        return ", ".join(f"{name} {1e3 * seconds / len(self.seconds):.1f}" for name, seconds in self.cpu.items())
+
 
 def load(url: str, pid: int, requests: list, *, clients: int, hostile: float, seconds: float) -> Load:
     """Clients that ask one request after the other for a while."""
-    started, result = time.perf_counter(), Load()
+    started, result, before = time.perf_counter(), Load(), cpu_seconds(pid)
     with ThreadPoolExecutor(clients) as pool:
         asking = [
             pool.submit(client, url, requests, hostile, started + seconds, seed, result) for seed in range(clients)
@@ -168,7 +181,8 @@ def load(url: str, pid: int, requests: list, *, clients: int, hostile: float, se
             result.memory.append(resident_megabytes(pid))
     for each in asking:
         result.wrong += each.result()
-    result.took = time.perf_counter() - started
+    result.took, result.cpu = time.perf_counter() - started, cpu_seconds(pid)
+    result.cpu.subtract(before)
     return result
 
 
@@ -209,3 +223,14 @@ def resident_megabytes(pid: int) -> float:
         with suppress(psutil.NoSuchProcess):
             total += process.memory_info().rss
     return total / 2**20
+
+
+def cpu_seconds(pid: int) -> Counter:
+    """Of a server's process, of its replicas, and of all else below it, so far."""
+    server, seconds = psutil.Process(pid), Counter(HTTP=0.0, replica=0.0, Ray=0.0)
+    for process in (server, *server.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            is_replica = "ServeReplica" in " ".join(process.cmdline())
+            times = process.cpu_times()
+            seconds["HTTP" if process == server else "replica" if is_replica else "Ray"] += times.user + times.system
+    return seconds
