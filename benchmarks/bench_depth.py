@@ -1,20 +1,22 @@
 """A standard training step at the widths and depths of InternVL3, by difference: what one more layer takes.
 
 A whole step is one with a single layer of each kind, and for every further layer what two layers take longer than one.
-In bf16, with the pairs of `train-step`, verified as there on the single layer. What one more layer of the vision tower
-takes is timed beside a small language model.
+The pairs are those of `train-step`, and the single layer is verified as there. Differences are of the fastest of three
+steps of models with a small vocabulary, those of the tower beside a small language model. Details say of one more
+decoder layer of ours how much of its time is matrix products, attention and all else, by torch's profiler, and how near
+it is to its products alone.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
-from statistics import median
 
 import numpy as np
 import torch
+from torch.profiler import profile
 
 from benchmarks.bench_train_step import baseline, exact_side, make_sides
-from benchmarks.flops import counted
+from benchmarks.flops import counted, work_bound
 from benchmarks.harness import MODEL_REPEATS, Case, Check, Options, Row, interleaved, verdict
 from benchmarks.models import FULL, PROBE, Geometry, geometry, make_records
 
@@ -24,48 +26,70 @@ MODELS = {  # hidden size, heads, key and value heads, MLP; layers
     "InternVL3-2B": ((1536, 12, 2, 8960), 28),
     "InternVL3-8B": ((3584, 28, 4, 18_944), 28),
 }
+PRODUCTS, KINDS = ("aten::mm", "aten::addmm", "aten::bmm"), ("products", "attention", "else")
 
 
 def cases(options: Options) -> Iterator[Case]:
-    """One case a model; `--quick` takes the smallest alone."""
-    for name in list(MODELS)[: 1 if options.quick else None]:
-        yield Case(name, partial(rows, name, options))
+    """One case a model in bf16 and, but for the largest, in fp32; `--quick` takes the smallest in bf16."""
+    both = [(name, dtype) for dtype in (torch.bfloat16, torch.float32) for name in MODELS]
+    for name, dtype in both[: 1 if options.quick else -1]:
+        yield Case(f"{name}, {dtype}", partial(rows, name, dtype, options))
 
 
-def rows(name: str, options: Options) -> Iterator[Row]:
-    """Predicted seconds and FLOPs of ours and of each baseline."""
+def rows(name: str, dtype: torch.dtype, options: Options) -> Iterator[Row]:
+    """Predicted seconds of ours and of each baseline."""
     text, layers = MODELS[name]
-    one = replace(geometry(options), vision=TOWER, text=text, vocab_size=VOCABULARY, vision_layers=1, text_layers=1)
-    small = replace(one, text=FULL.text, vocab_size=FULL.vocab_size)
-    layer, tile_layer = added(one, "text_layers", options), added(small, "vision_layers", options)
-    (ours, *others), (flops, *other_flops) = cost(one, options) + (layers - 1) * layer + (TOWER_LAYERS - 1) * tile_layer
-    for (other, checks), seconds, baseline_flops in zip(verified(one, options), others, other_flops, strict=True):
-        details = {"ratio of FLOP": baseline_flops / flops, "decoder layer seconds": layer[0, 0]}
+    base = replace(geometry(options), vision=TOWER, text=text, vision_layers=1, text_layers=1)
+    one, small = replace(base, vocab_size=VOCABULARY), replace(base, text=FULL.text)
+    layer, tile_layer = added(base, "text_layers", dtype, options), added(small, "vision_layers", dtype, options)
+    seconds, kinds = layer[0, 0], layer[3] / layer[3].sum()
+    whole = cost(one, dtype, options) + (layers - 1) * layer + (TOWER_LAYERS - 1) * tile_layer
+    of_layer = {f"a layer's {kind}": f"{share:.0%}" for kind, share in zip(KINDS, kinds, strict=True)}
+    of_layer |= {"decoder layer seconds": seconds, "decoder layer of its bound": layer[2, 0] / seconds}
+    for place, (other, checks) in enumerate(verified(one, dtype, options), start=1):
         yield Row(
-            "depth", f"train-step {name}, by difference", options.device.type, "bfloat16", ours, other, seconds,
-            seconds / ours, None, None, *verdict(checks), details=details,
+            "depth", f"train-step {name}, by difference", options.device.type, str(dtype).removeprefix("torch."),
+            whole[0, 0], other, whole[0, place], whole[0, place] / whole[0, 0], None, None, *verdict(checks),
+            details={"ratio of FLOP": whole[1, place] / whole[1, 0], **of_layer},
         )  # fmt: skip
 
 
 @cache
-def added(one: Geometry, kind: str, options: Options) -> np.ndarray:
+def added(one: Geometry, kind: str, dtype: torch.dtype, options: Options) -> np.ndarray:
     """What a second layer of a kind adds to the cost of a step."""
-    return cost(replace(one, **{kind: 2}), options) - cost(one, options)
+    return cost(replace(one, **{kind: 2}), dtype, options) - cost(one, dtype, options)
 
 
 @cache
-def cost(sizes: Geometry, options: Options) -> np.ndarray:
-    """Seconds and FLOPs of a step of ours, `padded` and `reference` [2, 3]."""
-    sides = make_sides(make_records(sizes, PROBE), None, torch.bfloat16, options.device)
-    flops = [counted(side.step)[1].flops for side in sides]
-    samples = interleaved([side.step for side in sides], repeats=min(options.repeats, MODEL_REPEATS), min_seconds=0)
-    return np.array([list(map(median, samples)), flops])
+def cost(sizes: Geometry, dtype: torch.dtype, options: Options) -> np.ndarray:
+    """Of a step of ours, `padded` and `reference`: seconds, FLOPs; of ours: its bound, seconds by kind [4, 3]."""
+    sides = make_sides(make_records(sizes, PROBE), None, dtype, options.device)
+    work = [counted(side.step)[1] for side in sides]
+    bound = work_bound(work[0], dtype, options.device)
+    runs = [*(side.step for side in sides), bound.run]
+    samples = interleaved(runs, repeats=min(options.repeats, MODEL_REPEATS), min_seconds=0)
+    *seconds, products = map(min, samples)
+    flops = [own.flops for own in work]
+    return np.array([seconds, flops, [bound.scale * products, 0, 0], seconds_by_kind(sides[0].step)])
 
 
-def verified(sizes: Geometry, options: Options) -> Iterator[tuple[str, Sequence[Check]]]:
+def seconds_by_kind(step: Callable[[], object]) -> list[float]:
+    """Of a call: in matrix products, in attention, in all else."""
+    with profile() as profiler:
+        step()
+    clock = f"self_{'device' if torch.cuda.is_available() else 'cpu'}_time_total"  # microseconds
+    spent = dict.fromkeys(KINDS, 0.0)
+    for event in profiler.key_averages():
+        kind = "products" if event.key in PRODUCTS else "attention" if "attention" in event.key else "else"
+        spent[kind] += getattr(event, clock) / 1e6
+    return list(spent.values())
+
+
+def verified(sizes: Geometry, dtype: torch.dtype, options: Options) -> Iterator[tuple[str, Sequence[Check]]]:
     """The checks of each baseline, as in `train-step`."""
     records = make_records(sizes, PROBE)
-    ours, *others = make_sides(records, None, torch.bfloat16, options.device)
-    exact, result = exact_side(ours, records, None, options.device).result(), ours.result()
+    ours, *others = make_sides(records, None, dtype, options.device)
+    exact = None if dtype == torch.float32 else exact_side(ours, records, None, options.device).result()
+    result = ours.result()
     for side in others:
         yield side.name, baseline(side, result, exact).checks

@@ -30,7 +30,8 @@ TEMPLATES = {
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_a_template_that_fails_or_never_ends_is_an_error(model_folder, monkeypatch, template):
-    monkeypatch.setattr(chat.RENDERING, "seconds", 0.5)
+    is_endless = TEMPLATES[template].startswith("it took over")
+    monkeypatch.setattr(chat.RENDERING, "seconds", 0.5 if is_endless else 60)  # others fail sooner on any machine
     monkeypatch.setattr(chat, "MAX_CHARS", 1 << 16)
     (model_folder / "chat_template.jinja").write_text(template)
     with pytest.raises(ValueError, match=TEMPLATES[template]):
