@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch.profiler import profile
 
-from benchmarks.bench_train_step import baseline, exact_side, make_sides
+from benchmarks.bench_train_step import Side, baseline, exact_side, make_sides
 from benchmarks.flops import counted, work_bound
 from benchmarks.harness import MODEL_REPEATS, Case, Check, Options, Row, interleaved, verdict
-from benchmarks.models import FULL, PROBE, Geometry, geometry, make_records
+from benchmarks.models import FULL, PROBE, Geometry, Records, geometry, make_records
 
 TOWER, TOWER_LAYERS, VOCABULARY = (1024, 16, 4096), 24, 151_674
 MODELS = {  # hidden size, heads, key and value heads, MLP; layers
@@ -43,10 +43,12 @@ def rows(name: str, dtype: torch.dtype, options: Options) -> Iterator[Row]:
     one, small = replace(base, vocab_size=VOCABULARY), replace(base, text=FULL.text)
     layer, tile_layer = added(base, "text_layers", dtype, options), added(small, "vision_layers", dtype, options)
     seconds, kinds = layer[0, 0], layer[3] / layer[3].sum()
-    whole = cost(one, dtype, options) + (layers - 1) * layer + (TOWER_LAYERS - 1) * tile_layer
+    records = make_records(one, PROBE)
+    sides = make_sides(records, None, dtype, options.device)
+    whole = cost_of(sides, dtype, options) + (layers - 1) * layer + (TOWER_LAYERS - 1) * tile_layer
     of_layer = {f"a layer's {kind}": f"{share:.0%}" for kind, share in zip(KINDS, kinds, strict=True)}
     of_layer |= {"decoder layer seconds": seconds, "decoder layer of its bound": layer[2, 0] / seconds}
-    for place, (other, checks) in enumerate(verified(one, dtype, options), start=1):
+    for place, (other, checks) in enumerate(verified(sides, records, dtype, options), start=1):
         yield Row(
             "depth", f"train-step {name}, by difference", options.device.type, str(dtype).removeprefix("torch."),
             whole[0, 0], other, whole[0, place], whole[0, place] / whole[0, 0], None, None, *verdict(checks),
@@ -62,8 +64,12 @@ def added(one: Geometry, kind: str, dtype: torch.dtype, options: Options) -> np.
 
 @cache
 def cost(sizes: Geometry, dtype: torch.dtype, options: Options) -> np.ndarray:
+    """`cost_of` models of these sizes."""
+    return cost_of(make_sides(make_records(sizes, PROBE), None, dtype, options.device), dtype, options)
+
+
+def cost_of(sides: Sequence[Side], dtype: torch.dtype, options: Options) -> np.ndarray:
     """Of a step of ours, `padded` and `reference`: seconds, FLOPs; of ours: its bound, seconds by kind [4, 3]."""
-    sides = make_sides(make_records(sizes, PROBE), None, dtype, options.device)
     work = [counted(side.step)[1] for side in sides]
     bound = work_bound(work[0], dtype, options.device)
     runs = [*(side.step for side in sides), bound.run]
@@ -85,10 +91,11 @@ def seconds_by_kind(step: Callable[[], object]) -> list[float]:
     return list(spent.values())
 
 
-def verified(sizes: Geometry, dtype: torch.dtype, options: Options) -> Iterator[tuple[str, Sequence[Check]]]:
+def verified(
+    sides: Sequence[Side], records: Records, dtype: torch.dtype, options: Options
+) -> Iterator[tuple[str, Sequence[Check]]]:
     """The checks of each baseline, as in `train-step`."""
-    records = make_records(sizes, PROBE)
-    ours, *others = make_sides(records, None, dtype, options.device)
+    ours, *others = sides
     exact = None if dtype == torch.float32 else exact_side(ours, records, None, options.device).result()
     result = ours.result()
     for side in others:

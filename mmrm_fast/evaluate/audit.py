@@ -153,7 +153,7 @@ class Look:
 
 
 def figures(looks: Mapping[str, Look], fits: Mapping[str, Fitted], tests: Sequence[str]) -> dict:
-    """Everything that audit.json holds but the advice."""
+    """Everything that audit.json holds but the probe's figures and the advice."""
     samples = {name: Sample.of(own.chunks) for name, own in looks.items()}
     seen = {name: Seen.joined(own.seen) for name, own in looks.items()}
     others = [(one, other) for one in looks for other in fits if one != other]

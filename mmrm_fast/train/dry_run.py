@@ -16,6 +16,7 @@ from mmrm_fast.data.pictures import ImageRoots
 from mmrm_fast.data.records import RecordError, Records
 from mmrm_fast.data.samples import Preparer, Sample
 from mmrm_fast.model.experts import active_parameters, num_experts
+from mmrm_fast.model.placement import GIB
 from mmrm_fast.model.reward_model import RewardModel
 from mmrm_fast.tables import print_table
 from mmrm_fast.train import sharding
@@ -25,7 +26,6 @@ from mmrm_fast.train.proxy import Proxy, ShortcutProxy, parse_proxy
 from mmrm_fast.train.rates import Rates
 from mmrm_fast.train.records import open_records, training_preparer
 
-GIB = 1 << 30
 WORKSPACE = GIB  # the CUDA context, libraries' workspaces, fragments
 MODES = ("none", "selective", "full")  # of activation checkpointing, by what they recompute
 FILLED = 0.9  # of a GPU at most, by what is computed beforehand

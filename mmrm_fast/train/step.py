@@ -58,8 +58,9 @@ class Steps:
         config, batch = self.config.loss, packed.batch.to(self.device)
         place = (self.config.run.seed, step, len(self.sources), sharding.rank())  # all that dropout depends on
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]) >> 1)
-        for branch in self.branches:
-            sharding.reduce_gradients(branch.root, packed.step is not None or not self.config.memory.hold_gradients)
+        if self.config.memory.hold_gradients:
+            for branch in self.branches:
+                sharding.reduce_gradients(branch.root, packed.step is not None)
         proxy_margin_P = self.proxy.margins(self.branches, packed, batch)
         rewards, balance = self.branches[0].balanced(batch.main, batch.tiles, factor=config.router_aux_loss)
         loss = preference_loss(
