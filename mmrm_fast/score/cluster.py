@@ -1,16 +1,18 @@
 """The Ray cluster that scoring and serving run on: one of our own on this machine, or one to join."""
 
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 
 import ray
 from ray._private import ray_constants
 
-from mmrm_fast.score.watchdog import watched
+from mmrm_fast.score.watchdog import end_all, watched
 
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # what makes all of Ray listen on 127.0.0.1, as it does on a Mac
 FOREGROUND = {"RAY_worker_niceness": "0"}  # Ray's 15 lets whatever else runs there go first, our own HTTP too
+SECONDS_TO_END = 60.0  # it takes one or two
 NEEDS = (
     "Ray needs a HOME that can be written to, for its token; /dev/shm; and a short path in RAY_TMPDIR or TMPDIR, such"
     " as /tmp, for its sockets; with --address a cluster that is there."
@@ -44,11 +46,24 @@ def ray_cluster(address: str | None = None, env: Mapping[str, str] | None = None
             )
     except Exception as error:  # whatever of the machine it does not find
         raise OSError(f"Ray does not start: {error}\n{NEEDS}") from error
-    with nullcontext() if address else watched(context.address_info["session_dir"]):
+    session = context.address_info["session_dir"]
+    with nullcontext() if address else watched(session):
         try:
             yield
         finally:
-            ray.shutdown()
+            with nullcontext() if address else killed_after(SECONDS_TO_END, session):
+                ray.shutdown()
+
+
+@contextmanager
+def killed_after(seconds: float, session: str) -> Iterator[None]:
+    """What is left of Ray's session folder after so long is killed: Ray waits without end for a server that hangs."""
+    timer = threading.Timer(seconds, end_all, [session])
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextmanager

@@ -43,6 +43,22 @@ def test_it_listens_on_this_machine_alone_and_what_a_kill_leaves_of_it_is_ended_
     assert f"process {process.pid} was killed; ended what it left of Ray: " in said
 
 
+HANGS = """
+import psutil
+from mmrm_fast.score import cluster
+cluster.SECONDS_TO_END = 1.0
+with cluster.ray_cluster():
+    servers = [child for child in psutil.Process().children(recursive=True) if child.name() == "gcs_server"]
+    servers[0].suspend()
+print("ended")
+"""
+
+
+def test_a_server_of_rays_that_hangs_holds_no_run_at_its_end():
+    done = subprocess.run([sys.executable, "-c", HANGS], timeout=120, capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("ended\n", 0), done.stderr
+
+
 def fails_to_start(variables, reason):
     os.environ.update(variables)
     with pytest.raises(OSError, match=rf"Ray does not start: (?s:.*){reason}(?s:.*)\nRay needs a HOME"), ray_cluster():
