@@ -3,10 +3,12 @@
 The emulation (csrc/emulation.h) gives each array exactly its bytes, and NaN to shared memory before every block.
 """
 
+import os
 import re
 import shutil
 import struct
 import subprocess
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -107,6 +109,22 @@ def test_cuda_errors_are_raised_with_their_message(monkeypatch):
     assert native().cuda_devices() == []
 
 
+PLANTED = {  # errors by file and name: what is replaced, and by what
+    "pair_loss.cu": {
+        "global": ("pair < end;", "pair < end + PLANTED;"),
+        "shared": ("warp_sums[thread * kNumWarps + i]", "warp_sums[thread * kNumWarps + i + PLANTED]"),
+        "barrier": ("  __syncthreads();\n", "  if (!PLANTED) __syncthreads();\n"),
+    },
+    "pack_image_tokens.cu": {
+        "tail": ("store(T* values, int64_t count, const Vector<T>& vector) {\n  if (count >= Vector<T>::kSize &&",
+                 "store(T* values, int64_t count, const Vector<T>& vector) {\n"
+                 "  if ((PLANTED || count >= Vector<T>::kSize) &&"),
+        "alignment": ("% sizeof(uint4) == 0", "% (PLANTED ? 1 : sizeof(uint4)) == 0"),
+        "offset": ("(-1 - source) * width", "(PLANTED ? int(-1 - source) * int(width) : (-1 - source) * width)"),
+    },
+}  # fmt: skip
+
+
 class Emulation:
     """The kernels as a program: one process a launch."""
 
@@ -114,6 +132,7 @@ class Emulation:
         self.folder = folder
         self.objects = {path.name: self.compile(path) for path in [MAIN, *(CSRC / name for name in NUM_KERNELS)]}
         self.program = self.link(self.objects, "emulate")
+        self.mutant = cache(self.mutant)
 
     def compile(self, source: Path) -> Path:
         out = self.folder / f"{source.parent.name}-{source.name}.o"
@@ -125,19 +144,23 @@ class Emulation:
         subprocess.run(["g++", "-fsanitize=address,undefined", *map(str, objects.values()), "-o", str(out)], check=True)
         return out
 
-    def mutant(self, source: str, before: str, after: str) -> Path:
-        """The program with one place of a .cu file changed."""
+    def mutant(self, source: str) -> Path:
+        """The program with every error of `PLANTED` in a .cu file, each made when the environment names it."""
         text = (CSRC / source).read_text()
-        assert text.count(before) == 1, before
+        for name, (before, after) in PLANTED[source].items():
+            assert text.count(before) == 1, before
+            text = text.replace(before, after.replace("PLANTED", f'(std::getenv("{name}") != nullptr)'))
         (self.folder / "mutant").mkdir(exist_ok=True)
         copy = self.folder / "mutant" / source
-        copy.write_text(text.replace(before, after))
-        return self.link(self.objects | {source: self.compile(copy)}, "emulate-mutant")
+        copy.write_text(text)
+        return self.link(self.objects | {source: self.compile(copy)}, f"mutant-{copy.stem}")
 
-    def start(self, op, dtype, *arguments, program=None, reverse=False) -> subprocess.CompletedProcess:
-        command = [str(program or self.program), op, str(dtype).removeprefix("torch."), *["reversed"] * reverse]
+    def start(self, op, dtype, *arguments, mutant=None, planted="none", reverse=False) -> subprocess.CompletedProcess:
+        """A launch; of a .cu file's `mutant`, with one error or with none."""
+        program = self.mutant(mutant) if mutant else self.program
+        command = [str(program), op, str(dtype).removeprefix("torch."), *["reversed"] * reverse]
         data = b"".join(struct.pack("q", len(a)) + a for a in map(to_bytes, arguments))
-        return subprocess.run(command, input=data, capture_output=True)
+        return subprocess.run(command, input=data, capture_output=True, env=os.environ | {planted: "1"})
 
     def run(self, op, dtype, *arguments, results, **options) -> list[torch.Tensor]:
         """The result arrays, in the given dtypes."""
@@ -160,7 +183,7 @@ def to_bytes(values: torch.Tensor | list | None) -> bytes:
     return tensor.flatten().contiguous().view(torch.uint8).numpy().tobytes()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def emulation(tmp_path_factory):
     return Emulation(tmp_path_factory.mktemp("emulation"))
 
@@ -291,41 +314,32 @@ def test_pack_image_tokens_bwd_past_2_to_the_31(emulation, width):
 
 @needs_gcc
 @pytest.mark.parametrize(
-    ("before", "after", "message"),
-    [
-        ("pair < end;", "pair <= end;", "heap-buffer-overflow"),
-        ("warp_sums[thread * kNumWarps + i]", "warp_sums[thread * kNumWarps + i + 1]", "heap-buffer-overflow"),
-        ("  __syncthreads();\n", "", None),
-    ],
-    ids=["global", "shared", "barrier"],
+    ("planted", "message"), [("global", "heap-buffer-overflow"), ("shared", "heap-buffer-overflow"), ("barrier", None)]
 )
-def test_planted_errors_in_pair_loss_are_caught(emulation, before, after, message):
-    program = emulation.mutant("pair_loss.cu", before, after)
+def test_planted_errors_in_pair_loss_are_caught(emulation, planted, message):
     args = op_args("paper", "plain")
+    run = partial(emulated_pair_loss, emulation, args, mutant="pair_loss.cu")
+    assert_pair_loss_as_exact(run(), args)
     if message is None:
-        assert emulated_pair_loss(emulation, args, program=program)[0].isnan().any()
+        assert run(planted=planted)[0].isnan().any()
     else:
         with pytest.raises(AssertionError, match=message):
-            emulated_pair_loss(emulation, args, program=program)
+            run(planted=planted)
 
 
 @needs_gcc
 @pytest.mark.parametrize(
-    ("before", "after", "message"),
-    [
-        ("store(T* values, int64_t count, const Vector<T>& vector) {\n  if (count >= Vector<T>::kSize &&",
-         "store(T* values, int64_t count, const Vector<T>& vector) {\n  if (", "heap-buffer-overflow"),
-        ("% sizeof(uint4) == 0", "% 1 == 0", "misaligned address"),
-        ("(-1 - source) * width", "int(-1 - source) * int(width)", "signed integer overflow"),
-    ],
-    ids=["tail", "alignment", "offset"],
-)  # fmt: skip
-def test_planted_errors_in_pack_image_tokens_are_caught(emulation, before, after, message):
-    program = emulation.mutant("pack_image_tokens.cu", before, after)
+    ("planted", "message"),
+    [("tail", "heap-buffer-overflow"), ("alignment", "misaligned address"), ("offset", "signed integer overflow")],
+)
+def test_planted_errors_in_pack_image_tokens_are_caught(emulation, planted, message):
     width, offset = 20, 2**28
     embedding, features = random_bits((11, width), torch.bfloat16), random_bits((5, width), torch.bfloat16)
     source = random_sources(37, 11, 5)
     far = torch.where(source >= 0, source + offset, source - offset)
-    process = emulation.start("pack_fwd", torch.bfloat16, embedding, features, far, [width, offset, 0], program=program)
+    arguments = ("pack_fwd", torch.bfloat16, embedding, features, far, [width, offset, 0])
+    start = partial(emulation.start, *arguments, mutant="pack_image_tokens.cu")
+    assert start().returncode == 0
+    process = start(planted=planted)
     assert process.returncode != 0
     assert message in process.stderr.decode()
