@@ -20,7 +20,7 @@ from mmrm_fast.model.placement import GIB
 from mmrm_fast.model.reward_model import RewardModel
 from mmrm_fast.tables import print_table
 from mmrm_fast.train import sharding
-from mmrm_fast.train.memory import GPU, Memory, count, memory, needed, sized_branches, stack_bytes, stacks
+from mmrm_fast.train.memory import GPU, Memory, Sized, count, memory, needed, sized_models, stack_bytes, stacks
 from mmrm_fast.train.paper import paper_rows
 from mmrm_fast.train.proxy import Proxy, ShortcutProxy, parse_proxy
 from mmrm_fast.train.rates import Rates
@@ -51,11 +51,12 @@ class Work:
 def dry_run(config: TrainConfig, *, num_gpus: int) -> None:
     """Print what the training needs; raise `ValueError` where it cannot fit."""
     proxy = parse_proxy(config)
-    models, work = [branch.root for branch in sized_branches(proxy)], measure(proxy)
+    sized, work = sized_models(proxy), measure(proxy)
+    models = [own.whole for own in sized]
     apart = list(dict.fromkeys(models))  # adapters are one model
     if config.memory.dtype == "float32" and any(map(num_experts, models)):
         raise ValueError("--dry-run --dtype float32: a mixture of experts can be counted in bfloat16 alone")
-    needs, available = needs_by_choice(proxy, apart, work, num_gpus), gpu_memory(config)
+    needs, available = needs_by_choice(config, sized, work, num_gpus), gpu_memory(config)
     chosen = first_that_fits(needs, available)
     memories = needs[chosen]
     heads = ("", "main", "proxy")[: 1 + len(apart)]
@@ -67,15 +68,13 @@ def dry_run(config: TrainConfig, *, num_gpus: int) -> None:
     print(loading_line(config, memories, apart, num_gpus))
     print("\n".join(chosen_lines(config.memory, needs, chosen)))
     if not any(map(num_experts, models)):
-        print_paper(proxy, models[0], num_gpus)
+        print_paper(sized[0], num_gpus, config.batch.tokens_per_micro_batch)
     refuse(needed(memories) + WORKSPACE, available, remedies(config, chosen, memories))
 
 
-def print_paper(proxy: Proxy, model: RewardModel, num_gpus: int) -> None:
+def print_paper(models: Sized, num_gpus: int, tokens: int) -> None:
     """How long a micro-batch of the main model may take on H100s."""
-    roots = [*(sized_branches(proxy, layers)[0].root for layers in (1, 2)), model]
-    decoders = {len(root.model.language_model.layers): root.model.language_model for root in roots}
-    tokens = proxy.config.batch.tokens_per_micro_batch
+    decoders = {len(root.model.language_model.layers): root.model.language_model for root in models}
     heads = ("ms of a micro-batch", "all", "products", "attention", "elements", "GPU to GPU", "tokens/s", "MFU")
     print_table(
         f"computed, nothing was timed: {tokens:,} tokens, {num_gpus} H100",
@@ -103,11 +102,11 @@ def fitted(config: TrainConfig, *, num_gpus: int) -> TrainConfig:
     if available is None or len(choices(config.memory, num_gpus)) == 1:
         return config
     proxy = parse_proxy(config)
-    apart = list(dict.fromkeys(branch.root for branch in sized_branches(proxy)))
-    if config.memory.dtype == "float32" and any(map(num_experts, apart)):
+    sized = sized_models(proxy)
+    if config.memory.dtype == "float32" and any(num_experts(own.whole) for own in sized):
         is_open = config.memory.activation_checkpointing == "auto"
         return with_options(config, activation_checkpointing="full") if is_open else config  # it cannot be counted
-    needs = needs_by_choice(proxy, apart, measure(proxy), num_gpus)
+    needs = needs_by_choice(config, sized, measure(proxy), num_gpus)
     chosen = first_that_fits(needs, available)
     print("\n".join(chosen_lines(config.memory, needs, chosen)))
     return replace(config, memory=chosen)
@@ -128,14 +127,14 @@ def choices(config: MemoryConfig, num_gpus: int) -> list[MemoryConfig]:
 Needs = dict[MemoryConfig, list[Memory]]
 
 
-def needs_by_choice(proxy: Proxy, models: list[RewardModel], work: Work | None, num_gpus: int) -> Needs:
+def needs_by_choice(config: TrainConfig, models: list[Sized], work: Work | None, num_gpus: int) -> Needs:
     """What each model takes, by what the config leaves open."""
-    found: Needs = {choice: [] for choice in choices(proxy.config.memory, num_gpus)}
-    for number, model in enumerate(models):
-        parts = list(stacks(proxy, number, *full_micro_batch(proxy.config, number, work)))
+    found: Needs = {choice: [] for choice in choices(config.memory, num_gpus)}
+    for number, sized in enumerate(dict.fromkeys(models)):
+        parts = list(stacks(sized, *full_micro_batch(config, number, work)))
         for choice, memories in found.items():
             saved = sum(stack_bytes(choice.activation_checkpointing, *part) for part in parts)
-            memories.append(memory(choice, model, saved, num_gpus=num_gpus))
+            memories.append(memory(choice, sized.whole, saved, num_gpus=num_gpus))
     return found
 
 
@@ -171,8 +170,7 @@ def loading_line(config: TrainConfig, memories: list[Memory], models: list[Rewar
 def spared_lines(proxy: ShortcutProxy, models: list[RewardModel], num_gpus: int, work: Work | None) -> Iterator[str]:
     """What a run spares that would train the paper's full proxy instead, and what its own takes before it begins."""
     config = proxy.config
-    branches = sized_branches(parse_proxy(with_options(config, proxy_model="full")))
-    full = [branch.root for branch in branches]
+    full = [own.whole for own in sized_models(parse_proxy(with_options(config, proxy_model="full")))]
     spared = memory(config.memory, full[1], 0, num_gpus=num_gpus)
     parts = ", ".join(f"{name} {getattr(spared, name) / GIB:.2f}" for name in ("weights", "gradients", "optimizer"))
     line = f"a full proxy would take {spared.total / GIB:.2f} GiB a GPU more before activations ({parts})"

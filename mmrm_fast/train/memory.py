@@ -6,6 +6,7 @@ and adding up what autograd saves; what is saved a block is the difference.
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -44,6 +45,20 @@ def needed(memories: Collection[Memory]) -> float:
     """Bytes of all branches, of which one at a time is computed."""
     passes = [memory.gathered + memory.activations for memory in memories]
     return sum(memory.total for memory in memories) - sum(passes) + max(passes)
+
+
+class Sized(NamedTuple):
+    """A branch's model on the meta device, with one block, with two, and whole."""
+
+    one: RewardModel
+    two: RewardModel
+    whole: RewardModel
+
+
+def sized_models(proxy: Proxy) -> list[Sized]:
+    """The models by branch; those of two adapters are the same."""
+    by_size = [[branch.root for branch in sized_branches(proxy, layers)] for layers in (1, 2, None)]
+    return [Sized(*models) for models in zip(*by_size, strict=True)]
 
 
 def sized_branches(proxy: Proxy, num_layers: int | None = None) -> list[Branch]:
@@ -91,15 +106,14 @@ def gathered(config: MemoryConfig, model: RewardModel) -> tuple[float, float]:
     return width * weights + reduced * max(count(part, True) for part in parts), reduced * root_trained
 
 
-def activations(proxy: Proxy, number: int, tokens: int, tiles: int) -> float:
+def activations(mode: str, models: Sized, tokens: int, tiles: int) -> float:
     """Bytes saved for a micro-batch's backward pass by a branch: language model over `tokens`, vision over `tiles`."""
-    mode = proxy.config.memory.activation_checkpointing
-    return sum(stack_bytes(mode, *stack) for stack in stacks(proxy, number, tokens, tiles))
+    return sum(stack_bytes(mode, *stack) for stack in stacks(models, tokens, tiles))
 
 
-def stacks(proxy: Proxy, number: int, tokens: int, tiles: int) -> Iterator[tuple[int, "Pass", "Pass"]]:
+def stacks(models: Sized, tokens: int, tiles: int) -> Iterator[tuple[int, "Pass", "Pass"]]:
     """The arguments of `stack_bytes` for a branch's language model and its vision part."""
-    one, two, whole = (sized_branches(proxy, layers)[number].root for layers in (1, 2, None))
+    one, two, whole = models
     yield len(whole.model.language_model.layers), *(text_pass(model, tokens) for model in (one, two))
     if whole.model.vision_tower is not None:
         yield len(whole.model.vision_tower.encoder.layer), *(vision_pass(model, tiles) for model in (one, two))

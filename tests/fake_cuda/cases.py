@@ -194,10 +194,9 @@ def peaks() -> dict:
                 steps.add(packed, 0)
         sizes = [(len(packed.batch.main.source_T), len(packed.batch.tiles))]
         sizes += [(len(packed.batch.text.source_T), 1)] if robust else []
-        proxy, branches = steps.proxy, sized_branches(steps.proxy)
         memories = [
-            memory.memory(steps.config.memory, branch.root, memory.activations(proxy, number, *size), num_gpus=8)
-            for number, (branch, size) in enumerate(zip(branches, sizes, strict=True))
+            memory.memory(steps.config.memory, own.whole, memory.activations(checkpointing, own, *size), num_gpus=8)
+            for own, size in zip(memory.sized_models(steps.proxy), sizes, strict=True)
         ]
         found[f"{checkpointing}, robust {robust}"] = {"allocated": allocated.peak, "dry run": memory.needed(memories)}
     return found

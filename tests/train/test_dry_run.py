@@ -1,6 +1,8 @@
 """The dry run: figures that can be checked by hand, and a refusal of what cannot fit."""
 
 import json
+from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -11,12 +13,12 @@ from transformers import InternVLConfig, InternVLVisionConfig, Qwen2Config
 from benchmarks.models import FULL, model_config
 from mmrm_fast.checkpoint.folder import CheckpointFolder, save_checkpoint
 from mmrm_fast.cli import main
-from mmrm_fast.config import TrainConfig
+from mmrm_fast.config import MemoryConfig, TrainConfig
 from mmrm_fast.config_file import with_options
 from mmrm_fast.model.decoder import use_gated_product
 from mmrm_fast.train import memory
 from mmrm_fast.train.dry_run import fitted
-from mmrm_fast.train.memory import count, needed, run_pass, sized_branches
+from mmrm_fast.train.memory import count, needed, run_pass, sized_models
 from mmrm_fast.train.paper import Traffic, paper_rows
 from mmrm_fast.train.proxy import parse_proxy
 from mmrm_fast.train.rates import Rates
@@ -31,8 +33,8 @@ PROJECTOR = 2 * 4096 + (4096 * HIDDEN + HIDDEN) + (HIDDEN * HIDDEN + HIDDEN)
 TRAINED = LANGUAGE_MODEL + PROJECTOR + HIDDEN
 
 
-@pytest.fixture
-def eight(tmp_path):
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory):
     """A folder with nothing but the config.json of InternVL3-8B."""
     vision = InternVLVisionConfig(
         hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, image_size=448,
@@ -42,21 +44,28 @@ def eight(tmp_path):
         vocab_size=VOCABULARY, hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=28,
         num_key_value_heads=4, intermediate_size=MLP,
     )  # fmt: skip
-    folder = tmp_path / "InternVL3-8B"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("InternVL3-8B")
     config = InternVLConfig(vision_config=vision, text_config=text, image_token_id=151667)
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
     return with_options(TrainConfig(), model=folder, robust=True, activation_checkpointing="full")
 
 
+def make_sized(config):
+    """The models by branch in three sizes; adapters of one are one."""
+    return made_once(replace(config, memory=MemoryConfig(dtype=config.memory.dtype)))
+
+
+@cache
+def made_once(config):
+    return dict(zip(("main", "proxy"), dict.fromkeys(sized_models(parse_proxy(config))), strict=False))
+
+
 def make_models(config):
-    """The models by branch; adapters of one are one."""
-    models = dict.fromkeys(branch.root for branch in sized_branches(parse_proxy(config)))
-    return dict(zip(("main", "proxy"), models, strict=False))
+    return {name: models.whole for name, models in make_sized(config).items()}
 
 
 def activations(config, name, tokens, tiles):
-    return memory.activations(parse_proxy(config), ("main", "proxy").index(name), tokens, tiles)
+    return memory.activations(config.memory.activation_checkpointing, make_sized(config)[name], tokens, tiles)
 
 
 def bytes_of(config, name="main", num_gpus=8, tokens=8192, tiles=16):
@@ -290,8 +299,7 @@ def test_what_is_between_products_is_counted_by_each_operation_or_once():
 
 
 def test_a_micro_batch_takes_less_time_on_paper_the_less_is_done_twice(eight):
-    roots = (sized_branches(parse_proxy(eight), layers)[0].root for layers in (1, 2, None))
-    decoders = {len(own.layers): own for own in (root.model.language_model for root in roots)}
+    decoders = {len(own.layers): own for own in (root.model.language_model for root in make_sized(eight)["main"])}
     rows = list(paper_rows(decoders, 8, 7_326))
     mfu = [float(row[-1].rstrip("%")) for row in rows]
     products, elements, moved = zip(*([int(row[part]) for part in (2, 4, 5)] for row in rows), strict=True)
