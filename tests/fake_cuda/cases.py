@@ -38,23 +38,24 @@ from mmrm_fast.train.proxy import parse_proxy
 from mmrm_fast.train.sharding import make_mesh
 from mmrm_fast.train.step import Steps
 
-TINY = {"hidden": 64, "heads": 4, "kv": 2, "mlp": 96, "vocabulary": 512, "vision": 32, "image": 56, "layers": 2}
+TINY = {"hidden": 64, "heads": 4, "kv": 2, "mlp": 96, "vocabulary": 512, "vision": 32, "image": 56}
 EIGHT = {"hidden": 3584, "heads": 28, "kv": 4, "mlp": 18944, "vocabulary": 151674, "vision": 1024, "image": 448}
-WAYS = {
-    "standard": {},
-    "robust": {"robust": True},
-    "two adapters": {"robust": True, "llm_lora": True, "proxy_model": "lora"},
-    "white": {"robust": True, "proxy_image": "white"},
-    "margins file": {"robust": True, "proxy_model": __file__},
-    "n-grams": {"robust": True, "proxy_model": "ngrams"},
+MODES = ("none", "selective", "full")  # of activation checkpointing
+WAYS = {  # options and modes: a layer recomputes for two adapters in a way of its own
+    "standard": ({}, MODES[:1]),
+    "robust": ({"robust": True}, MODES[1:2]),
+    "two adapters": ({"robust": True, "llm_lora": True, "proxy_model": "lora"}, MODES),
+    "white": ({"robust": True, "proxy_image": "white"}, MODES[2:]),
+    "margins file": ({"robust": True, "proxy_model": __file__}, MODES[1:2]),
+    "n-grams": ({"robust": True, "proxy_model": "ngrams"}, MODES[2:]),
 }
 
 
-def folder_of(sizes: dict, layers: int) -> Path:
-    """A folder with nothing but a config.json."""
+def folder_of(sizes: dict, layers: int, tower: int | None = None) -> Path:
+    """A folder with nothing but a config.json; the vision tower has as many layers where nothing else is said."""
     width, image = sizes["vision"], sizes["image"]
     vision = InternVLVisionConfig(
-        hidden_size=width, num_hidden_layers=layers, num_attention_heads=max(2, width // 64), image_size=image,
+        hidden_size=width, num_hidden_layers=tower or layers, num_attention_heads=max(2, width // 64), image_size=image,
         intermediate_size=4 * width, patch_size=14, attention_bias=True,
     )  # fmt: skip
     text = Qwen2Config(
@@ -139,10 +140,10 @@ def steps_of(folder: Path, mode: FakeTensorMode, **options) -> Steps:
 
 def waits() -> dict:
     """Waits of a micro-batch and of `apply`, by way to train and checkpointing."""
-    found, folder = {}, folder_of(TINY, 2)
+    found, folder = {}, folder_of(TINY, 2, tower=1)
     with ranks(8):
-        for way, options in WAYS.items():
-            for checkpointing in ("none", "selective", "full") if way in ("robust", "two adapters") else ("full",):
+        for way, (options, modes) in WAYS.items():
+            for checkpointing in modes:
                 mode = fake_mode()
                 steps = steps_of(folder, mode, activation_checkpointing=checkpointing, **options)
                 packed = batch_of(mode, 56, with_text=len(steps.branches) > 1, white=way == "white")
@@ -156,26 +157,23 @@ def waits() -> dict:
 
 
 def collectives() -> dict:
-    """The collectives of a micro-batch with pictures, of text alone and of nothing, on 8 and 64 ranks."""
+    """The collectives of a micro-batch with pictures, of text alone and of nothing, on 8 and 64 ranks.
+
+    Gradients are held on 8 ranks without replicas, for the last micro-batch of a step but in "held".
+    """
     found, folder = {}, folder_of(TINY, 2)
-    batches = {"pictures": {}, "text": {"tiles": 0}, "nothing": {"records": 0}}
-    for world, replicas in ((8, 1), (8, 2), (64, 1)):
+    batches = {"pictures": {}, "text": {"tiles": 0}, "nothing": {"records": 0}, "held": {}}
+    for world, replicas, hold in ((8, 1, True), (8, 2, False), (64, 1, False)):
         with ranks(world):
-            mode = fake_mode()
-            steps = steps_of(folder, mode, robust=True, activation_checkpointing="full", replicas=replicas)
-            for name in ("pictures", *batches):  # the first one sets up what is set up once
-                packed = batch_of(mode, 56, with_text=True, **batches[name])
+            mode, options = fake_mode(), {"robust": True, "activation_checkpointing": "full"}
+            steps = steps_of(folder, mode, replicas=replicas, hold_gradients=hold, **options)
+            for name in ("pictures", *[*batches][: 3 + hold]):  # the first one sets up what is set up once
+                step = None if name == "held" else Step(2, 2, 1.0, None)
+                packed = replace(batch_of(mode, 56, with_text=True, **batches[name]), step=step)
                 with mode, Watch() as watch:
                     steps.add(packed, 0)
+                assert not watch.waits, (name, watch.counts())
                 found[f"{name}, {world} ranks, {replicas} replicas"] = watch.collectives
-    with ranks(8):
-        mode = fake_mode()
-        steps = steps_of(folder, mode, robust=True, activation_checkpointing="full", hold_gradients=True)
-        for step in (None, None, Step(2, 2, 1.0, None)):  # the first one sets up what is set up once
-            packed = replace(batch_of(mode, 56, with_text=True), step=step)
-            with mode, Watch() as watch:
-                steps.add(packed, 0)
-            found["held" if step is None else "reduced"] = watch.collectives
     return found
 
 
@@ -285,7 +283,7 @@ FAULTS = {"host edges": with_host_edges, "host plan": with_host_plan, "read": wi
 
 def faults() -> dict:
     """What is seen of each planted fault."""
-    found, folder = {}, folder_of(TINY, 2)
+    found, folder = {}, folder_of(TINY, 2, tower=1)
     for name, plant in FAULTS.items():
         with ranks(8):
             mode = fake_mode()

@@ -54,9 +54,9 @@ def built_guard(folder):
 
 
 def test_a_micro_batch_never_waits_and_a_step_only_for_its_sums_and_norms(result):
-    """Standard, robust, two adapters, white, margins of a file and of n-grams, with every checkpointing."""
+    """Standard, robust, two adapters, white, margins of a file and of n-grams, with checkpointing of every mode."""
     found = result("waits")
-    assert len(found) == 10
+    assert len(found) == 8
     for way, counts in found.items():
         assert not counts["add"], way
         assert all(kind.startswith("read in ") for kind in counts["apply"]), way
@@ -64,15 +64,16 @@ def test_a_micro_batch_never_waits_and_a_step_only_for_its_sums_and_norms(result
 
 
 def test_collectives_do_not_depend_on_what_is_in_a_batch_nor_on_the_number_of_ranks(result):
+    """Nor on whether gradients are held, which leaves their reductions out of all micro-batches but a step's last."""
     found, by_mesh = dict(result("collectives")), {}
-    held, reduced = found.pop("held"), found.pop("reduced")
+    held = found.pop("held, 8 ranks, 1 replicas")
     for name, collectives in found.items():
         by_mesh.setdefault(name.partition(", ")[2], []).append(collectives)
     for mesh, (pictures, *others) in by_mesh.items():
         assert others == [pictures, pictures], mesh
     assert by_mesh["8 ranks, 1 replicas"] == by_mesh["64 ranks, 1 replicas"]
-    gathers = by_mesh["8 ranks, 1 replicas"][0].count("c10d::_allgather_base_")
-    assert reduced == by_mesh["8 ranks, 1 replicas"][0]
+    reduced = by_mesh["8 ranks, 1 replicas"][0]
+    gathers = reduced.count("c10d::_allgather_base_")
     assert held == [name for name in reduced if name not in ("fsdp::chunk_cat", "c10d::_reduce_scatter_base_")]
     trained, frozen, roots, scores = 4, 2, 2, 2
     assert gathers == 2 * trained + frozen + roots + 2 * scores + 1  # FSDP2 fetches a frozen block for no backward
