@@ -5,7 +5,6 @@ import json
 import multiprocessing
 import os
 import resource
-import shutil
 import signal
 import weakref
 from dataclasses import asdict
@@ -24,7 +23,21 @@ from mmrm_fast.train.command import train
 from mmrm_fast.train.resume import RunState, not_kept, sealed
 from mmrm_fast.train.run_folder import FREE, config_json, keep_until, require_same
 
-OPTIONS = {"robust": True, "epochs": 2, "save_every": 2, "keep": 3, "report_to": ()}
+OPTIONS = {"robust": True, "epochs": 2, "save_every": 2, "keep": 3, "report_to": (), "eval": ()}
+
+
+@pytest.fixture(scope="module")
+def begun():
+    return []
+
+
+@pytest.fixture
+def whole(make_config, begun, tmp_path_factory):
+    """The folder of a run of `OPTIONS` that nothing disturbed: one for all tests, which read it."""
+    if not begun:
+        config = make_config("whole", **OPTIONS)
+        begun.append(train(with_options(config, output_dir=tmp_path_factory.mktemp("whole") / "run")))
+    return begun[0]
 
 
 def in_child(function, *args):
@@ -67,7 +80,7 @@ def same_runs(one, two):
 
 def test_killed_runs_resume_to_bitwise_the_same_end(make_config):
     """With worker processes and dropout in adapters, at three moments in turn on the same run."""
-    options = {**OPTIONS, "epochs": 3, "num_workers": 1, "llm_lora": True, "lora_r": 4, "lora_dropout": 0.2}
+    options = {**OPTIONS, "num_workers": 1, "llm_lora": True, "lora_r": 4, "lora_dropout": 0.2}
     whole = train(make_config("whole", **options))
     config = make_config("killed", resume="auto", **options)
     for moment in MOMENTS:
@@ -97,7 +110,7 @@ def die_before_a_rename(config, number):
 
 @pytest.mark.parametrize("number", [0, 1], ids=["the first checkpoint", "one that is written again"])
 def test_what_is_sealed_is_not_lost_to_a_kill_before_it_has_its_name(make_config, capsys, number):
-    options = {**OPTIONS, "keep": 1, "epochs": 1, "eval": ()}
+    options = {**OPTIONS, "keep": 1, "epochs": 1}
     whole, config = train(make_config("whole", **options)), make_config("run", **options)
     assert in_child(die_before_a_rename, config, number) == -signal.SIGKILL
     assert not (config.run.output_dir / "checkpoints" / "step-00000002").exists()
@@ -123,8 +136,8 @@ def wait_in_step_2(config, reached, go_on):
 
 
 @pytest.mark.parametrize("options", [{"resume": "auto"}, {"overwrite": True}], ids=["resume", "overwrite"])
-def test_a_second_run_in_a_folder_is_refused_and_the_first_is_as_if_alone(make_config, options):
-    whole, config = train(make_config("whole", **OPTIONS)), make_config("run", **OPTIONS)
+def test_a_second_run_in_a_folder_is_refused_and_the_first_is_as_if_alone(make_config, whole, options):
+    config = make_config("run", **OPTIONS)
     context = multiprocessing.get_context("fork")
     reached, go_on = context.Event(), context.Event()
     process = context.Process(target=wait_in_step_2, args=(config, reached, go_on), daemon=True)
@@ -205,10 +218,9 @@ def alter_the_state(newest):
 
 
 @pytest.mark.parametrize("damage", [flip_a_bit, alter_the_state])
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(make_config, capsys, damage):
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(make_config, whole, capsys, damage):
     config = make_config("run", **OPTIONS)
-    whole = shutil.copytree(train(config), config.run.output_dir.with_name("whole"))
-    *_, before, newest = sorted((config.run.output_dir / "checkpoints").iterdir())
+    *_, before, newest = sorted((train(config) / "checkpoints").iterdir())
     part = damage(newest)
     same_runs(whole, train(with_options(config, resume="auto")))
     said = capsys.readouterr().err
@@ -240,8 +252,8 @@ def kill_at_once(config):
     train(config, lambda event, trainer: os.kill(os.getpid(), signal.SIGKILL))
 
 
-def test_a_run_killed_before_its_first_checkpoint_begins_again_with_the_same_config_alone(make_config):
-    whole, config = train(make_config("whole", **OPTIONS)), make_config("run", resume="auto", **OPTIONS)
+def test_a_run_killed_before_its_first_checkpoint_begins_again_with_the_same_config_alone(make_config, whole):
+    config = make_config("run", resume="auto", **OPTIONS)
     assert in_child(kill_at_once, config) == -signal.SIGKILL
     assert (config.run.output_dir / "config.json").exists() and not (config.run.output_dir / "checkpoints").exists()
     with pytest.raises(ValueError, match=r"seed 0 -> 1"):
@@ -312,10 +324,9 @@ def test_nothing_of_a_run_waits_for_the_garbage_collector(make_config):
         gc.enable()
 
 
-def test_a_checkpoint_can_be_named(make_config):
+def test_a_checkpoint_can_be_named(make_config, whole):
     config = make_config("run", **OPTIONS)
-    whole = shutil.copytree(train(config), config.run.output_dir.with_name("whole"))
-    oldest = sorted((config.run.output_dir / "checkpoints").iterdir())[0]
+    oldest = sorted((train(config) / "checkpoints").iterdir())[0]
     same_runs(whole, train(with_options(config, resume=str(oldest), output_dir=None)))
     with pytest.raises(ValueError, match="not a checkpoint of the run folder"):
         train(make_config("other", resume=str(oldest), **OPTIONS))
@@ -372,8 +383,7 @@ def train_with_small_files(config, limit):
     train(config)
 
 
-def test_a_checkpoint_that_does_not_fit_on_the_disk_is_a_warning_and_training_goes_on(make_config, capfd):
-    whole = train(make_config("whole", **OPTIONS))
+def test_a_checkpoint_that_does_not_fit_on_the_disk_is_a_warning_and_training_goes_on(make_config, whole, capfd):
     config = make_config("full", **OPTIONS)
     size = (whole / "final" / "model.safetensors").stat().st_size
     assert in_child(train_with_small_files, config, size + 1000) == 0
@@ -387,6 +397,7 @@ def test_what_was_skipped_before_is_told_after_resuming(make_config, write_jsonl
     records = [line for i in range(8) for line in ({**good, "rejected": f"c {i}"}, "{broken")]
     data = write_jsonl(records, "bad.jsonl")
     options = {**OPTIONS, "data": (str(data),), "skip_bad": True, "epochs": 1, "tokens_per_batch": 80}
+    del options["eval"]
     whole = train(make_config("whole", **options))
     config = make_config("run", **options)
     train(config)
