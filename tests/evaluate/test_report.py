@@ -7,60 +7,78 @@ import numpy as np
 import pytest
 import torch
 from pages import Checker, chromium, fits, needs_chromium, visit
+from reward_server import picture
 
 from mmrm_fast.cli import main
 from mmrm_fast.evaluate.report import read_rows
 from mmrm_fast.ops.pair_loss import pair_loss_ref
 
+pytestmark = pytest.mark.xdist_group("report")  # pages made once
+CURVES = ("metrics.jsonl", "evaluations.jsonl")
 
-@pytest.fixture
-def make_run(tmp_path, pictures, write_jsonl):
-    """A run folder as a robust training leaves it, with a test set of twelve records."""
-    data = write_jsonl(
-        [
-            {
-                "prompt": f"<b>What</b> is in picture {i}?",
-                "img_path": pictures["wide"],
-                "chosen": "two",
-                "rejected": "a cat",
-            }
-            for i in range(12)
-        ],
-        "test.jsonl",
-    )
 
-    def make(name, **changed):
-        folder = tmp_path / name
-        folder.mkdir()
-        rng = np.random.default_rng(0)
-        metrics = [
-            {"step": step, "loss_main": 1 / step, "loss_proxy": 0.5, "accuracy": 0.7, "proxy_accuracy": 0.9, "pairs": 8,
-             "sfc_mean": 0.4, "sfc_histogram": rng.integers(0, 5, 20).tolist(), "grad_norm": None, "lr": 1e-5,
-             "seconds": 2.0}
-            for step in range(1, 200)
-        ]  # fmt: skip
-        pairs = [
-            {"record": i, "source": f"{data}:{i + 1}", "chosen": 0, "rejected": 1, "margin": i - 6.0,
-             "proxy_margin": 3.0 - i, "truth": None}
-            for i in range(12)
-        ]  # fmt: skip
-        figures = {"iid": {"kind": "iid", "pairs": 12, "accuracy": 0.75, "proxy_accuracy": 0.5, "sfd": float("nan")}}
-        files = {
-            "config.json": {"robust": True, "lr": 1e-5, "data": ["a", "b"], "image_root": None},
-            "environment.json": {"torch": "2.13", "gpus": "none"},
-            "results.json": figures,
-            "metrics.jsonl": metrics,
-            "evaluations.jsonl": [{"step": 100, "sets": figures}],
-            "eval-iid.jsonl": pairs,
-            **changed,
-        }
-        for file, content in files.items():
-            if content is not None:
-                lines = [json.dumps(row) for row in content] if isinstance(content, list) else [json.dumps(content)]
-                (folder / file).write_text("\n".join(lines) + "\n")
-        return folder
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A test set of twelve records."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "wide.png").write_bytes(picture())
+    row = {"img_path": str(folder / "wide.png"), "chosen": "two", "rejected": "a cat"}
+    rows = [{"prompt": f"<b>What</b> is in picture {i}?", **row} for i in range(12)]
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "test.jsonl"
 
-    return make
+
+def run_files(data):
+    """What a robust training leaves in its folder, with a test set of twelve records."""
+    rng = np.random.default_rng(0)
+    metrics = [
+        {"step": step, "loss_main": 1 / step, "loss_proxy": 0.5, "accuracy": 0.7, "proxy_accuracy": 0.9, "pairs": 8,
+         "sfc_mean": 0.4, "sfc_histogram": rng.integers(0, 5, 20).tolist(), "grad_norm": None, "lr": 1e-5,
+         "seconds": 2.0}
+        for step in range(1, 200)
+    ]  # fmt: skip
+    pairs = [
+        {"record": i, "source": f"{data}:{i + 1}", "chosen": 0, "rejected": 1, "margin": i - 6.0,
+         "proxy_margin": 3.0 - i, "truth": None}
+        for i in range(12)
+    ]  # fmt: skip
+    figures = {"iid": {"kind": "iid", "pairs": 12, "accuracy": 0.75, "proxy_accuracy": 0.5, "sfd": float("nan")}}
+    return {
+        "config.json": {"robust": True, "lr": 1e-5, "data": ["a", "b"], "image_root": None},
+        "environment.json": {"torch": "2.13", "gpus": "none"},
+        "results.json": figures,
+        "metrics.jsonl": metrics,
+        "evaluations.jsonl": [{"step": 100, "sets": figures}],
+        "eval-iid.jsonl": pairs,
+    }
+
+
+@pytest.fixture(scope="module")
+def report(data, tmp_path_factory):
+    """The page of runs by name, each with what it has in place of usual files; None is a file that it lacks."""
+
+    def report(**runs):
+        place = tmp_path_factory.mktemp("report")
+        for name, changed in runs.items():
+            (place / name).mkdir()
+            for file, content in {**run_files(data), **changed}.items():
+                if content is not None:
+                    lines = [json.dumps(row) for row in content] if isinstance(content, list) else [json.dumps(content)]
+                    (place / name / file).write_text("\n".join(lines) + "\n")
+        assert main(["report", *(str(place / name) for name in runs), "--out", str(place / "report.html")]) == 0
+        return place / "report.html"
+
+    return report
+
+
+@pytest.fixture(scope="module")
+def page_of_one(report):
+    return report(a={}).read_text()
+
+
+@pytest.fixture(scope="module")
+def page_of_two(report):
+    return report(a={}, b={})
 
 
 @pytest.fixture(scope="module")
@@ -69,23 +87,13 @@ def browser():
         yield browser
 
 
-@pytest.fixture
-def report(tmp_path):
-    def report(*folders):
-        out = tmp_path / "report.html"
-        assert main(["report", *map(str, folders), "--out", str(out)]) == 0
-        return out.read_text()
-
-    return report
-
-
-def test_a_page_is_whole_and_refers_to_nothing_outside(make_run, report):
-    tags = Checker(report(make_run("a"), make_run("b"))).tags
+def test_a_page_is_whole_and_refers_to_nothing_outside(page_of_two):
+    tags = Checker(page_of_two.read_text()).tags
     assert tags.count("article") == 40 and tags.count("svg") > 8
 
 
-def test_a_page_shows_curves_accuracies_pairs_config_and_environment(make_run, report):
-    text = report(make_run("a"))
+def test_a_page_shows_curves_accuracies_pairs_config_and_environment(page_of_one):
+    text = page_of_one
     for title in ("loss", "mean SFC", "SFC of the training pairs", "Calibration", "margins on iid", "test accuracy"):
         assert f'aria-label="{title}"' in text
     assert text.count("<article>") == 20 and text.count("data:image/jpeg;base64,") == 20
@@ -93,8 +101,8 @@ def test_a_page_shows_curves_accuracies_pairs_config_and_environment(make_run, r
     assert "&lt;b&gt;What&lt;/b&gt; is in picture 0?" in text
 
 
-def test_pairs_are_sorted_by_what_they_are_shown_for(make_run, report):
-    weighted, worst = report(make_run("a")).split("Worst pairs")
+def test_pairs_are_sorted_by_what_they_are_shown_for(page_of_one):
+    weighted, worst = page_of_one.split("Worst pairs")
     margins = [float(value) for value in re.findall(r"margin <b>(.*?)</b>", worst)]
     assert margins == sorted(margins) and margins[0] == -6
     weights = [float(value) for value in re.findall(r"weight <b>(.*?)</b>", weighted)]
@@ -102,9 +110,10 @@ def test_pairs_are_sorted_by_what_they_are_shown_for(make_run, report):
 
 
 @pytest.mark.parametrize("mode", ["paper", "reference", "balanced"])
-def test_up_weighted_pairs_are_those_of_the_run_s_own_mode(make_run, report, mode):
+def test_up_weighted_pairs_are_those_of_the_run_s_own_mode(report, mode):
     config = {"robust": True, "sfc_mode": mode, "image_root": None}
-    weighted, _ = report(make_run("a", **{"config.json": config})).split("Worst pairs")
+    page = report(a={"config.json": config, **dict.fromkeys(CURVES)}).read_text()
+    weighted, _ = page.split("Worst pairs")
     number = r"<b>(-?[\d.]+)</b>"
     pairs = re.findall(rf"margin {number} · proxy {number} · weight {number}", weighted)
     margins, proxy_margins, weights = np.array(pairs, float).T
@@ -113,29 +122,27 @@ def test_up_weighted_pairs_are_those_of_the_run_s_own_mode(make_run, report, mod
     assert (np.diff(weights) <= 0).all() and f"mode, {mode}," in weighted
 
 
-def test_what_is_written_is_shown_as_text(make_run, report):
-    text = report(make_run("a$\\1$<i>"))
+def test_what_is_written_is_shown_as_text(report):
+    text = report(**{"a$\\1$<i>": {}}).read_text()
     assert "<i>\n" not in text and "a$\\1$&lt;i&gt;" in text
 
 
-def test_pairs_of_a_json_array_are_found_by_their_place(make_run, report, tmp_path):
+def test_pairs_of_a_json_array_are_found_by_their_place(report, tmp_path):
     pairs = [{"prompt": f"What is {i}?", "chosen": "a", "rejected": "b"} for i in range(3)]
     (tmp_path / "pairs.json").write_text(json.dumps(pairs))
     source = {"record": 7, "source": f"{tmp_path / 'pairs.json'}[2]"}
     row = {**source, "chosen": 0, "rejected": 1, "margin": -1.0, "proxy_margin": None}
-    assert "What is 2?" in report(make_run("a", **{"eval-iid.jsonl": [row]}))
+    assert "What is 2?" in report(a={"eval-iid.jsonl": [row], **dict.fromkeys(CURVES)}).read_text()
 
 
-@pytest.mark.parametrize(
-    "missing", [["metrics.jsonl", "evaluations.jsonl"], ["eval-iid.jsonl", "results.json"], ["environment.json"]]
-)
-def test_what_a_run_lacks_is_left_out(make_run, report, missing):
-    Checker(report(make_run("a", **dict.fromkeys(missing))))
+@pytest.mark.parametrize("missing", [CURVES, ["eval-iid.jsonl", "results.json"], ["environment.json"]])
+def test_what_a_run_lacks_is_left_out(report, missing):
+    Checker(report(a=dict.fromkeys(missing)).read_text())
 
 
-def test_a_standard_run_has_no_proxy_and_no_weights(make_run, report):
+def test_a_standard_run_has_no_proxy_and_no_weights(report):
     rows = [{"record": 0, "source": "gone.jsonl:1", "chosen": 0, "rejected": 1, "margin": -1.0, "proxy_margin": None}]
-    text = report(make_run("a", **{"eval-iid.jsonl": rows}))
+    text = report(a={"eval-iid.jsonl": rows, **dict.fromkeys(CURVES)}).read_text()
     assert "Most up-weighted" not in text and "gone.jsonl: no such file" in text
 
 
@@ -152,8 +159,7 @@ def test_no_run_is_a_message(arguments, capsys):
 
 @needs_chromium
 @pytest.mark.parametrize("width", [1280, 390])
-def test_a_browser_renders_it_without_a_complaint(make_run, report, browser, tmp_path, width):
-    report(make_run("a"), make_run("b"))
-    with visit(browser, f"file://{tmp_path / 'report.html'}", width=width) as page:
+def test_a_browser_renders_it_without_a_complaint(page_of_two, browser, width):
+    with visit(browser, page_of_two.as_uri(), width=width) as page:
         assert page.locator("article").count() == 40 and fits(page)
     assert page.complaints == page.foreign == []
