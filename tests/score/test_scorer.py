@@ -180,12 +180,12 @@ def test_a_picture_whose_disk_does_not_answer_is_an_error_of_its_record_alone(sc
         return read(image, *options)
 
     monkeypatch.setattr(samples, reads, slow)
-    monkeypatch.setattr(scorer, "preparer", replace(scorer.preparer, seconds=5.0))
+    monkeypatch.setattr(scorer, "preparer", replace(scorer.preparer, seconds=2.0))
     groups = [Group("f:1", 0, None, "p", None, (pictures[name],), ("a",)) for name in ("photo", "wide", "tall")]
     results = scorer.score_groups(groups)
     answer.set()
     assert [type(result) for result in results] == [Scored, RecordError, Scored]
-    assert str(results[1]) == f"f:1: img_path: {pictures['wide']}: not read within 5 seconds"
+    assert str(results[1]) == f"f:1: img_path: {pictures['wide']}: not read within 2 seconds"
 
 
 def test_groups_of_one_source_keep_their_own_results(scorer, pictures, tmp_path):
