@@ -7,7 +7,7 @@ import ray
 
 CHUNKS_AHEAD = 2  # of an actor: one is read and tokenised while the model runs on the other
 TRIES = 5
-PATIENCE_SECONDS = 5  # before the cluster is looked at
+PATIENCE_SECONDS = 1  # before the cluster is looked at
 
 
 def first_done(waited_for: Iterable[ray.ObjectRef]) -> ray.ObjectRef:
