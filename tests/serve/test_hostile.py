@@ -49,7 +49,15 @@ def with_chunk(at: int, extra: bytes) -> bytes:
     return picture()[:at] + extra + picture()[at:]
 
 
-BOMB = zlib.compress(bytes(300 << 20), 9)
+def compressed_zeros(mebibytes: int) -> bytes:
+    """Made of one mebibyte, packed on its own, again and again."""
+    packer = zlib.compressobj(9)
+    once = packer.compress(bytes(1 << 20)) + packer.flush(zlib.Z_FULL_FLUSH)
+    adler32 = (mebibytes << 20) % 65521 << 16 | 1
+    return once + once[2:] * (mebibytes - 1) + b"\x03\0" + adler32.to_bytes(4, "big")
+
+
+BOMB = compressed_zeros(300)
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
 IMAGES = {
     "a path with dots": "../secret.png",
