@@ -3,7 +3,8 @@
 Every request must get the answer that it should: honest ones the rewards of `Scorer.score`, hostile ones a refusal
 with a reason. Details: throughput and latencies, also without the hostile ones; the memory of all the server's
 processes by third of the load; the CPU time of a request in the process that speaks HTTP, in the replica with the model
-and in Ray's others, and in a scorer that is handed the same records one by one.
+and in Ray's others, and in a scorer that is handed the same records one by one; the same of requests that are empty:
+`/healthz`, which HTTP answers, and `/readyz`, which a replica answers at once.
 """
 
 import base64
@@ -87,6 +88,7 @@ def rows(options: Options) -> Iterator[Row]:
         requests, scorer_ms = make_requests(model, NUM_REQUESTS)
         with server(model) as (url, pid):
             alone = load(url, pid, requests, clients=1, hostile=0.0, seconds=min(seconds / 4, 30))
+            empty = {path: cpu_ms_of_empty(f"{url}{path}", pid) for path in ("/healthz", "/readyz")}
             calm = load(url, pid, requests, clients=CLIENTS, hostile=0.0, seconds=seconds / 2)
             together = load(url, pid, requests, clients=CLIENTS, hostile=HOSTILE_SHARE, seconds=seconds)
             lines = [line.rsplit(" ", 1) for line in httpx.get(f"{url}/metrics").text.splitlines() if line[0] != "#"]
@@ -101,7 +103,7 @@ def rows(options: Options) -> Iterator[Row]:
         "MB of all processes by third": " -> ".join(f"{mb:,.0f}" for mb in memory),
         "tokens unshared / shared": metrics["mmrm_tokens_unshared_total"] / metrics["mmrm_tokens_total"],
         "CPU ms of a request, one by one": alone.cpu_ms, f"of {CLIENTS} clients": calm.cpu_ms,
-        "of the scorer, one by one": scorer_ms,
+        "of the scorer, one by one": scorer_ms, **{f"of {path}": ms for path, ms in empty.items()},
         "wrong": str(dict(wrong)),
     }  # fmt: skip
     yield Row(
@@ -167,7 +169,12 @@ class Load:
     @property
     def cpu_ms(self) -> str:
         """Of an honest request, by process."""
-        return ", ".join(f"{name} {1e3 * seconds / len(self.seconds):.1f}" for name, seconds in self.cpu.items())
+        return by_process(self.cpu, len(self.seconds))
+
+
+def by_process(cpu: Counter, count: int) -> str:
+    """Milliseconds of one of so many."""
+    return ", ".join(f"{name} {1e3 * seconds / count:.1f}" for name, seconds in cpu.items())
 
 
 def load(url: str, pid: int, requests: list, *, clients: int, hostile: float, seconds: float) -> Load:
@@ -184,6 +191,17 @@ def load(url: str, pid: int, requests: list, *, clients: int, hostile: float, se
     result.took, result.cpu = time.perf_counter() - started, cpu_seconds(pid)
     result.cpu.subtract(before)
     return result
+
+
+def cpu_ms_of_empty(url: str, pid: int, count: int = 500) -> str:
+    """Of a request without a body, one by one, by process."""
+    before = cpu_seconds(pid)
+    with httpx.Client() as client:
+        for _ in range(count):
+            client.get(url).raise_for_status()
+    after = cpu_seconds(pid)
+    after.subtract(before)
+    return by_process(after, count)
 
 
 def client(url: str, requests: list, hostile: float, deadline: float, seed: int, result: Load) -> Counter:
