@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,7 @@ def rewards(folder, pictures, **options):
     return scorer.score([{"prompt": "What?", "img_path": pictures["photo"], "responses": RESPONSES}])
 
 
-@pytest.mark.parametrize("vision", ["300M", "6B"])
-@pytest.mark.parametrize("llm", LLM)
+@pytest.mark.parametrize(("llm", "vision"), [*zip(LLM, cycle(["300M", "6B"]), strict=False)])
 def test_original_to_native_to_original_gives_identical_tensors_and_rewards(tmp_path, pictures, llm, vision):
     first, native, second = (tmp_path / name for name in ("first", "native", "second"))
     state = write_checkpoint(first, original_config(llm, vision, 578))
