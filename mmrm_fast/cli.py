@@ -1,10 +1,12 @@
 """`mmrm-fast <command>`: one parser a command from its config dataclass; errors of the user end without a traceback."""
 
+import gc
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
+from typing import Any
 
 from mmrm_fast import config
 from mmrm_fast.config_file import parse
@@ -62,10 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if asked else 2
     name, *rest = arguments
     config_type, place, _ = COMMANDS[name]
-    module, _, function = place.partition(":")
     try:
         taken = parse(config_type, rest, prog=f"mmrm-fast {name}")
-        return getattr(import_module(f"mmrm_fast.{module}"), function)(taken) or 0
+        return imported(place)(taken) or 0
     except KeyboardInterrupt:
         print(f"mmrm-fast {name}: interrupted", file=sys.stderr)
         return 130
@@ -75,6 +76,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reason = str(error)
     print(f"mmrm-fast {name}: {reason}", file=sys.stderr)
     return 2
+
+
+def imported(place: str) -> Callable[[Any], int | None]:
+    """A command's function; meanwhile no garbage is collected, which is a tenth of the time that a command starts in."""
+    module, _, function = place.partition(":")
+    gc.disable()
+    try:
+        return getattr(import_module(f"mmrm_fast.{module}"), function)
+    finally:
+        gc.enable()
 
 
 if __name__ == "__main__":
