@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def imported(place: str) -> Callable[[Any], int | None]:
-    """A command's function; meanwhile no garbage is collected, which is a tenth of the time that a command starts in."""
+    """A command's function; meanwhile no garbage is collected, which takes a tenth of a command's start."""
     module, _, function = place.partition(":")
     gc.disable()
     try:

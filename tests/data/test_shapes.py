@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -256,7 +257,8 @@ def test_refusals(tmp_path):
 @pytest.fixture(scope="module")
 def hidden(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hidden") / "set"
-    return make_environments(folder, CONFIG, (*HIDDEN, "mixture"), progress=False)
+    config = replace(CONFIG, questions_per_image=5)  # texts alone are looked at
+    return make_environments(folder, config, (*HIDDEN, "mixture"), progress=False)
 
 
 def carries(environment, record, response):
