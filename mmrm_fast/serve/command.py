@@ -32,7 +32,7 @@ PROBE_SECONDS = 5.0  # that a replica may take to say that it is ready
 LOAD_SECONDS = 5  # that a load lasts before a copy of the model is added
 HEALTH_SECONDS = 2  # between checks: a replica that died is missed so soon, and started again
 ENVIRONMENT = {
-    "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+    "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",  # what is to replace `metrics_interval_s`
     "MALLOC_ARENA_MAX": "2",  # else glibc keeps what bodies and activations of dozens of threads once took
     "MALLOC_MMAP_THRESHOLD_": str(4 << 20),
 }
@@ -150,7 +150,7 @@ def start_replicas(config: ServeConfig) -> DeploymentHandle:
     if most > count:
         target = max(1, config.max_requests // 8)
         bounds = {"min_replicas": count, "max_replicas": most, "target_ongoing_requests": target}
-        seconds = {"upscale_delay_s": LOAD_SECONDS, "look_back_period_s": LOAD_SECONDS}
+        seconds = {"upscale_delay_s": LOAD_SECONDS, "look_back_period_s": LOAD_SECONDS, "metrics_interval_s": 1}
         scaling = {"autoscaling_config": bounds | seconds}
     deployment = ray_serve.deployment(
         Replica,
