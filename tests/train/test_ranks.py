@@ -79,14 +79,17 @@ def test_two_and_four_ranks_equal_one(make_way, subtests, world):
             assert margins(shared) == pytest.approx(margins(alone), abs=1e-3)
 
 
-MEMORY = {  # each option alone in what it changes; replicas of whole models leave nothing to keep or hold
-    "all computed again, replicas": {"activation_checkpointing": "full", "replicas": 2},
-    "products kept, the same bits again; weights and gradients kept": {
+MEMORY = {
+    "full checkpointing of weights gathered again, gradients held": {
+        "activation_checkpointing": "full",
+        "hold_gradients": True,
+    },
+    "selective checkpointing, the same bits again, weights kept": {
         "activation_checkpointing": "selective",
         "deterministic": True,
         "reshard_after_forward": False,
-        "hold_gradients": True,
     },
+    "replicas": {"replicas": 2},
 }
 
 
