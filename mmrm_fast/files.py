@@ -125,7 +125,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: one is in it; the message says which.
     """
-    was_there = folder.exists()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = take_lock(folder / LOCK)
     try:
@@ -133,9 +133,9 @@ def locked(folder: Path) -> Iterator[None]:
     finally:
         (folder / LOCK).unlink(missing_ok=True)
         os.close(descriptor)
-        if not was_there:
-            with suppress(OSError):  # something is in it
-                folder.rmdir()
+        with suppress(OSError):  # something is in it
+            for path in made:
+                path.rmdir()
 
 
 def take_lock(path: Path) -> int:

@@ -144,7 +144,7 @@ def test_where_a_file_system_has_no_locks_an_owner_that_is_gone_is_told_from_one
 
 
 def test_a_lock_leaves_no_folder_that_was_not_there(tmp_path):
-    with locked(tmp_path / "a"):
+    with locked(tmp_path / "runs" / "a"):
         pass
     with locked(tmp_path / "b"):
         (tmp_path / "b" / "mine").write_text("")
