@@ -3,12 +3,13 @@
 import ast
 import importlib
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from mmrm_fast import cli, config
+from mmrm_fast import __version__, cli, config
 from mmrm_fast.cli import COMMANDS, TASKS, main
 from mmrm_fast.config import TrainConfig
 from mmrm_fast.config_file import types
@@ -80,3 +81,11 @@ def test_segments_of_a_gpu_s_memory_can_grow_unless_the_user_says_how_it_is_take
         "PYTORCH_ALLOC_CONF": "backend:native",
         None: "expandable_segments:True",
     }.get(own)
+
+
+def test_a_script_beside_a_folder_of_the_package_s_name_imports_the_package(tmp_path):
+    """As a clone is one to scripts beside it."""
+    (tmp_path / "mmrm_fast").mkdir()
+    (tmp_path / "script.py").write_text("import mmrm_fast\nprint(mmrm_fast.__version__)\n")
+    done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == __version__, done.stderr
