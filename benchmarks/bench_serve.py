@@ -188,8 +188,7 @@ def load(url: str, pid: int, requests: list, *, clients: int, hostile: float, se
             result.memory.append(resident_megabytes(pid))
     for each in asking:
         result.wrong += each.result()
-    result.took, result.cpu = time.perf_counter() - started, cpu_seconds(pid)
-    result.cpu.subtract(before)
+    result.took, result.cpu = time.perf_counter() - started, cpu_seconds(pid, before)
     return result
 
 
@@ -199,9 +198,7 @@ def cpu_ms_of_empty(url: str, pid: int, count: int = 500) -> str:
     with httpx.Client() as client:
         for _ in range(count):
             client.get(url).raise_for_status()
-    after = cpu_seconds(pid)
-    after.subtract(before)
-    return by_process(after, count)
+    return by_process(cpu_seconds(pid, before), count)
 
 
 def client(url: str, requests: list, hostile: float, deadline: float, seed: int, result: Load) -> Counter:
@@ -243,12 +240,13 @@ def resident_megabytes(pid: int) -> float:
     return total / 2**20
 
 
-def cpu_seconds(pid: int) -> Counter:
-    """Of a server's process, of its replicas, and of all else below it, so far."""
+def cpu_seconds(pid: int, before: Counter | None = None) -> Counter:
+    """Of a server's process, of its replicas, and of all else below it, so far or since `before`."""
     server, seconds = psutil.Process(pid), Counter(HTTP=0.0, replica=0.0, Ray=0.0)
     for process in (server, *server.children(recursive=True)):
         with suppress(psutil.NoSuchProcess):
             is_replica = "ServeReplica" in " ".join(process.cmdline())
             times = process.cpu_times()
             seconds["HTTP" if process == server else "replica" if is_replica else "Ray"] += times.user + times.system
+    seconds.subtract(before or {})
     return seconds

@@ -217,8 +217,3 @@ def scorer(make_checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("scorer")
     save_checkpoint(folder, make_checkpoint())
     return Scorer.from_pretrained(folder, "cpu")
-
-
-def pytest_collection_modifyitems(items):
-    """What takes longest comes first: at the end no process is left alone with it."""
-    items.sort(key=lambda item: item.path.parent.name != "train")

@@ -20,7 +20,18 @@ from mmrm_fast.model.placement import GIB
 from mmrm_fast.model.reward_model import RewardModel
 from mmrm_fast.tables import print_table
 from mmrm_fast.train import sharding
-from mmrm_fast.train.memory import GPU, Memory, Sized, count, memory, needed, sized_models, stack_bytes, stacks
+from mmrm_fast.train.memory import (
+    GPU,
+    Memory,
+    Sized,
+    count,
+    memory,
+    needed,
+    sized_branches,
+    sized_models,
+    stack_bytes,
+    stacks,
+)
 from mmrm_fast.train.paper import paper_rows
 from mmrm_fast.train.proxy import Proxy, ShortcutProxy, parse_proxy
 from mmrm_fast.train.rates import Rates
@@ -170,7 +181,7 @@ def loading_line(config: TrainConfig, memories: list[Memory], models: list[Rewar
 def spared_lines(proxy: ShortcutProxy, models: list[RewardModel], num_gpus: int, work: Work | None) -> Iterator[str]:
     """What a run spares that would train the paper's full proxy instead, and what its own takes before it begins."""
     config = proxy.config
-    full = [own.whole for own in sized_models(parse_proxy(with_options(config, proxy_model="full")))]
+    full = [branch.root for branch in sized_branches(parse_proxy(with_options(config, proxy_model="full")))]
     spared = memory(config.memory, full[1], 0, num_gpus=num_gpus)
     parts = ", ".join(f"{name} {getattr(spared, name) / GIB:.2f}" for name in ("weights", "gradients", "optimizer"))
     line = f"a full proxy would take {spared.total / GIB:.2f} GiB a GPU more before activations ({parts})"

@@ -1,4 +1,4 @@
-"""Batch scoring on Ray: every line of input ends as scores or as a named error, once, in order."""
+"""Batch scoring without Ray: every line of input ends as scores or as a named error, once, in order."""
 
 import json
 import multiprocessing
