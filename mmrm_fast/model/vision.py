@@ -75,6 +75,7 @@ def tile_attention_forward(
     """
     num_tiles, _, length, size = query.shape
     if query.device.type != "cpu" or not has_native(query.dtype, size) or kwargs.get("dropout"):
+        kwargs["is_causal"] = False
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     edges = length * torch.arange(num_tiles + 1, dtype=torch.int32)
     out = trie_attention(

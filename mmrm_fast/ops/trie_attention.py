@@ -4,7 +4,8 @@ Each node's queries are its own tokens, its keys its ancestors' tokens and its o
 One op with its own backward, which keeps only q, k, v, out and the log-sum-exp. A sink is one more logit a head in the
 softmax, that has no value: it scales a kernel's output and adds to its log-sum-exp, given which the kernel's own
 backward is exact. On CUDA it is torch's FlashAttention (`trie_attention_cuda`). On a CPU with AVX-512 and its BF16
-instructions it is C++ (csrc/trie_attention.cpp), on others torch's CPU flash kernel, node by node.
+instructions it is C++ (csrc/trie_attention.cpp), whose bits no number of threads changes; on others torch's CPU flash
+kernel, node by node and in fp32 at least: it sums a bfloat16 gradient in bfloat16, wrong by per cents.
 
 Shapes: T queries, S tokens with a key (the same where each is a query), K listed keys, N nodes, H query heads,
 G key/value heads, E head size.
@@ -78,6 +79,7 @@ def trie_attention_fwd_cpu(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple
         masks = (plan.scale, plan.causal, plan.window)
         native().trie_attention_fwd_cpu(*inputs, *masks, out, lse, torch.get_num_threads())
         return out, lse
+    q, k, v = (x.to(lse.dtype) for x in (q, k, v))
     for rows, index in nodes(*plan[:3]):
         is_causal, mask = causal_mask(rows.stop - rows.start, len(index), plan, q.dtype)
         node_out, node_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -99,6 +101,8 @@ def trie_attention_bwd_cpu(
         masks = (plan.scale, plan.causal, plan.window)
         native().trie_attention_bwd_cpu(*inputs, *masks, dq, dk, dv, torch.get_num_threads())
         return dq, dk.to(k.dtype), dv.to(v.dtype)
+    dtype = q.dtype
+    grad, q, k, v, out = (x.to(lse.dtype) for x in (grad, q, k, v, out))
     for rows, index in nodes(*plan[:3]):
         is_causal, mask = causal_mask(rows.stop - rows.start, len(index), plan, q.dtype)
         node_dq, node_dk, node_dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -106,9 +110,9 @@ def trie_attention_bwd_cpu(
             lse[None, :, rows].contiguous(), 0.0, is_causal, attn_mask=mask, scale=plan.scale,
         )  # fmt: skip
         dq[rows] = node_dq[0].transpose(0, 1)
-        dk.index_add_(0, index, node_dk[0].transpose(0, 1).to(dk.dtype))
-        dv.index_add_(0, index, node_dv[0].transpose(0, 1).to(dv.dtype))
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
+        dk.index_add_(0, index, node_dk[0].transpose(0, 1))
+        dv.index_add_(0, index, node_dv[0].transpose(0, 1))
+    return dq, dk.to(dtype), dv.to(dtype)
 
 
 def causal_mask(num_queries: int, num_keys: int, plan: Plan, dtype: torch.dtype) -> tuple[bool, Tensor | None]:

@@ -16,6 +16,7 @@ from mmrm_fast.ops.trie_attention import trie_attention, trie_attention_ref
 HEADS, KV_HEADS, SIZE = 4, 2, 8
 SCALE = SIZE**-0.5
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+NO_KERNEL = "this CPU has no AVX-512 BF16 instructions, or there is no native module"
 FLOORS = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-3}  # of errors, relative to the largest value
 
 
@@ -73,7 +74,7 @@ def backend(request, monkeypatch):
     if request.param == "SDPA":
         monkeypatch.setattr(op, "has_native", lambda dtype, head_size: False)
     elif not op.has_native(torch.float32, SIZE):
-        pytest.skip("this CPU has no AVX-512 BF16 instructions, or there is no native module")
+        pytest.skip(NO_KERNEL)
 
 
 def assert_errors_at_most_twice_those_of_plain_torch(plan, tensors, scale=SCALE, **options):
@@ -103,7 +104,7 @@ def test_errors_are_at_most_twice_those_of_plain_torch(backend, seed, dtype, kv_
 
 @pytest.mark.parametrize("size", [1, 5, 64, 80, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_head_sizes_and_nodes_longer_than_a_block_in_cpp(dtype, size):
+def test_head_sizes_and_nodes_longer_than_a_block(backend, dtype, size):
     plan = forest(0, num_groups=2, num_responses=2, longest=500)
     assert_errors_at_most_twice_those_of_plain_torch(plan, inputs(plan, dtype, size=size), scale=size**-0.5)
 
@@ -146,19 +147,6 @@ def test_last_tokens_alone_attend_as_they_do_among_all(backend, dtype, kv_heads,
         assert relative_error(value, expected) <= 4 * FLOORS[dtype], name
 
 
-@pytest.mark.parametrize("window", [None, 20])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_bits_do_not_depend_on_the_number_of_threads(dtype, window):
-    plan = forest(0, longest=300)
-    tensors, threads, results = inputs(plan, dtype), torch.get_num_threads(), []
-    for number in (1, 3):
-        torch.set_num_threads(number)
-        attend = partial(trie_attention, **keywords(plan), scale=SCALE, window=window)
-        results.append(with_gradients(attend, tensors))
-    torch.set_num_threads(threads)
-    assert all(map(torch.equal, *results))
-
-
 def test_a_key_outside_the_packed_tokens_is_an_error(backend):
     plan = forest(0)
     tensors, arguments = inputs(plan, torch.float32), keywords(plan)
@@ -170,7 +158,20 @@ def test_a_key_outside_the_packed_tokens_is_an_error(backend):
 @pytest.fixture
 def only_cpp():
     if not op.has_native(torch.float32, SIZE):
-        pytest.skip("this CPU has no AVX-512 BF16 instructions, or there is no native module")
+        pytest.skip(NO_KERNEL)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_bits_do_not_depend_on_the_number_of_threads_in_cpp(only_cpp, dtype, window):
+    plan = forest(0, longest=300)
+    tensors, threads, results = inputs(plan, dtype), torch.get_num_threads(), []
+    for number in (1, 3):
+        torch.set_num_threads(number)
+        attend = partial(trie_attention, **keywords(plan), scale=SCALE, window=window)
+        results.append(with_gradients(attend, tensors))
+    torch.set_num_threads(threads)
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import httpx
 import pytest
 from pydantic import ValidationError
 from reward_server import data_url, picture, running
+from runs import wait_until
 
 from mmrm_fast.checkpoint.folder import save_checkpoint
 from mmrm_fast.data.records import Group, RecordError
@@ -315,8 +316,8 @@ def test_docs_health_and_metrics(client):
     assert client.get("/healthz").json() == client.get("/health").json() == {"status": "ok"}
     assert client.get("/readyz").json() == {"status": "ready", "model": "tiny"}
     post(client, "/rerank", {"query": PROMPT, "documents": RESPONSES})
-    metrics = client.get("/metrics").text
-    assert 'mmrm_requests_total{path="/rerank",status="200"}' in metrics
+    counted = 'mmrm_requests_total{path="/rerank",status="200"}'  # after the answer has gone
+    metrics = wait_until(lambda: counted in (text := client.get("/metrics").text) and text, counted, seconds=30)
     assert "mmrm_tokens_total" in metrics and "mmrm_responses_total" in metrics
     assert client.get("/nowhere").status_code == 404 and client.get("/rerank").status_code == 405
     assert client.get("/nowhere").json()["error"]["code"] == 404
