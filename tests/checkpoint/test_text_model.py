@@ -3,11 +3,11 @@
 import httpx
 import pytest
 import torch
-from conftest import CHATML, exact
 from ranks import run_ranks
 from reward_server import data_url, picture, running
 from runs import losses
 from safetensors.torch import load_file, save_file
+from shared_fixtures import CHATML, exact
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,

@@ -161,7 +161,7 @@ def collectives() -> dict:
 
     Gradients are held on 8 ranks without replicas, for the last micro-batch of a step but in "held".
     """
-    found, folder = {}, folder_of(TINY, 2)
+    found, folder = {}, folder_of(TINY, 2, tower=1)
     batches = {"pictures": {}, "text": {"tiles": 0}, "nothing": {"records": 0}, "held": {}}
     for world, replicas, hold in ((8, 1, True), (8, 2, False), (64, 1, False)):
         with ranks(world):

@@ -1,4 +1,6 @@
-"""Compiled blocks with the real inductor: selective checkpointing is inside of what is compiled."""
+"""Compiled blocks: selective checkpointing is inside of what is compiled, and its recomputation planned there."""
+
+from functools import partial
 
 import pytest
 import torch
@@ -17,11 +19,15 @@ def one_rank():
         yield device
 
 
-SLOW = [pytest.param(mode, marks=pytest.mark.slow) for mode in ("none", "full")]
+EVERY = [(mode, "inductor") for mode in ("selective", "none", "full")]  # whose C++ takes a minute to compile
+CASES = [("selective", "aot_eager_decomp_partition"), *(pytest.param(*own, marks=pytest.mark.slow) for own in EVERY)]
 
 
-@pytest.mark.parametrize("checkpointing", ["selective", *SLOW])
-def test_a_compiled_decoder_layer_has_the_gradients_of_a_plain_one(make_checkpoint, one_rank, checkpointing):
+@pytest.mark.parametrize(("checkpointing", "backend"), CASES)
+def test_a_compiled_decoder_layer_has_the_gradients_of_a_plain_one(
+    make_checkpoint, one_rank, monkeypatch, checkpointing, backend
+):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     gradients = {}
     for compiled in (False, True):
         torch.manual_seed(0)
