@@ -17,15 +17,7 @@ import tyro
 from rich.console import Console
 from tqdm import tqdm
 
-from benchmarks import (
-    bench_depth,
-    bench_end_to_end,
-    bench_ops,
-    bench_scale,
-    bench_score,
-    bench_serve,
-    bench_train_step,
-)
+from benchmarks import bench_depth, bench_end_to_end, bench_ops, bench_scale, bench_score, bench_serve, bench_train_step
 from benchmarks.harness import Case, Options
 from benchmarks.report import ResultFile, environment, plot, print_table, read_rows, regressions, results_path
 

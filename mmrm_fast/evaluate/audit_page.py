@@ -22,6 +22,16 @@ def advice(results: dict) -> list[str]:
     return lines
 
 
+def advice_by_file(results: dict) -> dict[str, list[str]]:
+    """The same sentences by the file that each is of."""
+    starts = {name: f"{name}: " for name in (*results["files"], *results["tests"])}
+    found = {
+        name: [line.removeprefix(start) for line in results["advice"] if line.startswith(start)]
+        for name, start in starts.items()
+    }
+    return {name: lines for name, lines in found.items() if lines}
+
+
 def file_advice(name: str, own: dict, results: dict) -> Iterator[str]:
     """What to do about one file."""
     yield f"{name}: " + shortcut_advice(name, own, results["matrix"][name])
@@ -116,6 +126,7 @@ def write_audit(path: Path, results: dict) -> None:
         "audit.html",
         title="What text alone can tell",
         results=results,
+        advice=advice_by_file(results),
         proxies=proxy_table(results),
         names=[*results["files"], *results["tests"]],
         matrices=list(matrices(results)),

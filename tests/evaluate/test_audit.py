@@ -110,6 +110,9 @@ def test_labels_are_judged(faulty, tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "train: 2 of 25 pairs: the same two responses stand with either one preferred" in printed
     assert "held: 1 records are in train with their image and prompt" in printed
+    page = (tmp_path / "out" / "audit.html").read_text()
+    assert "<h3>train</h3>" in page and "<li>2 of 25 pairs: the same two responses stand" in page
+    assert "<h3>held</h3>" in page and "<li>1 records are in train with their image and prompt" in page
 
 
 def test_a_model_s_states_are_a_further_proxy_with_a_matrix_of_its_own(environments, model_folder, tmp_path):
