@@ -17,8 +17,8 @@ from torch.profiler import profile
 
 from benchmarks.bench_train_step import Side, baseline, exact_side, make_sides
 from benchmarks.flops import counted, work_bound
-from benchmarks.harness import MODEL_REPEATS, Case, Check, Options, Row, interleaved, verdict
-from benchmarks.models import FULL, PROBE, Geometry, Records, geometry, make_records
+from benchmarks.harness import MODEL_REPEATS, Case, Options, Row, interleaved, verdict
+from benchmarks.models import FULL, PROBE, Geometry, geometry, make_records
 
 TOWER, TOWER_LAYERS, VOCABULARY = (1024, 16, 4096), 24, 151_674
 MODELS = {  # hidden size, heads, key and value heads, MLP; layers
@@ -48,10 +48,13 @@ def rows(name: str, dtype: torch.dtype, options: Options) -> Iterator[Row]:
     whole = cost_of(sides, dtype, options) + (layers - 1) * layer + (TOWER_LAYERS - 1) * tile_layer
     of_layer = {f"a layer's {kind}": f"{share:.0%}" for kind, share in zip(KINDS, kinds, strict=True)}
     of_layer |= {"decoder layer seconds": seconds, "decoder layer of its bound": layer[2, 0] / seconds}
-    for place, (other, checks) in enumerate(verified(sides, records, dtype, options), start=1):
+    exact = None if dtype == torch.float32 else exact_side(sides[0], records, None, options.device).result()
+    result = sides[0].result()
+    for place, side in enumerate(sides[1:], start=1):
         yield Row(
             "depth", f"train-step {name}, by difference", options.device.type, str(dtype).removeprefix("torch."),
-            whole[0, 0], other, whole[0, place], whole[0, place] / whole[0, 0], None, None, *verdict(checks),
+            whole[0, 0], side.name, whole[0, place], whole[0, place] / whole[0, 0], None, None,
+            *verdict(baseline(side, result, exact).checks),
             details={"ratio of FLOP": whole[1, place] / whole[1, 0], **of_layer},
         )  # fmt: skip
 
@@ -89,14 +92,3 @@ def seconds_by_kind(step: Callable[[], object]) -> list[float]:
         kind = "products" if event.key in PRODUCTS else "attention" if "attention" in event.key else "else"
         spent[kind] += getattr(event, clock) / 1e6
     return list(spent.values())
-
-
-def verified(
-    sides: Sequence[Side], records: Records, dtype: torch.dtype, options: Options
-) -> Iterator[tuple[str, Sequence[Check]]]:
-    """The checks of each baseline, as in `train-step`."""
-    ours, *others = sides
-    exact = None if dtype == torch.float32 else exact_side(ours, records, None, options.device).result()
-    result = ours.result()
-    for side in others:
-        yield side.name, baseline(side, result, exact).checks

@@ -120,8 +120,7 @@ def runs(op: Op, run: Run, name: str) -> bool:
     except RuntimeError as error:
         if name != "torch.compile":
             raise
-        reason = str(error).partition("\n")[0]
-        tqdm.write(f"{op.name}: no row against torch.compile, {reason}")
+        tqdm.write(f"{op.name}: no row against torch.compile, {str(error).splitlines()[0]}")
         return False
     return True
 
@@ -162,10 +161,7 @@ def fused(margin_P: Tensor, proxy_margin_P: Tensor) -> tuple[Tensor, ...]:
     return loss.main + loss.proxy, loss.weighted_sfc, loss.main_correct, loss.proxy_correct
 
 
-@cache
-def compiled_loss() -> Callable:
-    """Made when it is first called: torch's compiler takes seconds to import."""
-    return torch.compile(robust_loss, dynamic=False)
+compiled_loss = cache(lambda: torch.compile(robust_loss, dynamic=False))  # whose import takes seconds
 
 
 def pair_loss_op(num_pairs: int) -> Op:
@@ -194,10 +190,6 @@ def stream_inputs() -> tuple:
     return table_VD, features_FD, source_T, source_index(source_T), source_T.clamp(min=0), (source_T < 0)[:, None]
 
 
-def packed(table_VD: Tensor, features_FD: Tensor, source_T: Tensor, index: SourceIndex, *_) -> Tensor:
-    return pack_image_tokens(table_VD, features_FD, source_T, index)
-
-
 def scattered(table_VD: Tensor, features_FD: Tensor, _, __, ids_T: Tensor, is_image_T1: Tensor) -> Tensor:
     """As transformers does it."""
     stream_TD = embedding(ids_T, table_VD)
@@ -207,8 +199,8 @@ def scattered(table_VD: Tensor, features_FD: Tensor, _, __, ids_T: Tensor, is_im
 def stream_op(case: str, trained: tuple[int, ...], bound_bytes: int = 0) -> Op:
     return Op(
         f"pack_image_tokens {NUM_TOKENS:,} x {WIDTH:,}, {case}", torch.bfloat16, stream_inputs,
-        packed, {"masked_scatter": scattered}, tolerance=2**-7, trained=trained, bound_bytes=bound_bytes,
-        index=partial(source_index, stream_source()),
+        lambda *given: pack_image_tokens(*given[:4]), {"masked_scatter": scattered}, tolerance=2**-7,
+        trained=trained, bound_bytes=bound_bytes, index=partial(source_index, stream_source()),
     )  # fmt: skip
 
 

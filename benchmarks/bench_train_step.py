@@ -106,8 +106,8 @@ def rows(title: str, make_records, branch: str | None, dtype: torch.dtype, optio
 def baseline(side: Side, ours: Result, exact: Result | None) -> Baseline:
     """A side that our result has been compared with, unless its proxy is another."""
     theirs = side.result()
-    flops, baseline_flops = ours.work.flops, theirs.work.flops
-    details = {"GFLOP": flops / 1e9, "baseline GFLOP": baseline_flops / 1e9, "ratio of FLOP": baseline_flops / flops}
+    flops, other = ours.work.flops, theirs.work.flops
+    details = {"GFLOP": flops / 1e9, "baseline GFLOP": other / 1e9, "ratio of FLOP": other / flops}
     checks = check(errors, ours, theirs, exact, bounds=EXACT_BOUNDS, floors=FLOORS)
     return Baseline(side.step, [] if side.name.endswith(ANOTHER_PROXY) else checks, details)
 

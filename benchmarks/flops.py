@@ -5,6 +5,7 @@ attention must compute, two and a half times that in its backward: what a causal
 Element-wise work is not counted either: it is what a bound leaves out.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
@@ -43,19 +44,14 @@ def counted(function: Callable[[], object]) -> tuple[object, Work]:
     def multiply(left: torch.Size, right: torch.Size, *_, **__) -> int:
         product = (*left, right[1])
         products[product] += 1
-        return product_flops(*product)
+        return 2 * math.prod(product)
 
     formulas = {torch.ops.aten.mm: multiply, torch.ops.aten.addmm: lambda _, *rest, **__: multiply(*rest)}
     formulas |= {op: attention_formula(op) for op in ATTENTION}
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         result = function()
-    linear_flops = sum(product_flops(*product) * count for product, count in products.items())
+    linear_flops = sum(2 * math.prod(product) * count for product, count in products.items())
     return result, Work(products, linear_flops, counter.get_total_flops())
-
-
-def product_flops(rows: int, inner: int, columns: int) -> int:
-    """A multiplication and an addition each."""
-    return 2 * rows * inner * columns
 
 
 def attention_formula(op: torch._ops.OpOverloadPacket) -> Callable[..., float]:

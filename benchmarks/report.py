@@ -8,15 +8,13 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.harness import Options, Row
 from mmrm_fast.files import read_json, write_json
 from mmrm_fast.machine import this_machine
+from mmrm_fast.tables import print_table
 
 RESULTS = Path(__file__).parent / "results"
-BYTES_PER_MIB = 1 << 20
 SLOWER = 1.1  # times the earlier file's seconds, and more than either side's spread
 
 
@@ -98,30 +96,23 @@ def key(row: Row) -> tuple[str, ...]:
     return row.suite, row.case, row.device, row.dtype, row.baseline
 
 
-def print_table(console: Console, environment: dict, rows: Sequence[Row]) -> None:
-    """One line a row."""
+CAPTION = (
+    "times: median ± (slowest - fastest); ratio: baseline / ours; bound: the least it can take / ours;"
+    " MiB: peak of a call; error: relative; computed: nothing was timed"
+)
+
+
+def print_rows(environment: dict, rows: Sequence[Row]) -> None:
+    """One line a row, and one with its details."""
     title = " · ".join(f"{name} {value}" for name, value in environment.items())
-    caption = (
-        "times: median ± (slowest - fastest); ratio: baseline / ours; bound: the least it can take / ours;"
-        " MiB: peak of a call; error: relative; computed: nothing was timed"
-    )
-    table = Table(title=title, caption=caption)
-    table.add_column("case", overflow="fold", min_width=17)
-    for name in ("ours", "baseline", "ratio", "bound", "MiB", "base MiB", "error"):
-        table.add_column(name, justify="right", no_wrap=name != "baseline")
-    table.add_column("verified", no_wrap=True)
-    for row in rows:
-        table.add_row(*cells(row))
-    console.print(table)
-    for row in rows:
-        if row.details:
-            figures = ", ".join(f"{name} {number(value)}" for name, value in row.details.items())
-            console.print(f"[dim]{row.case}, {row.dtype}: {figures}[/]")
+    heads = ("case", "ours", "baseline", "ratio", "bound", "MiB", "base MiB", "error", "verified")
+    print_table(title, heads, map(cells, rows))
+    details = [(row, ", ".join(f"{name} {number(value)}" for name, value in row.details.items())) for row in rows]
+    print(CAPTION, *(f"{row.case}, {row.dtype}: {figures}" for row, figures in details if figures), sep="\n")
 
 
 def cells(row: Row) -> list[str]:
     """A row as the table shows it."""
-    peaks = (row.peak_bytes, row.baseline_peak_bytes)
     verdict = {True: "yes", False: "[bold red]FAILED[/]", None: "computed" if row.computed else ""}
     error = "" if row.max_error is None else f"{row.max_error:.1e}"
     return [
@@ -130,7 +121,7 @@ def cells(row: Row) -> list[str]:
         f"{row.baseline} {timed(row.baseline_seconds, row.baseline_spread)}",
         "" if row.ratio is None else f"{row.ratio:.2f}x",
         "" if row.bound_fraction is None else f"{row.bound_fraction:.0%}",
-        *("" if peak is None else f"{peak / BYTES_PER_MIB:,.0f}" for peak in peaks),
+        *("" if peak is None else f"{peak / 2**20:,.0f}" for peak in (row.peak_bytes, row.baseline_peak_bytes)),
         "not finite" if row.verified is False and row.max_error is None else error,
         verdict[row.verified],
     ]
@@ -138,9 +129,7 @@ def cells(row: Row) -> list[str]:
 
 def timed(seconds: float | None, spread: float | None) -> str:
     """A time and its spread."""
-    if seconds is None:
-        return ""
-    return duration(seconds) + ("" if spread is None else f" ±{spread:.0%}")
+    return "" if seconds is None else duration(seconds) + ("" if spread is None else f" ±{spread:.0%}")
 
 
 def number(value: float | str) -> str:
@@ -164,8 +153,7 @@ def plot(path: Path, environment: dict, rows: Sequence[Row]) -> list[Path]:
     }
     made = {place: figure for place, figure in figures.items() if figure}
     for place, figure in made.items():
-        where = f"{environment['cpu']}, {environment['threads']} threads, GPU: {environment['gpus']}"
-        figure.suptitle(where, fontsize=9)
+        figure.suptitle("{cpu}, {threads} threads, GPU: {gpus}".format_map(environment), fontsize=9)
         figure.savefig(place, dpi=120)
     return list(made)
 

@@ -14,12 +14,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import tyro
-from rich.console import Console
 from tqdm import tqdm
 
 from benchmarks import bench_depth, bench_end_to_end, bench_ops, bench_scale, bench_score, bench_serve, bench_train_step
 from benchmarks.harness import Case, Options
-from benchmarks.report import ResultFile, environment, plot, print_table, read_rows, regressions, results_path
+from benchmarks.report import ResultFile, environment, plot, print_rows, read_rows, regressions, results_path
 
 SUITES = {
     "train-step": bench_train_step.cases,
@@ -36,7 +35,6 @@ def main() -> int:
     """Run the suites; returns 1 where a row's results differ from its baseline's."""
     options = tyro.cli(Options)
     torch.set_num_threads(options.threads)
-    console = Console(width=None if sys.stdout.isatty() else 120)
     earlier = read_rows(options.compare) if options.compare else []
     results = ResultFile(results_path(options), environment(options), resume=options.full)
     unfinished = [(name, case) for name, case in cases(options) if name not in results.finished]
@@ -45,10 +43,9 @@ def main() -> int:
     for name, case in (bar := tqdm(unfinished)):
         bar.set_description(name)
         results.add(name, list(case.run()))
-    print_table(console, results.environment, results.rows)
-    for line in regressions(results.rows, earlier):
-        console.print(f"slower: {line}")
-    print(*[results.path, *plot(results.path, results.environment, results.rows)], sep="\n")
+    print_rows(results.environment, results.rows)
+    slower = [f"slower: {line}" for line in regressions(results.rows, earlier)]
+    print(*slower, results.path, *plot(results.path, results.environment, results.rows), sep="\n")
     return 0 if all(row.verified is not False for row in results.rows) else 1
 
 
