@@ -87,13 +87,9 @@ def visible_pairs(given: dict) -> float:
 
 def work_bound(work: Work, dtype: torch.dtype, device: torch.device) -> Bound:
     """The least time that the work can take here: its matrix products by themselves, the rest at their mean rate."""
+    on = {"device": device, "dtype": dtype}
     operands = [
-        (
-            torch.randn(rows, inner, device=device).to(dtype),
-            torch.randn(inner, columns, device=device).to(dtype),
-            torch.empty(rows, columns, device=device, dtype=dtype),
-            count,
-        )
+        (torch.randn(rows, inner, **on), torch.randn(inner, columns, **on), torch.empty(rows, columns, **on), count)
         for (rows, inner, columns), count in work.products.items()
     ]
 
