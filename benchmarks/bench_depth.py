@@ -1,10 +1,10 @@
 """A standard training step at the widths and depths of InternVL3, by difference: what one more layer takes.
 
 A whole step is one with a single layer of each kind, and for every further layer what two layers take longer than one.
-The pairs are those of `train-step`, and the single layer is verified as there. Differences are of the fastest of three
-steps of models with a small vocabulary, those of the tower beside a small language model. Details say of one more
-decoder layer of ours how much of its time is matrix products, attention and all else, by torch's profiler, and how near
-it is to its products alone.
+The pairs are those of `train-step`, and the single layer is verified as there. That and the differences, of the fastest
+of three steps, are of models with a small vocabulary, the tower's beside a small language model. Details say of one
+more decoder layer of ours how much of its time is matrix products, attention and all else, by torch's profiler, and how
+near it is to its products alone.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,8 +17,8 @@ from torch.profiler import profile
 
 from benchmarks.bench_train_step import Side, baseline, exact_side, make_sides
 from benchmarks.flops import counted, work_bound
-from benchmarks.harness import MODEL_REPEATS, Case, Options, Row, interleaved, verdict
-from benchmarks.models import FULL, PROBE, Geometry, geometry, make_records
+from benchmarks.harness import MODEL_REPEATS, Case, Check, Options, Row, interleaved, verdict
+from benchmarks.models import FULL, PROBE, Geometry, Records, geometry, make_records
 
 TOWER, TOWER_LAYERS, VOCABULARY = (1024, 16, 4096), 24, 151_674
 MODELS = {  # hidden size, heads, key and value heads, MLP; layers
@@ -43,20 +43,24 @@ def rows(name: str, dtype: torch.dtype, options: Options) -> Iterator[Row]:
     one, small = replace(base, vocab_size=VOCABULARY), replace(base, text=FULL.text)
     layer, tile_layer = added(base, "text_layers", dtype, options), added(small, "vision_layers", dtype, options)
     seconds, kinds = layer[0, 0], layer[3] / layer[3].sum()
-    records = make_records(one, PROBE)
-    sides = make_sides(records, None, dtype, options.device)
-    whole = cost_of(sides, dtype, options) + (layers - 1) * layer + (TOWER_LAYERS - 1) * tile_layer
+    checks = checks_of(make_records(base, PROBE), dtype, options)
+    whole = cost(one, dtype, options) + (layers - 1) * layer + (TOWER_LAYERS - 1) * tile_layer
     of_layer = {f"a layer's {kind}": f"{share:.0%}" for kind, share in zip(KINDS, kinds, strict=True)}
     of_layer |= {"decoder layer seconds": seconds, "decoder layer of its bound": layer[2, 0] / seconds}
-    exact = None if dtype == torch.float32 else exact_side(sides[0], records, None, options.device).result()
-    result = sides[0].result()
-    for place, side in enumerate(sides[1:], start=1):
+    for place, other in enumerate(checks, start=1):
         yield Row(
             "depth", f"train-step {name}, by difference", options.device.type, str(dtype).removeprefix("torch."),
-            whole[0, 0], side.name, whole[0, place], whole[0, place] / whole[0, 0], None, None,
-            *verdict(baseline(side, result, exact).checks),
+            whole[0, 0], other, whole[0, place], whole[0, place] / whole[0, 0], None, None, *verdict(checks[other]),
             details={"ratio of FLOP": whole[1, place] / whole[1, 0], **of_layer},
         )  # fmt: skip
+
+
+def checks_of(records: Records, dtype: torch.dtype, options: Options) -> dict[str, Sequence[Check]]:
+    """The checks of each baseline, as in `train-step`."""
+    ours, *others = make_sides(records, None, dtype, options.device)
+    exact = None if dtype == torch.float32 else exact_side(ours, records, None, options.device).result()
+    result = ours.result()
+    return {side.name: baseline(side, result, exact).checks for side in others}
 
 
 @cache
@@ -67,12 +71,8 @@ def added(one: Geometry, kind: str, dtype: torch.dtype, options: Options) -> np.
 
 @cache
 def cost(sizes: Geometry, dtype: torch.dtype, options: Options) -> np.ndarray:
-    """`cost_of` models of these sizes."""
-    return cost_of(make_sides(make_records(sizes, PROBE), None, dtype, options.device), dtype, options)
-
-
-def cost_of(sides: Sequence[Side], dtype: torch.dtype, options: Options) -> np.ndarray:
     """Of a step of ours, `padded` and `reference`: seconds, FLOPs; of ours: its bound, seconds by kind [4, 3]."""
+    sides = make_sides(make_records(sizes, PROBE), None, dtype, options.device)
     work = [counted(partial(step_alone, side))[1] for side in sides]
     bound = work_bound(work[0], dtype, options.device)
     runs = [*(partial(step_alone, side) for side in sides), bound.run]
