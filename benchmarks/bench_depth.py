@@ -7,7 +7,7 @@ more decoder layer of ours how much of its time is matrix products, attention an
 near it is to its products alone.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, partial
 
@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch.profiler import profile
 
-from benchmarks.bench_train_step import Side, baseline, exact_side, make_sides
+from benchmarks.bench_train_step import Side, compared, make_sides
 from benchmarks.flops import counted, work_bound
-from benchmarks.harness import MODEL_REPEATS, Case, Check, Options, Row, interleaved, verdict
-from benchmarks.models import FULL, PROBE, Geometry, Records, geometry, make_records
+from benchmarks.harness import MODEL_REPEATS, Case, Options, Row, interleaved, verdict
+from benchmarks.models import FULL, PROBE, Geometry, geometry, make_records
 
 TOWER, TOWER_LAYERS, VOCABULARY = (1024, 16, 4096), 24, 151_674
 MODELS = {  # hidden size, heads, key and value heads, MLP; layers
@@ -43,24 +43,16 @@ def rows(name: str, dtype: torch.dtype, options: Options) -> Iterator[Row]:
     one, small = replace(base, vocab_size=VOCABULARY), replace(base, text=FULL.text)
     layer, tile_layer = added(base, "text_layers", dtype, options), added(small, "vision_layers", dtype, options)
     seconds, kinds = layer[0, 0], layer[3] / layer[3].sum()
-    checks = checks_of(make_records(base, PROBE), dtype, options)
     whole = cost(one, dtype, options) + (layers - 1) * layer + (TOWER_LAYERS - 1) * tile_layer
     of_layer = {f"a layer's {kind}": f"{share:.0%}" for kind, share in zip(KINDS, kinds, strict=True)}
     of_layer |= {"decoder layer seconds": seconds, "decoder layer of its bound": layer[2, 0] / seconds}
-    for place, other in enumerate(checks, start=1):
+    _, _, baselines = compared(make_records(base, PROBE), None, dtype, options.device)
+    for place, (other, theirs) in enumerate(baselines.items(), start=1):
         yield Row(
             "depth", f"train-step {name}, by difference", options.device.type, str(dtype).removeprefix("torch."),
-            whole[0, 0], other, whole[0, place], whole[0, place] / whole[0, 0], None, None, *verdict(checks[other]),
+            whole[0, 0], other, whole[0, place], whole[0, place] / whole[0, 0], None, None, *verdict(theirs.checks),
             details={"ratio of FLOP": whole[1, place] / whole[1, 0], **of_layer},
         )  # fmt: skip
-
-
-def checks_of(records: Records, dtype: torch.dtype, options: Options) -> dict[str, Sequence[Check]]:
-    """The checks of each baseline, as in `train-step`."""
-    ours, *others = make_sides(records, None, dtype, options.device)
-    exact = None if dtype == torch.float32 else exact_side(ours, records, None, options.device).result()
-    result = ours.result()
-    return {side.name: baseline(side, result, exact).checks for side in others}
 
 
 @cache
@@ -73,13 +65,12 @@ def added(one: Geometry, kind: str, dtype: torch.dtype, options: Options) -> np.
 def cost(sizes: Geometry, dtype: torch.dtype, options: Options) -> np.ndarray:
     """Of a step of ours, `padded` and `reference`: seconds, FLOPs; of ours: its bound, seconds by kind [4, 3]."""
     sides = make_sides(make_records(sizes, PROBE), None, dtype, options.device)
-    work = [counted(partial(step_alone, side))[1] for side in sides]
+    steps = [partial(step_alone, side) for side in sides]
+    work = [counted(step)[1] for step in steps]
     bound = work_bound(work[0], dtype, options.device)
-    runs = [*(partial(step_alone, side) for side in sides), bound.run]
-    samples = interleaved(runs, repeats=min(options.repeats, MODEL_REPEATS), min_seconds=0)
+    samples = interleaved([*steps, bound.run], repeats=min(options.repeats, MODEL_REPEATS), min_seconds=0)
     *seconds, products = map(min, samples)
-    of_ours = [[bound.scale * products, 0, 0], seconds_by_kind(sides[0].step)]
-    return np.array([seconds, [own.flops for own in work], *of_ours])
+    return np.array([seconds, [own.flops for own in work], [bound.scale * products, 0, 0], seconds_by_kind(steps[0])])
 
 
 def step_alone(side: Side) -> None:

@@ -120,7 +120,8 @@ def runs(op: Op, run: Run, name: str) -> bool:
     except RuntimeError as error:
         if name != "torch.compile":
             raise
-        tqdm.write(f"{op.name}: no row against torch.compile, {str(error).splitlines()[0]}")
+        reason = str(error).partition("\n")[0]
+        tqdm.write(f"{op.name}: no row against torch.compile, {reason}")
         return False
     return True
 

@@ -91,11 +91,7 @@ def cases(options: Options) -> Iterator[Case]:
 def rows(title: str, make_records, branch: str | None, dtype: torch.dtype, options: Options) -> Iterator[Row]:
     """Verify, measure memory and time our side against each of the others."""
     records, device = make_records(), options.device
-    ours, *others = make_sides(records, branch, dtype, device)
-    result = ours.result()
-    exact = None if dtype == torch.float32 else exact_side(ours, records, branch, device).result()
-    baselines = {side.name: baseline(side, result, exact) for side in others}
-    work, result, exact = result.work, None, None  # their memory is free before any is measured
+    ours, work, baselines = compared(records, branch, dtype, device)
     comparison = Comparison(
         "train-step", title, dtype, ours.step, baselines, device, partial(work_bound, work, dtype, device),
         (work.flops / 1e9, "GFLOP"), whole_model=True,
@@ -103,11 +99,21 @@ def rows(title: str, make_records, branch: str | None, dtype: torch.dtype, optio
     yield from compare(comparison, options)
 
 
+def compared(
+    records: Records, branch: str | None, dtype: torch.dtype, device: torch.device
+) -> tuple[Side, Work, dict[str, Baseline]]:
+    """Our side, the work of its step, and the other sides, with which its results have been compared."""
+    ours, *others = make_sides(records, branch, dtype, device)
+    result = ours.result()
+    exact = None if dtype == torch.float32 else exact_side(ours, records, branch, device).result()
+    return ours, result.work, {side.name: baseline(side, result, exact) for side in others}
+
+
 def baseline(side: Side, ours: Result, exact: Result | None) -> Baseline:
     """A side that our result has been compared with, unless its proxy is another."""
     theirs = side.result()
-    flops, other = ours.work.flops, theirs.work.flops
-    details = {"GFLOP": flops / 1e9, "baseline GFLOP": other / 1e9, "ratio of FLOP": other / flops}
+    flops, baseline_flops = ours.work.flops, theirs.work.flops
+    details = {"GFLOP": flops / 1e9, "baseline GFLOP": baseline_flops / 1e9, "ratio of FLOP": baseline_flops / flops}
     checks = check(errors, ours, theirs, exact, bounds=EXACT_BOUNDS, floors=FLOORS)
     return Baseline(side.step, [] if side.name.endswith(ANOTHER_PROXY) else checks, details)
 

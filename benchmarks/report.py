@@ -16,6 +16,10 @@ from mmrm_fast.tables import print_table
 
 RESULTS = Path(__file__).parent / "results"
 SLOWER = 1.1  # times the earlier file's seconds, and more than either side's spread
+CAPTION = (
+    "times: median ± (slowest - fastest); ratio: baseline / ours; bound: the least it can take / ours;"
+    " MiB: peak of a call; error: relative; computed: nothing was timed"
+)
 
 
 def environment(options: Options) -> dict[str, str | int]:
@@ -96,19 +100,16 @@ def key(row: Row) -> tuple[str, ...]:
     return row.suite, row.case, row.device, row.dtype, row.baseline
 
 
-CAPTION = (
-    "times: median ± (slowest - fastest); ratio: baseline / ours; bound: the least it can take / ours;"
-    " MiB: peak of a call; error: relative; computed: nothing was timed"
-)
-
-
 def print_rows(environment: dict, rows: Sequence[Row]) -> None:
     """One line a row, and one with its details."""
     title = " · ".join(f"{name} {value}" for name, value in environment.items())
     heads = ("case", "ours", "baseline", "ratio", "bound", "MiB", "base MiB", "error", "verified")
     print_table(title, heads, map(cells, rows))
-    details = [(row, ", ".join(f"{name} {number(value)}" for name, value in row.details.items())) for row in rows]
-    print(CAPTION, *(f"{row.case}, {row.dtype}: {figures}" for row, figures in details if figures), sep="\n")
+    print(CAPTION)
+    for row in rows:
+        if row.details:
+            figures = ", ".join(f"{name} {number(value)}" for name, value in row.details.items())
+            print(f"{row.case}, {row.dtype}: {figures}")
 
 
 def cells(row: Row) -> list[str]:

@@ -62,7 +62,7 @@ def audit(config: AuditConfig) -> None:
         results["probe_matrix"] = matrix(parts, probes)
         for name, fit in probes.items():
             results["files"][name]["proxies"]["probe"] = scored_fit(parts[name], fit)
-    results["advice"] = advice(results)
+    results["advice"] = [f"{name}: {line}" for name, lines in advice(results).items() for line in lines]
     config.output_dir.mkdir(parents=True, exist_ok=True)
     write_json(config.output_dir / "audit.json", results)
     write_audit(config.output_dir / "audit.html", results)

@@ -12,35 +12,25 @@ SHARED = ("pairs", "image and prompt", "image")
 LISTENED = 0.3  # share of the pairs under which robust weights listen to few
 
 
-def advice(results: dict) -> list[str]:
-    """What to do, a sentence a finding."""
-    lines = [line for name, own in results["files"].items() for line in file_advice(name, own, results)]
-    known = "{of}: {number:,} records are in {file} with their image and prompt."
+def advice(results: dict) -> dict[str, list[str]]:
+    """What to do, by the file that it is of: a sentence a finding."""
+    found = {name: list(file_advice(name, own, results)) for name, own in results["files"].items()}
     for row in results["shared"]:
         if row["of"] in results["tests"] and (number := row["image and prompt"]):
-            lines.append(known.format(of=row["of"], number=number, file=row["in"]))
-    return lines
-
-
-def advice_by_file(results: dict) -> dict[str, list[str]]:
-    """The same sentences by the file that each is of."""
-    starts = {name: f"{name}: " for name in (*results["files"], *results["tests"])}
-    found = {
-        name: [line.removeprefix(start) for line in results["advice"] if line.startswith(start)]
-        for name, start in starts.items()
-    }
-    return {name: lines for name, lines in found.items() if lines}
+            line = f"{number:,} records are in {row['in']} with their image and prompt."
+            found.setdefault(row["of"], []).append(line)
+    return found
 
 
 def file_advice(name: str, own: dict, results: dict) -> Iterator[str]:
     """What to do about one file."""
-    yield f"{name}: " + shortcut_advice(name, own, results["matrix"][name])
+    yield shortcut_advice(name, own, results["matrix"][name])
     mode, share = min(own["listened_to"].items(), key=lambda item: item[1])
     if share < LISTENED:
-        yield f"{name}: with --sfc-mode {mode} the weights would listen to {percent(share)} % of the pairs."
+        yield f"with --sfc-mode {mode} the weights would listen to {percent(share)} % of the pairs."
     for what, explained in EXPLAINED.items():
         if number := own["health"][what]:
-            yield f"{name}: {number:,} of {own['pairs']:,} pairs: {explained}."
+            yield f"{number:,} of {own['pairs']:,} pairs: {explained}."
 
 
 def shortcut_advice(name: str, own: dict, row: dict) -> str:
@@ -126,7 +116,7 @@ def write_audit(path: Path, results: dict) -> None:
         "audit.html",
         title="What text alone can tell",
         results=results,
-        advice=advice_by_file(results),
+        advice=advice(results),
         proxies=proxy_table(results),
         names=[*results["files"], *results["tests"]],
         matrices=list(matrices(results)),

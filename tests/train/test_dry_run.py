@@ -243,18 +243,14 @@ def test_pairs_of_a_kwise_record_are_planned_as_they_are_trained(
 
 
 @pytest.mark.parametrize("llm", LLM)
-def test_an_original_folder_is_planned_from_its_config_alone(tmp_path, llm):
+def test_an_original_folder_is_planned_from_its_config_alone(tmp_path, capsys, llm):
     config = original_config(llm, "300M", vocab_size=700)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    planned = count(make_models(with_options(TrainConfig(), model=tmp_path))["main"])
+    plan = with_options(TrainConfig(), model=tmp_path)
+    assert run(plan) == 0 and "need --data and the checkpoint's tokenizer" in capsys.readouterr().out
+    planned = count(make_models(plan)["main"])
     write_checkpoint(tmp_path, config)
     assert planned == count(CheckpointFolder(tmp_path).load().model)
-
-
-def test_what_a_config_alone_does_not_tell_is_said(tmp_path, capsys):
-    (tmp_path / "config.json").write_text(json.dumps(original_config("Phi3", "300M", vocab_size=700)))
-    assert run(with_options(TrainConfig(), model=tmp_path)) == 0
-    assert "need --data and the checkpoint's tokenizer" in capsys.readouterr().out
 
 
 def test_a_folder_that_is_no_model_is_named(tmp_path, capsys):
